@@ -1,0 +1,7 @@
+"""`python -m tutelage`, also what `accelerate launch -m tutelage` runs."""
+
+import sys
+
+from tutelage.cli import main
+
+sys.exit(main())

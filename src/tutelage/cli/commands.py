@@ -1,0 +1,124 @@
+"""The sub-commands: parse, call, print.
+
+Public names: `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+from tutelage.experiments.distill import describe, distill
+from tutelage.experiments.evaluate import evaluate
+from tutelage.experiments.plan import describe_plan, plan
+from tutelage.experiments.settings import RunArguments
+from tutelage.tasks.default import DEFAULT_STUDENT, DEFAULT_TEACHER
+from tutelage.training.config import CurriculumConfig
+
+
+class _OneLineErrors:
+    """Mistakes in flags are one line, without the usage of two hundred options above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _Parser(_OneLineErrors, argparse.ArgumentParser):
+    pass
+
+
+class _ConfigParser(_OneLineErrors, HfArgumentParser):
+    pass
+
+
+def _parse_config(kinds: Sequence[Any], arguments: Sequence[str], prog: str, extra: Callable[[Any], None]) -> Any:
+    """Dataclasses from a YAML file (`--config`) overridden by flags, and the namespace of what `extra` adds."""
+    parser = _ConfigParser(kinds, prog=prog)
+    parser.add_argument("--config", help="YAML file with any of these options")
+    extra(parser)
+    config = parser.parse_known_args(arguments)[0].config
+    if config is not None:
+        parser.set_defaults(**_read_yaml(Path(config), {action.dest for action in parser._actions}))
+    *values, rest, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}: see {prog} --help")
+    return (*values, rest)
+
+
+def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no config file {str(path)!r}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {str(path)!r} must be a mapping of options, e.g. `method: extraction`")
+    for key in values:
+        if key not in known:
+            raise ValueError(f"config {str(path)!r} has an unknown option {key!r}")
+    return values
+
+
+def _distill(arguments: Sequence[str]) -> None:
+    run, args, _ = _parse_config((RunArguments, CurriculumConfig), arguments, "tutelage distill", lambda parser: None)
+    result = distill(run, args)
+    if args.process_index == 0:
+        print(describe(result, args.output_dir))
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    def extra(parser: Any) -> None:
+        parser.add_argument("--teacher", default=DEFAULT_TEACHER, help="folder or Hub name")
+        parser.add_argument("--student", help="folder, config.json or preset")
+        parser.add_argument("--max_length", type=int, default=128, help="tokens a sequence")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+
+    args, rest = _parse_config((CurriculumConfig,), arguments, "tutelage plan", extra)
+    student = rest.student or (DEFAULT_STUDENT if rest.teacher == DEFAULT_TEACHER else None)
+    if student is None:
+        raise ValueError("name a student, e.g. --student layers=3,hidden_size=192")
+    planned = plan(rest.teacher, student, args, rest.max_length)
+    print(json.dumps(planned, indent=2) if rest.json else describe_plan(planned))
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="tutelage evaluate")
+    parser.add_argument("--model", required=True, help="folder or Hub name")
+    parser.add_argument("--dataset", required=True, help="Hub name, `datasets` folder, or .txt/.jsonl/.parquet file")
+    parser.add_argument("--teacher", help="also compare with this model: folder or Hub name")
+    parser.add_argument("--task", help="causal_lm, masked_lm, sequence_classification or embedding")
+    parser.add_argument("--split", help="split of the dataset")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--max_length", type=int, help="tokens a sequence")
+    parser.add_argument("--max_samples", type=int, help="evaluate on the first so many sequences")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = vars(parser.parse_args(arguments))
+    as_json = options.pop("json")
+    result = evaluate(**options)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
+
+
+def _quietly(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+    def run(arguments: Sequence[str]) -> None:
+        transformers_logging.set_verbosity_error()
+        command(arguments)
+
+    return run
+
+
+COMMANDS = {"distill": _quietly(_distill), "plan": _quietly(_plan), "evaluate": _quietly(_evaluate)}

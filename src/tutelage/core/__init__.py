@@ -1,0 +1,1 @@
+"""Blocks, projections, standardisation, stages and losses: torch alone, no Hugging Face."""

@@ -1,0 +1,209 @@
+"""The repeated blocks of a network, and running it only up to one of them.
+
+Public names: `find_blocks`, `Blocks`, `forward_to`, `output_head`, `HEAD`.
+
+A *place* is an integer or `HEAD`. Place 0 is what enters the first block (the embedding output, as `hidden_states[0]`
+of transformers), place b the output of block b, and `HEAD` what enters the output head (after the final norm).
+
+Shapes: B batch, T positions, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+HEAD = "head"
+Place = int | str
+
+# Where a classifier's or a pooled encoder's last linear map usually lives; models with output embeddings say so themselves.
+_CLASSIFIER_NAMES = ("classifier.out_proj", "classifier", "score", "lm_head", "head")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The dotted names of a model's blocks, first to last; `names[b - 1]` is block b."""
+
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def module(self, model: nn.Module, block: int) -> nn.Module:
+        """Block `block` (1-based) of `model`."""
+        if not 1 <= block <= len(self):
+            raise ValueError(
+                f"no block {block} in {type(model).__name__}: it has blocks 1 to {len(self)} "
+                f"({self.names[0]} to {self.names[-1]}); list them with `tutelage plan`"
+            )
+        return model.get_submodule(self.names[block - 1])
+
+
+def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
+    """Find the repeated blocks of a transformer, an `nn.Sequential`, or a module with one `nn.ModuleList` of blocks.
+
+    Args:
+        model: any `transformers` model or plain module.
+        container: dotted name of the list of blocks, for a model where the search is ambiguous.
+
+    Raises:
+        ValueError: no list of blocks, several candidates (they are listed), or `container` is not one.
+    """
+    candidates = _block_lists(model)
+    if container is not None:
+        try:
+            chosen = model.get_submodule(container)
+        except AttributeError:
+            chosen = None
+        if not isinstance(chosen, nn.ModuleList | nn.Sequential) or len(chosen) == 0:
+            raise ValueError(
+                f"{container!r} is not a list of blocks of {type(model).__name__}; "
+                f"candidates: {_describe(candidates) or 'none'}"
+            )
+        return _names(container, chosen)
+    if isinstance(model, nn.Sequential) and len(model) > 0:
+        return _names("", model)
+    if not candidates:
+        raise ValueError(
+            f"found no blocks in {type(model).__name__}: it holds no nn.ModuleList or nn.Sequential of equal modules; "
+            "name the list of blocks with `blocks=`"
+        )
+    if len(candidates) > 1:
+        depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+        matching = {name: blocks for name, blocks in candidates.items() if len(blocks) == depth}
+        if len(matching) != 1:
+            raise ValueError(
+                f"{type(model).__name__} has several lists of blocks: {_describe(candidates)}; "
+                "name one with `blocks=`, e.g. "
+                f"blocks={next(iter(candidates))!r}"
+            )
+        candidates = matching
+    ((name, blocks),) = candidates.items()
+    return _names(name, blocks)
+
+
+def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of the map from the last hidden state to the outputs; None for a model without one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    if head is not None:
+        return next(name for name, module in model.named_modules() if module is head), head
+    for name in _CLASSIFIER_NAMES:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(module, nn.Linear):
+            return name, module
+    return None
+
+
+def forward_to(
+    model: nn.Module, place: Place, *args: Any, blocks: Blocks | None = None, **inputs: Any
+) -> torch.Tensor:
+    """Run `model` up to `place` and return the hidden state there; nothing deeper is executed.
+
+    Block b's *raw* output is returned: some models (Llama, GPT-2) apply their final norm to the last entry of
+    `hidden_states`; `HEAD` is the place after that norm. Gradients flow as in a full forward.
+
+    Args:
+        model: the network.
+        place: 0 (embedding output) to the number of blocks, or `HEAD`.
+        args, inputs: what the model's own forward takes.
+        blocks: `find_blocks(model)`, if the caller has it already.
+
+    Returns:
+        The hidden state, (B, T, D) for a transformer; for `HEAD` of a model with no output head, `last_hidden_state`.
+
+    Raises:
+        ValueError: no such place in this model.
+    """
+    if place == HEAD:
+        head = output_head(model)
+        if head is None:
+            output = model(*args, **inputs)
+            return _first(output)
+        return _run_until(model, head[1], before=True, args=args, inputs=inputs)
+    if not isinstance(place, int):
+        raise ValueError(f"no place {place!r} in {type(model).__name__}: use a block number or {HEAD!r}")
+    blocks = blocks or find_blocks(model)
+    if place == 0:
+        return _run_until(model, blocks.module(model, 1), before=True, args=args, inputs=inputs)
+    return _run_until(model, blocks.module(model, place), before=False, args=args, inputs=inputs)
+
+
+class _Reached(Exception):
+    """Carries the hidden state out of a forward that is stopped on purpose."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.hidden = hidden
+
+
+def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inputs: Any) -> torch.Tensor:
+    with _stop_at(module, before):
+        try:
+            model(*args, **inputs)
+        except _Reached as reached:
+            return reached.hidden
+    raise ValueError(
+        f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs"
+    )
+
+
+@contextmanager
+def _stop_at(module: nn.Module, before: bool) -> Iterator[None]:
+    def stop_before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(_first(args if args else tuple(kwargs.values())))
+
+    def stop_after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        raise _Reached(_first(output))
+
+    handle = (
+        module.register_forward_pre_hook(stop_before, with_kwargs=True)
+        if before
+        else module.register_forward_hook(stop_after)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The hidden state of a module's output: a tensor, the first of a tuple, or `last_hidden_state`."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if hasattr(output, "last_hidden_state"):
+        return output.last_hidden_state
+    return output[0]
+
+
+def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+    """Outermost lists of modules of one class, by dotted name (lists inside a block, such as experts, do not count)."""
+    found: dict[str, nn.ModuleList | nn.Sequential] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(outer + ".") for outer in found) or not isinstance(
+            module, nn.ModuleList | nn.Sequential
+        ):
+            continue
+        children = list(module)
+        same_class = len({type(child) for child in children}) == 1
+        if name and children and same_class and any(True for _ in children[0].parameters()):
+            found[name] = module
+    return found
+
+
+def _names(container: str, blocks: nn.Module) -> Blocks:
+    prefix = container + "." if container else ""
+    return Blocks(tuple(prefix + name for name, _ in blocks.named_children()))
+
+
+def _describe(candidates: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in candidates.items()
+    )

@@ -1,0 +1,70 @@
+"""The map from the last hidden state to the outputs, as a function of its own.
+
+Public names: `OutputHead`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tutelage.core.blocks import output_head
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A model's output head with what its forward does after it (`logit_scale`, soft-capping).
+
+    Splitting the head off lets the loss run it over chunks of positions, and lets hidden stages leave it out.
+    """
+
+    linear: nn.Linear
+    softcap: float | None = None
+    """Logits are `softcap * tanh(logits / softcap)` (Gemma 2)."""
+    scale: float = 1.0
+    """Logits are multiplied by this (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`)."""
+    outputs: int | None = None
+    """Outputs in use, where the vocabulary is padded; None for all."""
+
+    @classmethod
+    def of(cls, model: nn.Module, outputs: int | None = None) -> OutputHead:
+        """The head of `model`.
+
+        Raises:
+            ValueError: the model has no linear output head.
+        """
+        found = output_head(model)
+        if found is None or not isinstance(found[1], nn.Linear):
+            kind = "none" if found is None else f"{found[0]}, a {type(found[1]).__name__}"
+            raise ValueError(
+                f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one: "
+                "load the model with a language-modelling or classification head"
+            )
+        config = getattr(model, "config", None)
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(found[1], getattr(config, "final_logit_softcapping", None), float(scale), outputs)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Weight, and bias if there is one."""
+        return list(self.linear.parameters())
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits for `hidden`, (..., D) -> (..., outputs)."""
+        linear, outputs = self.linear, self.outputs
+        if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
+            # the plain product, for the outputs in use only; module hooks (a FLOP counter's) would not survive the
+            # gradients that the loss takes inside its forward pass
+            bias = linear.bias if linear.bias is None else linear.bias[:outputs]
+            logits = F.linear(hidden, linear.weight[:outputs], bias)
+        else:  # quantised or offloaded
+            logits = linear(hidden)[..., :outputs]
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits

@@ -1,0 +1,80 @@
+"""What a model's forward takes from a batch, and which positions of a batch count.
+
+Public names: `model_inputs`, `position_mask`, `label_positions`, `at_positions`, `last_token`, `batch_size`,
+`batch_positions`.
+
+Shapes: B batch, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+IGNORED_LABEL = -100
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `batch` that `model.forward` names, without labels and with the key/value cache off."""
+    parameters = inspect.signature(model.forward).parameters
+    inputs = {key: value for key, value in batch.items() if key in parameters and key != "labels"}
+    if "use_cache" in parameters:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def position_mask(batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
+    """True at non-padding positions of `hidden`, (B, T); for pooled states (B, D) all True, (B,)."""
+    mask = batch.get("attention_mask")
+    if mask is None or hidden.dim() == 2:
+        return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    return mask.bool()
+
+
+def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where the output loss is taken: mask (B, T) of positions that predict, and their labels (N,).
+
+    A causal model predicts label t + 1 at position t. Without labels every non-padding position counts (for a causal
+    model, every one that has a successor), and no labels are returned.
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+        if causal:
+            mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+        return mask, None
+    if causal:
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
+    mask = labels != IGNORED_LABEL
+    return mask, at_positions(labels, mask)
+
+
+def at_positions(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...); all of them for fake tensors, whose values are unknown."""
+    return values.flatten(0, 1) if isinstance(values, FakeTensor) else values[mask]
+
+
+def last_token(hidden: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """State at the last non-padding position, (B, T, D) -> (B, D); states that are pooled already pass through."""
+    if hidden.dim() == 2:
+        return hidden
+    mask = position_mask(batch, hidden)
+    index = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), index]
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Number of examples."""
+    return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
+
+
+def batch_positions(batch: Mapping[str, Any]) -> int:
+    """Number of positions, padding included; what compute grows with."""
+    ids = batch.get("input_ids")
+    return int(ids.numel()) if ids is not None else batch_size(batch)

@@ -1,0 +1,192 @@
+"""The losses of the two kinds of stage.
+
+Public names: `hidden_loss`, `output_loss`, `output_metrics`, `embedding_loss`.
+
+Every loss here is a *sum* over positions (or sequences): the caller divides by the number of items in the whole
+optimiser step, so that accumulating gradients over micro-batches changes nothing.
+
+Shapes: N positions, D student width, E teacher width, R projected width, V outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tutelage.core.heads import OutputHead
+
+# Logits held at a time: 2^24 float32 values are 64 MiB a tensor, large enough that the matrix products stay efficient.
+CHUNK_LOGITS = 2**24
+
+
+def hidden_loss(student: torch.Tensor, target: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Squared distance between student states and projected teacher states, per dimension, summed over kept positions.
+
+    This is the stage loss of arXiv:2503.17494 divided by the width R, which leaves the minimiser as it is and makes
+    values, learning rates and gradient clipping comparable between widths.
+
+    Args:
+        student: (..., R) states with gradients.
+        target: (..., R) targets.
+        keep: (...) boolean; padding and attention sinks are False.
+    """
+    squared = (student.float() - target).square().mean(-1)
+    return torch.where(keep, squared, 0.0).sum()
+
+
+@dataclass(frozen=True)
+class _OutputSpec:
+    head: OutputHead
+    teacher_hidden: torch.Tensor | None
+    teacher_head: OutputHead | None
+    labels: torch.Tensor | None
+    temperature: float
+    label_weight: float
+
+
+def output_loss(
+    student_hidden_ND: torch.Tensor,
+    student_head: OutputHead,
+    teacher_hidden_NE: torch.Tensor | None = None,
+    teacher_head: OutputHead | None = None,
+    labels_N: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    label_weight: float = 0.0,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once.
+
+    Logits exist for one chunk of positions at a time. Their gradient is known in closed form, so it is pushed through
+    the head inside the forward pass, while the chunk's logits are still there: nothing is recomputed in the backward
+    pass and nothing of size N x V is kept. Softmax and loss are in float32 whatever the autocast dtype.
+
+    Args:
+        student_hidden_ND: what enters the student's head.
+        student_head: the student's head.
+        teacher_hidden_NE, teacher_head: the teacher's; None with label_weight 1.
+        labels_N: target ids, needed if label_weight > 0.
+        temperature: t.
+        label_weight: a.
+        chunk_size: positions a chunk; None chooses it so that a chunk holds about 2^24 logits.
+    """
+    if label_weight > 0 and labels_N is None:
+        raise ValueError("a label_weight above 0 needs labels in the batch")
+    if label_weight < 1 and (teacher_hidden_NE is None or teacher_head is None):
+        raise ValueError("a label_weight below 1 needs the teacher's hidden states and head")
+    spec = _OutputSpec(student_head, teacher_hidden_NE, teacher_head, labels_N, temperature, label_weight)
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_LOGITS // student_head.linear.out_features)
+    return _ChunkedOutputLoss.apply(
+        student_hidden_ND, spec, chunk_size, torch.is_grad_enabled(), *student_head.parameters
+    )
+
+
+class _ChunkedOutputLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, spec: _OutputSpec, chunk_size: int, with_grad: bool, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        inputs = [hidden, *parameters]
+        wanted = [with_grad and tensor.requires_grad for tensor in inputs]
+        grads = [torch.zeros_like(tensor) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            with torch.set_grad_enabled(any(wanted)):
+                chunk = hidden[rows].detach().requires_grad_(wanted[0])
+                logits = spec.head(chunk)
+            loss, logit_grad = _loss_and_logit_grad(logits.detach(), spec, rows, any(wanted))
+            total += loss
+            if not any(wanted):
+                continue
+            sources = [t for t, want in zip([chunk, *parameters], wanted, strict=True) if want]
+            pushed = iter(torch.autograd.grad(logits, sources, logit_grad.to(logits.dtype)))
+            for index, want in enumerate(wanted):
+                if not want:
+                    continue
+                if index == 0:
+                    grads[0][rows] = next(pushed)  # type: ignore[index]
+                else:
+                    grads[index] += next(pushed)  # type: ignore[operator]
+            del logits, logit_grad
+        ctx.grads = grads
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        # The stored gradients belong to this call alone, so they are scaled in place.
+        grads = [None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.grads]
+        del ctx.grads
+        return grads[0], None, None, None, *grads[1:]
+
+
+def _loss_and_logit_grad(
+    logits: torch.Tensor, spec: _OutputSpec, rows: slice, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss summed over a chunk and its gradient with respect to the logits (empty if not wanted)."""
+    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    gradient = logits.new_empty(0)
+    share, t = 1 - spec.label_weight, spec.temperature
+    if share > 0:
+        assert spec.teacher_hidden is not None and spec.teacher_head is not None
+        log_q = torch.log_softmax(logits.float() / t if t != 1 else logits.float(), dim=-1)
+        teacher_logits = spec.teacher_head(spec.teacher_hidden[rows]).float()
+        log_p = torch.log_softmax(teacher_logits / t if t != 1 else teacher_logits, dim=-1)
+        del teacher_logits
+        p = log_p.exp()
+        loss += share * t * t * (p * log_p.sub_(log_q)).sum()
+        if with_grad:
+            gradient = log_q.exp_().sub_(p).mul_(share * t)
+    if spec.label_weight > 0:
+        assert spec.labels is not None
+        labels = spec.labels[rows]
+        log_q = torch.log_softmax(logits.float(), dim=-1)
+        loss += spec.label_weight * F.nll_loss(log_q, labels, reduction="sum")
+        if with_grad:
+            label_gradient = log_q.exp_().mul_(spec.label_weight)
+            label_gradient[torch.arange(len(labels), device=labels.device), labels] -= spec.label_weight
+            gradient = label_gradient if share == 0 else gradient.add_(label_gradient)
+    return loss, gradient
+
+
+@torch.no_grad()
+def output_metrics(
+    student_hidden_ND: torch.Tensor,
+    student_head: OutputHead,
+    labels_N: torch.Tensor,
+    teacher_hidden_NE: torch.Tensor | None = None,
+    teacher_head: OutputHead | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Per-position metrics, (N, 4): label loss (nats), top-1 correct, KL(teacher || student) (nats), top-1 agreement.
+
+    The last two are zero without a teacher.
+    """
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_LOGITS // student_head.linear.out_features)
+    parts = []
+    for start in range(0, len(student_hidden_ND), chunk_size):
+        rows = slice(start, start + chunk_size)
+        log_q = torch.log_softmax(student_head(student_hidden_ND[rows]).float(), dim=-1)
+        labels, top = labels_N[rows], log_q.argmax(-1)
+        loss = F.nll_loss(log_q, labels, reduction="none")
+        divergence = agreement = torch.zeros_like(loss)
+        if teacher_hidden_NE is not None and teacher_head is not None:
+            log_p = torch.log_softmax(teacher_head(teacher_hidden_NE[rows]).float(), dim=-1)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+            agreement = (log_p.argmax(-1) == top).float()
+        parts.append(torch.stack([loss, (top == labels).float(), divergence, agreement], dim=-1))
+    return torch.cat(parts) if parts else student_hidden_ND.new_zeros((0, 4))
+
+
+def embedding_loss(student_BE: torch.Tensor, teacher_BE: torch.Tensor, kind: str = "cosine") -> torch.Tensor:
+    """Distance between pooled embeddings, summed over sequences: `cosine` (1 - cos) or `mse` (mean over dimensions)."""
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(student_BE.float(), teacher_BE.float(), dim=-1)).sum()
+    if kind == "mse":
+        return (student_BE.float() - teacher_BE.float()).square().mean(-1).sum()
+    raise ValueError(f"unknown embedding_loss {kind!r}: use 'cosine' or 'mse'")

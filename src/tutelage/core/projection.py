@@ -1,0 +1,153 @@
+"""Fixed linear maps from the teacher's width to the student's.
+
+Public names: `Projection`, `RandomProjection`, `DataProjection`, `pca_projection`, `head_projection`, `RANDOM_KINDS`, `KINDS`.
+
+The paper's projection (arXiv:2503.17494) is `gaussian`: i.i.d. N(0, 1/d_T), drawn from a seed, never trained and never
+stored. `pca` and `head` are contrasts of ours that are computed from calibration statistics and stored.
+
+Shapes: D teacher width, R projected width; a projection is applied as `hidden @ matrix`, (..., D) -> (..., R).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+RANDOM_KINDS = ("gaussian", "orthogonal", "rademacher")
+KINDS = (*RANDOM_KINDS, "pca", "head")
+
+
+class Projection(ABC):
+    """A fixed linear map; not an `nn.Module`, so that it can never end up in a checkpoint."""
+
+    in_features: int
+    out_features: int
+
+    @abstractmethod
+    def matrix(self) -> torch.Tensor:
+        """The map as a float32 CPU tensor, (in_features, out_features)."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix on `device` in `dtype`, kept between calls."""
+        cached: torch.Tensor | None = getattr(self, "_cached", None)
+        if cached is None or cached.device != torch.device(device) or cached.dtype != dtype:
+            cached = self.matrix().to(device=device, dtype=dtype)
+            self._cached = cached
+        return cached
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Project `hidden`, (..., in_features) -> (..., out_features)."""
+        return hidden @ self.to(hidden.device, hidden.dtype)
+
+    def decoder(self, second_moment_DD: torch.Tensor | None = None) -> torch.Tensor:
+        """The linear map back, (out_features, in_features), with least expected squared error.
+
+        Args:
+            second_moment_DD: E[h h^T] of the projected states; None takes the identity, which gives the pseudo-inverse.
+        """
+        encode = self.matrix().double()
+        if second_moment_DD is None:
+            return torch.linalg.pinv(encode).float()
+        moment = second_moment_DD.double().cpu()
+        # A ridge of 1e-9 of the mean variance keeps directions that the calibration text never used invertible.
+        moment = moment + 1e-9 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+        return torch.linalg.solve(encode.T @ moment @ encode, encode.T @ moment).float()
+
+
+class RandomProjection(Projection):
+    """A random matrix that anyone can draw again from its seed.
+
+    The stream is NumPy's frozen legacy generator (MT19937), drawn column by column in float64 and rounded to float32, so
+    `gaussian` and `rademacher` are bit-identical on every machine and device and the first r columns of a wider
+    projection *are* the narrower one. `orthogonal` has orthonormal columns (QR of the gaussian one, nested as well) and
+    is identical up to the rounding of the linear algebra library.
+
+    Args:
+        in_features: teacher width d_T.
+        out_features: student width r.
+        seed: a non-negative integer, or a sequence of them.
+        kind: `gaussian` (entries N(0, 1/d_T), as in the paper), `orthogonal`, or `rademacher` (entries ±1/sqrt(d_T)).
+
+    Raises:
+        ValueError: unknown kind, a width below 1, or `orthogonal` with out_features > in_features.
+    """
+
+    def __init__(self, in_features: int, out_features: int, seed: int | Sequence[int] = 0, kind: str = "gaussian"):
+        if kind not in RANDOM_KINDS:
+            raise ValueError(f"unknown random projection {kind!r}: use one of {', '.join(RANDOM_KINDS)}")
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"a projection needs widths of at least 1, got {in_features} -> {out_features}")
+        if kind == "orthogonal" and out_features > in_features:
+            raise ValueError(
+                f"an orthogonal projection cannot widen {in_features} to {out_features}: "
+                "use projection='gaussian' or a narrower student"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.seed, self.kind = seed, kind
+
+    def matrix(self) -> torch.Tensor:
+        generator = np.random.RandomState(self.seed if isinstance(self.seed, int) else list(self.seed))
+        shape = (self.out_features, self.in_features)
+        if self.kind == "rademacher":
+            # one byte a sign, drawn in sequence, so that a prefix of columns does not depend on the number of columns
+            signs = np.frombuffer(generator.bytes(4 * shape[0] * shape[1]), dtype="<u4").reshape(shape) & 1
+            columns = (2.0 * signs - 1.0) / np.sqrt(self.in_features)
+        else:
+            columns = generator.standard_normal(shape) / np.sqrt(self.in_features)
+            if self.kind == "orthogonal":
+                q, r = np.linalg.qr(columns.T)
+                columns = (q * np.sign(np.diagonal(r))).T
+        return torch.from_numpy(np.ascontiguousarray(columns.T)).float()
+
+
+class DataProjection(Projection):
+    """A projection given by its matrix, (in_features, out_features), as the data-aware builders make it."""
+
+    def __init__(self, matrix_DR: torch.Tensor, kind: str):
+        self._matrix, self.kind = matrix_DR.float().cpu(), kind
+        self.in_features, self.out_features = matrix_DR.shape
+
+    def matrix(self) -> torch.Tensor:
+        return self._matrix
+
+
+def pca_projection(second_moment_DD: torch.Tensor, out_features: int) -> DataProjection:
+    """Principal directions of the (standardised) states, each scaled to unit mean square."""
+    return _spectral(second_moment_DD, None, out_features, "pca")
+
+
+def head_projection(second_moment_DD: torch.Tensor, logit_gram_DD: torch.Tensor, out_features: int) -> DataProjection:
+    """The directions of the final state that the teacher's logits depend on.
+
+    With C the second moment of the standardised state and M = W^T W (W the output head, centred over the vocabulary, in
+    standardised coordinates), take the top eigenvectors U of M^{1/2} C M^{1/2} and encode z = U^T M^{1/2} h, scaled to
+    unit mean square: the rank-R code with the least squared error in the logits.
+
+    Args:
+        second_moment_DD: C.
+        logit_gram_DD: M.
+        out_features: R.
+    """
+    return _spectral(second_moment_DD, logit_gram_DD, out_features, "head")
+
+
+def _spectral(moment: torch.Tensor, gram: torch.Tensor | None, out_features: int, kind: str) -> DataProjection:
+    width = len(moment)
+    if out_features > width:
+        raise ValueError(
+            f"projection={kind!r} cannot widen {width} to {out_features}: use projection='gaussian' or a narrower student"
+        )
+    moment = moment.double().cpu()
+    root = torch.eye(width, dtype=torch.float64) if gram is None else _square_root(gram.double().cpu())
+    values, vectors = torch.linalg.eigh(root @ moment @ root)
+    top = torch.arange(width - 1, width - 1 - out_features, -1)
+    scale = values[top].clamp_min(1e-12 * float(values[-1])).rsqrt()
+    return DataProjection(root @ vectors[:, top] * scale, kind)
+
+
+def _square_root(gram: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

@@ -1,0 +1,75 @@
+"""Per-dimension standardisation of teacher states, and finding attention sinks.
+
+Public names: `Standardizer`, `SINK_FACTOR`.
+
+Pretrained language models have massive activations: a few dimensions, and a few positions (attention sinks, mostly the
+first token), hundreds of times larger than the rest. Unless they are scaled away, a projection shows little else.
+
+A position is a *sink* where the norm of its state is above `SINK_FACTOR` times the median norm over the calibration
+text. The threshold is a number fixed at calibration, so whether a position counts never depends on its batch.
+
+Shapes: B batch, T positions, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SINK_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """`(hidden - mean) / scale` per dimension, and the norm above which a position is an attention sink."""
+
+    mean: torch.Tensor
+    """Per-dimension mean over calibration positions, (D,); zeros where the states are not centred."""
+    scale: torch.Tensor
+    """Per-dimension standard deviation (root mean square if not centred), (D,)."""
+    sink_norm: float = float("inf")
+    """Positions whose state has a larger Euclidean norm are left out of statistics and loss."""
+
+    @classmethod
+    def fit(cls, states_ND: torch.Tensor, center: bool = True, sink_factor: float = SINK_FACTOR) -> Standardizer:
+        """Fit on calibration states of non-padding positions, (N, D).
+
+        Args:
+            states_ND: the states, any float dtype.
+            center: subtract the mean; False scales by the root mean square instead.
+            sink_factor: multiple of the median norm above which a position is a sink.
+
+        Raises:
+            ValueError: fewer than two positions, or states that are not finite.
+        """
+        if len(states_ND) < 2:
+            raise ValueError(f"standardising needs at least 2 calibration positions, got {len(states_ND)}")
+        states = states_ND.double()
+        norms = states.norm(dim=-1)
+        if not torch.isfinite(norms).all():
+            raise ValueError("the teacher's hidden states are not finite on the calibration text: check its dtype")
+        sink_norm = sink_factor * norms.median().item()
+        kept = states[norms <= sink_norm]
+        mean = kept.mean(0) if center else torch.zeros_like(kept[0])
+        scale = (kept - mean).square().mean(0).sqrt()
+        # a dimension that never moves carries nothing: leave it at its (zero) deviation instead of dividing by ~0
+        scale = torch.where(scale > 1e-6 * scale.max().clamp_min(1e-12), scale, torch.ones_like(scale))
+        return cls(mean.float(), scale.float(), sink_norm)
+
+    @classmethod
+    def identity(cls, width: int) -> Standardizer:
+        """Changes nothing and finds no sinks: the paper's setting (`normalize="none"`)."""
+        return cls(torch.zeros(width), torch.ones(width))
+
+    def to(self, device: torch.device | str) -> Standardizer:
+        """The same statistics on `device`."""
+        return Standardizer(self.mean.to(device), self.scale.to(device), self.sink_norm)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Standardise `hidden`, (..., D), in float32."""
+        return (hidden.float() - self.mean) / self.scale
+
+    def keep(self, hidden: torch.Tensor) -> torch.Tensor:
+        """True where a position is not an attention sink, (...)."""
+        return hidden.float().norm(dim=-1) <= self.sink_norm

@@ -1,0 +1,66 @@
+"""Evaluating a finished model from the outside.
+
+Public names: `evaluate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from tutelage.tasks.kinds import detect_task, get_task, load_task_model, trunk
+from tutelage.tasks.text import make_collator, read_dataset, tokenize
+from tutelage.teacher.loading import load_tokenizer
+from tutelage.teacher.targets import LiveTeacher
+from tutelage.training.checks import check_tokenizers, shared_outputs
+from tutelage.training.evaluation import evaluate_batches
+
+
+def evaluate(
+    model: str,
+    dataset: str,
+    teacher: str | None = None,
+    *,
+    task: str | None = None,
+    split: str | None = None,
+    text_column: str = "text",
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 16,
+    mlm_probability: float = 0.3,
+) -> dict[str, Any]:
+    """Metrics of a saved model on a dataset; see `tutelage.training.evaluation.evaluate_batches`.
+
+    Args:
+        model, teacher: folders or Hub names.
+        dataset: Hub name, `datasets` folder, or file.
+        max_length: tokens a sequence; None is the model's positions, at most 256.
+        max_samples: evaluate on the first so many sequences.
+    """
+    kind = get_task(task) if task else detect_task(model)
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise ValueError(f"model {model!r} has no tokenizer in its folder: save one there")
+    if teacher is not None:
+        check_tokenizers(tokenizer, load_tokenizer(teacher))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = load_task_model(kind, model, what="model").to(device)
+    source, outputs = None, None
+    if teacher is not None:
+        teacher_model = load_task_model(kind, teacher).to(device)
+        source = LiveTeacher(teacher_model, trunk(teacher_model))
+        outputs = shared_outputs(student, teacher_model, kind, tokenizer)
+    positions = getattr(trunk(student).config, "max_position_embeddings", None) or 256
+    data = read_dataset(dataset, split)
+    if isinstance(data, dict):
+        data = next((data[name] for name in ("test", "validation", "eval") if name in data), next(iter(data.values())))
+    rows = tokenize(data, tokenizer, kind, max_length or min(positions, 256), text_column)
+    if max_samples is not None:
+        rows = rows.select(range(min(max_samples, len(rows))))
+    collator = make_collator(kind, tokenizer, mlm_probability)
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    batches = ({key: value.to(device) for key, value in batch.items()} for batch in loader)
+    metrics = evaluate_batches(student, batches, kind, source, outputs=outputs)
+    return {"model": model, "dataset": dataset, "teacher": teacher, "sequences": len(rows), **metrics}

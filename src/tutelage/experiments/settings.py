@@ -1,0 +1,144 @@
+"""What a run trains and on what; the rest of its settings are `CurriculumConfig`.
+
+Public names: `RunArguments`, `Run`, `prepare_run`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from tutelage.tasks.default import DEFAULT_EVAL_TEXT, DEFAULT_STUDENT, DEFAULT_TEACHER, DEFAULT_TEXT
+from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model, trunk
+from tutelage.tasks.students import make_student, student_config
+from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
+from tutelage.teacher.loading import load_config, load_tokenizer
+from tutelage.training.checks import check_tokenizers
+from tutelage.training.config import CurriculumConfig
+
+# Longest block when nothing is said: long enough to learn from, short enough for a laptop.
+_DEFAULT_LENGTH = 256
+# Budget of a run that names neither teacher nor data nor budget: under two minutes on 2 cores.
+_DEFAULT_STEPS = 400
+
+
+@dataclass
+class RunArguments:
+    """What is trained, on which data."""
+
+    student: str | None = field(
+        default=None,
+        metadata={"help": "Student: folder, config.json, or preset over the teacher, e.g. layers=3,hidden_size=192."},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file."}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Evaluation data; unset takes a split or the dataset's end."}
+    )
+    dataset_split: str | None = field(default=None, metadata={"help": "Split of the dataset to train on."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens a sequence; unset is at most 256."})
+    eval_fraction: float = field(default=0.05, metadata={"help": "Share held out where there is no eval data."})
+    eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many sequences."})
+    mlm_probability: float = field(default=0.3, metadata={"help": "Share of tokens masked (masked_lm)."})
+
+
+@dataclass
+class Run:
+    """Everything a trainer needs, made from the settings."""
+
+    task: Task
+    student: nn.Module
+    teacher: nn.Module | None
+    tokenizer: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    eval_dataset: Dataset
+    collator: Any
+    names: dict[str, str]
+    """For reports: teacher, student, dataset."""
+
+
+def fill_defaults(run: RunArguments, args: CurriculumConfig) -> None:
+    """The embedded teacher, student, text and budget, where nothing else is named."""
+    if args.teacher_model_name_or_path is None and args.method != "scratch":
+        args.teacher_model_name_or_path = DEFAULT_TEACHER
+    if args.teacher_model_name_or_path == DEFAULT_TEACHER or args.method == "scratch":
+        run.student = run.student or DEFAULT_STUDENT
+        if run.dataset is None:
+            run.dataset, run.eval_dataset = DEFAULT_TEXT, run.eval_dataset or DEFAULT_EVAL_TEXT
+            run.eval_samples = run.eval_samples or 64
+            if args.max_steps <= 0 and args.num_train_epochs == type(args).num_train_epochs:
+                args.max_steps = _DEFAULT_STEPS
+    if run.student is None:
+        raise ValueError("name a student, e.g. --student layers=3,hidden_size=192")
+    if run.dataset is None:
+        raise ValueError("name a dataset, e.g. --dataset corpus.txt")
+
+
+def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
+    """Check the settings, then load or build models and data; `fill_defaults` has been applied.
+
+    Raises:
+        ValueError: whatever is wrong with the settings, before any training.
+    """
+    assert run.student is not None and run.dataset is not None
+    teacher_path = args.teacher_model_name_or_path
+    reference = teacher_path or (DEFAULT_TEACHER if "=" in run.student else run.student)
+    base = load_config(reference, trust_remote_code=args.trust_remote_code)
+    task = get_task(args.task) if args.task else detect_task(reference)
+    config = student_config(run.student, base)
+    tokenizer = load_tokenizer(reference, trust_remote_code=args.trust_remote_code)
+    own = load_tokenizer(run.student) if "=" not in run.student else None
+    if tokenizer is None and own is None:
+        raise ValueError(f"found no tokenizer with {reference!r} or the student: save one into its folder")
+    check_tokenizers(own, tokenizer)
+    tokenizer = tokenizer or own
+    assert tokenizer is not None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    length = _sequence_length(run.max_length, config, tokenizer)
+    data = read_dataset(run.dataset, run.dataset_split)
+    if run.eval_dataset:
+        held_out = read_dataset(run.eval_dataset)
+        train_part = split_dataset(data, run.eval_fraction)[0] if isinstance(data, dict) else data
+        eval_part = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+    else:
+        train_part, eval_part = split_dataset(data, run.eval_fraction)
+    train_dataset = tokenize(train_part, tokenizer, task, length, run.text_column)
+    eval_dataset = tokenize(eval_part, tokenizer, task, length, run.text_column)
+    if run.eval_samples is not None:
+        eval_dataset = eval_dataset.select(range(min(run.eval_samples, len(eval_dataset))))
+    teacher = None
+    if teacher_path is not None and args.method != "scratch":
+        teacher = load_task_model(
+            task, teacher_path, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code
+        )
+    set_seed(args.seed)
+    student = make_student(run.student, task, config, teacher)
+    names = {"teacher": teacher_path or "none", "student": run.student, "dataset": run.dataset}
+    collator = make_collator(task, tokenizer, run.mlm_probability)
+    return Run(task, student.float(), teacher, tokenizer, train_dataset, eval_dataset, collator, names)
+
+
+def _sequence_length(asked: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    positions = getattr(config, "max_position_embeddings", None) or 10**9
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1
+    if asked is not None and asked > positions:
+        raise ValueError(f"max_length {asked} is longer than the model's {positions} positions: lower it")
+    return asked or min(positions, tokenizer.model_max_length, _DEFAULT_LENGTH)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trunk_width(model: nn.Module) -> int:
+    """Hidden width of a model."""
+    return int(trunk(model).config.hidden_size)

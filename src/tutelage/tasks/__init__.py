@@ -1,0 +1,1 @@
+"""Tasks: text data, students, and the models of each task. Never imports training."""

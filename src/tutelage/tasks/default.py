@@ -1,0 +1,13 @@
+"""The teacher and text that the package carries, so that everything works offline.
+
+Public names: `DEFAULT_TEACHER`, `DEFAULT_STUDENT`, `DEFAULT_TEXT`, `DEFAULT_EVAL_TEXT`.
+"""
+
+from pathlib import Path
+
+_DATA = Path(__file__).resolve().parent.parent / "data"
+
+DEFAULT_TEACHER = str(_DATA / "teacher")
+DEFAULT_STUDENT = "layers=2,hidden_size=64"
+DEFAULT_TEXT = str(_DATA / "austen" / "train.txt")
+DEFAULT_EVAL_TEXT = str(_DATA / "austen" / "heldout.txt")

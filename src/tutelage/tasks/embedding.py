@@ -1,0 +1,159 @@
+"""Sentence encoders: an encoder, pooling, and a linear head, in sentence-transformers' folder format.
+
+Public names: `EmbeddingModel`, `load_embedding_model`.
+
+Shapes: B batch, T positions, D encoder width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from tutelage.teacher.loading import load_model
+
+POOLINGS = ("mean", "cls")
+_MODULES = {
+    "Transformer": "sentence_transformers.models.Transformer",
+    "Pooling": "sentence_transformers.models.Pooling",
+    "Dense": "sentence_transformers.models.Dense",
+    "Normalize": "sentence_transformers.models.Normalize",
+}
+
+
+class EmbeddingModel(nn.Module):
+    """An encoder with mean or first-token pooling, an optional linear head, and unit-norm output.
+
+    Args:
+        encoder: a `transformers` encoder without an output head.
+        embedding_size: E, the width of the head's output; None leaves the head out (E = D).
+        pooling: `mean` over non-padding positions, or `cls`.
+        normalize: scale embeddings to unit norm.
+    """
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        embedding_size: int | None = None,
+        pooling: str = "mean",
+        normalize: bool = True,
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {pooling!r}: use one of {', '.join(POOLINGS)}")
+        self.encoder = encoder
+        self.pooling, self.normalize = pooling, normalize
+        self.head = None if embedding_size is None else nn.Linear(encoder.config.hidden_size, embedding_size)
+
+    @property
+    def config(self) -> Any:
+        """The encoder's configuration."""
+        return self.encoder.config
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings, (B, T) ids -> (B, E)."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        hidden_BTD = self.encoder(**inputs).last_hidden_state
+        if self.pooling == "cls":
+            pooled = hidden_BTD[:, 0]
+        elif attention_mask is None:
+            pooled = hidden_BTD.mean(1)
+        else:
+            weight = attention_mask.unsqueeze(-1).to(hidden_BTD.dtype)
+            pooled = (hidden_BTD * weight).sum(1) / weight.sum(1).clamp_min(1)
+        if self.head is not None:
+            pooled = self.head(pooled)
+        return F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the encoder at the folder's root and the rest as sentence-transformers modules."""
+        folder = Path(folder)
+        kwargs.pop("state_dict", None)
+        self.encoder.save_pretrained(folder, **kwargs)
+        width = self.encoder.config.hidden_size
+        modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+        _write_json(
+            folder / "1_Pooling" / "config.json",
+            {
+                "word_embedding_dimension": width,
+                "pooling_mode_cls_token": self.pooling == "cls",
+                "pooling_mode_mean_tokens": self.pooling == "mean",
+            },
+        )
+        if self.head is not None:
+            modules.append(("Dense", "2_Dense"))
+            _write_json(
+                folder / "2_Dense" / "config.json",
+                {
+                    "in_features": width,
+                    "out_features": self.head.out_features,
+                    "bias": True,
+                    "activation_function": "torch.nn.modules.linear.Identity",
+                },
+            )
+            weights = {"linear.weight": self.head.weight.detach().cpu(), "linear.bias": self.head.bias.detach().cpu()}
+            save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+        if self.normalize:
+            modules.append(("Normalize", f"{len(modules)}_Normalize"))
+            (folder / modules[-1][1]).mkdir(exist_ok=True)
+        entries = [
+            {"idx": index, "name": str(index), "path": path, "type": _MODULES[kind]}
+            for index, (kind, path) in enumerate(modules)
+        ]
+        _write_json(folder / "modules.json", entries)
+        positions = getattr(self.config, "max_position_embeddings", None)
+        _write_json(folder / "sentence_bert_config.json", {"max_seq_length": positions, "do_lower_case": False})
+
+
+def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -> EmbeddingModel:
+    """Load an encoder, with pooling and head as its sentence-transformers files say (mean pooling if it has none).
+
+    Raises:
+        ValueError: a module or pooling this class does not have.
+    """
+    encoder = load_model(folder, AutoModel, what=what, **kwargs)
+    root = Path(folder)
+    if not (root / "modules.json").is_file():
+        return EmbeddingModel(encoder)
+    entries = json.loads((root / "modules.json").read_text(encoding="utf-8"))
+    kinds = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in entries}
+    unknown = set(kinds) - set(_MODULES)
+    if unknown:
+        raise ValueError(f"{what} {folder!r} has a module of kind {sorted(unknown)[0]}; known: {', '.join(_MODULES)}")
+    pooling = "mean"
+    if "Pooling" in kinds:
+        settings = json.loads((root / kinds["Pooling"] / "config.json").read_text(encoding="utf-8"))
+        chosen = [key for key, value in settings.items() if key.startswith("pooling_mode") and value is True]
+        by_key = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        if len(chosen) == 1 and chosen[0] in by_key:
+            pooling = by_key[chosen[0]]
+        elif chosen or settings.get("pooling_mode", "mean") not in POOLINGS:
+            raise ValueError(f"{what} {folder!r} pools by {chosen or settings['pooling_mode']}; known: mean, cls")
+        else:
+            pooling = settings.get("pooling_mode", "mean")
+    head = root / kinds["Dense"] if "Dense" in kinds else None
+    weights = load_file(head / "model.safetensors") if head else {}
+    size = len(weights["linear.weight"]) if head else None
+    model = EmbeddingModel(encoder, size, pooling, "Normalize" in kinds)
+    if model.head is not None:
+        model.head.load_state_dict({key.removeprefix("linear."): value for key, value in weights.items()})
+    return model
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

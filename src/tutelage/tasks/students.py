@@ -1,0 +1,117 @@
+"""Students: from a folder, from a config file, or from a preset relative to the teacher.
+
+Public names: `student_config`, `make_student`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from tutelage.tasks.kinds import Task, build_task_model, load_task_model, read_json
+from tutelage.teacher.loading import load_config
+
+_ALIASES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
+# names of the feed-forward width, by architecture family
+_FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
+
+
+def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration that `student` names.
+
+    Args:
+        student: a model folder, a `config.json`, or a preset such as `layers=3,hidden_size=192`: comma-separated settings
+            over the teacher's configuration. Heads and feed-forward width follow the hidden size unless given; every
+            other field (vocabulary, positions, activation...) is the teacher's.
+        teacher: the teacher's configuration.
+
+    Raises:
+        ValueError: not a folder, file or preset; an unknown field; a width that does not fit the heads.
+    """
+    path = Path(student)
+    if path.is_file():
+        fields = read_json(path)
+        if not isinstance(fields, dict) or "model_type" not in fields:
+            raise ValueError(f"student config {student!r} has no model_type: it is not a transformers configuration")
+        return AutoConfig.for_model(**fields)
+    if path.is_dir() or "=" not in student:
+        return load_config(student, what="student")
+    return _preset(student, teacher)
+
+
+def make_student(student: str, task: Task, config: PreTrainedConfig, teacher: nn.Module | None = None) -> nn.Module:
+    """The student model: loaded where `student` is a folder or Hub name with weights, else randomly initialised."""
+    path = Path(student)
+    preset = "=" in student and not path.exists()
+    bare_folder = path.is_dir() and not any(path.glob("*.safetensors"))
+    if preset or path.is_file() or bare_folder:
+        return build_task_model(task, config, teacher)
+    return load_task_model(task, student, what="student")
+
+
+def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    settings: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ValueError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
+        settings[_ALIASES.get(key, key)] = yaml.safe_load(value)
+    config = copy.deepcopy(teacher)
+    known = {*config.to_dict(), *config.attribute_map}
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"student preset {text!r}: {type(config).__name__} has no field {key!r}")
+    for key in ("num_hidden_layers", "hidden_size"):
+        if key in settings and (not isinstance(settings[key], int) or settings[key] < 1):
+            raise ValueError(f"student preset {text!r}: {key} must be a positive whole number, got {settings[key]!r}")
+    depth, width = config.num_hidden_layers, config.hidden_size
+    new_depth = settings.setdefault("num_hidden_layers", depth)
+    new_width = settings.setdefault("hidden_size", width)
+    if new_width != width:
+        _scale_width(config, settings, width, new_width)
+    if getattr(config, "layer_types", None):
+        # keep the mixture of attention kinds: student layer i takes the kind of the teacher layer it stands for
+        kinds = config.layer_types
+        config.layer_types = [kinds[min(depth - 1, i * depth // new_depth)] for i in range(new_depth)]
+    for key, value in settings.items():
+        setattr(config, key, value)
+    heads = config.num_attention_heads
+    if new_width % heads and not getattr(config, "head_dim", None):
+        raise ValueError(f"student preset {text!r}: hidden_size {new_width} is not divisible by {heads} heads")
+    config.name_or_path = ""
+    for stale in ("quantization_config", "_name_or_path"):
+        if hasattr(config, stale):
+            delattr(config, stale)
+    return config
+
+
+def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int, new_width: int) -> None:
+    """Let heads (of the teacher's size) and feed-forward width follow the hidden size, where not given."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or width // heads
+    if "num_attention_heads" not in settings:
+        new_heads = max(1, new_width // head_dim)
+        while new_width % new_heads:
+            new_heads -= 1
+        settings["num_attention_heads"] = new_heads
+        groups = getattr(config, "num_key_value_heads", None)
+        if groups and "num_key_value_heads" not in settings:
+            new_groups = max(1, round(new_heads * groups / heads))
+            while new_heads % new_groups:
+                new_groups -= 1
+            settings["num_key_value_heads"] = new_groups
+    if "head_dim" in config.to_dict() and "head_dim" not in settings:
+        settings["head_dim"] = new_width // settings["num_attention_heads"]
+    for name in _FEED_FORWARD:
+        if getattr(config, name, None) and name not in settings:
+            settings[name] = max(8, round(getattr(config, name) * new_width / width / 8) * 8)
+    if "embedding_size" in config.to_dict() and config.embedding_size == width:
+        settings.setdefault("embedding_size", new_width)
+    if "word_embed_proj_dim" in config.to_dict() and config.word_embed_proj_dim == width:
+        settings.setdefault("word_embed_proj_dim", new_width)

@@ -1,0 +1,206 @@
+"""Text in, model inputs out: reading, tokenising, packing and collating datasets.
+
+Public names: `read_dataset`, `split_dataset`, `tokenize`, `make_collator`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from tutelage.tasks.kinds import Task
+
+_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
+    """Read a Hub dataset, a folder saved by `datasets`, or a .txt/.jsonl/.parquet file.
+
+    Raises:
+        ValueError: nothing there, another kind of file, a text file that is not UTF-8, or an empty dataset.
+    """
+    file = Path(path)
+    if file.is_file():
+        if file.suffix not in _BUILDERS:
+            raise ValueError(f"dataset {path!r} ends in {file.suffix!r}: expected .txt, .jsonl or .parquet")
+        if file.stat().st_size == 0:
+            raise ValueError(f"dataset {path!r} is empty: it needs at least one example")
+        if file.suffix != ".parquet":
+            _check_utf8(file)
+        options: dict[str, Any] = {"keep_linebreaks": True} if file.suffix == ".txt" else {}
+        data = load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train", **options)
+    elif file.is_dir():
+        try:
+            data = load_from_disk(path)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"dataset folder {path!r} was not written by datasets' save_to_disk; give a .txt, .jsonl or .parquet file"
+            ) from error
+    elif file.suffix in _BUILDERS:
+        raise ValueError(f"no dataset file {path!r}")
+    else:
+        try:
+            data = load_dataset(path)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"no dataset {path!r}: no such file or folder, and the Hub gave none ({reason})") from error
+    if split is not None:
+        if not isinstance(data, DatasetDict) or split not in data:
+            have = ", ".join(data) if isinstance(data, DatasetDict) else "no splits"
+            raise ValueError(f"dataset {path!r} has no split {split!r}: it has {have}")
+        data = data[split]
+    parts = data.values() if isinstance(data, DatasetDict) else [data]
+    if not any(len(part) for part in parts):
+        raise ValueError(f"dataset {path!r} is empty: it needs at least one example")
+    return data
+
+
+def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Dataset, Dataset]:
+    """Training and evaluation parts: the dataset's own splits, else its last `eval_fraction` of examples."""
+    if isinstance(data, DatasetDict):
+        train = data["train"] if "train" in data else next(iter(data.values()))
+        held_out = next((data[name] for name in ("validation", "eval", "test") if name in data), None)
+        if held_out is not None:
+            return train, held_out
+        data = train
+    count = max(1, round(len(data) * eval_fraction))
+    if len(data) <= count:
+        raise ValueError(
+            f"the dataset has {len(data)} example(s), too few to hold {count} out for evaluation: "
+            "give an --eval_dataset or more data"
+        )
+    return data.select(range(len(data) - count)), data.select(range(len(data) - count, len(data)))
+
+
+def tokenize(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, text_column: str = "text"
+) -> Dataset:
+    """Turn text into model inputs.
+
+    Language models get packed blocks of exactly `max_length` tokens (documents joined, with the end-of-text token
+    between documents of .jsonl/.parquet data; the remainder is dropped); the other tasks one truncated example a row.
+    Datasets that have `input_ids` already pass through, checked for length.
+
+    Raises:
+        ValueError: a column is missing, rows are longer than `max_length`, or there is too little text for one block.
+    """
+    if "input_ids" in data.column_names:
+        longest = max(len(ids) for ids in data["input_ids"])
+        if longest > max_length:
+            raise ValueError(
+                f"the dataset has a sequence of {longest} tokens, the model takes {max_length}: truncate it, "
+                "or pass text and let tutelage tokenise it"
+            )
+        return data
+    needed = [text_column, *(column for column in task.columns if column != "text")]
+    for column in needed:
+        if column not in data.column_names:
+            raise ValueError(
+                f"the dataset has no column {column!r} (it has {', '.join(data.column_names)}); "
+                f"task {task.name} needs {' and '.join(needed)}: rename the column or set --text_column"
+            )
+    if not task.per_position:
+        rows = data.map(
+            lambda batch: tokenizer(batch[text_column], truncation=True, max_length=max_length),
+            batched=True,
+            remove_columns=[name for name in data.column_names if name != "label"],
+            desc="Tokenising",
+        )
+        return rows.rename_column("label", "labels") if "label" in rows.column_names else rows
+    packed = data.map(
+        lambda batch: _pack(batch[text_column], tokenizer, task, max_length),
+        batched=True,
+        batch_size=20_000,
+        remove_columns=data.column_names,
+        desc="Packing",
+    )
+    if len(packed) == 0:
+        raise ValueError(f"the text is too short for one block of {max_length} tokens: lower --max_length or add text")
+    return packed
+
+
+def _pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> dict[str, Any]:
+    lines = any(text.endswith("\n") for text in texts[:100])  # a .txt file's lines are one running text
+    if lines:
+        texts = ["".join(texts)]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    separator = [] if lines or tokenizer.eos_token_id is None or not task.causal else [tokenizer.eos_token_id]
+    stream = [token for document in ids for token in (*document, *separator)]
+    special = 0 if task.causal else tokenizer.num_special_tokens_to_add()
+    body = max_length - special
+    blocks = [stream[start : start + body] for start in range(0, len(stream) - body + 1, body)]
+    if special:
+        blocks = [tokenizer.build_inputs_with_special_tokens(block) for block in blocks]
+    packed: dict[str, Any] = {"input_ids": blocks}
+    if task.causal:
+        packed["labels"] = blocks
+    return packed
+
+
+def make_collator(task: Task, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
+    """The data collator for a task."""
+    if task.name == "causal_lm":
+        return CausalCollator(tokenizer)
+    if task.name == "masked_lm":
+        return StableMaskingCollator(tokenizer, mlm_probability=mlm_probability)
+    return DataCollatorWithPadding(tokenizer)
+
+
+class CausalCollator:
+    """Stacks packed blocks; pads ragged ones, with labels ignored there."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        lengths = {len(row["input_ids"]) for row in rows}
+        longest = max(lengths)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+        def stack(column: str, fill: int) -> torch.Tensor:
+            return torch.tensor([list(row[column]) + [fill] * (longest - len(row[column])) for row in rows])
+
+        batch = {"input_ids": stack("input_ids", pad)}
+        labelled = "labels" in rows[0]
+        batch["labels"] = stack("labels" if labelled else "input_ids", -100)
+        if len(lengths) > 1:
+            batch["attention_mask"] = (
+                torch.arange(longest) < torch.tensor([len(row["input_ids"]) for row in rows]).unsqueeze(1)
+            ).long()
+        return batch
+
+
+class StableMaskingCollator(DataCollatorForLanguageModeling):
+    """Random masking (80/10/10) seeded by the batch's content.
+
+    The same batch is masked alike in every method and after a resume, whatever else has drawn random numbers.
+    """
+
+    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        content = hashlib.sha256(str([list(example["input_ids"]) for example in examples]).encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(content[:7], "little"))
+        return super().torch_call(examples)
+
+
+def _check_utf8(file: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with file.open("rb") as handle:
+        while True:
+            block = handle.read(1 << 20)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{file} is not UTF-8: byte {error.object[error.start]:#04x} near offset {offset + error.start}; "
+                    f"convert it, e.g. `iconv -f ISO-8859-1 -t UTF-8 {file}`"
+                ) from error
+            if not block:
+                return
+            offset += len(block)

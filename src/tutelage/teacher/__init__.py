@@ -1,0 +1,1 @@
+"""Where targets come from: loading teachers, calibration, and live targets."""

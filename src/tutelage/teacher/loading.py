@@ -1,0 +1,97 @@
+"""Loading models and tokenizers safely.
+
+Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`.
+
+Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load a model's configuration from a folder or the Hub.
+
+    Raises:
+        ValueError: no such folder and nothing on the Hub, or a folder without `config.json`.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{what} folder {path!r} has no config.json: it is not a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no {what} at {path!r}: it is no folder here, and the Hub gave none ({_first_line(error)}); "
+            "give an existing folder or a Hub name such as org/model"
+        ) from error
+
+
+def check_weights(path: str, *, what: str = "teacher") -> None:
+    """Refuse a local folder whose weights are missing or stored as pickles only."""
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf")):
+        return
+    pickles = [file.name for pattern in _PICKLES for file in folder.glob(pattern) if file.name != "training_args.bin"]
+    if pickles:
+        raise ValueError(
+            f"{what} {path!r} stores its weights as a pickle ({pickles[0]}), which can run code when loaded: convert it "
+            "with `model.save_pretrained(folder)` (safetensors) in an environment where you trust the file"
+        )
+    raise ValueError(f"{what} folder {path!r} holds no weights: expected *.safetensors")
+
+
+def load_model(
+    path: str,
+    auto_class: Any,
+    *,
+    what: str = "teacher",
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a pretrained model from safetensors.
+
+    Args:
+        path: folder or Hub name.
+        auto_class: the `AutoModelFor...` to load with.
+        what: the model's part, for messages.
+        dtype: parameter dtype; None keeps the checkpoint's.
+        kwargs: further arguments of `from_pretrained` (`device_map`, `quantization_config`, `gguf_file`, ...).
+
+    Raises:
+        ValueError: nothing there, a pickle, or a folder without weights.
+    """
+    load_config(path, what=what, trust_remote_code=trust_remote_code)
+    check_weights(path, what=what)
+    if "gguf_file" not in kwargs:
+        kwargs["use_safetensors"] = True
+    try:
+        return auto_class.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **kwargs
+        )
+    except OSError as error:
+        raise ValueError(f"could not load {what} {path!r}: {_first_line(error)}") from error
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer stored at `path`, or None where there is none."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        return None
+    if folder.is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

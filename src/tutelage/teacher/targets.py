@@ -1,0 +1,259 @@
+"""Where targets come from: a live, frozen teacher.
+
+Public names: `LiveTeacher`, `TargetMap`, `calibrate`, `save_target_maps`, `load_target_maps`.
+
+Shapes: B batch, T positions, D teacher width, R projected width, N calibration positions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tutelage.core.blocks import HEAD, Place, find_blocks, forward_to
+from tutelage.core.curriculum import Curriculum, Stage
+from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import model_inputs, position_mask
+from tutelage.core.projection import (
+    RANDOM_KINDS,
+    DataProjection,
+    Projection,
+    RandomProjection,
+    head_projection,
+    pca_projection,
+)
+from tutelage.core.standardize import Standardizer
+
+
+class LiveTeacher:
+    """A frozen teacher in memory.
+
+    Args:
+        model: the whole model; its parameters are frozen and it is put into evaluation mode.
+        trunk: the part that hidden stages run in (an embedding model's encoder); None for the model itself.
+        container: dotted name of the list of blocks, where `find_blocks` finds several.
+    """
+
+    def __init__(self, model: nn.Module, trunk: nn.Module | None = None, container: str | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.trunk = trunk if trunk is not None else model
+        self.blocks = find_blocks(self.trunk, container)
+
+    @torch.inference_mode()
+    def hidden(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Hidden state at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
+        return forward_to(self.trunk, place, blocks=self.blocks, **model_inputs(self.trunk, batch))
+
+    @torch.inference_mode()
+    def output(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The whole model's output (an embedding model's pooled embedding), (B, E)."""
+        return self.model(**model_inputs(self.model, batch))
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Take the weights of another checkpoint of the same architecture (safetensors)."""
+        state: dict[str, torch.Tensor] = {}
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            state.update(load_file(file))
+        target = self.model.state_dict()
+        missing = [name for name in target if name not in state and not _is_tied(self.model, name)]
+        if missing or any(name in target and target[name].shape != value.shape for name, value in state.items()):
+            raise ValueError(
+                f"checkpoint {folder!r} is of another architecture than the teacher: "
+                f"{f'it lacks {missing[0]}' if missing else 'its shapes differ'}"
+            )
+        self.model.load_state_dict({name: value for name, value in state.items() if name in target}, strict=False)
+
+
+def check_checkpoint(model: nn.Module, folder: str) -> None:
+    """Raise ValueError unless `folder` holds safetensors of `model`'s architecture; reads headers only."""
+    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    if not files:
+        raise ValueError(f"teacher checkpoint {folder!r} is not a folder with *.safetensors in it")
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(file, "pt") as handle:
+            shapes.update({name: list(handle.get_slice(name).get_shape()) for name in handle.keys()})  # noqa: SIM118
+    for name, parameter in model.state_dict().items():
+        if name not in shapes and not _is_tied(model, name):
+            raise ValueError(f"checkpoint {folder!r} is of another architecture than the teacher: it lacks {name}")
+        if name in shapes and shapes[name] != list(parameter.shape):
+            raise ValueError(
+                f"checkpoint {folder!r} is of another architecture than the teacher: {name} has shape "
+                f"{shapes[name]} there and {list(parameter.shape)} in the teacher"
+            )
+
+
+def _is_tied(model: nn.Module, name: str) -> bool:
+    """Whether entry `name` shares its storage with another one, and so need not be stored."""
+    state = model.state_dict()
+    return any(other != name and value.data_ptr() == state[name].data_ptr() for other, value in state.items())
+
+
+@dataclass(frozen=True)
+class TargetMap:
+    """From a teacher state to a student target: standardise, then project."""
+
+    standardizer: Standardizer
+    projection: Projection
+    decoder: torch.Tensor | None = None
+    """(R, D): from targets back to standardised states, where a warm start needs it."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Targets, (..., D) -> (..., R), float32."""
+        return self.projection(self.standardizer(hidden))
+
+    def to(self, device: torch.device | str) -> TargetMap:
+        """The same map with its statistics on `device`."""
+        return TargetMap(self.standardizer.to(device), self.projection, self.decoder)
+
+
+def calibrate(
+    teacher: LiveTeacher,
+    curriculum: Curriculum,
+    batches: Sequence[Mapping[str, Any]],
+    student_width: int,
+    *,
+    center_head: bool = True,
+    head: OutputHead | None = None,
+) -> list[TargetMap | None]:
+    """Build each hidden stage's target map from a small pass over calibration batches.
+
+    Args:
+        teacher: the teacher.
+        curriculum: its hidden stages say which places.
+        batches: model inputs on the teacher's device.
+        student_width: R.
+        center_head: subtract the mean at `head`; False where the student's output head has no bias to carry it, so that
+            the transplanted head needs none.
+        head: the teacher's output head; None where the output is the state itself (embedding models).
+
+    Returns:
+        One map for each stage, None for output stages.
+    """
+    maps: list[TargetMap | None] = []
+    for stage in curriculum.stages:
+        if stage.kind != "hidden":
+            maps.append(None)
+            continue
+        needs_decoder = stage.teacher_place == HEAD and "head" in curriculum.warm_start
+        needs_data = curriculum.projection not in RANDOM_KINDS
+        if curriculum.normalize == "none" and not needs_decoder and not needs_data:
+            width = teacher.hidden(_place(stage), batches[0]).shape[-1]
+            standardizer, moment = Standardizer.identity(width), None
+        else:
+            states = _states(teacher, _place(stage), batches)
+            standardizer = (
+                Standardizer.identity(states.shape[-1])
+                if curriculum.normalize == "none"
+                else Standardizer.fit(states, center=center_head or stage.teacher_place != HEAD)
+            )
+            moment = _second_moment(states, standardizer) if needs_decoder or needs_data else None
+        projection = _projection(curriculum, stage, standardizer, moment, student_width, teacher, head)
+        decoder = projection.decoder(moment) if needs_decoder else None
+        maps.append(TargetMap(standardizer, projection, decoder))
+    return maps
+
+
+def _place(stage: Stage) -> Place:
+    assert stage.teacher_place is not None
+    return stage.teacher_place
+
+
+def _states(teacher: LiveTeacher, place: Place, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
+    """States of all non-padding calibration positions on the CPU, (N, D)."""
+    parts = []
+    for batch in batches:
+        hidden = teacher.hidden(place, batch)
+        parts.append(hidden[position_mask(batch, hidden)].float().cpu())
+    return torch.cat(parts)
+
+
+def _second_moment(states_ND: torch.Tensor, standardizer: Standardizer) -> torch.Tensor:
+    kept = standardizer(states_ND[standardizer.keep(states_ND)]).double()
+    return kept.T @ kept / len(kept)
+
+
+def _projection(
+    curriculum: Curriculum,
+    stage: Stage,
+    standardizer: Standardizer,
+    moment: torch.Tensor | None,
+    width: int,
+    teacher: LiveTeacher,
+    head: OutputHead | None,
+) -> Projection:
+    if curriculum.projection in RANDOM_KINDS:
+        return random_projection(curriculum, _place(stage), len(standardizer.mean), width, len(teacher.blocks))
+    assert moment is not None
+    # The outputs see a block's state only through the blocks above it, so there `head` is the principal directions too;
+    # an embedding model's output *is* its pooled state, with no head to look through.
+    if curriculum.projection == "pca" or stage.teacher_place != HEAD or head is None:
+        return pca_projection(moment, width)
+    return head_projection(moment, _logit_gram(head, standardizer), width)
+
+
+def random_projection(
+    curriculum: Curriculum, place: Place, in_features: int, out_features: int, teacher_blocks: int
+) -> RandomProjection:
+    """The random projection of the stage at teacher `place`: seeded by (projection_seed, place), `head` being L_T + 1."""
+    number = teacher_blocks + 1 if place == HEAD else int(place)
+    return RandomProjection(in_features, out_features, (curriculum.projection_seed, number), curriculum.projection)
+
+
+def _logit_gram(head: OutputHead, standardizer: Standardizer) -> torch.Tensor:
+    """W^T W of the head's weight, centred over the outputs, in standardised coordinates, (D, D)."""
+    weight = head.linear.weight[: head.outputs].double().cpu()
+    weight = (weight - weight.mean(0)) * standardizer.scale.double().cpu()
+    return weight.T @ weight
+
+
+def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
+    """Store statistics, data-aware projections and decoders; random projections are drawn again from their seed."""
+    tensors: dict[str, torch.Tensor] = {}
+    for index, target_map in enumerate(maps):
+        if target_map is None:
+            continue
+        tensors[f"{index}.mean"] = target_map.standardizer.mean.cpu()
+        tensors[f"{index}.scale"] = target_map.standardizer.scale.cpu()
+        tensors[f"{index}.sink_norm"] = torch.tensor(target_map.standardizer.sink_norm, dtype=torch.float64)
+        if isinstance(target_map.projection, DataProjection):
+            tensors[f"{index}.projection"] = target_map.projection.matrix()
+        if target_map.decoder is not None:
+            tensors[f"{index}.decoder"] = target_map.decoder
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def load_target_maps(
+    path: Path, curriculum: Curriculum, student_width: int, teacher_blocks: int
+) -> list[TargetMap | None]:
+    """The inverse of `save_target_maps`."""
+    tensors = load_file(path)
+    maps: list[TargetMap | None] = []
+    for index, stage in enumerate(curriculum.stages):
+        if stage.kind != "hidden":
+            maps.append(None)
+            continue
+        standardizer = Standardizer(
+            tensors[f"{index}.mean"], tensors[f"{index}.scale"], float(tensors[f"{index}.sink_norm"])
+        )
+        stored = tensors.get(f"{index}.projection")
+        projection: Projection
+        if stored is not None:
+            projection = DataProjection(stored, curriculum.projection)
+        else:
+            width = len(standardizer.mean)
+            projection = random_projection(curriculum, _place(stage), width, student_width, teacher_blocks)
+        maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.decoder")))
+    return maps

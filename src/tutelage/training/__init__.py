@@ -1,0 +1,1 @@
+"""Training: the stage objective, `CurriculumConfig`, `CurriculumTrainer` and cost accounting."""

@@ -1,0 +1,114 @@
+"""Checks made before any compute is spent.
+
+Public names: `check_vocabularies`, `check_length`, `check_output_dir`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.heads import OutputHead
+from tutelage.tasks.kinds import Task
+from tutelage.training.records import CURRICULUM_FILE, TARGETS_FILE, write_atomically
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> None:
+    """Refuse two tokenizers that do not map the same text to the same ids."""
+    if student is None or teacher is None:
+        return
+    mine, theirs = student.get_vocab(), teacher.get_vocab()
+    if mine == theirs:
+        return
+    differing = next((t for t in theirs if mine.get(t) != theirs[t]), None) or next(t for t in mine if t not in theirs)
+    raise ValueError(
+        f"student and teacher have different tokenizers ({len(mine)} and {len(theirs)} entries; {differing!r} is "
+        f"{mine.get(differing)} in the student's and {theirs.get(differing)} in the teacher's): distillation compares them "
+        "token by token; use the teacher's tokenizer for the student"
+    )
+
+
+def shared_outputs(
+    student: nn.Module, teacher: nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase | None
+) -> int | None:
+    """Number of outputs both heads share, None where they are equal.
+
+    Vocabularies padded to different sizes are trimmed, with a warning, to the tokenizer's; anything else is refused.
+    """
+    if task.name == "embedding":
+        return None
+    mine, theirs = (OutputHead.of(model).linear.out_features for model in (student, teacher))
+    if mine == theirs:
+        return None
+    if not task.per_position:
+        raise ValueError(f"the student has {mine} classes, the teacher {theirs}: they must be the same classes")
+    if tokenizer is None or len(tokenizer) > min(mine, theirs):
+        known = "no tokenizer was given to check" if tokenizer is None else f"the tokenizer has {len(tokenizer)} entries"
+        raise ValueError(
+            f"the student has {mine} vocabulary entries, the teacher {theirs}, and {known} that the ids they share mean "
+            "the same: pass processing_class, and a student with the teacher's vocabulary"
+        )
+    warnings.warn(
+        f"vocabularies are padded to different sizes (student {mine}, teacher {theirs}): outputs beyond the tokenizer's "
+        f"{len(tokenizer)} entries are left out of the loss",
+        UserWarning,
+        stacklevel=3,
+    )
+    return len(tokenizer)
+
+
+def check_dataset(dataset: Any, config: Any, name: str) -> None:
+    """Refuse an empty dataset, one without model inputs, and sequences longer than the model's positions."""
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"the {name} dataset is empty: it needs at least one example")
+    row = dataset[0]
+    if not hasattr(row, "keys") or "input_ids" not in row:
+        have = ", ".join(row.keys()) if hasattr(row, "keys") else type(row).__name__
+        raise ValueError(
+            f"the {name} dataset has no column 'input_ids' (it has {have}): tokenise it first, "
+            "e.g. with tutelage.tasks.text.tokenize"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    # RoBERTa and its relatives number positions from padding_idx + 1
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= config.pad_token_id + 1
+    ids = dataset.data.column("input_ids") if hasattr(dataset, "data") and dataset._indices is None else None
+    lengths = (len(value) for value in ids) if ids is not None else (len(dataset[i]["input_ids"]) for i in range(len(dataset)))
+    longest = max(lengths)
+    if longest > positions:
+        raise ValueError(
+            f"the {name} dataset has a sequence of {longest} tokens, the model has {positions} positions: "
+            "lower max_length"
+        )
+
+
+def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, overwrite: bool) -> None:
+    """Make `output_dir` this run's: refuse another run's folder, and a resume under another curriculum."""
+    file = output_dir / CURRICULUM_FILE
+    if file.exists() and resuming:
+        if json.loads(file.read_text(encoding="utf-8")) != json.loads(curriculum.to_json()):
+            raise ValueError(
+                f"{output_dir} was trained with another curriculum (see {file}): resume with the settings it began with, "
+                "or choose another output_dir"
+            )
+        return
+    if file.exists() and not overwrite:
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds another run: choose another folder, go on with it by "
+            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for name in (TARGETS_FILE, "metrics.jsonl"):
+            (output_dir / name).unlink(missing_ok=True)
+    write_atomically(file, curriculum.to_json() + "\n")

@@ -1,0 +1,143 @@
+"""The settings of a run: `transformers.TrainingArguments` and what a curriculum adds.
+
+Public names: `CurriculumConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from tutelage.core.curriculum import (
+    METHODS,
+    Curriculum,
+    extraction,
+    one_shot,
+    parse_layer_map,
+    progressive,
+    scratch,
+)
+
+
+@dataclass
+class CurriculumConfig(TrainingArguments):
+    """Arguments of `CurriculumTrainer`; every `TrainingArguments` field keeps its meaning.
+
+    `max_steps` (or `num_train_epochs`) is the budget of the *whole* curriculum. Warm-up and decay are counted within each
+    stage: `warmup_steps` below 1 is a share of the stage's steps.
+    """
+
+    # Other defaults than transformers', for small students trained from a random start.
+    output_dir: str | None = field(default="tutelage-output", metadata={"help": "Folder the run is written to."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of every stage."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Decay within each stage."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up of each stage: steps, or a share below 1."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a device and micro-step."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a device in evaluation."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between logs."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+
+    method: str = field(default="extraction", metadata={"help": f"One of {', '.join(METHODS)}."})
+    task: str | None = field(
+        default=None,
+        metadata={"help": "causal_lm, masked_lm, sequence_classification or embedding; found from the teacher if unset."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher: folder or Hub name. The command line's default is the embedded one."}
+    )
+    teacher_checkpoints: list[str] | None = field(
+        default=None,
+        metadata={"help": "Progressive: folders of intermediate teacher checkpoints, early to late."},
+    )
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; unset keeps the checkpoint's."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+    layer_map: str | None = field(
+        default=None,
+        metadata={"help": "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'head:head'; unset is uniform."},
+    )
+    num_stages: int | None = field(default=None, metadata={"help": "Hidden stages of the uniform layer map."})
+    stage_fraction: float = field(default=0.5, metadata={"help": "Share of the steps given to hidden stages."})
+    stage_steps: list[int] | None = field(
+        default=None,
+        metadata={"help": "Steps of every hidden stage (one number) or of each; overrides stage_fraction."},
+    )
+    stage_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of hidden stages; unset takes learning_rate."}
+    )
+    projection: str = field(
+        default="gaussian", metadata={"help": "gaussian (the paper), orthogonal, rademacher, pca or head."}
+    )
+    projection_seed: int = field(default=0, metadata={"help": "Seed of the random projections."})
+    normalize: str = field(default="standardize", metadata={"help": "standardize, or none as in the paper."})
+    warm_start: str = field(
+        default="none",
+        metadata={"help": "none (the paper), head, embedding or head+embedding: start from the teacher's weights."},
+    )
+    calibration_samples: int = field(default=64, metadata={"help": "Training examples the calibration pass reads."})
+    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of the output loss."})
+    label_weight: float = field(default=0.0, metadata={"help": "Share of label loss in output stages, 0 to 1."})
+    embedding_loss: str = field(default="cosine", metadata={"help": "Encoders: cosine or mse on the pooled embedding."})
+    logits_chunk_size: int | None = field(
+        default=None, metadata={"help": "Positions whose logits are held at a time; unset chooses it."}
+    )
+    blocks: str | None = field(
+        default=None, metadata={"help": "Dotted name of the list of blocks, for models where several are found."}
+    )
+    eval_with_teacher: bool = field(
+        default=False, metadata={"help": "Also compare with the teacher in evaluations during training."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over another run in output_dir."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+        if self.embedding_loss not in ("cosine", "mse"):
+            raise ValueError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
+        if self.calibration_samples < 1:
+            raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
+        # The trainer stops at a loss that is not finite; the filter would hide it.
+        self.logging_nan_inf_filter = False
+
+    def build_curriculum(self, student_blocks: int, teacher_blocks: int | None, steps: int) -> Curriculum:
+        """The curriculum these settings describe.
+
+        Args:
+            student_blocks: L_S.
+            teacher_blocks: L_T; None without a teacher (scratch).
+            steps: optimiser steps of the whole curriculum.
+
+        Raises:
+            ValueError: whatever the builders refuse.
+        """
+        settings = {
+            "projection": self.projection,
+            "projection_seed": self.projection_seed,
+            "normalize": self.normalize,
+            "warm_start": self.warm_start if self.method == "extraction" else "none",
+            "temperature": self.temperature,
+        }
+        if self.method == "scratch":
+            return scratch(steps, **settings)
+        if teacher_blocks is None:
+            raise ValueError(f"method {self.method!r} needs a teacher: pass teacher_model (or use method='scratch')")
+        if self.method == "one_shot":
+            return one_shot(steps, label_weight=self.label_weight, **settings)
+        if self.method == "progressive":
+            return progressive(steps, self.teacher_checkpoints or [], label_weight=self.label_weight, **settings)
+        stage_steps = self.stage_steps
+        return extraction(
+            student_blocks,
+            teacher_blocks,
+            steps,
+            layer_map=parse_layer_map(self.layer_map) if self.layer_map else None,
+            num_stages=self.num_stages,
+            stage_fraction=self.stage_fraction,
+            stage_steps=stage_steps[0] if stage_steps and len(stage_steps) == 1 else stage_steps,
+            stage_learning_rate=self.stage_learning_rate,
+            label_weight=self.label_weight,
+            **settings,
+        )

@@ -1,0 +1,165 @@
+"""The stage objective: one module whose forward is the loss of the current stage.
+
+Public names: `StageObjective`.
+
+This is what the trainer wraps (DDP, autocast), so wrappers see a normal forward that returns a loss. The teacher is held
+outside the module tree: it is never wrapped, saved, or given to the optimiser.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage.core.blocks import HEAD, find_blocks, forward_to
+from tutelage.core.curriculum import Curriculum, Stage
+from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import (
+    at_positions,
+    batch_size,
+    label_positions,
+    last_token,
+    model_inputs,
+    position_mask,
+)
+from tutelage.core.losses import embedding_loss, hidden_loss, output_loss
+from tutelage.tasks.kinds import Task, trunk
+from tutelage.teacher.targets import LiveTeacher, TargetMap
+
+
+class StageObjective(nn.Module):
+    """Holds the student; `forward(batch)` gives the loss of the current stage.
+
+    Args:
+        student: the model that trains.
+        teacher: where targets come from; None if no stage needs one.
+        curriculum: the stages.
+        task: what the models put out.
+        maps: target map of each hidden stage.
+        outputs: outputs shared by both heads, where a vocabulary is padded; None for all.
+        container: dotted name of the student's list of blocks.
+        chunk_size: positions whose logits are held at a time.
+        embedding_loss: `cosine` or `mse`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: LiveTeacher | None,
+        curriculum: Curriculum,
+        task: Task,
+        maps: list[TargetMap | None],
+        *,
+        outputs: int | None = None,
+        container: str | None = None,
+        chunk_size: int | None = None,
+        embedding_loss: str = "cosine",
+    ):
+        super().__init__()
+        self.student = student
+        # a tuple hides the teacher and the maps from nn.Module's registration
+        self._outside = (teacher, maps)
+        self.curriculum, self.task = curriculum, task
+        self.blocks = find_blocks(trunk(student), container)
+        self.outputs, self.chunk_size, self.embedding_loss = outputs, chunk_size, embedding_loss
+        self.stage_index = 0
+        self.teacher_checkpoint: str | None = None
+
+    @property
+    def teacher(self) -> LiveTeacher | None:
+        """Where targets come from."""
+        return self._outside[0]
+
+    @property
+    def maps(self) -> list[TargetMap | None]:
+        """Target map of each stage."""
+        return self._outside[1]
+
+    @property
+    def stage(self) -> Stage:
+        """The current stage."""
+        return self.curriculum.stages[self.stage_index]
+
+    @property
+    def student_head(self) -> OutputHead:
+        """The student's output head."""
+        return OutputHead.of(self.student, self.outputs)
+
+    @property
+    def teacher_head(self) -> OutputHead | None:
+        """The teacher's output head."""
+        return None if self.teacher is None else OutputHead.of(self.teacher.model, self.outputs)
+
+    def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
+        """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences."""
+        ids = batch.get("input_ids")
+        if self.stage.kind == "hidden" and ids is not None and not self._pooled_stage():
+            mask = batch.get("attention_mask")
+            return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()
+        if self.stage.kind == "output" and self.task.per_position:
+            return label_positions(batch, self.task.causal)[0].sum()
+        return torch.tensor(batch_size(batch), device=ids.device if ids is not None else None)
+
+    def forward(self, num_items: torch.Tensor | int | None = None, **batch: Any) -> dict[str, torch.Tensor]:
+        """Loss of the current stage over `batch`, as a sum divided by `num_items` (default: this batch's own count)."""
+        if self.stage.kind == "hidden":
+            loss = self._hidden_stage(batch)
+        elif self.task.name == "embedding":
+            loss = self._embedding_stage(batch)
+        else:
+            loss = self._output_stage(batch)
+        count = self.count_items(batch) if num_items is None else num_items
+        return {"loss": loss / count}
+
+    def _pooled_stage(self) -> bool:
+        """A classifier's `head` place is one pooled state a sequence."""
+        return self.task.name == "sequence_classification" and self.stage.student_place == HEAD
+
+    def _hidden_stage(self, batch: dict[str, Any]) -> torch.Tensor:
+        stage, target_map = self.stage, self.maps[self.stage_index]
+        assert self.teacher is not None and target_map is not None
+        assert stage.student_place is not None and stage.teacher_place is not None
+        with torch.inference_mode():
+            hidden = self.teacher.hidden(stage.teacher_place, batch)
+            if self._pooled_stage():
+                hidden = last_token(hidden, batch)
+            target = target_map(hidden)
+            keep = position_mask(batch, hidden) & target_map.standardizer.keep(hidden)
+        network = trunk(self.student)
+        state = forward_to(network, stage.student_place, blocks=self.blocks, **model_inputs(network, batch))
+        if self._pooled_stage():
+            state = last_token(state, batch)
+        # autograd saves the mask, which it refuses for a tensor made in inference mode; the target it need not save
+        return hidden_loss(state, target, keep.clone())
+
+    def _output_stage(self, batch: dict[str, Any]) -> torch.Tensor:
+        state = forward_to(self.student, HEAD, **model_inputs(self.student, batch))
+        teacher_state, teacher_head = None, None
+        if self.stage.needs_teacher:
+            assert self.teacher is not None
+            teacher_state, teacher_head = self.teacher.hidden(HEAD, batch), self.teacher_head
+        if self.task.per_position:
+            mask, labels = label_positions(batch, self.task.causal)
+            state = at_positions(state, mask)
+            teacher_state = None if teacher_state is None else at_positions(teacher_state, mask)
+        else:
+            labels = batch.get("labels")
+            state = last_token(state, batch)
+            teacher_state = None if teacher_state is None else last_token(teacher_state, batch)
+        return output_loss(
+            state,
+            self.student_head,
+            teacher_state,
+            teacher_head,
+            labels,
+            temperature=self.curriculum.temperature,
+            label_weight=self.stage.label_weight,
+            chunk_size=self.chunk_size,
+        )
+
+    def _embedding_stage(self, batch: dict[str, Any]) -> torch.Tensor:
+        assert self.teacher is not None
+        target = self.teacher.output(batch).clone()
+        return embedding_loss(self.student(**model_inputs(self.student, batch)), target, self.embedding_loss)

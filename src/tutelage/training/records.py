@@ -1,0 +1,103 @@
+"""What a run leaves behind besides weights: metrics.jsonl, curriculum.json, and the progress kept in checkpoints.
+
+Public names: `Progress`, `MetricsFile`, `write_atomically`, `last_complete_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CURRICULUM_FILE = "curriculum.json"
+TARGETS_FILE = "curriculum.safetensors"
+METRICS_FILE = "metrics.jsonl"
+PROGRESS_FILE = "progress.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write, fsync and rename, so that nobody ever reads half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass
+class Progress:
+    """Totals of a run so far; written last into each checkpoint, which is complete only with it."""
+
+    stage: int = 0
+    """Index of the stage the last step belonged to."""
+    samples: int = 0
+    """Examples the student has trained on, over all devices."""
+    tokens: int = 0
+    """Non-padding tokens among them."""
+    student_flops: float = 0.0
+    """Student forward and backward."""
+    teacher_flops: float = 0.0
+    """Teacher forward, calibration included."""
+    seconds: float = 0.0
+    """Wall-clock seconds of training, calibration included, evaluation and saving left out."""
+
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint folder."""
+        write_atomically(folder / PROGRESS_FILE, json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Progress:
+        """Read from a checkpoint folder."""
+        return cls(**json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8")))
+
+
+class MetricsFile:
+    """One JSON object a line, appended at each log."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record; a reader sees whole lines only."""
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records; a last line cut short by a kill is left out."""
+        return read_metrics(self.path)
+
+    def keep_until(self, step: int) -> None:
+        """Drop what was logged after `step`, when a run goes on from an earlier checkpoint."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return (checkpoint / PROGRESS_FILE).is_file()
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, if any."""
+    found = [
+        (int(match.group(1)), folder)
+        for folder in output_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and is_complete(folder)
+    ]
+    return max(found)[1] if found else None

@@ -1,0 +1,567 @@
+"""`CurriculumTrainer`: `transformers.Trainer` that walks the student through the stages of a curriculum.
+
+One `train()` covers all stages: one data order, one progress bar, one step count, checkpoints anywhere. At a stage's start
+the trainable set, the optimiser and the schedule are made anew.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from tutelage.core.curriculum import Curriculum, Stage
+from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import batch_positions, batch_size, model_inputs
+from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
+from tutelage.tasks.kinds import detect_task, get_task, load_task_model, trunk
+from tutelage.teacher.loading import load_tokenizer
+from tutelage.teacher.targets import (
+    LiveTeacher,
+    TargetMap,
+    calibrate,
+    check_checkpoint,
+    load_target_maps,
+    save_target_maps,
+)
+from tutelage.training import checks, warm_start
+from tutelage.training.config import CurriculumConfig
+from tutelage.training.costs import StageCost, measure_stage
+from tutelage.training.evaluation import evaluate_batches
+from tutelage.training.objective import StageObjective
+from tutelage.training.records import (
+    METRICS_FILE,
+    TARGETS_FILE,
+    MetricsFile,
+    Progress,
+    is_complete,
+    last_complete_checkpoint,
+)
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the weights are no longer finite."""
+
+
+class CurriculumTrainer(Trainer):
+    """Trains `model` from `teacher_model` by any `Curriculum`.
+
+    Args:
+        model: the student: a model, or a folder or Hub name.
+        teacher_model: the teacher: a model, or a folder or Hub name; None takes `args.teacher_model_name_or_path`.
+        args: the settings.
+        train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers: as in
+            `transformers.Trainer`. Datasets hold `input_ids` (and `labels` for classification).
+        curriculum: stages of your own; None builds them from `args`.
+
+    Raises:
+        ValueError: anything that cannot work, before any compute is spent.
+    """
+
+    loss_is_scaled_for_ga = True  # losses are divided by the items of the whole optimiser step
+    args: CurriculumConfig
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        teacher_model: nn.Module | str | None = None,
+        args: CurriculumConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Any = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        curriculum: Curriculum | None = None,
+    ):
+        args = CurriculumConfig() if args is None else args
+        if args.n_gpu > 1:
+            warnings.warn(
+                f"using 1 of {args.n_gpu} GPUs: start with `accelerate launch -m tutelage ...` to use all", stacklevel=2
+            )
+            args._n_gpu = 1
+        if optimizers != (None, None):
+            raise ValueError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
+        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if args.method == "scratch" and curriculum is None:
+            teacher_model = None
+        if args.task is not None:
+            self.task = get_task(args.task)
+        else:
+            self.task = detect_task(teacher_model if teacher_model is not None else model)
+        if isinstance(teacher_model, str):
+            checks.check_tokenizers(processing_class, load_tokenizer(teacher_model))
+            teacher_model = load_task_model(
+                self.task, teacher_model, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code
+            )
+        if isinstance(model, str):
+            model = load_task_model(self.task, model, what="student", trust_remote_code=args.trust_remote_code)
+        checks.check_dataset(train_dataset, trunk(model).config, "training")
+        checks.check_dataset(eval_dataset, trunk(model).config, "evaluation")
+        teacher = None if teacher_model is None else LiveTeacher(teacher_model, trunk(teacher_model), args.blocks)
+        outputs = None
+        if teacher is not None:
+            outputs = checks.shared_outputs(model, teacher.model, self.task, processing_class)
+        student_blocks = StageObjective(model, teacher, _PLACEHOLDER, self.task, [None], container=args.blocks).blocks
+        steps = _total_steps(args, train_dataset)
+        if curriculum is None:
+            if steps is None:
+                raise ValueError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
+            curriculum = args.build_curriculum(len(student_blocks), teacher and len(teacher.blocks), steps)
+        elif teacher is None and any(stage.needs_teacher for stage in curriculum.stages):
+            raise ValueError("this curriculum has stages that need a teacher: pass teacher_model")
+        args.max_steps = curriculum.total_steps
+        for stage in curriculum.stages:
+            if stage.teacher_checkpoint is not None and teacher is not None:
+                check_checkpoint(teacher.model, stage.teacher_checkpoint)
+        warm_start.head_stage(curriculum)
+        if "embedding" in curriculum.warm_start and not hasattr(trunk(model), "get_input_embeddings"):
+            raise ValueError(f"warm_start={curriculum.warm_start!r} needs a model with token embeddings")
+
+        self.curriculum = curriculum
+        self.teacher = teacher
+        self.objective = StageObjective(
+            model,
+            teacher,
+            curriculum,
+            self.task,
+            [None] * len(curriculum.stages),
+            outputs=outputs,
+            container=args.blocks,
+            chunk_size=args.logits_chunk_size,
+            embedding_loss=args.embedding_loss,
+        )
+        self.progress = Progress()
+        self.metrics_file = MetricsFile(Path(args.output_dir or ".") / METRICS_FILE)
+        self._trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._stage_trainable: frozenset[str] = frozenset()
+        self._costs: dict[int, StageCost] = {}
+        self._resumed_stage: int | None = None
+        self._clock: float | None = None
+        self._token_counts: list[torch.Tensor] = []
+        self.entered: int | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
+        if teacher is not None and not hasattr(teacher.model, "hf_device_map"):
+            teacher.model.to(args.device)
+
+    # ---- Stages ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Run the whole curriculum, or go on with it; see `transformers.Trainer.train`."""
+        output_dir = Path(self.args.output_dir or ".")
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(output_dir)
+            if found is None:
+                raise ValueError(f"no complete checkpoint in {str(output_dir)!r} to resume from")
+            resume_from_checkpoint = str(found)
+        if isinstance(resume_from_checkpoint, str) and not is_complete(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"checkpoint {resume_from_checkpoint!r} is missing or was not written to its end: "
+                "resume from an earlier one, or with resume_from_checkpoint=True from the newest complete one"
+            )
+        if self.is_world_process_zero():
+            resuming = bool(resume_from_checkpoint)
+            checks.claim_output_dir(output_dir, self.curriculum, resuming, self.args.overwrite_output_dir)
+        self.accelerator.wait_for_everyone()
+        self.progress = Progress()
+        self.entered = self._resumed_stage = None
+        if resume_from_checkpoint:
+            self.progress = Progress.load(Path(str(resume_from_checkpoint)))
+            self._resumed_stage = self.progress.stage
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._set_trainable(self._trainable)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Let `Trainer` prepare the stage objective in the student's place, for the stage that the run is in."""
+        if resume_from_checkpoint is not None and self.is_world_process_zero():
+            self.metrics_file.keep_until(self.state.global_step)
+        self._clock = time.perf_counter()
+        self._prepare_targets(resuming=resume_from_checkpoint is not None)
+        self._move_to_stage(self.state.global_step)
+        student = self.model
+        # Every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after.
+        self._set_trainable(self._trainable)
+        self.model = self.model_wrapped = self.objective
+        try:
+            wrapped, train_dataloader = super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        finally:
+            self.model = student
+        self._set_trainable(self._stage_trainable)
+        self.callback_handler.model = student
+        return wrapped, train_dataloader
+
+    def _prepare_targets(self, resuming: bool) -> None:
+        """Calibrate the target maps, or read those of the run that is continued."""
+        stages = self.curriculum.stages
+        if self.teacher is None or not any(stage.kind == "hidden" for stage in stages):
+            return
+        path = Path(self.args.output_dir or ".") / TARGETS_FILE
+        width = trunk(self.model).config.hidden_size
+        maps: list[TargetMap | None]
+        if resuming and path.exists():
+            maps = load_target_maps(path, self.curriculum, width, len(self.teacher.blocks))
+        else:
+            maps = self._calibrate(width)
+            if self.is_world_process_zero():
+                save_target_maps(maps, path)
+        device = self.args.device
+        self.objective.maps[:] = [None if target_map is None else target_map.to(device) for target_map in maps]
+
+    def _calibrate(self, width: int) -> list[TargetMap | None]:
+        assert self.teacher is not None
+        count = min(self.args.calibration_samples, len(self.train_dataset))
+        size = self.args.per_device_train_batch_size
+        rows = [self.train_dataset[index] for index in range(count)]
+        with torch.random.fork_rng(devices=[]):  # masking collators may draw
+            batches = [self._collate(rows[start : start + size]) for start in range(0, count, size)]
+        head = None if self.task.name == "embedding" else OutputHead.of(self.teacher.model, self.objective.outputs)
+        needs_bias = warm_start.head_stage(self.curriculum) is not None
+        with self.accelerator.autocast():
+            return calibrate(
+                self.teacher,
+                self.curriculum,
+                batches,
+                width,
+                center_head=not needs_bias or warm_start.head_has_bias(self.model),
+                head=head,
+            )
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        collator = self._get_collator_with_removed_columns(self.data_collator)
+        return self._prepare_inputs(collator(rows))
+
+    def _move_to_stage(self, step: int) -> None:
+        """Put student, teacher and trainable set in the state that optimiser step `step` needs."""
+        index, local = self.curriculum.stage_at(step)
+        if self.entered == index or self.teacher is None:
+            pass
+        stage = self.curriculum.stages[index]
+        fresh = local == 0 and self._resumed_stage != index
+        if self.teacher is not None and fresh:
+            arguments = (self.model, self.teacher, self.curriculum, self.objective.maps, self.objective.outputs)
+            if index == 0:
+                warm_start.apply_before_training(*arguments)
+            elif stage.kind == "output" and self.curriculum.stages[index - 1].kind == "hidden":
+                warm_start.apply_before_output(*arguments)
+        self._load_stage_teacher(stage)
+        self.objective.stage_index = index
+        self._set_trainable(self._trainable)
+        if index not in self._costs:
+            self._costs[index] = self._measure(index)
+            if step == 0 and self.teacher is not None and any(m is not None for m in self.objective.maps):
+                self._count_calibration()
+        self._stage_trainable = self._stage_parameters(index)
+        self.entered, self._resumed_stage = index, None
+        self.progress.stage = index
+
+    def _measure(self, index: int) -> StageCost:
+        row = self._collate([self.train_dataset[0]])
+        self.model.train()
+        with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
+            return measure_stage(self.objective, index, row)
+
+    def _count_calibration(self) -> None:
+        """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
+        count = min(self.args.calibration_samples, len(self.train_dataset))
+        positions = count * batch_positions(self._collate([self.train_dataset[0]]))
+        for index, target_map in enumerate(self.objective.maps):
+            if target_map is not None:
+                cost = self._costs.setdefault(index, self._measure(index))
+                self.progress.teacher_flops += cost.teacher_flops * positions
+
+    def _load_stage_teacher(self, stage: Stage) -> None:
+        wanted = stage.teacher_checkpoint
+        if self.teacher is None or wanted == self.objective.teacher_checkpoint:
+            return
+        if self.objective.teacher_checkpoint is None:
+            self._finished_teacher = {n: t.clone() for n, t in self.teacher.model.state_dict().items()}
+        if wanted is None:
+            self.teacher.model.load_state_dict(self._finished_teacher)
+            del self._finished_teacher
+        else:
+            self.teacher.load_checkpoint(wanted)
+        self.objective.teacher_checkpoint = wanted
+
+    def _stage_parameters(self, index: int) -> frozenset[str]:
+        """Names of the parameters that train in a stage: those it reaches, less a tied head that must not move.
+
+        Inside the blocks the block number decides, since a part that one example leaves out (an expert) may serve another.
+        """
+        stage, blocks = self.curriculum.stages[index], self.objective.blocks
+        prefix = "encoder." if isinstance(self.model, EmbeddingModel) else ""
+        depth = stage.student_place if isinstance(stage.student_place, int) else len(blocks)
+        frozen: set[str] = set()
+        if stage.kind == "hidden" and warm_start.head_stage(self.curriculum) is not None:
+            if warm_start.is_tied(self.model):
+                embedding = self.model.get_input_embeddings().weight
+                frozen = {name for name, p in self.model.named_parameters() if p is embedding}
+
+        def reached(name: str) -> bool:
+            for number, block in enumerate(blocks.names, 1):
+                if name.startswith(f"{prefix}{block}."):
+                    return number <= depth
+            return name in self._costs[index].reached
+
+        return frozenset(name for name in self._trainable if reached(name) and name not in frozen)
+
+    def _set_trainable(self, names: Any) -> None:
+        names = set(names)
+        for name, parameter in self.objective.student.named_parameters():
+            parameter.requires_grad_(name in names)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
+        index, _ = self.curriculum.stage_at(self.state.global_step)
+        if index != self.entered:
+            self._move_to_stage(self.state.global_step)
+            self._set_trainable(self._stage_trainable)
+            self._renew_optimizer()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _renew_optimizer(self) -> None:
+        self.optimizer = self.lr_scheduler = None
+        self.accelerator._optimizers.clear()
+        self.optimizer = self.accelerator.prepare(self.create_optimizer(self.objective))
+        self.create_scheduler(self.curriculum.total_steps)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The optimiser of the current stage, over its trainable set, at its learning rate."""
+        run_rate = self.args.learning_rate
+        stage = self.objective.stage
+        trainable = [name for name, p in self.objective.student.named_parameters() if p.requires_grad]
+        self.args.learning_rate = stage.learning_rate if stage.learning_rate is not None else run_rate
+        self._set_trainable(self._stage_trainable)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.args.learning_rate = run_rate
+            self._set_trainable(trainable)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up and decay of the current stage, over its own steps."""
+        return super().create_scheduler(self.objective.stage.steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore the optimiser, unless the checkpoint ends a stage and the next one begins with a new one."""
+        if self.curriculum.stage_at(self.state.global_step)[1] > 0:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    # ---- Steps ----
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Items of the whole optimiser step, over micro-batches and devices, that the stage's loss is a mean over."""
+        if not batch_samples:
+            return None
+        count = sum(self.objective.count_items(batch).to(device) for batch in batch_samples)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return torch.as_tensor(count).clamp_min(1)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of the current stage; for a bare student (evaluation), its own loss."""
+        if not isinstance(self.accelerator.unwrap_model(model), StageObjective):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(num_items=num_items_in_batch, **inputs)
+        # DDP averages gradients over devices, the sum is already divided by the items of all
+        loss = outputs["loss"] * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-step; stops the run where the loss is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop_diverged(f"the loss is {loss.item()}")
+        mask = inputs.get("attention_mask")
+        tokens = batch_positions(inputs) if mask is None else mask.sum()
+        self._token_counts.append(torch.as_tensor(tokens))
+        self.progress.samples += batch_size(inputs) * self.args.world_size
+        cost = self._costs[self.objective.stage_index]
+        positions = batch_positions(inputs) * self.args.world_size
+        self.progress.student_flops += cost.student_flops * positions
+        self.progress.teacher_flops += cost.teacher_flops * positions
+        return loss
+
+    def _stop_diverged(self, what: str) -> None:
+        stage, step = self.objective.stage, self.state.global_step + 1
+        last = last_complete_checkpoint(Path(self.args.output_dir or "."))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+        raise TrainingDiverged(
+            f"{what} at step {step}, stage {self.objective.stage_index + 1} ({stage.name}); {kept}; "
+            "lower learning_rate, or raise warmup_steps"
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Measured FLOPs of a micro-step, teacher included, for `total_flos`."""
+        if self.objective.stage_index not in self._costs:
+            return 0
+        return int(self._costs[self.objective.stage_index].flops * batch_positions(inputs))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that student or teacher takes."""
+        if self._signature_columns is not None:
+            return
+        super()._set_signature_columns_if_needed()
+        if self.teacher is not None:
+            extra = model_inputs(self.teacher.model, dict.fromkeys(["token_type_ids", "attention_mask"]))
+            self._signature_columns += [name for name in extra if name not in self._signature_columns]
+
+    # ---- Logs, checkpoints, evaluation ----
+
+    def _settle_progress(self) -> None:
+        """Bring tokens and seconds up to date."""
+        if self._token_counts:
+            tokens = torch.stack([count.to(self.args.device) for count in self._token_counts]).sum()
+            if self.args.world_size > 1:
+                tokens = self.accelerator.gather(tokens).sum()
+            self.progress.tokens += int(tokens)
+            self._token_counts.clear()
+        if self._clock is not None:
+            now = time.perf_counter()
+            self.progress.seconds += now - self._clock
+            self._clock = now
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        self._settle_progress()
+        running, self._clock = self._clock is not None, None
+        try:
+            yield
+        finally:
+            self._clock = time.perf_counter() if running else None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers; also appends to metrics.jsonl."""
+        self._settle_progress()
+        super().log(logs, start_time)
+        if not self.is_world_process_zero() or self.entered is None:
+            return
+        stage, progress = self.objective.stage, self.progress
+        record = {
+            "method": self.curriculum.method,
+            "stage": self.objective.stage_index + 1,
+            "stage_name": stage.name,
+            "step": self.state.global_step,
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+            "flops": progress.student_flops + progress.teacher_flops,
+            "student_flops": progress.student_flops,
+            "teacher_flops": progress.teacher_flops,
+            "seconds": progress.seconds,
+            **{key: value for key, value in logs.items() if key not in ("epoch", "total_flos")},
+        }
+        self.metrics_file.append(record)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in transformers; refuses weights that are not finite, and ends with the file that makes it complete."""
+        with self._clock_stopped():
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+                self._stop_diverged("a weight is not finite")
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+                self.progress.save(folder)
+            self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the plain student; nothing of tutelage, and no pickle, beside it."""
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if isinstance(self.model, EmbeddingModel):
+            if not self.args.should_save:
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            return
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, EmbeddingModel):
+            self.model.load_state_dict(load_embedding_model(resume_from_checkpoint).state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; its time does not count as training."""
+        with self._clock_stopped():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Metrics of `evaluate_batches`, and the user's `compute_metrics` over the student's predictions if given."""
+        if self.compute_metrics is not None or description == "Prediction":
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if description == "Prediction":
+                return output
+        else:
+            output = EvalLoopOutput(None, None, {}, self.num_examples(dataloader))
+        self.callback_handler.eval_dataloader = dataloader
+
+        def on_step() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        against = self.teacher if self.args.eval_with_teacher or self.task.name == "embedding" else None
+        with self.accelerator.autocast():
+            metrics = evaluate_batches(
+                self.model,
+                (self._prepare_inputs(batch) for batch in dataloader),
+                self.task,
+                against,
+                outputs=self.objective.outputs,
+                chunk_size=self.args.logits_chunk_size,
+                gather=self.accelerator.gather_for_metrics,
+                on_step=on_step,
+            )
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+
+_PLACEHOLDER = Curriculum("none", (Stage("output", 1),))
+
+
+def _total_steps(args: CurriculumConfig, dataset: Any) -> int | None:
+    """Optimiser steps of the budget: `max_steps`, else from epochs and the dataset's length."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return None
+    batches = math.ceil(len(dataset) / (args.per_device_train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))
