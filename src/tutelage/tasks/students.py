@@ -97,7 +97,7 @@ def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int,
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or width // heads
     if "num_attention_heads" not in settings:
         new_heads = max(1, new_width // head_dim)
-        while new_width % new_heads:
+        while new_heads > 1 and new_width % (2 * new_heads):  # rotary embeddings need an even head size
             new_heads -= 1
         settings["num_attention_heads"] = new_heads
         groups = getattr(config, "num_key_value_heads", None)

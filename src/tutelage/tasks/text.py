@@ -146,7 +146,7 @@ def _pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_
 def make_collator(task: Task, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
     """The data collator for a task."""
     if task.name == "causal_lm":
-        return CausalCollator(tokenizer)
+        return CausalCollator(tokenizer.pad_token_id)
     if task.name == "masked_lm":
         return StableMaskingCollator(tokenizer, mlm_probability=mlm_probability)
     return DataCollatorWithPadding(tokenizer)
@@ -155,18 +155,17 @@ def make_collator(task: Task, tokenizer: PreTrainedTokenizerBase, mlm_probabilit
 class CausalCollator:
     """Stacks packed blocks; pads ragged ones, with labels ignored there."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, pad_token_id: int | None = None):
+        self.pad_token_id = pad_token_id or 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = {len(row["input_ids"]) for row in rows}
         longest = max(lengths)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
         def stack(column: str, fill: int) -> torch.Tensor:
             return torch.tensor([list(row[column]) + [fill] * (longest - len(row[column])) for row in rows])
 
-        batch = {"input_ids": stack("input_ids", pad)}
+        batch = {"input_ids": stack("input_ids", self.pad_token_id)}
         labelled = "labels" in rows[0]
         batch["labels"] = stack("labels" if labelled else "input_ids", -100)
         if len(lengths) > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from tutelage.core.curriculum import (
@@ -99,6 +100,8 @@ class CurriculumConfig(TrainingArguments):
             raise ValueError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
         if self.calibration_samples < 1:
             raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
         # The trainer stops at a loss that is not finite; the filter would hide it.
         self.logging_nan_inf_filter = False
 

@@ -1,0 +1,189 @@
+"""The head transplant and the embedding warm start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertModel, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+
+from tests.training.conftest import VOCAB, llama
+from tutelage import CurriculumTrainer, forward_to
+from tutelage.core.blocks import HEAD
+from tutelage.core.curriculum import Curriculum, Stage
+from tutelage.core.heads import OutputHead
+from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.teacher.targets import LiveTeacher, TargetMap, calibrate
+from tutelage.training.warm_start import apply_before_output, apply_before_training, is_tied
+
+Make = Callable[..., CurriculumTrainer]
+STAGES = (Stage("hidden", 1, HEAD, HEAD), Stage("output", 1))
+
+
+def bert(width: int, seed: int) -> BertForMaskedLM:
+    torch.manual_seed(seed)
+    fields = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForMaskedLM(
+        BertConfig(vocab_size=VOCAB, initializer_range=0.3, tie_word_embeddings=False, **fields)
+    ).eval()
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(1, VOCAB, (8, 12), generator=generator)} for _ in range(4)]
+
+
+def target_map_of(teacher: LiveTeacher, curriculum: Curriculum, width: int, center: bool) -> TargetMap:
+    head = None if isinstance(teacher.model, EmbeddingModel) else OutputHead.of(teacher.model)
+    target_map = calibrate(teacher, curriculum, batches(), width, center_head=center, head=head)[0]
+    assert target_map is not None
+    return target_map
+
+
+@pytest.mark.parametrize("projection", ["gaussian", "orthogonal", "rademacher", "pca", "head"])
+@pytest.mark.parametrize("normalize", ["standardize", "none"])
+@pytest.mark.parametrize("kind", ["llama without bias", "bert with bias"])
+def test_full_width_transplant_gives_the_teachers_logits(projection: str, normalize: str, kind: str) -> None:
+    """With r = d_T and a student state equal to its target, the transplanted logits equal the teacher's."""
+    if kind == "bert with bias":
+        teacher_model, student, center = bert(24, 1), bert(24, 2), True
+        teacher_model.cls.predictions.bias.data.normal_()
+    else:
+        teacher_model, student, center = llama(3, 24, seed=1).eval(), llama(2, 24, seed=2), False
+    curriculum = Curriculum("extraction", STAGES, projection, normalize=normalize, warm_start="head")
+    teacher = LiveTeacher(teacher_model.double())
+    target_map = target_map_of(teacher, curriculum, 24, center)
+    apply_before_output(student.double(), teacher, curriculum, [target_map, None], None)
+    ids = batches()[0]["input_ids"]
+    state = target_map(teacher.hidden(HEAD, {"input_ids": ids}))
+    mine = OutputHead.of(student)(state.double())
+    theirs = teacher_model(input_ids=ids).logits
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3 * theirs.abs().max().item())
+
+
+def test_narrow_transplant_is_the_least_squares_head() -> None:
+    """With r < d_T no other linear head predicts the calibration logits better from the targets."""
+    teacher_model, student = llama(3, 24, seed=1).eval(), llama(2, 12, seed=2)
+    curriculum = Curriculum("extraction", STAGES, warm_start="head")
+    teacher = LiveTeacher(teacher_model)
+    target_map = target_map_of(teacher, curriculum, 12, center=False)
+    apply_before_output(student, teacher, curriculum, [target_map, None], None)
+    states = torch.cat([teacher.hidden(HEAD, batch).flatten(0, 1) for batch in batches()])
+    kept = states[target_map.standardizer.keep(states)]
+    codes, logits = target_map(kept).double(), teacher_model.lm_head(kept).double()
+    best = torch.linalg.lstsq(codes, logits).solution
+    torch.testing.assert_close(student.lm_head.weight.double(), best.T, rtol=1e-3, atol=1e-4)
+
+
+def test_embedding_head_is_the_way_back_to_the_teachers_width() -> None:
+    config = BertConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    teacher_model = EmbeddingModel(BertModel(config)).eval()
+    student = EmbeddingModel(BertModel(config), embedding_size=24)
+    curriculum = Curriculum("extraction", STAGES, warm_start="head")
+    teacher = LiveTeacher(teacher_model, teacher_model.encoder)
+    target_map = target_map_of(teacher, curriculum, 24, center=True)
+    apply_before_output(student, teacher, curriculum, [target_map, None], None)
+    batch = batches()[0]
+    pooled_target = target_map(teacher.hidden(HEAD, batch)).mean(1)
+    assert student.head is not None
+    embedding = torch.nn.functional.normalize(student.head(pooled_target), dim=-1)
+    torch.testing.assert_close(embedding, teacher.output(batch), rtol=0, atol=1e-3)
+
+
+def test_tied_student_keeps_its_shared_matrix_through_the_hidden_stage(make_trainer: Make) -> None:
+    student = llama(2, 16, seed=2, tie_word_embeddings=True)
+    assert is_tied(student)
+    before = student.lm_head.weight.clone()
+    trainer = make_trainer(student=student, layer_map="head:head", stage_steps=[6], warm_start="head", max_steps=9)
+    shared = []
+    original = trainer.training_step
+
+    def spy(*args):  # noqa: ANN002, ANN202
+        shared.append(student.lm_head.weight.detach().clone())
+        return original(*args)
+
+    trainer.training_step = spy  # type: ignore[method-assign]
+    trainer.train()
+    assert not torch.equal(shared[0], before)
+    assert all(torch.equal(matrix, shared[0]) for matrix in shared[:7])
+    assert not torch.equal(student.lm_head.weight, shared[0])  # the output stage trains it
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_untied_head_is_transplanted_when_the_output_stage_begins(make_trainer: Make) -> None:
+    trainer = make_trainer(layer_map="head:head", stage_steps=[6], warm_start="head", max_steps=7)
+    heads = []
+    original = trainer.training_step
+
+    def spy(*args):  # noqa: ANN002, ANN202
+        heads.append(trainer.model.lm_head.weight.detach().clone())
+        return original(*args)
+
+    trainer.training_step = spy  # type: ignore[method-assign]
+    initial = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert all(torch.equal(head, initial) for head in heads[:6])
+    target_map = trainer.objective.maps[0]
+    assert target_map is not None
+    assert target_map.decoder is not None
+    expected = trainer.teacher.model.lm_head.weight * target_map.standardizer.scale @ target_map.decoder.T
+    torch.testing.assert_close(heads[6], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(target_map.standardizer.mean, torch.zeros(24))  # no bias, so nothing to carry a mean
+
+
+def test_none_leaves_the_students_own_start(make_trainer: Make) -> None:
+    trainer = make_trainer(layer_map="head:head", stage_steps=[6], max_steps=7)
+    heads = []
+    original = trainer.training_step
+    trainer.training_step = lambda *a: (heads.append(trainer.model.lm_head.weight.clone()), original(*a))[1]  # type: ignore[method-assign]
+    trainer.train()
+    assert torch.equal(heads[0], heads[6])
+
+
+def test_embedding_starts_as_a_projection_of_the_teachers() -> None:
+    teacher_model, student = llama(3, 24, seed=1), llama(2, 16, seed=2)
+    deviation = student.model.embed_tokens.weight.std()
+    curriculum = Curriculum("extraction", STAGES, warm_start="embedding")
+    apply_before_training(student, LiveTeacher(teacher_model), curriculum, [None, None], None)
+    mine = student.model.embed_tokens.weight
+    torch.testing.assert_close(mine.std(), deviation)
+    coefficients = torch.linalg.lstsq(teacher_model.model.embed_tokens.weight, mine)
+    residual = teacher_model.model.embed_tokens.weight @ coefficients.solution - mine
+    assert residual.abs().max() < 1e-4 * mine.abs().max()
+
+
+def test_warm_start_needs_a_head_stage(make_trainer: Make) -> None:
+    with pytest.raises(ValueError, match="head:head"):
+        make_trainer(layer_map="1:2", warm_start="head")
+
+
+def test_different_soft_caps_are_refused() -> None:
+    def gemma(cap: float | None) -> Gemma2ForCausalLM:
+        fields = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": cap}
+        config = Gemma2Config(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, **fields)
+        config.tie_word_embeddings = False
+        return Gemma2ForCausalLM(config)
+
+    curriculum = Curriculum("extraction", STAGES, warm_start="head")
+    teacher = LiveTeacher(gemma(30.0))
+    target_map = target_map_of(teacher, curriculum, 16, center=False)
+    with pytest.raises(ValueError, match="soft-caps"):
+        apply_before_output(gemma(None), teacher, curriculum, [target_map, None], None)
+
+
+def test_padded_vocabulary_rows_are_left_alone() -> None:
+    teacher_model = llama(3, 24, seed=1)
+    student: LlamaForCausalLM = llama(2, 24, seed=2)
+    student.resize_token_embeddings(VOCAB + 3)
+    before = student.lm_head.weight.detach().clone()
+    curriculum = Curriculum("extraction", STAGES, warm_start="head")
+    teacher = LiveTeacher(teacher_model)
+    target_map = target_map_of(teacher, curriculum, 24, center=False)
+    apply_before_output(student, teacher, curriculum, [target_map, None], VOCAB)
+    assert torch.equal(student.lm_head.weight[VOCAB:], before[VOCAB:])
+    ids = batches()[0]["input_ids"]
+    state = target_map(forward_to(teacher_model, HEAD, input_ids=ids))
+    theirs = teacher_model(input_ids=ids).logits
+    torch.testing.assert_close(OutputHead.of(student, VOCAB)(state), theirs, rtol=0, atol=1e-2)
