@@ -31,9 +31,7 @@ def main() -> None:
 
     source, target = args.dir / "smollm2-gguf", args.dir / "smollm2"
     if not (source / GGUF).is_file():
-        parser.error(
-            f"no {source / GGUF}: run `python scripts/fetch_assets.py --dir {args.dir} smollm2-gguf`"
-        )
+        parser.error(f"no {source / GGUF}: run `python scripts/fetch_assets.py --dir {args.dir} smollm2-gguf`")
     dtype: torch.dtype = getattr(torch, args.dtype)
     if (target / "config.json").is_file() and LlamaConfig.from_pretrained(target).dtype == dtype:
         print(f"{target}: already there")

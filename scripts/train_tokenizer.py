@@ -41,9 +41,7 @@ def main() -> None:
         print(f"{name}: {len(ids):,d} tokens, {len(text) / len(ids):.2f} characters a token")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
-    print(
-        f"{len(tokenizer):,d} entries; {parameters:,d} parameters, {4 * parameters / 1e6:.2f} MB in float32"
-    )
+    print(f"{len(tokenizer):,d} entries; {parameters:,d} parameters, {4 * parameters / 1e6:.2f} MB in float32")
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:

@@ -113,9 +113,7 @@ def test_curriculum_of_one_output_stage_is_one_shot(make_trainer: Make) -> None:
 def test_accumulating_gradients_changes_nothing(make_trainer: Make, settings: dict) -> None:
     """Ragged rows: micro-batches hold different numbers of tokens."""
     whole = make_trainer("whole", ragged=True, per_device_train_batch_size=8, **settings)
-    parts = make_trainer(
-        "parts", ragged=True, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings
-    )
+    parts = make_trainer("parts", ragged=True, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
     whole.train()
     parts.train()
     assert_equal(weights(whole), weights(parts), exact=False)

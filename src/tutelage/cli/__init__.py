@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, TrainingDiverged) as error:
+    except (ValueError, OSError, ImportError, TrainingDiverged) as error:
         print(f"tutelage {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

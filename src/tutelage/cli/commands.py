@@ -15,10 +15,10 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from tutelage.experiments.distill import describe, distill
+from tutelage.experiments.distill import describe, distill, quiet_unless_terminal
 from tutelage.experiments.evaluate import evaluate
 from tutelage.experiments.plan import describe_plan, plan
-from tutelage.experiments.settings import RunArguments
+from tutelage.experiments.settings import DEFAULT_LENGTH, RunArguments
 from tutelage.tasks.default import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.training.config import CurriculumConfig
 
@@ -45,7 +45,8 @@ def _parse_config(kinds: Sequence[Any], arguments: Sequence[str], prog: str, ext
     extra(parser)
     config = parser.parse_known_args(arguments)[0].config
     if config is not None:
-        parser.set_defaults(**_read_yaml(Path(config), {action.dest for action in parser._actions}))
+        known = {action.dest for action in parser._actions} - {"help", "config", "json"}
+        arguments = [*_flags(Path(config), known), *arguments]
     *values, rest, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -54,19 +55,29 @@ def _parse_config(kinds: Sequence[Any], arguments: Sequence[str], prog: str, ext
     return (*values, rest)
 
 
-def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
+def _flags(path: Path, known: set[str]) -> list[str]:
+    """A YAML file's options as flags, so that both are parsed alike (YAML alone reads `1:2` as 62, `1e-3` as a string)."""
     if not path.is_file():
         raise ValueError(f"no config file {str(path)!r}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        values, words = (
+            yaml.safe_load(text) or {},
+            yaml.load(text, yaml.BaseLoader),
+        )  # BaseLoader: every scalar a string
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {str(path)!r} must be a mapping of options, e.g. `method: extraction`")
-    for key in values:
+    flags: list[str] = []
+    for key, value in values.items():
         if key not in known:
             raise ValueError(f"config {str(path)!r} has an unknown option {key!r}")
-    return values
+        if isinstance(value, list):
+            flags += [f"--{key}", *(str(word) for word in words[key])]
+        elif value is not None:
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else words[key]}")
+    return flags
 
 
 def _distill(arguments: Sequence[str]) -> None:
@@ -78,16 +89,15 @@ def _distill(arguments: Sequence[str]) -> None:
 
 def _plan(arguments: Sequence[str]) -> None:
     def extra(parser: Any) -> None:
-        parser.add_argument("--teacher", default=DEFAULT_TEACHER, help="folder or Hub name")
-        parser.add_argument("--student", help="folder, config.json or preset")
-        parser.add_argument("--max_length", type=int, default=128, help="tokens a sequence")
+        parser.add_argument("--teacher", help="folder or Hub name; the same as --teacher_model_name_or_path")
         parser.add_argument("--json", action="store_true", help="print JSON")
 
-    args, rest = _parse_config((CurriculumConfig,), arguments, "tutelage plan", extra)
-    student = rest.student or (DEFAULT_STUDENT if rest.teacher == DEFAULT_TEACHER else None)
+    run, args, rest = _parse_config((RunArguments, CurriculumConfig), arguments, "tutelage plan", extra)
+    teacher = rest.teacher or args.teacher_model_name_or_path or DEFAULT_TEACHER
+    student = run.student or (DEFAULT_STUDENT if teacher == DEFAULT_TEACHER else None)
     if student is None:
         raise ValueError("name a student, e.g. --student layers=3,hidden_size=192")
-    planned = plan(rest.teacher, student, args, rest.max_length)
+    planned = plan(teacher, student, args, run.max_length or DEFAULT_LENGTH)
     print(json.dumps(planned, indent=2) if rest.json else describe_plan(planned))
 
 
@@ -116,6 +126,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 def _quietly(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
     def run(arguments: Sequence[str]) -> None:
         transformers_logging.set_verbosity_error()
+        quiet_unless_terminal()
         command(arguments)
 
     return run

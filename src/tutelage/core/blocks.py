@@ -103,9 +103,7 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
-def forward_to(
-    model: nn.Module, place: Place, *args: Any, blocks: Blocks | None = None, **inputs: Any
-) -> torch.Tensor:
+def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None = None, **inputs: Any) -> torch.Tensor:
     """Run `model` up to `place` and return the hidden state there; nothing deeper is executed.
 
     Block b's *raw* output is returned: some models (Llama, GPT-2) apply their final norm to the last entry of
@@ -150,9 +148,7 @@ def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inp
             model(*args, **inputs)
         except _Reached as reached:
             return reached.hidden
-    raise ValueError(
-        f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs"
-    )
+    raise ValueError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
 
 
 @contextmanager
@@ -204,6 +200,4 @@ def _names(container: str, blocks: nn.Module) -> Blocks:
 
 
 def _describe(candidates: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in candidates.items()
-    )
+    return ", ".join(f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in candidates.items())

@@ -9,6 +9,7 @@ Curriculum extraction is arXiv:2503.17494; progressive distillation and the expe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -203,7 +204,9 @@ def scratch(steps: int, **settings: Any) -> Curriculum:
     return Curriculum("scratch", (Stage("output", steps, label_weight=1.0),), **settings)
 
 
-def uniform_layer_map(student_blocks: int, teacher_blocks: int, num_stages: int | None = None) -> list[tuple[Place, Place]]:
+def uniform_layer_map(
+    student_blocks: int, teacher_blocks: int, num_stages: int | None = None
+) -> list[tuple[Place, Place]]:
     """Student block s_i with teacher block round(s_i * L_T / L_S), for `num_stages` evenly spaced s_i (default: all)."""
     if student_blocks > teacher_blocks:
         raise ValueError(
@@ -244,7 +247,7 @@ def _check_layer_map(pairs: LayerMap, student_blocks: int, teacher_blocks: int) 
             if place != HEAD and not (isinstance(place, int) and 1 <= place <= last):
                 raise ValueError(f"layer_map: the {who} has blocks 1 to {last} and {HEAD!r}, not {place!r}")
         ranks.append((_rank(student, student_blocks), _rank(teacher, teacher_blocks)))
-    for (s0, t0), (s1, t1) in zip(ranks, ranks[1:], strict=False):
+    for (s0, t0), (s1, t1) in itertools.pairwise(ranks):
         if s1 <= s0 or t1 <= t0:
             shown = ",".join(f"{s}:{t}" for s, t in pairs)
             raise ValueError(f"layer_map {shown} is not strictly increasing in both student and teacher")

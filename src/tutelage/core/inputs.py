@@ -56,7 +56,10 @@ def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tenso
 
 
 def at_positions(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...); all of them for fake tensors, whose values are unknown."""
+    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...).
+
+    All of them for fake tensors, whose values are unknown: a plan counts every position.
+    """
     return values.flatten(0, 1) if isinstance(values, FakeTensor) else values[mask]
 
 

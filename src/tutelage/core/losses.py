@@ -162,9 +162,10 @@ def output_metrics(
     teacher_head: OutputHead | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Per-position metrics, (N, 4): label loss (nats), top-1 correct, KL(teacher || student) (nats), top-1 agreement.
+    """Per-position metrics, (N, 6).
 
-    The last two are zero without a teacher.
+    Columns: label loss (nats), top-1 correct, KL(teacher || student) (nats), top-1 agreement, and the teacher's own label
+    loss and top-1 correct. Those that need a teacher are zero without one.
     """
     if chunk_size is None:
         chunk_size = max(1, CHUNK_LOGITS // student_head.linear.out_features)
@@ -174,13 +175,16 @@ def output_metrics(
         log_q = torch.log_softmax(student_head(student_hidden_ND[rows]).float(), dim=-1)
         labels, top = labels_N[rows], log_q.argmax(-1)
         loss = F.nll_loss(log_q, labels, reduction="none")
-        divergence = agreement = torch.zeros_like(loss)
+        divergence = agreement = teacher_loss = teacher_correct = torch.zeros_like(loss)
         if teacher_hidden_NE is not None and teacher_head is not None:
             log_p = torch.log_softmax(teacher_head(teacher_hidden_NE[rows]).float(), dim=-1)
             divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
             agreement = (log_p.argmax(-1) == top).float()
-        parts.append(torch.stack([loss, (top == labels).float(), divergence, agreement], dim=-1))
-    return torch.cat(parts) if parts else student_hidden_ND.new_zeros((0, 4))
+            teacher_loss = F.nll_loss(log_p, labels, reduction="none")
+            teacher_correct = (log_p.argmax(-1) == labels).float()
+        correct = (top == labels).float()
+        parts.append(torch.stack([loss, correct, divergence, agreement, teacher_loss, teacher_correct], dim=-1))
+    return torch.cat(parts) if parts else student_hidden_ND.new_zeros((0, 6))
 
 
 def embedding_loss(student_BE: torch.Tensor, teacher_BE: torch.Tensor, kind: str = "cosine") -> torch.Tensor:

@@ -43,7 +43,8 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {environment["tutelage
 | Teacher | {Path(result["names"]["teacher"]).name} |
 | Student | `{result["names"]["student"]}` |
 | Data | {Path(result["names"]["dataset"]).name} |
-| Method | {curriculum.method}, projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
+| Method | {curriculum.method} |
+| Hidden stages | projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
 | Budget | {curriculum.total_steps:,} steps, {budget["samples"]:,} samples, {budget["tokens"]:,} tokens |
 | FLOPs | {budget["student_flops"]:.3g} student + {budget["teacher_flops"]:.3g} teacher |
 | Time | {budget["seconds"]:.0f} s on {environment["machine"]} |

@@ -6,6 +6,7 @@ Public names: `distill`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -21,8 +22,8 @@ import tutelage
 from tutelage.experiments.card import write_card
 from tutelage.experiments.plots import plot_run
 from tutelage.experiments.settings import RunArguments, count_parameters, fill_defaults, prepare_run
+from tutelage.training.checks import check_output_dir
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.evaluation import evaluate_batches
 from tutelage.training.records import write_atomically
 from tutelage.training.trainer import CurriculumTrainer
 
@@ -40,7 +41,11 @@ def distill(run: RunArguments, args: CurriculumConfig) -> dict[str, Any]:
         TrainingDiverged: the loss is no longer finite.
     """
     fill_defaults(run, args)
-    quiet_unless_terminal(args)
+    args.disable_tqdm = quiet_unless_terminal(args.disable_tqdm)
+    resume = _resume(args.resume_from_checkpoint)
+    folder = Path(args.output_dir or ".")
+    if args.process_index == 0:
+        check_output_dir(folder, bool(resume), args.overwrite_output_dir)
     prepared = prepare_run(run, args)
     trainer = CurriculumTrainer(
         model=prepared.student,
@@ -53,24 +58,15 @@ def distill(run: RunArguments, args: CurriculumConfig) -> dict[str, Any]:
     )
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
-    args.eval_with_teacher = True
-    student_metrics = trainer.evaluate()
-    student = {
-        "parameters": count_parameters(prepared.student),
-        **{
-            name.removeprefix("eval_"): value
-            for name, value in student_metrics.items()
-            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
-        },
-    }
+    trainer.train(resume_from_checkpoint=resume)
+    student, teacher = _figures(trainer)
     result = {
         "names": prepared.names,
         "task": prepared.task.name,
         "method": trainer.curriculum.method,
         "seed": args.seed,
         "student": student,
-        "teacher": _teacher_figures(trainer),
+        "teacher": teacher,
         "budget": {
             "steps": trainer.state.global_step,
             "samples": trainer.progress.samples,
@@ -82,7 +78,6 @@ def distill(run: RunArguments, args: CurriculumConfig) -> dict[str, Any]:
         "environment": environment(),
     }
     if trainer.is_world_process_zero():
-        folder = Path(args.output_dir or ".")
         trainer.save_model()
         write_atomically(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         title = f"{trainer.curriculum.method}: {Path(prepared.names['teacher']).name} to {prepared.names['student']}"
@@ -93,22 +88,23 @@ def distill(run: RunArguments, args: CurriculumConfig) -> dict[str, Any]:
     return result
 
 
-def _teacher_figures(trainer: CurriculumTrainer) -> dict[str, Any]:
-    teacher = trainer.teacher
-    if teacher is None:
-        return {}
-    figures: dict[str, Any] = {"parameters": count_parameters(teacher.model)}
-    if trainer.task.name == "embedding":
-        return figures
-    batches = (trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader())
-    metrics = evaluate_batches(
-        teacher.model,
-        batches,
-        trainer.task,
-        outputs=trainer.objective.outputs,
-        gather=trainer.accelerator.gather_for_metrics,
-    )
-    return figures | metrics
+def _figures(trainer: CurriculumTrainer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Held-out figures of student and teacher."""
+    trainer.args.eval_with_teacher = True
+    measured = {
+        name.removeprefix("eval_"): value
+        for name, value in trainer.evaluate().items()
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
+    }
+    student: dict[str, Any] = {"parameters": count_parameters(trainer.model)}
+    teacher: dict[str, Any] = {}
+    if trainer.teacher is not None:
+        teacher["parameters"] = count_parameters(trainer.teacher.model)
+    for name, value in measured.items():
+        (teacher if name.startswith("teacher_") else student)[name.removeprefix("teacher_")] = value
+    if "loss" in teacher and trainer.task.per_position:
+        teacher["perplexity"] = math.exp(teacher["loss"])
+    return student, teacher
 
 
 def _resume(value: str | None) -> str | bool | None:
@@ -117,13 +113,13 @@ def _resume(value: str | None) -> str | bool | None:
     return True if value.lower() in ("true", "yes") else value
 
 
-def quiet_unless_terminal(args: CurriculumConfig) -> None:
-    """No progress bars or log lines where nobody watches."""
-    if "TUTELAGE_PROGRESS" not in os.environ and not sys.stderr.isatty():
-        args.disable_tqdm = True
-    if args.disable_tqdm:
+def quiet_unless_terminal(asked: bool | None = False) -> bool:
+    """Turn progress bars off where that is asked for or nobody watches; returns whether they are off."""
+    quiet = bool(asked) or ("TUTELAGE_PROGRESS" not in os.environ and not sys.stderr.isatty())
+    if quiet:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+    return quiet
 
 
 def environment() -> dict[str, Any]:
@@ -146,7 +142,9 @@ def describe(result: dict[str, Any], output_dir: str) -> str:
     width = max(len(name) for name in student)
     lines = [f"{'':{width}}  {'student':>12}  {'teacher':>12}"]
     for name, value in student.items():
-        shown = [f"{v:,}" if isinstance(v, int) else f"{v:.4f}" if v is not None else "-" for v in (value, teacher.get(name))]
+        shown = [
+            f"{v:,}" if isinstance(v, int) else f"{v:.4f}" if v is not None else "-" for v in (value, teacher.get(name))
+        ]
         lines.append(f"{name:{width}}  {shown[0]:>12}  {shown[1]:>12}")
     flops = budget["student_flops"] + budget["teacher_flops"]
     lines += [

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from tutelage.experiments.settings import sequence_length
 from tutelage.tasks.kinds import detect_task, get_task, load_task_model, trunk
 from tutelage.tasks.text import make_collator, read_dataset, tokenize
-from tutelage.teacher.loading import load_tokenizer
+from tutelage.teacher.loading import load_config, load_tokenizer
 from tutelage.teacher.targets import LiveTeacher
 from tutelage.training.checks import check_tokenizers, shared_outputs
 from tutelage.training.evaluation import evaluate_batches
@@ -39,12 +40,17 @@ def evaluate(
         max_length: tokens a sequence; None is the model's positions, at most 256.
         max_samples: evaluate on the first so many sequences.
     """
+    config = load_config(model, what="model")
     kind = get_task(task) if task else detect_task(model)
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         raise ValueError(f"model {model!r} has no tokenizer in its folder: save one there")
     if teacher is not None:
         check_tokenizers(tokenizer, load_tokenizer(teacher))
+    elif kind.name == "embedding":
+        raise ValueError("an embedding model is measured against its teacher: name one with --teacher")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_task_model(kind, model, what="model").to(device)
     source, outputs = None, None
@@ -52,11 +58,12 @@ def evaluate(
         teacher_model = load_task_model(kind, teacher).to(device)
         source = LiveTeacher(teacher_model, trunk(teacher_model))
         outputs = shared_outputs(student, teacher_model, kind, tokenizer)
-    positions = getattr(trunk(student).config, "max_position_embeddings", None) or 256
     data = read_dataset(dataset, split)
     if isinstance(data, dict):
-        data = next((data[name] for name in ("test", "validation", "eval") if name in data), next(iter(data.values())))
-    rows = tokenize(data, tokenizer, kind, max_length or min(positions, 256), text_column)
+        held_out = [data[name] for name in ("test", "validation", "eval") if name in data]
+        data = (held_out or list(data.values()))[0]
+    length = sequence_length(max_length, [config], tokenizer, data)
+    rows = tokenize(data, tokenizer, kind, length, text_column)
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
     collator = make_collator(kind, tokenizer, mlm_probability)

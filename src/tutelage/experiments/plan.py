@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.heads import OutputHead
 from tutelage.core.standardize import Standardizer
-from tutelage.experiments.settings import count_parameters
+from tutelage.experiments.settings import DEFAULT_LENGTH, count_parameters
 from tutelage.tasks.embedding import EmbeddingModel
-from tutelage.tasks.kinds import build_task_model, detect_task, get_task, trunk
+from tutelage.tasks.kinds import build_task_model, detect_task, get_task, hidden_size, max_positions, trunk
 from tutelage.tasks.students import student_config
 from tutelage.teacher.loading import load_config
 from tutelage.teacher.targets import LiveTeacher, TargetMap, random_projection
@@ -25,7 +25,7 @@ from tutelage.training.costs import measure_stage
 from tutelage.training.objective import StageObjective
 
 
-def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = 128) -> dict[str, Any]:
+def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = DEFAULT_LENGTH) -> dict[str, Any]:
     """Blocks, stage map, parameters and predicted FLOPs; both models exist as fake tensors only, without memory.
 
     Args:
@@ -52,7 +52,7 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = 1
         if task.name != "embedding":
             mine, theirs = OutputHead.of(student_model), OutputHead.of(teacher_model)
             objective.outputs = min(mine.linear.out_features, theirs.linear.out_features)
-        length = min(max_length, getattr(base, "max_position_embeddings", None) or max_length)
+        length = min(max_length, max_positions(base) or max_length)
         batch = {"input_ids": torch.zeros((1, length), dtype=torch.long)}
         if task.per_position:
             batch["labels"] = torch.zeros((1, length), dtype=torch.long)
@@ -60,9 +60,7 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = 1
             batch["labels"] = torch.zeros((1,), dtype=torch.long)
         baseline = _costs(objective, one_shot(1), source, batch)[0]
         costs = _costs(objective, curriculum, source, batch)
-    tokens_per_step = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * length
-    )
+    tokens_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * length
     stages = [
         {
             "name": stage.name,
@@ -90,7 +88,7 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = 1
 
 
 def _costs(objective: StageObjective, curriculum: Curriculum, source: LiveTeacher, batch: dict[str, Any]) -> list[Any]:
-    teacher_width, width = trunk(source.model).config.hidden_size, trunk(objective.student).config.hidden_size
+    teacher_width, width = hidden_size(source.model), hidden_size(objective.student)
     maps: list[TargetMap | None] = []
     for stage in curriculum.stages:
         if stage.kind != "hidden" or stage.teacher_place is None:
@@ -108,7 +106,7 @@ def _describe_model(name: str, model: torch.nn.Module, blocks: tuple[str, ...]) 
         "name": name,
         "class": type(trunk(model)).__name__,
         "parameters": count_parameters(model),
-        "hidden_size": int(trunk(model).config.hidden_size),
+        "hidden_size": hidden_size(model),
         "blocks": list(blocks),
     }
 
@@ -122,7 +120,10 @@ def describe_plan(planned: dict[str, Any]) -> str:
             f"{who}: {model['name']} ({model['class']}, {model['parameters']:,} parameters, width {model['hidden_size']}, "
             f"{len(model['blocks'])} blocks {model['blocks'][0]} to {model['blocks'][-1]})"
         )
-    lines += ["", f"{'stage':<24}{'steps':>8}{'student FLOPs/token':>22}{'teacher FLOPs/token':>22}{'one-shot/stage':>17}"]
+    lines += [
+        "",
+        f"{'stage':<24}{'steps':>8}{'student FLOPs/token':>22}{'teacher FLOPs/token':>22}{'one-shot/stage':>17}",
+    ]
     for stage in planned["stages"]:
         lines.append(
             f"{stage['name']:<24}{stage['steps']:>8,}{stage['student_flops_per_token']:>22.3g}"

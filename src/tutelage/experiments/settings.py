@@ -1,29 +1,31 @@
 """What a run trains and on what; the rest of its settings are `CurriculumConfig`.
 
-Public names: `RunArguments`, `Run`, `prepare_run`.
+Public names: `RunArguments`, `Run`, `fill_defaults`, `prepare_run`, `sequence_length`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from tutelage.tasks.default import DEFAULT_EVAL_TEXT, DEFAULT_STUDENT, DEFAULT_TEACHER, DEFAULT_TEXT
-from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model, trunk
-from tutelage.tasks.students import make_student, student_config
+from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model, max_positions
+from tutelage.tasks.students import is_preset, make_student, student_config
 from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
-from tutelage.teacher.loading import load_config, load_tokenizer
+from tutelage.teacher.loading import check_weights, load_config, load_tokenizer
 from tutelage.training.checks import check_tokenizers
 from tutelage.training.config import CurriculumConfig
 
 # Longest block when nothing is said: long enough to learn from, short enough for a laptop.
-_DEFAULT_LENGTH = 256
+DEFAULT_LENGTH = 256
 # Budget of a run that names neither teacher nor data nor budget: under two minutes on 2 cores.
 _DEFAULT_STEPS = 400
+_NO_LIMIT = 10**9
 
 
 @dataclass
@@ -88,12 +90,14 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
     """
     assert run.student is not None and run.dataset is not None
     teacher_path = args.teacher_model_name_or_path
-    reference = teacher_path or (DEFAULT_TEACHER if "=" in run.student else run.student)
+    reference = teacher_path or (DEFAULT_TEACHER if is_preset(run.student) else run.student)
     base = load_config(reference, trust_remote_code=args.trust_remote_code)
+    if teacher_path is not None and args.method != "scratch":
+        check_weights(teacher_path)
     task = get_task(args.task) if args.task else detect_task(reference)
     config = student_config(run.student, base)
     tokenizer = load_tokenizer(reference, trust_remote_code=args.trust_remote_code)
-    own = load_tokenizer(run.student) if "=" not in run.student else None
+    own = None if is_preset(run.student) else load_tokenizer(run.student)
     if tokenizer is None and own is None:
         raise ValueError(f"found no tokenizer with {reference!r} or the student: save one into its folder")
     check_tokenizers(own, tokenizer)
@@ -101,7 +105,6 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
     assert tokenizer is not None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    length = _sequence_length(run.max_length, config, tokenizer)
     data = read_dataset(run.dataset, run.dataset_split)
     if run.eval_dataset:
         held_out = read_dataset(run.eval_dataset)
@@ -109,8 +112,18 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
         eval_part = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
     else:
         train_part, eval_part = split_dataset(data, run.eval_fraction)
-    train_dataset = tokenize(train_part, tokenizer, task, length, run.text_column)
-    eval_dataset = tokenize(eval_part, tokenizer, task, length, run.text_column)
+    train_dataset, eval_dataset = (
+        tokenize(
+            part,
+            tokenizer,
+            task,
+            sequence_length(run.max_length, [config, base], tokenizer, part),
+            run.text_column,
+        )
+        for part in (train_part, eval_part)
+    )
+    if task.name == "sequence_classification":
+        _check_labels(train_dataset, base.num_labels)
     if run.eval_samples is not None:
         eval_dataset = eval_dataset.select(range(min(run.eval_samples, len(eval_dataset))))
     teacher = None
@@ -125,20 +138,27 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
     return Run(task, student.float(), teacher, tokenizer, train_dataset, eval_dataset, collator, names)
 
 
-def _sequence_length(asked: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or 10**9
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1
+def sequence_length(
+    asked: int | None, configs: Sequence[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, data: Dataset
+) -> int:
+    """Tokens of the longest sequence: what was asked, else what the models take, at most 256 for text."""
+    positions = min(max_positions(config) or _NO_LIMIT for config in configs)
     if asked is not None and asked > positions:
         raise ValueError(f"max_length {asked} is longer than the model's {positions} positions: lower it")
-    return asked or min(positions, tokenizer.model_max_length, _DEFAULT_LENGTH)
+    if asked is not None:
+        return asked
+    if "input_ids" in data.column_names:
+        return positions
+    return min(positions, tokenizer.model_max_length, DEFAULT_LENGTH)
+
+
+def _check_labels(data: Dataset, classes: int) -> None:
+    labels = data["labels"] if "labels" in data.column_names else []
+    wrong = next((label for label in labels if not 0 <= label < classes), None)
+    if wrong is not None:
+        raise ValueError(f"the dataset has the label {wrong}: the teacher has classes 0 to {classes - 1}")
 
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of a model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def trunk_width(model: nn.Module) -> int:
-    """Hidden width of a model."""
-    return int(trunk(model).config.hidden_size)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from tutelage.teacher.loading import load_model
+from tutelage.teacher.loading import check_weights, load_model
 
 POOLINGS = ("mean", "cls")
+_DENSE = "2_Dense"
 _MODULES = {
     "Transformer": "sentence_transformers.models.Transformer",
     "Pooling": "sentence_transformers.models.Pooling",
@@ -51,6 +52,30 @@ class EmbeddingModel(nn.Module):
         self.encoder = encoder
         self.pooling, self.normalize = pooling, normalize
         self.head = None if embedding_size is None else nn.Linear(encoder.config.hidden_size, embedding_size)
+
+    @property
+    def embedding_size(self) -> int:
+        """E, the width of the embeddings."""
+        return self.encoder.config.hidden_size if self.head is None else self.head.out_features
+
+    def fit_head(self, embedding_size: int) -> None:
+        """Give an encoder without a head a new one to `embedding_size`, where its own width differs.
+
+        Raises:
+            ValueError: it has a head to another width.
+        """
+        if self.embedding_size == embedding_size:
+            return
+        if self.head is not None:
+            raise ValueError(
+                f"the student's embeddings have {self.embedding_size} dimensions, the teacher's {embedding_size}: "
+                "use a student without a Dense module, it gets one of the right size"
+            )
+        self.head = nn.Linear(self.encoder.config.hidden_size, embedding_size)
+
+    def stored_parts(self) -> list[tuple[str, nn.Module, str]]:
+        """Where `save_pretrained` puts the weights: folder, module, and prefix of the names in the file."""
+        return [("", self.encoder, "")] + ([] if self.head is None else [(_DENSE, self.head, "linear.")])
 
     @property
     def config(self) -> Any:
@@ -95,9 +120,9 @@ class EmbeddingModel(nn.Module):
             },
         )
         if self.head is not None:
-            modules.append(("Dense", "2_Dense"))
+            modules.append(("Dense", _DENSE))
             _write_json(
-                folder / "2_Dense" / "config.json",
+                folder / _DENSE / "config.json",
                 {
                     "in_features": width,
                     "out_features": self.head.out_features,
@@ -105,8 +130,11 @@ class EmbeddingModel(nn.Module):
                     "activation_function": "torch.nn.modules.linear.Identity",
                 },
             )
-            weights = {"linear.weight": self.head.weight.detach().cpu(), "linear.bias": self.head.bias.detach().cpu()}
-            save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+            weights = {
+                "linear.weight": self.head.weight.detach().cpu(),
+                "linear.bias": self.head.bias.detach().cpu(),
+            }
+            save_file(weights, folder / _DENSE / "model.safetensors", metadata={"format": "pt"})
         if self.normalize:
             modules.append(("Normalize", f"{len(modules)}_Normalize"))
             (folder / modules[-1][1]).mkdir(exist_ok=True)
@@ -145,13 +173,22 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
             raise ValueError(f"{what} {folder!r} pools by {chosen or settings['pooling_mode']}; known: mean, cls")
         else:
             pooling = settings.get("pooling_mode", "mean")
-    head = root / kinds["Dense"] if "Dense" in kinds else None
-    weights = load_file(head / "model.safetensors") if head else {}
-    size = len(weights["linear.weight"]) if head else None
+    weights = _dense_weights(root / kinds["Dense"], f"{what} {folder!r}") if "Dense" in kinds else None
+    size = None if weights is None else len(weights["weight"])
     model = EmbeddingModel(encoder, size, pooling, "Normalize" in kinds)
-    if model.head is not None:
-        model.head.load_state_dict({key.removeprefix("linear."): value for key, value in weights.items()})
+    if model.head is not None and weights is not None:
+        model.head.load_state_dict(weights)
     return model
+
+
+def _dense_weights(folder: Path, whose: str) -> dict[str, torch.Tensor]:
+    """State of the linear head that a Dense module holds; a missing bias is zero."""
+    activation = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("activation_function", "Tanh")
+    if not activation.endswith("Identity"):
+        raise ValueError(f"{whose} has a Dense module with the activation {activation}; known: Identity (a linear map)")
+    check_weights(str(folder), what=f"the Dense module of {whose}, folder")
+    weights = {name.removeprefix("linear."): value for name, value in load_file(folder / "model.safetensors").items()}
+    return {"bias": torch.zeros(len(weights["weight"])), **weights}
 
 
 def _write_json(path: Path, value: Any) -> None:

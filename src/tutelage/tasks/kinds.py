@@ -1,6 +1,6 @@
 """The tasks a teacher can be distilled on, and loading whole models for them.
 
-Public names: `Task`, `TASKS`, `detect_task`, `load_task_model`, `build_task_model`, `trunk`.
+Public names: `Task`, `TASKS`, `detect_task`, `load_task_model`, `build_task_model`, `trunk`, `max_positions`.
 """
 
 from __future__ import annotations
@@ -105,13 +105,26 @@ def build_task_model(task: Task, config: PreTrainedConfig, teacher: nn.Module | 
         return model
     if not isinstance(teacher, EmbeddingModel):
         return EmbeddingModel(model)
-    size = teacher.head.out_features if teacher.head is not None else teacher.config.hidden_size
-    return EmbeddingModel(model, size, teacher.pooling, teacher.normalize)
+    return EmbeddingModel(model, teacher.embedding_size, teacher.pooling, teacher.normalize)
 
 
 def trunk(model: nn.Module) -> nn.Module:
     """The part of a model that hidden stages run in: an embedding model's encoder, else the model itself."""
     return model.encoder if isinstance(model, EmbeddingModel) else model
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence a model takes, None where there is no limit."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1
+    return positions
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of a model's hidden states."""
+    config: Any = trunk(model).config
+    return int(config.hidden_size)
 
 
 def read_json(path: Path) -> Any:

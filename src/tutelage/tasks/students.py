@@ -1,6 +1,6 @@
 """Students: from a folder, from a config file, or from a preset relative to the teacher.
 
-Public names: `student_config`, `make_student`.
+Public names: `student_config`, `make_student`, `is_preset`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.kinds import Task, build_task_model, load_task_model, read_json
-from tutelage.teacher.loading import load_config
+from tutelage.teacher.loading import has_weights, load_config
 
 _ALIASES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
 # names of the feed-forward width, by architecture family
 _FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_SIZES = {"num_hidden_layers", "hidden_size", *_HEADS, *_FEED_FORWARD}
 
 
 def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -33,25 +36,31 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         ValueError: not a folder, file or preset; an unknown field; a width that does not fit the heads.
     """
+    if is_preset(student):
+        return _preset(student, teacher)
     path = Path(student)
     if path.is_file():
         fields = read_json(path)
         if not isinstance(fields, dict) or "model_type" not in fields:
             raise ValueError(f"student config {student!r} has no model_type: it is not a transformers configuration")
         return AutoConfig.for_model(**fields)
-    if path.is_dir() or "=" not in student:
-        return load_config(student, what="student")
-    return _preset(student, teacher)
+    return load_config(student, what="student")
+
+
+def is_preset(student: str) -> bool:
+    """Whether `student` is a preset, not a folder, a file or a Hub name."""
+    return "=" in student and not Path(student).exists()
 
 
 def make_student(student: str, task: Task, config: PreTrainedConfig, teacher: nn.Module | None = None) -> nn.Module:
     """The student model: loaded where `student` is a folder or Hub name with weights, else randomly initialised."""
     path = Path(student)
-    preset = "=" in student and not path.exists()
-    bare_folder = path.is_dir() and not any(path.glob("*.safetensors"))
-    if preset or path.is_file() or bare_folder:
+    if is_preset(student) or path.is_file() or (path.is_dir() and not has_weights(path)):
         return build_task_model(task, config, teacher)
-    return load_task_model(task, student, what="student")
+    model = load_task_model(task, student, what="student")
+    if isinstance(model, EmbeddingModel) and isinstance(teacher, EmbeddingModel):
+        model.fit_head(teacher.embedding_size)
+    return model
 
 
 def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -63,17 +72,19 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
             raise ValueError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
         settings[_ALIASES.get(key, key)] = yaml.safe_load(value)
     config = copy.deepcopy(teacher)
+    common = {own: name for name, own in config.attribute_map.items()}  # GPT-2's n_embd is hidden_size
+    settings = {common.get(key, key): value for key, value in settings.items()}
     known = {*config.to_dict(), *config.attribute_map}
     for key in settings:
         if key not in known:
             raise ValueError(f"student preset {text!r}: {type(config).__name__} has no field {key!r}")
-    for key in ("num_hidden_layers", "hidden_size"):
-        if key in settings and (not isinstance(settings[key], int) or settings[key] < 1):
-            raise ValueError(f"student preset {text!r}: {key} must be a positive whole number, got {settings[key]!r}")
+    for key, value in settings.items():
+        if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"student preset {text!r}: {key} must be a positive whole number, got {value!r}")
     depth, width = config.num_hidden_layers, config.hidden_size
     new_depth = settings.setdefault("num_hidden_layers", depth)
     new_width = settings.setdefault("hidden_size", width)
-    if new_width != width:
+    if new_width != width or not settings.keys().isdisjoint(_HEADS):
         _scale_width(config, settings, width, new_width)
     if getattr(config, "layer_types", None):
         # keep the mixture of attention kinds: student layer i takes the kind of the teacher layer it stands for
@@ -81,9 +92,11 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         config.layer_types = [kinds[min(depth - 1, i * depth // new_depth)] for i in range(new_depth)]
     for key, value in settings.items():
         setattr(config, key, value)
-    heads = config.num_attention_heads
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if new_width % heads and not getattr(config, "head_dim", None):
         raise ValueError(f"student preset {text!r}: hidden_size {new_width} is not divisible by {heads} heads")
+    if groups and heads % groups:
+        raise ValueError(f"student preset {text!r}: {heads} heads are not divisible by {groups} key/value heads")
     config.name_or_path = ""
     for stale in ("quantization_config", "_name_or_path"):
         if hasattr(config, stale):
@@ -100,14 +113,14 @@ def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int,
         while new_heads > 1 and new_width % (2 * new_heads):  # rotary embeddings need an even head size
             new_heads -= 1
         settings["num_attention_heads"] = new_heads
-        groups = getattr(config, "num_key_value_heads", None)
-        if groups and "num_key_value_heads" not in settings:
-            new_groups = max(1, round(new_heads * groups / heads))
-            while new_heads % new_groups:
-                new_groups -= 1
-            settings["num_key_value_heads"] = new_groups
-    if "head_dim" in config.to_dict() and "head_dim" not in settings:
-        settings["head_dim"] = new_width // settings["num_attention_heads"]
+    new_heads, groups = settings["num_attention_heads"], getattr(config, "num_key_value_heads", None)
+    if groups and "num_key_value_heads" not in settings:
+        new_groups = max(1, round(new_heads * groups / heads))
+        while new_heads % new_groups:
+            new_groups -= 1
+        settings["num_key_value_heads"] = new_groups
+    if "head_dim" in config.to_dict() and "head_dim" not in settings and new_width % new_heads == 0:
+        settings["head_dim"] = new_width // new_heads
     for name in _FEED_FORWARD:
         if getattr(config, name, None) and name not in settings:
             settings[name] = max(8, round(getattr(config, name) * new_width / width / 8) * 8)

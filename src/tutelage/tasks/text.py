@@ -34,7 +34,10 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
         if file.suffix != ".parquet":
             _check_utf8(file)
         options: dict[str, Any] = {"keep_linebreaks": True} if file.suffix == ".txt" else {}
-        data = load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train", **options)
+        try:
+            data = load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train", **options)
+        except Exception as error:  # each format has its own
+            raise ValueError(f"could not read {path!r} as {file.suffix}: {_reason(error)}") from error
     elif file.is_dir():
         try:
             data = load_from_disk(path)
@@ -42,14 +45,17 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
             raise ValueError(
                 f"dataset folder {path!r} was not written by datasets' save_to_disk; give a .txt, .jsonl or .parquet file"
             ) from error
+        except IndexError as error:  # how `datasets` reads a folder saved without rows
+            raise ValueError(f"dataset {path!r} is empty: it needs at least one example") from error
     elif file.suffix in _BUILDERS:
         raise ValueError(f"no dataset file {path!r}")
     else:
         try:
             data = load_dataset(path)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"no dataset {path!r}: no such file or folder, and the Hub gave none ({reason})") from error
+            raise ValueError(
+                f"no dataset {path!r}: no such file or folder, and the Hub gave none ({_reason(error)})"
+            ) from error
     if split is not None:
         if not isinstance(data, DatasetDict) or split not in data:
             have = ", ".join(data) if isinstance(data, DatasetDict) else "no splits"
@@ -83,12 +89,13 @@ def tokenize(
 ) -> Dataset:
     """Turn text into model inputs.
 
-    Language models get packed blocks of exactly `max_length` tokens (documents joined, with the end-of-text token
-    between documents of .jsonl/.parquet data; the remainder is dropped); the other tasks one truncated example a row.
-    Datasets that have `input_ids` already pass through, checked for length.
+    Language models get packed blocks of exactly `max_length` tokens (the lines of a .txt file joined as they are, other
+    data with the end-of-text token after each document; the remainder is dropped); the other tasks one truncated
+    example a row. Datasets that have `input_ids` already pass through, checked for length.
 
     Raises:
-        ValueError: a column is missing, rows are longer than `max_length`, or there is too little text for one block.
+        ValueError: a column is missing or of another type, rows are longer than `max_length`, or there is too little
+            text for one block.
     """
     if "input_ids" in data.column_names:
         longest = max(len(ids) for ids in data["input_ids"])
@@ -105,16 +112,23 @@ def tokenize(
                 f"the dataset has no column {column!r} (it has {', '.join(data.column_names)}); "
                 f"task {task.name} needs {' and '.join(needed)}: rename the column or set --text_column"
             )
+    _check_column(data, text_column, "str", "text")
+    special = tokenizer.num_special_tokens_to_add() if not task.causal else 1  # a causal model predicts from 1 token on
+    if max_length <= special:
+        raise ValueError(f"max_length {max_length} is too short: task {task.name} needs at least {special + 1} tokens")
     if not task.per_position:
+        if "label" in needed:
+            _check_column(data, "label", "int", "class numbers")
         rows = data.map(
             lambda batch: tokenizer(batch[text_column], truncation=True, max_length=max_length),
             batched=True,
-            remove_columns=[name for name in data.column_names if name != "label"],
+            remove_columns=[name for name in data.column_names if name != "label" or name not in needed],
             desc="Tokenising",
         )
-        return rows.rename_column("label", "labels") if "label" in rows.column_names else rows
+        return rows.rename_column("label", "labels") if "label" in needed else rows
+    lines = _is_running_text(data, text_column)
     packed = data.map(
-        lambda batch: _pack(batch[text_column], tokenizer, task, max_length),
+        lambda batch: _pack(batch[text_column], tokenizer, task, max_length, lines),
         batched=True,
         batch_size=20_000,
         remove_columns=data.column_names,
@@ -125,22 +139,42 @@ def tokenize(
     return packed
 
 
-def _pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> dict[str, Any]:
-    lines = any(text.endswith("\n") for text in texts[:100])  # a .txt file's lines are one running text
+def _check_column(data: Dataset, column: str, wanted: str, meaning: str) -> None:
+    dtype = str(getattr(data.features[column], "dtype", data.features[column]))
+    if wanted not in dtype or dtype.startswith("List"):
+        raise ValueError(f"column {column!r} of the dataset holds {dtype}: expected {meaning}")
+    if data.data.column(column).null_count:
+        raise ValueError(f"column {column!r} of the dataset has rows without a value: drop them first")
+
+
+def _is_running_text(data: Dataset, text_column: str) -> bool:
+    """Whether the rows are the lines of a text file, line breaks kept: one running text, not documents."""
+    return data.builder_name == "text" and any(line.endswith("\n") for line in data[:100][text_column])
+
+
+def _pack(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, lines: bool
+) -> dict[str, Any]:
     if lines:
         texts = ["".join(texts)]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     separator = [] if lines or tokenizer.eos_token_id is None or not task.causal else [tokenizer.eos_token_id]
     stream = [token for document in ids for token in (*document, *separator)]
-    special = 0 if task.causal else tokenizer.num_special_tokens_to_add()
-    body = max_length - special
-    blocks = [stream[start : start + body] for start in range(0, len(stream) - body + 1, body)]
-    if special:
-        blocks = [tokenizer.build_inputs_with_special_tokens(block) for block in blocks]
+    before, after = ([], []) if task.causal else _special_tokens(tokenizer)
+    body = max_length - len(before) - len(after)
+    blocks = [[*before, *stream[start : start + body], *after] for start in range(0, len(stream) - body + 1, body)]
     packed: dict[str, Any] = {"input_ids": blocks}
     if task.causal:
         packed["labels"] = blocks
     return packed
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after a sequence, e.g. [CLS] and [SEP]."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    first, last = special.index(0), len(special) - special[::-1].index(0)
+    return ids[:first], ids[last:]
 
 
 def make_collator(task: Task, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
@@ -185,6 +219,13 @@ class StableMaskingCollator(DataCollatorForLanguageModeling):
         content = hashlib.sha256(str([list(example["input_ids"]) for example in examples]).encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(content[:7], "little"))
         return super().torch_call(examples)
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what lies behind an error: `datasets` wraps it in one that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_utf8(file: Path) -> None:

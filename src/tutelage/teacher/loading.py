@@ -1,18 +1,21 @@
 """Loading models and tokenizers safely.
 
-Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`.
+Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `has_weights`.
 
 Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_SAFE = ("*.safetensors", "*.gguf")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -27,6 +30,8 @@ def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = F
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise ValueError(f"could not read the config of {what} {path!r}: {_first_line(error)}") from error
         raise ValueError(
             f"no {what} at {path!r}: it is no folder here, and the Hub gave none ({_first_line(error)}); "
             "give an existing folder or a Hub name such as org/model"
@@ -36,15 +41,23 @@ def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = F
 def check_weights(path: str, *, what: str = "teacher") -> None:
     """Refuse a local folder whose weights are missing or stored as pickles only."""
     folder = Path(path)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf")):
+    if not folder.is_dir() or _find(folder, _SAFE):
         return
-    pickles = [file.name for pattern in _PICKLES for file in folder.glob(pattern) if file.name != "training_args.bin"]
-    if pickles:
+    if pickles := _find(folder, _PICKLES):
         raise ValueError(
             f"{what} {path!r} stores its weights as a pickle ({pickles[0]}), which can run code when loaded: convert it "
             "with `model.save_pretrained(folder)` (safetensors) in an environment where you trust the file"
         )
     raise ValueError(f"{what} folder {path!r} holds no weights: expected *.safetensors")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a local folder holds weights in any format, pickles included."""
+    return bool(_find(folder, (*_SAFE, *_PICKLES)))
+
+
+def _find(folder: Path, patterns: Iterable[str]) -> list[str]:
+    return [file.name for pattern in patterns for file in folder.glob(pattern) if file.name != "training_args.bin"]
 
 
 def load_model(
@@ -66,18 +79,27 @@ def load_model(
         kwargs: further arguments of `from_pretrained` (`device_map`, `quantization_config`, `gguf_file`, ...).
 
     Raises:
-        ValueError: nothing there, a pickle, or a folder without weights.
+        ValueError: nothing there, a pickle, a folder without weights, weights that do not fit the config, or a teacher
+            whose weights are not all there.
     """
     load_config(path, what=what, trust_remote_code=trust_remote_code)
     check_weights(path, what=what)
     if "gguf_file" not in kwargs:
         kwargs["use_safetensors"] = True
     try:
-        return auto_class.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **kwargs
+        model, info = auto_class.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"could not load {what} {path!r}: {_first_line(error)}") from error
+    # a student may start from an encoder and a new head, and no task reads a pooler that `AutoModel` adds
+    missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
+    if missing and what != "student":
+        raise ValueError(
+            f"{what} {path!r} has no weights for {missing[0]}: it was saved without the part that {auto_class.__name__} "
+            "needs; set task to what it was trained for"
+        )
+    return model
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

@@ -8,13 +8,14 @@ Shapes: B batch, T positions, D teacher width, R projected width, N calibration 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,6 +32,7 @@ from tutelage.core.projection import (
     pca_projection,
 )
 from tutelage.core.standardize import Standardizer
+from tutelage.teacher.loading import load_config
 
 
 class LiveTeacher:
@@ -59,36 +61,64 @@ class LiveTeacher:
 
     def load_checkpoint(self, folder: str) -> None:
         """Take the weights of another checkpoint of the same architecture (safetensors)."""
-        state: dict[str, torch.Tensor] = {}
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            state.update(load_file(file))
-        target = self.model.state_dict()
-        missing = [name for name in target if name not in state and not _is_tied(self.model, name)]
-        if missing or any(name in target and target[name].shape != value.shape for name, value in state.items()):
-            raise ValueError(
-                f"checkpoint {folder!r} is of another architecture than the teacher: "
-                f"{f'it lacks {missing[0]}' if missing else 'its shapes differ'}"
-            )
-        self.model.load_state_dict({name: value for name, value in state.items() if name in target}, strict=False)
+        check_checkpoint(self.model, folder)
+        for subfolder, part, prefix in _stored_parts(self.model):
+            state: dict[str, torch.Tensor] = {}
+            for file in sorted((Path(folder) / subfolder).glob("*.safetensors")):
+                state.update(load_file(file))
+            part.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()}, strict=False)
 
 
 def check_checkpoint(model: nn.Module, folder: str) -> None:
     """Raise ValueError unless `folder` holds safetensors of `model`'s architecture; reads headers only."""
-    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    if hasattr(model, "config") and (Path(folder) / "config.json").is_file():
+        config = load_config(folder, what="teacher checkpoint")
+        for field in ("model_type", "num_attention_heads", "num_key_value_heads"):  # the shapes do not show these
+            theirs, ours = getattr(config, field, None), getattr(model.config, field, None)
+            if theirs != ours:
+                raise ValueError(
+                    f"checkpoint {folder!r} is of another architecture than the teacher: its {field} is {theirs}, "
+                    f"the teacher's {ours}"
+                )
+    for subfolder, part, prefix in _stored_parts(model):
+        shapes = _stored_shapes(Path(folder) / subfolder, prefix)
+        if difference := _difference(part, shapes):
+            raise ValueError(f"checkpoint {folder!r} is of another architecture than the teacher: {difference}")
+
+
+def _stored_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Folder below a checkpoint's, module stored there, and prefix of the names in the file."""
+    return model.stored_parts() if hasattr(model, "stored_parts") else [("", model, "")]  # type: ignore[operator]
+
+
+def _stored_shapes(folder: Path, prefix: str) -> dict[str, list[int]]:
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
-        raise ValueError(f"teacher checkpoint {folder!r} is not a folder with *.safetensors in it")
+        raise ValueError(f"teacher checkpoint {str(folder)!r} is not a folder with *.safetensors in it")
     shapes: dict[str, list[int]] = {}
     for file in files:
-        with safe_open(file, "pt") as handle:
-            shapes.update({name: list(handle.get_slice(name).get_shape()) for name in handle.keys()})  # noqa: SIM118
-    for name, parameter in model.state_dict().items():
+        try:
+            with safe_open(file, "pt") as handle:
+                names = handle.keys()
+                shapes.update({n.removeprefix(prefix): list(handle.get_slice(n).get_shape()) for n in names})
+        except SafetensorError as error:
+            raise ValueError(f"teacher checkpoint {str(file)!r} is not a safetensors file: {error}") from error
+    return shapes
+
+
+def _difference(model: nn.Module, shapes: Mapping[str, list[int]]) -> str | None:
+    """How stored tensors differ from the model's, in words; None where they do not."""
+    state = model.state_dict()
+    for name, value in state.items():
         if name not in shapes and not _is_tied(model, name):
-            raise ValueError(f"checkpoint {folder!r} is of another architecture than the teacher: it lacks {name}")
-        if name in shapes and shapes[name] != list(parameter.shape):
-            raise ValueError(
-                f"checkpoint {folder!r} is of another architecture than the teacher: {name} has shape "
-                f"{shapes[name]} there and {list(parameter.shape)} in the teacher"
-            )
+            return f"it lacks {name}"
+        if name in shapes and shapes[name] != list(value.shape):
+            return f"{name} has shape {shapes[name]} there and {list(value.shape)} in the teacher"
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    for name in shapes:
+        if name not in state and not any(re.search(pattern, name) for pattern in ignored):
+            return f"the teacher lacks its {name}"
+    return None
 
 
 def _is_tied(model: nn.Module, name: str) -> bool:

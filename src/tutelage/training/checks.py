@@ -1,11 +1,12 @@
 """Checks made before any compute is spent.
 
-Public names: `check_vocabularies`, `check_length`, `check_output_dir`.
+Public names: `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_output_dir`, `claim_output_dir`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
-from tutelage.tasks.kinds import Task
-from tutelage.training.records import CURRICULUM_FILE, TARGETS_FILE, write_atomically
+from tutelage.tasks.kinds import Task, max_positions
+from tutelage.training.records import (
+    CURRICULUM_FILE,
+    METRICS_FILE,
+    TARGETS_FILE,
+    checkpoints,
+    write_atomically,
+)
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> None:
@@ -49,7 +56,9 @@ def shared_outputs(
     if not task.per_position:
         raise ValueError(f"the student has {mine} classes, the teacher {theirs}: they must be the same classes")
     if tokenizer is None or len(tokenizer) > min(mine, theirs):
-        known = "no tokenizer was given to check" if tokenizer is None else f"the tokenizer has {len(tokenizer)} entries"
+        known = (
+            "no tokenizer was given to check" if tokenizer is None else f"the tokenizer has {len(tokenizer)} entries"
+        )
         raise ValueError(
             f"the student has {mine} vocabulary entries, the teacher {theirs}, and {known} that the ids they share mean "
             "the same: pass processing_class, and a student with the teacher's vocabulary"
@@ -76,19 +85,36 @@ def check_dataset(dataset: Any, config: Any, name: str) -> None:
             f"the {name} dataset has no column 'input_ids' (it has {have}): tokenise it first, "
             "e.g. with tutelage.tasks.text.tokenize"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(config)
     if positions is None:
         return
-    # RoBERTa and its relatives number positions from padding_idx + 1
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= config.pad_token_id + 1
     ids = dataset.data.column("input_ids") if hasattr(dataset, "data") and dataset._indices is None else None
-    lengths = (len(value) for value in ids) if ids is not None else (len(dataset[i]["input_ids"]) for i in range(len(dataset)))
+    lengths = (
+        (len(value) for value in ids)
+        if ids is not None
+        else (len(dataset[i]["input_ids"]) for i in range(len(dataset)))
+    )
     longest = max(lengths)
     if longest > positions:
         raise ValueError(
             f"the {name} dataset has a sequence of {longest} tokens, the model has {positions} positions: "
             "lower max_length"
+        )
+
+
+def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds another run, or a model that is no run's."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir {str(output_dir)!r} is a file: choose a folder")
+    ours = (output_dir / CURRICULUM_FILE).exists()
+    if not ours and any(output_dir.glob("*.safetensors")):
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds a model that is not from a run of tutelage: choose another folder"
+        )
+    if ours and not resuming and not overwrite:
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds another run: choose another folder, go on with it by "
+            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
         )
 
 
@@ -102,13 +128,11 @@ def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, o
                 "or choose another output_dir"
             )
         return
-    if file.exists() and not overwrite:
-        raise ValueError(
-            f"output_dir {str(output_dir)!r} holds another run: choose another folder, go on with it by "
-            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
-        )
+    check_output_dir(output_dir, resuming, overwrite)
     output_dir.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        for name in (TARGETS_FILE, "metrics.jsonl"):
+        for name in (TARGETS_FILE, METRICS_FILE):
             (output_dir / name).unlink(missing_ok=True)
+        for folder in checkpoints(output_dir):
+            shutil.rmtree(folder)
     write_atomically(file, curriculum.to_json() + "\n")

@@ -42,17 +42,21 @@ class CurriculumConfig(TrainingArguments):
     method: str = field(default="extraction", metadata={"help": f"One of {', '.join(METHODS)}."})
     task: str | None = field(
         default=None,
-        metadata={"help": "causal_lm, masked_lm, sequence_classification or embedding; found from the teacher if unset."},
+        metadata={
+            "help": "causal_lm, masked_lm, sequence_classification or embedding; found from the teacher if unset."
+        },
     )
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher: folder or Hub name. The command line's default is the embedded one."}
+        default=None,
+        metadata={"help": "Teacher: folder or Hub name. The command line's default is the embedded one."},
     )
     teacher_checkpoints: list[str] | None = field(
         default=None,
         metadata={"help": "Progressive: folders of intermediate teacher checkpoints, early to late."},
     )
     teacher_dtype: str | None = field(
-        default=None, metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; unset keeps the checkpoint's."}
+        default=None,
+        metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; unset keeps the checkpoint's."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
     layer_map: str | None = field(
@@ -85,7 +89,8 @@ class CurriculumConfig(TrainingArguments):
         default=None, metadata={"help": "Positions whose logits are held at a time; unset chooses it."}
     )
     blocks: str | None = field(
-        default=None, metadata={"help": "Dotted name of the list of blocks, for models where several are found."}
+        default=None,
+        metadata={"help": "Dotted name of the list of blocks, for models where several are found."},
     )
     eval_with_teacher: bool = field(
         default=False, metadata={"help": "Also compare with the teacher in evaluations during training."}

@@ -43,7 +43,8 @@ def evaluate_batches(
 
     Returns:
         Language models and classifiers: `loss` (nats), `perplexity` (language models), `accuracy` (top 1), and with a
-        teacher `kl` (teacher || student, nats) and `agreement` (top 1). Encoders: see `embedding_metrics`.
+        teacher `kl` (teacher || student, nats), `agreement` (top 1), and the teacher's own `teacher_loss` and
+        `teacher_accuracy`. Encoders: see `embedding_metrics`.
     """
     student.eval()
     if task.name == "embedding":
@@ -55,20 +56,21 @@ def evaluate_batches(
             pairs.append((gather(mine.float()).cpu(), gather(teacher.output(batch).float()).cpu()))
             on_step()
         return embedding_metrics(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
-    totals, count = torch.zeros(4, dtype=torch.float64), 0.0
+    totals, count = torch.zeros(6, dtype=torch.float64), 0.0
     for batch in batches:
         per_example = gather(_per_example(student, batch, task, teacher, outputs, chunk_size)).double().cpu()
-        totals += per_example[:, :4].sum(0)
-        count += float(per_example[:, 4].sum())
+        totals += per_example[:, :-1].sum(0)
+        count += float(per_example[:, -1].sum())
         on_step()
     if count == 0:
         raise ValueError("nothing to evaluate: the evaluation set has no labelled position")
-    loss, accuracy, divergence, agreement = (totals / count).tolist()
+    loss, accuracy, divergence, agreement, teacher_loss, teacher_accuracy = (totals / count).tolist()
     metrics = {"loss": loss, "accuracy": accuracy}
     if task.per_position:
         metrics["perplexity"] = math.exp(min(loss, 700.0))
     if teacher is not None:
         metrics |= {"kl": divergence, "agreement": agreement}
+        metrics |= {"teacher_loss": teacher_loss, "teacher_accuracy": teacher_accuracy}
     return metrics
 
 
@@ -80,7 +82,7 @@ def _per_example(
     outputs: int | None,
     chunk_size: int | None,
 ) -> torch.Tensor:
-    """Sums of the four metrics and the number of positions, for each example, (B, 5).
+    """Sums of the columns of `output_metrics` and the number of positions, for each example, (B, 7).
 
     Kept by example so that gathering over devices can drop the rows that only fill up the last batch.
     """
@@ -101,7 +103,7 @@ def _per_example(
     values = output_metrics(state, head, labels, teacher_state, teacher_head, chunk_size)
     values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
     examples = len(batch["input_ids"])
-    return torch.zeros(examples, 5, device=values.device).index_add_(0, rows, values)
+    return torch.zeros(examples, values.shape[1], device=values.device).index_add_(0, rows, values)
 
 
 def embedding_metrics(student_BE: torch.Tensor, teacher_BE: torch.Tensor) -> dict[str, float]:

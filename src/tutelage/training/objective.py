@@ -65,7 +65,6 @@ class StageObjective(nn.Module):
         self.blocks = find_blocks(trunk(student), container)
         self.outputs, self.chunk_size, self.embedding_loss = outputs, chunk_size, embedding_loss
         self.stage_index = 0
-        self.teacher_checkpoint: str | None = None
 
     @property
     def teacher(self) -> LiveTeacher | None:

@@ -93,11 +93,12 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / PROGRESS_FILE).is_file()
 
 
+def checkpoints(output_dir: Path) -> list[Path]:
+    """A run's checkpoint folders, complete or not, oldest first."""
+    found = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end, if any."""
-    found = [
-        (int(match.group(1)), folder)
-        for folder in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and is_complete(folder)
-    ]
-    return max(found)[1] if found else None
+    return next((folder for folder in reversed(checkpoints(output_dir)) if is_complete(folder)), None)

@@ -6,7 +6,6 @@ the trainable set, the optimiser and the schedule are made anew.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,23 +18,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from tutelage.core.curriculum import Curriculum, Stage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_positions, batch_size, model_inputs
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
-from tutelage.tasks.kinds import detect_task, get_task, load_task_model, trunk
-from tutelage.teacher.loading import load_tokenizer
-from tutelage.teacher.targets import (
-    LiveTeacher,
-    TargetMap,
-    calibrate,
-    check_checkpoint,
-    load_target_maps,
-    save_target_maps,
-)
+from tutelage.tasks.kinds import hidden_size
+from tutelage.teacher.targets import TargetMap, calibrate, load_target_maps, save_target_maps
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.costs import StageCost, measure_stage
 from tutelage.training.evaluation import evaluate_batches
 from tutelage.training.objective import StageObjective
 from tutelage.training.records import (
@@ -46,6 +36,8 @@ from tutelage.training.records import (
     is_complete,
     last_complete_checkpoint,
 )
+from tutelage.training.setup import prepare
+from tutelage.training.switch import StageSwitch
 
 
 class TrainingDiverged(RuntimeError):
@@ -69,6 +61,10 @@ class CurriculumTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # losses are divided by the items of the whole optimiser step
     args: CurriculumConfig
+    model: Any
+    train_dataset: Any
+    objective: StageObjective
+    curriculum: Curriculum
 
     def __init__(
         self,
@@ -87,71 +83,24 @@ class CurriculumTrainer(Trainer):
         args = CurriculumConfig() if args is None else args
         if args.n_gpu > 1:
             warnings.warn(
-                f"using 1 of {args.n_gpu} GPUs: start with `accelerate launch -m tutelage ...` to use all", stacklevel=2
+                f"using 1 of {args.n_gpu} GPUs: start with `accelerate launch -m tutelage ...` to use all",
+                stacklevel=2,
             )
             args._n_gpu = 1
         if optimizers != (None, None):
             raise ValueError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
-        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if args.method == "scratch" and curriculum is None:
-            teacher_model = None
-        if args.task is not None:
-            self.task = get_task(args.task)
-        else:
-            self.task = detect_task(teacher_model if teacher_model is not None else model)
-        if isinstance(teacher_model, str):
-            checks.check_tokenizers(processing_class, load_tokenizer(teacher_model))
-            teacher_model = load_task_model(
-                self.task, teacher_model, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code
-            )
-        if isinstance(model, str):
-            model = load_task_model(self.task, model, what="student", trust_remote_code=args.trust_remote_code)
-        checks.check_dataset(train_dataset, trunk(model).config, "training")
-        checks.check_dataset(eval_dataset, trunk(model).config, "evaluation")
-        teacher = None if teacher_model is None else LiveTeacher(teacher_model, trunk(teacher_model), args.blocks)
-        outputs = None
-        if teacher is not None:
-            outputs = checks.shared_outputs(model, teacher.model, self.task, processing_class)
-        student_blocks = StageObjective(model, teacher, _PLACEHOLDER, self.task, [None], container=args.blocks).blocks
-        steps = _total_steps(args, train_dataset)
-        if curriculum is None:
-            if steps is None:
-                raise ValueError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
-            curriculum = args.build_curriculum(len(student_blocks), teacher and len(teacher.blocks), steps)
-        elif teacher is None and any(stage.needs_teacher for stage in curriculum.stages):
-            raise ValueError("this curriculum has stages that need a teacher: pass teacher_model")
-        args.max_steps = curriculum.total_steps
-        for stage in curriculum.stages:
-            if stage.teacher_checkpoint is not None and teacher is not None:
-                check_checkpoint(teacher.model, stage.teacher_checkpoint)
-        warm_start.head_stage(curriculum)
-        if "embedding" in curriculum.warm_start and not hasattr(trunk(model), "get_input_embeddings"):
-            raise ValueError(f"warm_start={curriculum.warm_start!r} needs a model with token embeddings")
-
-        self.curriculum = curriculum
-        self.teacher = teacher
-        self.objective = StageObjective(
-            model,
-            teacher,
-            curriculum,
-            self.task,
-            [None] * len(curriculum.stages),
-            outputs=outputs,
-            container=args.blocks,
-            chunk_size=args.logits_chunk_size,
-            embedding_loss=args.embedding_loss,
-        )
+        setup = prepare(model, teacher_model, args, train_dataset, eval_dataset, processing_class, curriculum)
+        self.task, self.teacher = setup.task, setup.teacher
+        self.curriculum, self.objective = setup.curriculum, setup.objective
+        self.switch = StageSwitch(self.objective)
+        args.max_steps = self.curriculum.total_steps
         self.progress = Progress()
         self.metrics_file = MetricsFile(Path(args.output_dir or ".") / METRICS_FILE)
-        self._trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        self._stage_trainable: frozenset[str] = frozenset()
-        self._costs: dict[int, StageCost] = {}
         self._resumed_stage: int | None = None
         self._clock: float | None = None
         self._token_counts: list[torch.Tensor] = []
-        self.entered: int | None = None
         super().__init__(
-            model=model,
+            model=setup.student,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -162,8 +111,8 @@ class CurriculumTrainer(Trainer):
         )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
-        if teacher is not None and not hasattr(teacher.model, "hf_device_map"):
-            teacher.model.to(args.device)
+        if self.teacher is not None and not hasattr(self.teacher.model, "hf_device_map"):
+            self.teacher.model.to(args.device)
 
     # ---- Stages ----
 
@@ -185,14 +134,14 @@ class CurriculumTrainer(Trainer):
             checks.claim_output_dir(output_dir, self.curriculum, resuming, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
         self.progress = Progress()
-        self.entered = self._resumed_stage = None
+        self.switch.entered = self._resumed_stage = None
         if resume_from_checkpoint:
             self.progress = Progress.load(Path(str(resume_from_checkpoint)))
             self._resumed_stage = self.progress.stage
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self._set_trainable(self._trainable)
+            self.switch.set_trainable(self.switch.all)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Let `Trainer` prepare the stage objective in the student's place, for the stage that the run is in."""
@@ -203,7 +152,7 @@ class CurriculumTrainer(Trainer):
         self._move_to_stage(self.state.global_step)
         student = self.model
         # Every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after.
-        self._set_trainable(self._trainable)
+        self.switch.set_trainable(self.switch.all)
         self.model = self.model_wrapped = self.objective
         try:
             wrapped, train_dataloader = super()._prepare_for_training(
@@ -211,7 +160,7 @@ class CurriculumTrainer(Trainer):
             )
         finally:
             self.model = student
-        self._set_trainable(self._stage_trainable)
+        self.switch.set_trainable(self.switch.trainable)
         self.callback_handler.model = student
         return wrapped, train_dataloader
 
@@ -221,7 +170,7 @@ class CurriculumTrainer(Trainer):
         if self.teacher is None or not any(stage.kind == "hidden" for stage in stages):
             return
         path = Path(self.args.output_dir or ".") / TARGETS_FILE
-        width = trunk(self.model).config.hidden_size
+        width = hidden_size(self.model)
         maps: list[TargetMap | None]
         if resuming and path.exists():
             maps = load_target_maps(path, self.curriculum, width, len(self.teacher.blocks))
@@ -256,90 +205,33 @@ class CurriculumTrainer(Trainer):
         return self._prepare_inputs(collator(rows))
 
     def _move_to_stage(self, step: int) -> None:
-        """Put student, teacher and trainable set in the state that optimiser step `step` needs."""
+        """Enter the stage of optimiser step `step`."""
         index, local = self.curriculum.stage_at(step)
-        if self.entered == index or self.teacher is None:
-            pass
-        stage = self.curriculum.stages[index]
         fresh = local == 0 and self._resumed_stage != index
-        if self.teacher is not None and fresh:
-            arguments = (self.model, self.teacher, self.curriculum, self.objective.maps, self.objective.outputs)
-            if index == 0:
-                warm_start.apply_before_training(*arguments)
-            elif stage.kind == "output" and self.curriculum.stages[index - 1].kind == "hidden":
-                warm_start.apply_before_output(*arguments)
-        self._load_stage_teacher(stage)
-        self.objective.stage_index = index
-        self._set_trainable(self._trainable)
-        if index not in self._costs:
-            self._costs[index] = self._measure(index)
-            if step == 0 and self.teacher is not None and any(m is not None for m in self.objective.maps):
-                self._count_calibration()
-        self._stage_trainable = self._stage_parameters(index)
-        self.entered, self._resumed_stage = index, None
+        with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
+            self.switch.enter(index, fresh, self._example)
+            if step == 0:
+                self._charge_calibration()
+        self._resumed_stage = None
         self.progress.stage = index
 
-    def _measure(self, index: int) -> StageCost:
-        row = self._collate([self.train_dataset[0]])
-        self.model.train()
-        with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
-            return measure_stage(self.objective, index, row)
+    def _example(self) -> dict[str, Any]:
+        return self._collate([self.train_dataset[0]])
 
-    def _count_calibration(self) -> None:
+    def _charge_calibration(self) -> None:
         """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
         count = min(self.args.calibration_samples, len(self.train_dataset))
-        positions = count * batch_positions(self._collate([self.train_dataset[0]]))
         for index, target_map in enumerate(self.objective.maps):
             if target_map is not None:
-                cost = self._costs.setdefault(index, self._measure(index))
-                self.progress.teacher_flops += cost.teacher_flops * positions
-
-    def _load_stage_teacher(self, stage: Stage) -> None:
-        wanted = stage.teacher_checkpoint
-        if self.teacher is None or wanted == self.objective.teacher_checkpoint:
-            return
-        if self.objective.teacher_checkpoint is None:
-            self._finished_teacher = {n: t.clone() for n, t in self.teacher.model.state_dict().items()}
-        if wanted is None:
-            self.teacher.model.load_state_dict(self._finished_teacher)
-            del self._finished_teacher
-        else:
-            self.teacher.load_checkpoint(wanted)
-        self.objective.teacher_checkpoint = wanted
-
-    def _stage_parameters(self, index: int) -> frozenset[str]:
-        """Names of the parameters that train in a stage: those it reaches, less a tied head that must not move.
-
-        Inside the blocks the block number decides, since a part that one example leaves out (an expert) may serve another.
-        """
-        stage, blocks = self.curriculum.stages[index], self.objective.blocks
-        prefix = "encoder." if isinstance(self.model, EmbeddingModel) else ""
-        depth = stage.student_place if isinstance(stage.student_place, int) else len(blocks)
-        frozen: set[str] = set()
-        if stage.kind == "hidden" and warm_start.head_stage(self.curriculum) is not None:
-            if warm_start.is_tied(self.model):
-                embedding = self.model.get_input_embeddings().weight
-                frozen = {name for name, p in self.model.named_parameters() if p is embedding}
-
-        def reached(name: str) -> bool:
-            for number, block in enumerate(blocks.names, 1):
-                if name.startswith(f"{prefix}{block}."):
-                    return number <= depth
-            return name in self._costs[index].reached
-
-        return frozenset(name for name in self._trainable if reached(name) and name not in frozen)
-
-    def _set_trainable(self, names: Any) -> None:
-        names = set(names)
-        for name, parameter in self.objective.student.named_parameters():
-            parameter.requires_grad_(name in names)
+                cost = self.switch.measure(index, self._example)
+                self.progress.teacher_flops += cost.teacher_flops * count * batch_positions(self._example())
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
         index, _ = self.curriculum.stage_at(self.state.global_step)
-        if index != self.entered:
+        if index != self.switch.entered:
             self._move_to_stage(self.state.global_step)
-            self._set_trainable(self._stage_trainable)
+            self.switch.set_trainable(self.switch.trainable)
             self._renew_optimizer()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -348,20 +240,22 @@ class CurriculumTrainer(Trainer):
         self.accelerator._optimizers.clear()
         self.optimizer = self.accelerator.prepare(self.create_optimizer(self.objective))
         self.create_scheduler(self.curriculum.total_steps)
-        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
+            self.optimizer,
+            self.lr_scheduler,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The optimiser of the current stage, over its trainable set, at its learning rate."""
-        run_rate = self.args.learning_rate
-        stage = self.objective.stage
-        trainable = [name for name, p in self.objective.student.named_parameters() if p.requires_grad]
+        run_rate, stage = self.args.learning_rate, self.objective.stage
+        trainable = {name for name, p in self.objective.student.named_parameters() if p.requires_grad}
         self.args.learning_rate = stage.learning_rate if stage.learning_rate is not None else run_rate
-        self._set_trainable(self._stage_trainable)
+        self.switch.set_trainable(self.switch.trainable)
         try:
             return super().create_optimizer(model)
         finally:
             self.args.learning_rate = run_rate
-            self._set_trainable(trainable)
+            self.switch.set_trainable(trainable)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warm-up and decay of the current stage, over its own steps."""
@@ -384,7 +278,11 @@ class CurriculumTrainer(Trainer):
         return torch.as_tensor(count).clamp_min(1)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Loss of the current stage; for a bare student (evaluation), its own loss."""
         if not isinstance(self.accelerator.unwrap_model(model), StageObjective):
@@ -403,7 +301,7 @@ class CurriculumTrainer(Trainer):
         tokens = batch_positions(inputs) if mask is None else mask.sum()
         self._token_counts.append(torch.as_tensor(tokens))
         self.progress.samples += batch_size(inputs) * self.args.world_size
-        cost = self._costs[self.objective.stage_index]
+        cost = self.switch.costs[self.objective.stage_index]
         positions = batch_positions(inputs) * self.args.world_size
         self.progress.student_flops += cost.student_flops * positions
         self.progress.teacher_flops += cost.teacher_flops * positions
@@ -420,9 +318,9 @@ class CurriculumTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Measured FLOPs of a micro-step, teacher included, for `total_flos`."""
-        if self.objective.stage_index not in self._costs:
+        if self.objective.stage_index not in self.switch.costs:
             return 0
-        return int(self._costs[self.objective.stage_index].flops * batch_positions(inputs))
+        return int(self.switch.costs[self.objective.stage_index].flops * batch_positions(inputs))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that student or teacher takes."""
@@ -461,7 +359,7 @@ class CurriculumTrainer(Trainer):
         """As in transformers; also appends to metrics.jsonl."""
         self._settle_progress()
         super().log(logs, start_time)
-        if not self.is_world_process_zero() or self.entered is None:
+        if not self.is_world_process_zero() or self.switch.entered is None:
             return
         stage, progress = self.objective.stage, self.progress
         record = {
@@ -552,16 +450,3 @@ class CurriculumTrainer(Trainer):
             )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
-
-
-_PLACEHOLDER = Curriculum("none", (Stage("output", 1),))
-
-
-def _total_steps(args: CurriculumConfig, dataset: Any) -> int | None:
-    """Optimiser steps of the budget: `max_steps`, else from epochs and the dataset's length."""
-    if args.max_steps > 0:
-        return args.max_steps
-    if dataset is None or not hasattr(dataset, "__len__"):
-        return None
-    batches = math.ceil(len(dataset) / (args.per_device_train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))

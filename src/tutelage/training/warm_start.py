@@ -16,6 +16,8 @@ Shapes: V outputs, D teacher width, R student width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -24,6 +26,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
 from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.kinds import trunk
 from tutelage.teacher.targets import LiveTeacher, TargetMap
 
 
@@ -60,8 +63,8 @@ def transplant_head(
 @torch.no_grad()
 def project_embedding(student: nn.Module, teacher: nn.Module, curriculum: Curriculum) -> None:
     """Start the token embedding as a random projection of the teacher's, scaled to the student's initial deviation."""
-    source: torch.Tensor = teacher.get_input_embeddings().weight  # type: ignore[operator,union-attr]
-    target: torch.Tensor = student.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+    source: torch.Tensor = teacher.get_input_embeddings().weight  # type: ignore[operator]
+    target: torch.Tensor = student.get_input_embeddings().weight  # type: ignore[operator]
     rows = min(len(source), len(target))
     projection = RandomProjection(source.shape[1], target.shape[1], (curriculum.projection_seed, 0), "gaussian")
     projected = projection(source[:rows].detach().float().cpu())
@@ -81,7 +84,19 @@ def head_stage(curriculum: Curriculum) -> int | None:
     )
 
 
-def is_tied(student: nn.Module) -> bool:
+def check(curriculum: Curriculum, student: nn.Module) -> None:
+    """Raise ValueError where the curriculum's warm start cannot be made."""
+    head_stage(curriculum)
+    if "embedding" in curriculum.warm_start and not hasattr(trunk(student), "get_input_embeddings"):
+        raise ValueError(f"warm_start={curriculum.warm_start!r} needs a model with token embeddings")
+
+
+def keeps_embedding_fixed(curriculum: Curriculum, student: nn.Module) -> bool:
+    """Whether hidden stages leave the embedding alone, since it is the transplanted head too."""
+    return head_stage(curriculum) is not None and is_tied(student)
+
+
+def is_tied(student: Any) -> bool:
     """Whether the student's output head and input embedding share one matrix."""
     if isinstance(student, EmbeddingModel) or not hasattr(student, "get_input_embeddings"):
         return False
@@ -97,18 +112,25 @@ def head_has_bias(student: nn.Module) -> bool:
 
 
 def apply_before_training(
-    student: nn.Module, teacher: LiveTeacher, curriculum: Curriculum, maps: list[TargetMap | None], outputs: int | None
+    student: nn.Module,
+    teacher: LiveTeacher,
+    curriculum: Curriculum,
+    maps: list[TargetMap | None],
+    outputs: int | None,
 ) -> None:
     """What must be in place before the first stage: a projected embedding, and the head of a tied student."""
     if "embedding" in curriculum.warm_start and not is_tied(student):
-        source, target = (m.encoder if isinstance(m, EmbeddingModel) else m for m in (teacher.model, student))
-        project_embedding(target, source, curriculum)
-    if head_stage(curriculum) is not None and is_tied(student):
+        project_embedding(trunk(student), teacher.trunk, curriculum)
+    if keeps_embedding_fixed(curriculum, student):
         _transplant(student, teacher, curriculum, maps, outputs)
 
 
 def apply_before_output(
-    student: nn.Module, teacher: LiveTeacher, curriculum: Curriculum, maps: list[TargetMap | None], outputs: int | None
+    student: nn.Module,
+    teacher: LiveTeacher,
+    curriculum: Curriculum,
+    maps: list[TargetMap | None],
+    outputs: int | None,
 ) -> None:
     """The head transplant, when the first output stage begins."""
     if head_stage(curriculum) is not None and not is_tied(student):
@@ -116,7 +138,11 @@ def apply_before_output(
 
 
 def _transplant(
-    student: nn.Module, teacher: LiveTeacher, curriculum: Curriculum, maps: list[TargetMap | None], outputs: int | None
+    student: nn.Module,
+    teacher: LiveTeacher,
+    curriculum: Curriculum,
+    maps: list[TargetMap | None],
+    outputs: int | None,
 ) -> None:
     index = head_stage(curriculum)
     assert index is not None
@@ -136,5 +162,9 @@ def _transplant(
         )
     weight, bias = source.linear.weight[:outputs], source.linear.bias
     transplant_head(
-        target.linear, target_map, weight, None if bias is None else bias[:outputs], source.scale / target.scale
+        target.linear,
+        target_map,
+        weight,
+        None if bias is None else bias[:outputs],
+        source.scale / target.scale,
     )

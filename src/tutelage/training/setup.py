@@ -1,0 +1,109 @@
+"""From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute.
+
+Public names: `Setup`, `prepare`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tutelage.core.blocks import find_blocks
+from tutelage.core.curriculum import Curriculum
+from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model, trunk
+from tutelage.teacher.loading import load_tokenizer
+from tutelage.teacher.targets import LiveTeacher, check_checkpoint
+from tutelage.training import checks, warm_start
+from tutelage.training.config import CurriculumConfig
+from tutelage.training.objective import StageObjective
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer trains, and by which stages."""
+
+    task: Task
+    student: nn.Module
+    teacher: LiveTeacher | None
+    curriculum: Curriculum
+    objective: StageObjective
+
+
+def prepare(
+    model: nn.Module | str,
+    teacher_model: nn.Module | str | None,
+    args: CurriculumConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    curriculum: Curriculum | None,
+) -> Setup:
+    """Load what is given by name, build the curriculum, and check that everything fits together.
+
+    Raises:
+        ValueError: anything that cannot work.
+    """
+    teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+    if args.method == "scratch" and curriculum is None:
+        teacher_model = None
+    task = get_task(args.task) if args.task else detect_task(teacher_model if teacher_model is not None else model)
+    loading = {"trust_remote_code": args.trust_remote_code}
+    if isinstance(teacher_model, str):
+        checks.check_tokenizers(tokenizer, load_tokenizer(teacher_model, trust_remote_code=args.trust_remote_code))
+        teacher_model = load_task_model(task, teacher_model, dtype=args.teacher_dtype, **loading)
+    student = load_task_model(task, model, what="student", **loading) if isinstance(model, str) else model
+    for part in (student, teacher_model):
+        if part is not None:
+            checks.check_dataset(train_dataset, trunk(part).config, "training")
+            checks.check_dataset(eval_dataset, trunk(part).config, "evaluation")
+    teacher = None if teacher_model is None else LiveTeacher(teacher_model, trunk(teacher_model), args.blocks)
+    outputs = None if teacher is None else checks.shared_outputs(student, teacher.model, task, tokenizer)
+    curriculum = _curriculum(curriculum, args, student, teacher, train_dataset)
+    for stage in curriculum.stages:
+        if stage.teacher_checkpoint is not None and teacher is not None:
+            check_checkpoint(teacher.model, stage.teacher_checkpoint)
+    warm_start.check(curriculum, student)
+    objective = StageObjective(
+        student,
+        teacher,
+        curriculum,
+        task,
+        [None] * len(curriculum.stages),
+        outputs=outputs,
+        container=args.blocks,
+        chunk_size=args.logits_chunk_size,
+        embedding_loss=args.embedding_loss,
+    )
+    return Setup(task, student, teacher, curriculum, objective)
+
+
+def _curriculum(
+    given: Curriculum | None,
+    args: CurriculumConfig,
+    student: nn.Module,
+    teacher: LiveTeacher | None,
+    train_dataset: Any,
+) -> Curriculum:
+    if given is not None:
+        if teacher is None and any(stage.needs_teacher for stage in given.stages):
+            raise ValueError("this curriculum has stages that need a teacher: pass teacher_model")
+        return given
+    steps = _total_steps(args, train_dataset)
+    if steps is None:
+        raise ValueError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
+    student_blocks = find_blocks(trunk(student), args.blocks)
+    return args.build_curriculum(len(student_blocks), None if teacher is None else len(teacher.blocks), steps)
+
+
+def _total_steps(args: CurriculumConfig, dataset: Any) -> int | None:
+    """Optimiser steps of the budget: `max_steps`, else from epochs and the dataset's length."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return None
+    batches = math.ceil(len(dataset) / (args.per_device_train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))
