@@ -24,7 +24,7 @@ from tutelage.training.config import CurriculumConfig
 # Longest block when nothing is said: long enough to learn from, short enough for a laptop.
 DEFAULT_LENGTH = 256
 # Budget of a run that names neither teacher nor data nor budget: under two minutes on 2 cores.
-_DEFAULT_STEPS = 400
+_DEFAULT_STEPS = 200
 _NO_LIMIT = 10**9
 
 
