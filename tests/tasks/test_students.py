@@ -60,7 +60,13 @@ FOLLOWING = [
     ),
     (
         ModernBertConfig(
-            **SMALL, intermediate_size=160, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+            **SMALL,
+            intermediate_size=160,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
         ),
         {"num_attention_heads": 2, "intermediate_size": 80},
     ),

@@ -142,7 +142,7 @@ def test_masked_blocks_have_the_special_tokens(corpus: Path, encoder: PreTrained
 def test_sentences_are_truncated_one_a_row(corpus: Path, encoder: PreTrainedTokenizerBase) -> None:
     data = read_dataset(str(corpus / "text.jsonl"))
     rows = tokenize(data, encoder, CLASSIFIER, 8)
-    assert list(rows["input_ids"])[0] == [CLS, *ids_of(encoder, sentences(120)[0])[:6], SEP]
+    assert next(iter(rows["input_ids"])) == [CLS, *ids_of(encoder, sentences(120)[0])[:6], SEP]
     assert list(rows["labels"]) == list(data["label"])
     assert "labels" not in tokenize(data, encoder, EMBEDDING, 8).column_names
 
@@ -162,7 +162,12 @@ def test_tokenised_data_pass_through(plain: PreTrainedTokenizerBase) -> None:
         ({"text": [1]}, CAUSAL, 8, "column 'text' of the dataset holds int64: expected text"),
         ({"text": [["a"]]}, CAUSAL, 8, "column 'text' of the dataset holds List.*: expected text"),
         ({"text": ["a", None]}, CAUSAL, 8, "column 'text' of the dataset has rows without a value"),
-        ({"text": ["a"], "label": ["good"]}, CLASSIFIER, 8, "'label' of the dataset holds string: expected class numbers"),
+        (
+            {"text": ["a"], "label": ["good"]},
+            CLASSIFIER,
+            8,
+            "'label' of the dataset holds string: expected class numbers",
+        ),
         ({"text": ["ba den"]}, CAUSAL, 8, "too short for one block of 8 tokens: lower --max_length"),
         ({"text": ["ba den"]}, CAUSAL, 1, "max_length 1 is too short: task causal_lm needs at least 2 tokens"),
         ({"text": ["ba den"]}, MASKED, 2, "max_length 2 is too short: task masked_lm needs at least 3 tokens"),
@@ -229,6 +234,9 @@ def test_a_tokenizer_without_a_mask_token(plain: PreTrainedTokenizerBase) -> Non
 
 
 def test_sentences_are_padded(encoder: PreTrainedTokenizerBase) -> None:
-    rows = [{"input_ids": [CLS, 7, SEP], "attention_mask": [1, 1, 1]}, {"input_ids": [CLS, 3], "attention_mask": [1, 1]}]
+    rows = [
+        {"input_ids": [CLS, 7, SEP], "attention_mask": [1, 1, 1]},
+        {"input_ids": [CLS, 3], "attention_mask": [1, 1]},
+    ]
     batch = make_collator(EMBEDDING, encoder)(rows)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

@@ -259,7 +259,7 @@ def test_a_checkpoint_of_another_architecture(
 
 def test_folders_that_are_no_checkpoint(teacher: LiveTeacher, causal_teacher: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"is not a folder with \*.safetensors in it"):
+        with pytest.raises(ValueError, match=r"is not a folder with model.safetensors in it"):
             check_checkpoint(teacher.model, str(folder))
     damaged = Path(shutil.copytree(causal_teacher, tmp_path / "damaged"))
     (damaged / "model.safetensors").write_bytes(b"damaged")

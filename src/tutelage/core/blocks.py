@@ -180,17 +180,27 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
-    """Outermost lists of modules of one class, by dotted name (lists inside a block, such as experts, do not count)."""
+    """Outermost lists of modules of one class, by dotted name (lists inside a block, such as experts, do not count).
+
+    A list of several classes (a hybrid of attention and Mamba blocks) counts if `config.num_hidden_layers` is its length;
+    otherwise it is no candidate, and nor are the lists inside it.
+    """
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     found: dict[str, nn.ModuleList | nn.Sequential] = {}
+    mixed: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(outer + ".") for outer in found) or not isinstance(
+        if any(name.startswith(outer + ".") for outer in (*found, *mixed)) or not isinstance(
             module, nn.ModuleList | nn.Sequential
         ):
             continue
         children = list(module)
         same_class = len({type(child) for child in children}) == 1
-        if name and children and same_class and any(True for _ in children[0].parameters()):
+        if not name or not children or not any(True for _ in children[0].parameters()):
+            continue
+        if same_class or (isinstance(module, nn.ModuleList) and len(children) == depth):
             found[name] = module
+        elif isinstance(module, nn.ModuleList):
+            mixed.append(name)
     return found
 
 

@@ -153,6 +153,8 @@ def extraction(
     """
     if layer_map is not None and num_stages is not None:
         raise ValueError("give layer_map or num_stages, not both")
+    if layer_map is not None and len(layer_map) == 0:
+        raise ValueError("layer_map is empty: give pairs such as '1:2,head:head', or None for the uniform map")
     pairs = list(layer_map) if layer_map else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
     _check_layer_map(pairs, student_blocks, teacher_blocks)
     if stage_steps is None:

@@ -43,7 +43,9 @@ class OutputHead:
                 f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one: "
                 "load the model with a language-modelling or classification head"
             )
-        config = getattr(model, "config", None)
+        get = getattr(model, "get_output_embeddings", None)
+        # what a language model does to its logits, a classifier built on the same config does not
+        config = None if get is not None and get() is None else getattr(model, "config", None)
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return cls(found[1], getattr(config, "final_logit_softcapping", None), float(scale), outputs)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import IGNORED_LABEL
 
 # Logits held at a time: 2^24 float32 values are 64 MiB a tensor, large enough that the matrix products stay efficient.
 CHUNK_LOGITS = 2**24
@@ -33,8 +34,9 @@ def hidden_loss(student: torch.Tensor, target: torch.Tensor, keep: torch.Tensor)
         target: (..., R) targets.
         keep: (...) boolean; padding and attention sinks are False.
     """
-    squared = (student.float() - target).square().mean(-1)
-    return torch.where(keep, squared, 0.0).sum()
+    # masked before squaring: 0 * inf would put NaN into the gradient where a left-out state is not finite
+    difference = torch.where(keep[..., None], student.float() - target, 0.0)
+    return difference.square().mean(-1).sum()
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def output_loss(
         student_hidden_ND: what enters the student's head.
         student_head: the student's head.
         teacher_hidden_NE, teacher_head: the teacher's; None with label_weight 1.
-        labels_N: target ids, needed if label_weight > 0.
+        labels_N: target ids, needed if label_weight > 0; positions labelled -100 have no label loss.
         temperature: t.
         label_weight: a.
         chunk_size: positions a chunk; None chooses it so that a chunk holds about 2^24 logits.
@@ -148,7 +150,8 @@ def _loss_and_logit_grad(
         loss += spec.label_weight * F.nll_loss(log_q, labels, reduction="sum")
         if with_grad:
             label_gradient = log_q.exp_().mul_(spec.label_weight)
-            label_gradient[torch.arange(len(labels), device=labels.device), labels] -= spec.label_weight
+            label_gradient[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= spec.label_weight
+            label_gradient.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
             gradient = label_gradient if share == 0 else gradient.add_(label_gradient)
     return loss, gradient
 

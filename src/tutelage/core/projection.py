@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +33,12 @@ class Projection(ABC):
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """The matrix on `device` in `dtype`, kept between calls."""
-        cached: torch.Tensor | None = getattr(self, "_cached", None)
-        if cached is None or cached.device != torch.device(device) or cached.dtype != dtype:
-            cached = self.matrix().to(device=device, dtype=dtype)
-            self._cached = cached
-        return cached
+        wanted = (torch.device(device), dtype)
+        kept: tuple[Any, torch.Tensor] | None = getattr(self, "_kept", None)
+        if kept is None or kept[0] != wanted:
+            kept = (wanted, self.matrix().to(device=device, dtype=dtype))
+            self._kept = kept
+        return kept[1]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project `hidden`, (..., in_features) -> (..., out_features)."""
@@ -54,7 +56,9 @@ class Projection(ABC):
         moment = second_moment_DD.double().cpu()
         # A ridge of 1e-9 of the mean variance keeps directions that the calibration text never used invertible.
         moment = moment + 1e-9 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-        return torch.linalg.solve(encode.T @ moment @ encode, encode.T @ moment).float()
+        # min_D |C^{1/2} (1 - P D)|: by least squares on the root, which a P that widens (rank below R) does not upset
+        root = _square_root(moment)
+        return torch.linalg.lstsq(root @ encode, root, driver="gelsd").solution.float()
 
 
 class RandomProjection(Projection):
@@ -92,7 +96,7 @@ class RandomProjection(Projection):
         generator = np.random.RandomState(self.seed if isinstance(self.seed, int) else list(self.seed))
         shape = (self.out_features, self.in_features)
         if self.kind == "rademacher":
-            # one byte a sign, drawn in sequence, so that a prefix of columns does not depend on the number of columns
+            # one 32-bit word a sign, in sequence, so that a prefix of columns does not depend on the number of columns
             signs = np.frombuffer(generator.bytes(4 * shape[0] * shape[1]), dtype="<u4").reshape(shape) & 1
             columns = (2.0 * signs - 1.0) / np.sqrt(self.in_features)
         else:

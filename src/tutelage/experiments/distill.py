@@ -80,7 +80,8 @@ def distill(run: RunArguments, args: CurriculumConfig) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         trainer.save_model()
         write_atomically(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
-        title = f"{trainer.curriculum.method}: {Path(prepared.names['teacher']).name} to {prepared.names['student']}"
+        source = f"{Path(prepared.names['teacher']).name} to " if trainer.teacher is not None else ""
+        title = f"{trainer.curriculum.method}: {source}{prepared.names['student']}"
         plot_run(trainer.metrics_file.read(), folder / "loss.png", title)
         write_card(folder, result, trainer.curriculum)
     if args.push_to_hub:

@@ -67,7 +67,7 @@ def evaluate(
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
     collator = make_collator(kind, tokenizer, mlm_probability)
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
     batches = ({key: value.to(device) for key, value in batch.items()} for batch in loader)
     metrics = evaluate_batches(student, batches, kind, source, outputs=outputs)
     return {"model": model, "dataset": dataset, "teacher": teacher, "sequences": len(rows), **metrics}

@@ -20,6 +20,7 @@ from tutelage.tasks.kinds import build_task_model, detect_task, get_task, hidden
 from tutelage.tasks.students import student_config
 from tutelage.teacher.loading import load_config
 from tutelage.teacher.targets import LiveTeacher, TargetMap, random_projection
+from tutelage.training.checks import check_widths
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.costs import measure_stage
 from tutelage.training.objective import StageObjective
@@ -49,6 +50,7 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = D
         objective = StageObjective(student_model, source, one_shot(1), task, [None], container=args.blocks)
         steps = args.max_steps if args.max_steps > 0 else 1000
         curriculum = args.build_curriculum(len(objective.blocks), len(source.blocks), steps)
+        check_widths(curriculum, hidden_size(student_model), hidden_size(teacher_model))
         if task.name != "embedding":
             mine, theirs = OutputHead.of(student_model), OutputHead.of(teacher_model)
             objective.outputs = min(mine.linear.out_features, theirs.linear.out_features)

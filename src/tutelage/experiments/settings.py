@@ -123,7 +123,7 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
         for part in (train_part, eval_part)
     )
     if task.name == "sequence_classification":
-        _check_labels(train_dataset, base.num_labels)
+        _check_labels(train_dataset, int(base.num_labels or 0))
     if run.eval_samples is not None:
         eval_dataset = eval_dataset.select(range(min(run.eval_samples, len(eval_dataset))))
     teacher = None

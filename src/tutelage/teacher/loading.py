@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_SAFE = ("*.safetensors", "*.gguf")
+_SAFE = ("model*.safetensors", "*.gguf")  # the names that `from_pretrained` looks for
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -48,7 +48,7 @@ def check_weights(path: str, *, what: str = "teacher") -> None:
             f"{what} {path!r} stores its weights as a pickle ({pickles[0]}), which can run code when loaded: convert it "
             "with `model.save_pretrained(folder)` (safetensors) in an environment where you trust the file"
         )
-    raise ValueError(f"{what} folder {path!r} holds no weights: expected *.safetensors")
+    raise ValueError(f"{what} folder {path!r} holds no weights: expected model.safetensors")
 
 
 def has_weights(folder: Path) -> bool:

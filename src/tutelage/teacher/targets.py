@@ -64,7 +64,7 @@ class LiveTeacher:
         check_checkpoint(self.model, folder)
         for subfolder, part, prefix in _stored_parts(self.model):
             state: dict[str, torch.Tensor] = {}
-            for file in sorted((Path(folder) / subfolder).glob("*.safetensors")):
+            for file in sorted((Path(folder) / subfolder).glob("model*.safetensors")):
                 state.update(load_file(file))
             part.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()}, strict=False)
 
@@ -92,9 +92,9 @@ def _stored_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def _stored_shapes(folder: Path, prefix: str) -> dict[str, list[int]]:
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
     if not files:
-        raise ValueError(f"teacher checkpoint {str(folder)!r} is not a folder with *.safetensors in it")
+        raise ValueError(f"teacher checkpoint {str(folder)!r} is not a folder with model.safetensors in it")
     shapes: dict[str, list[int]] = {}
     for file in files:
         try:

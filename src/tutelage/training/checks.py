@@ -102,6 +102,15 @@ def check_dataset(dataset: Any, config: Any, name: str) -> None:
         )
 
 
+def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:
+    """Refuse a projection that cannot map the teacher's width to the student's."""
+    kind, hidden = curriculum.projection, any(stage.kind == "hidden" for stage in curriculum.stages)
+    if hidden and student > teacher and kind not in ("gaussian", "rademacher"):
+        raise ValueError(
+            f"projection={kind!r} cannot widen {teacher} to {student}: use projection='gaussian' or a narrower student"
+        )
+
+
 def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
     """Refuse a folder that holds another run, or a model that is no run's."""
     if output_dir.exists() and not output_dir.is_dir():

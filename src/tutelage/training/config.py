@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from tutelage.core.blocks import HEAD
 from tutelage.core.curriculum import (
     METHODS,
     Curriculum,
@@ -18,6 +19,7 @@ from tutelage.core.curriculum import (
     parse_layer_map,
     progressive,
     scratch,
+    uniform_layer_map,
 )
 
 
@@ -61,7 +63,10 @@ class CurriculumConfig(TrainingArguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
     layer_map: str | None = field(
         default=None,
-        metadata={"help": "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'head:head'; unset is uniform."},
+        metadata={
+            "help": "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'head:head'; unset is uniform, or head:head where "
+            "warm_start transplants the head."
+        },
     )
     num_stages: int | None = field(default=None, metadata={"help": "Hidden stages of the uniform layer map."})
     stage_fraction: float = field(default=0.5, metadata={"help": "Share of the steps given to hidden stages."})
@@ -136,13 +141,19 @@ class CurriculumConfig(TrainingArguments):
             return one_shot(steps, label_weight=self.label_weight, **settings)
         if self.method == "progressive":
             return progressive(steps, self.teacher_checkpoints or [], label_weight=self.label_weight, **settings)
+        layer_map = parse_layer_map(self.layer_map) if self.layer_map else None
+        num_stages = self.num_stages
+        if layer_map is None and "head" in self.warm_start:
+            # a transplanted head needs the stage that teaches its input; uniform stages come before it if asked for
+            uniform = [] if num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
+            layer_map, num_stages = [*uniform, (HEAD, HEAD)], None
         stage_steps = self.stage_steps
         return extraction(
             student_blocks,
             teacher_blocks,
             steps,
-            layer_map=parse_layer_map(self.layer_map) if self.layer_map else None,
-            num_stages=self.num_stages,
+            layer_map=layer_map,
+            num_stages=num_stages,
             stage_fraction=self.stage_fraction,
             stage_steps=stage_steps[0] if stage_steps and len(stage_steps) == 1 else stage_steps,
             stage_learning_rate=self.stage_learning_rate,

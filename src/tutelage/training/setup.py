@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
-from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model, trunk
+from tutelage.tasks.kinds import Task, detect_task, get_task, hidden_size, load_task_model, trunk
 from tutelage.teacher.loading import load_tokenizer
 from tutelage.teacher.targets import LiveTeacher, check_checkpoint
 from tutelage.training import checks, warm_start
@@ -51,7 +51,7 @@ def prepare(
     if args.method == "scratch" and curriculum is None:
         teacher_model = None
     task = get_task(args.task) if args.task else detect_task(teacher_model if teacher_model is not None else model)
-    loading = {"trust_remote_code": args.trust_remote_code}
+    loading: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     if isinstance(teacher_model, str):
         checks.check_tokenizers(tokenizer, load_tokenizer(teacher_model, trust_remote_code=args.trust_remote_code))
         teacher_model = load_task_model(task, teacher_model, dtype=args.teacher_dtype, **loading)
@@ -66,7 +66,9 @@ def prepare(
     for stage in curriculum.stages:
         if stage.teacher_checkpoint is not None and teacher is not None:
             check_checkpoint(teacher.model, stage.teacher_checkpoint)
-    warm_start.check(curriculum, student)
+    if teacher is not None:
+        checks.check_widths(curriculum, hidden_size(student), hidden_size(teacher.model))
+    warm_start.check(curriculum, student, teacher)
     objective = StageObjective(
         student,
         teacher,

@@ -97,7 +97,7 @@ class StageSwitch:
         depth = stage.student_place if isinstance(stage.student_place, int) else len(blocks)
         frozen: set[str] = set()
         if stage.kind == "hidden" and warm_start.keeps_embedding_fixed(objective.curriculum, student):
-            embedding = student.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+            embedding = student.get_input_embeddings().weight  # type: ignore[operator]
             frozen = {name for name, parameter in student.named_parameters() if parameter is embedding}
 
         def reached(name: str) -> bool:

@@ -116,7 +116,12 @@ class CurriculumTrainer(Trainer):
 
     # ---- Stages ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Run the whole curriculum, or go on with it; see `transformers.Trainer.train`."""
         output_dir = Path(self.args.output_dir or ".")
         if resume_from_checkpoint is True:
@@ -139,7 +144,7 @@ class CurriculumTrainer(Trainer):
             self.progress = Progress.load(Path(str(resume_from_checkpoint)))
             self._resumed_stage = self.progress.stage
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.switch.set_trainable(self.switch.all)
 
@@ -324,12 +329,12 @@ class CurriculumTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that student or teacher takes."""
-        if self._signature_columns is not None:
-            return
+        known = self._signature_columns is not None
         super()._set_signature_columns_if_needed()
-        if self.teacher is not None:
+        columns: Any = self._signature_columns
+        if self.teacher is not None and not known:
             extra = model_inputs(self.teacher.model, dict.fromkeys(["token_type_ids", "attention_mask"]))
-            self._signature_columns += [name for name in extra if name not in self._signature_columns]
+            columns += [name for name in extra if name not in columns]
 
     # ---- Logs, checkpoints, evaluation ----
 
@@ -403,6 +408,11 @@ class CurriculumTrainer(Trainer):
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, unless the folder has a card already (`tutelage distill` writes a fuller one)."""
+        if not (Path(self.args.output_dir or ".") / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, EmbeddingModel):
             self.model.load_state_dict(load_embedding_model(resume_from_checkpoint).state_dict())
@@ -430,7 +440,7 @@ class CurriculumTrainer(Trainer):
             if description == "Prediction":
                 return output
         else:
-            output = EvalLoopOutput(None, None, {}, self.num_examples(dataloader))
+            output = EvalLoopOutput(None, None, {}, self.num_examples(dataloader))  # type: ignore[arg-type]
         self.callback_handler.eval_dataloader = dataloader
 
         def on_step() -> None:
@@ -448,5 +458,6 @@ class CurriculumTrainer(Trainer):
                 gather=self.accelerator.gather_for_metrics,
                 on_step=on_step,
             )
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -84,11 +84,26 @@ def head_stage(curriculum: Curriculum) -> int | None:
     )
 
 
-def check(curriculum: Curriculum, student: nn.Module) -> None:
+def check(curriculum: Curriculum, student: nn.Module, teacher: LiveTeacher | None) -> None:
     """Raise ValueError where the curriculum's warm start cannot be made."""
-    head_stage(curriculum)
+    if head_stage(curriculum) is not None and teacher is not None:
+        if not isinstance(student, EmbeddingModel):
+            _check_soft_caps(OutputHead.of(teacher.model), OutputHead.of(student))
+        elif student.head is None:
+            raise ValueError(
+                f"warm_start={curriculum.warm_start!r} needs a student with a linear head on its embedding: "
+                "give a student without weights, it gets one, or warm_start='none'"
+            )
     if "embedding" in curriculum.warm_start and not hasattr(trunk(student), "get_input_embeddings"):
         raise ValueError(f"warm_start={curriculum.warm_start!r} needs a model with token embeddings")
+
+
+def _check_soft_caps(source: OutputHead, target: OutputHead) -> None:
+    if source.softcap != target.softcap:
+        raise ValueError(
+            f"the teacher soft-caps its logits at {source.softcap}, the student at {target.softcap}: a head transplant "
+            "needs both alike; set final_logit_softcapping in the student or warm_start='none'"
+        )
 
 
 def keeps_embedding_fixed(curriculum: Curriculum, student: nn.Module) -> bool:
@@ -155,11 +170,7 @@ def _transplant(
         transplant_head(student.head, target_map, weight, bias)
         return
     source, target = OutputHead.of(teacher.model, outputs), OutputHead.of(student, outputs)
-    if source.softcap != target.softcap:
-        raise ValueError(
-            f"the teacher soft-caps its logits at {source.softcap}, the student at {target.softcap}: a head transplant "
-            "needs both alike; set final_logit_softcapping in the student or warm_start='none'"
-        )
+    _check_soft_caps(source, target)
     weight, bias = source.linear.weight[:outputs], source.linear.bias
     transplant_head(
         target.linear,

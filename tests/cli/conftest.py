@@ -1,0 +1,50 @@
+"""Running the command line inside the test process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import pytest
+import transformers
+
+from tutelage.cli import main
+
+LENGTH, BATCH, STEPS = 16, 4, 8
+
+
+def run(*arguments: Any) -> str:
+    """Standard output of a command that succeeds and says nothing on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    assert (code, err.getvalue()) == (0, "")
+    return out.getvalue()
+
+
+def budget(**changes: Any) -> list[str]:
+    """Flags of a run of a few tiny steps."""
+    flags = {
+        "max_steps": STEPS,
+        "max_length": LENGTH,
+        "per_device_train_batch_size": BATCH,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "calibration_samples": 8,
+        "eval_samples": 6,
+        "use_cpu": "true",
+    }
+    return [f"--{name}={value}" for name, value in {**flags, **changes}.items()]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def restore_global_settings() -> Iterator[None]:
+    """The command line silences libraries for its own process; other tests run in it too."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+    datasets.enable_progress_bars()
