@@ -90,13 +90,9 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         if top == "tutelage":
             up = target is not None and ROOMS.index(target) > ROOMS.index(room)
             if up or (target is None and rest != "__version__"):
-                found.append(
-                    f"{module}, line {line}: {room} imports {target or name}; arrows may only point down"
-                )
+                found.append(f"{module}, line {line}: {room} imports {target or name}; arrows may only point down")
         elif room == "core" and top not in CORE_THIRD_PARTIES and top not in sys.stdlib_module_names:
-            found.append(
-                f"{module}, line {line}: core imports {top}; it may use {sorted(CORE_THIRD_PARTIES)} only"
-            )
+            found.append(f"{module}, line {line}: core imports {top}; it may use {sorted(CORE_THIRD_PARTIES)} only")
     return found
 
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
 from typing import Any
-
-import datasets
-import pytest
-import transformers
 
 from tutelage.cli import main
 
@@ -38,13 +33,3 @@ def budget(**changes: Any) -> list[str]:
         "use_cpu": "true",
     }
     return [f"--{name}={value}" for name, value in {**flags, **changes}.items()]
-
-
-@pytest.fixture(scope="package", autouse=True)
-def restore_global_settings() -> Iterator[None]:
-    """The command line silences libraries for its own process; other tests run in it too."""
-    verbosity = transformers.utils.logging.get_verbosity()
-    yield
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
-    datasets.enable_progress_bars()

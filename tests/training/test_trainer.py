@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def test_hidden_stage_equals_a_plain_loop(make_trainer: Make) -> None:
     captured: list[dict] = []
     original = trainer.training_step
 
-    def spy(model, inputs, num_items_in_batch=None):  # noqa: ANN001, ANN202
+    def spy(model, inputs, num_items_in_batch=None):
         captured.append(dict(inputs))
         if trainer.state.global_step == 2:
             reference.append(weights(trainer))
@@ -127,7 +128,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(make_trainer: Make, stop: int, 
     """Stopped in the middle of a hidden stage, at a stage's end, and in the output stage."""
 
     class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003, ANN202
+        def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == stop
 
     settings = {
@@ -157,13 +158,13 @@ def test_stages_have_their_own_parameters_optimiser_and_schedule(make_trainer: M
     seen: dict[int, dict] = {}
 
     class Watch(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # noqa: ANN001, ANN003, ANN202
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             index = trainer.objective.stage_index
             seen.setdefault(index, {"optimizer": trainer.optimizer, "before": weights(trainer), "rates": []})
             seen[index]["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
             seen[index]["rates"].append(trainer._get_learning_rate())
 
-        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003, ANN202
+        def on_step_end(self, args, state, control, **kwargs):
             seen[trainer.objective.stage_index]["after"] = weights(trainer)
 
     trainer = make_trainer(
@@ -216,7 +217,7 @@ def test_progressive_follows_its_checkpoints(make_trainer: Make, tmp_path: Path)
     seen: list[torch.Tensor] = []
 
     class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003, ANN202
+        def on_step_end(self, args, state, control, **kwargs):
             seen.append(finished(input_ids=torch.tensor(ids)).logits.detach().clone())
 
     trainer = make_trainer(
@@ -255,7 +256,7 @@ def test_evaluation_equals_the_models_own_loss(make_trainer: Make) -> None:
 
 
 def test_compute_metrics_sees_predictions_and_labels(make_trainer: Make) -> None:
-    def compute(prediction) -> dict[str, float]:  # noqa: ANN001
+    def compute(prediction) -> dict[str, float]:
         assert prediction.predictions.shape == (8, 12, 61)
         return {"mine": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
@@ -266,7 +267,7 @@ def test_compute_metrics_sees_predictions_and_labels(make_trainer: Make) -> None
 
 def test_nan_loss_stops_and_names_the_last_good_checkpoint(make_trainer: Make, tmp_path: Path) -> None:
     class Poison(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):  # noqa: ANN001, ANN003, ANN202
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
             if state.global_step == 5:
                 model.model.embed_tokens.weight.data.fill_(float("nan"))
 
@@ -311,7 +312,7 @@ def test_metrics_account_for_samples_tokens_and_flops(make_trainer: Make, tmp_pa
     assert [line["tokens"] for line in lines] == [48 * step for step in range(1, 9)]
     for line in lines:
         assert line["flops"] == line["student_flops"] + line["teacher_flops"]
-    growth = [b["student_flops"] - a["student_flops"] for a, b in zip(lines, lines[1:], strict=False)]
+    growth = [b["student_flops"] - a["student_flops"] for a, b in itertools.pairwise(lines)]
     assert growth[0] < growth[2] < growth[4]
     assert json.loads((tmp_path / "run/curriculum.json").read_text())["method"] == "extraction"
     # a matrix product of a block costs 2 FLOPs a weight and position forward, and twice that backward

@@ -114,7 +114,7 @@ def test_tied_student_keeps_its_shared_matrix_through_the_hidden_stage(make_trai
     shared = []
     original = trainer.training_step
 
-    def spy(*args):  # noqa: ANN002, ANN202
+    def spy(*args):
         shared.append(student.lm_head.weight.detach().clone())
         return original(*args)
 
@@ -131,7 +131,7 @@ def test_untied_head_is_transplanted_when_the_output_stage_begins(make_trainer: 
     heads = []
     original = trainer.training_step
 
-    def spy(*args):  # noqa: ANN002, ANN202
+    def spy(*args):
         heads.append(trainer.model.lm_head.weight.detach().clone())
         return original(*args)
 

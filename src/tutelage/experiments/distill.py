@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers.trainer_callback import PrinterCallback
 
-import tutelage
+from tutelage import __version__
 from tutelage.experiments.card import write_card
 from tutelage.experiments.plots import plot_run
 from tutelage.experiments.settings import RunArguments, count_parameters, fill_defaults, prepare_run
@@ -127,7 +127,7 @@ def environment() -> dict[str, Any]:
     """Versions and machine, for results."""
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return {
-        "tutelage": tutelage.__version__,
+        "tutelage": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
