@@ -337,6 +337,18 @@ def test_a_teacher_agrees_with_itself(causal_teacher: Path, mlm_teacher: Path, c
         assert found["loss"] > 1
 
 
+def test_a_padded_vocabulary_is_left_out(causal_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(causal_teacher)
+    model.resize_token_embeddings(VOCAB + 5)
+    model.lm_head.weight.data[VOCAB:] = 9.0  # entries that the tokenizer does not have, and that would win
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="vocabularies are padded to different sizes"):
+        found = evaluate("--model", tmp_path, "--teacher", causal_teacher, "--dataset", corpus / "text.txt")
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["agreement"] == 1
+
+
 def test_a_sentence_encoder_agrees_with_itself(embedding_teacher: Path, corpus: Path) -> None:
     flags = ("--dataset", corpus / "text.jsonl", "--max_samples", 10, "--batch_size", 3)
     found = evaluate("--model", embedding_teacher, "--teacher", embedding_teacher, *flags)

@@ -1,0 +1,157 @@
+"""Losses against the plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tutelage import embedding_loss, hidden_loss, output_loss
+from tutelage.core.heads import OutputHead
+from tutelage.core.losses import output_metrics
+
+N, D, E, V = 23, 6, 9, 31
+
+
+def pieces(softcap: float | None = None) -> tuple[torch.Tensor, OutputHead, torch.Tensor, OutputHead, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = nn.Linear(D, V), nn.Linear(E, V, bias=False)
+    for linear in (student, teacher):
+        for parameter in linear.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    hidden = torch.randn(N, D, generator=generator, requires_grad=True)
+    labels = torch.randint(V, (N,), generator=generator)
+    heads = OutputHead(student, softcap), OutputHead(teacher, softcap, scale=0.5)
+    return hidden, heads[0], torch.randn(N, E, generator=generator), heads[1], labels
+
+
+def plain(
+    logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float, label_weight: float
+) -> torch.Tensor:
+    log_q, log_p = (logits / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    divergence = temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+    return (1 - label_weight) * divergence + label_weight * F.cross_entropy(logits, labels, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 5, 23, 100])
+@pytest.mark.parametrize(("temperature", "label_weight"), [(1.0, 0.0), (2.0, 0.3), (0.7, 1.0)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_output_loss_is_exact(
+    chunk_size: int | None, temperature: float, label_weight: float, softcap: float | None
+) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces(softcap)
+    inputs = [hidden, *head.parameters]
+    settings = {"temperature": temperature, "label_weight": label_weight}
+    mine = output_loss(hidden, head, teacher_hidden, teacher_head, labels, chunk_size=chunk_size, **settings)
+    theirs = plain(head(hidden), teacher_head(teacher_hidden).detach(), labels, **settings)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+    for left, right in zip(torch.autograd.grad(3 * mine, inputs), torch.autograd.grad(3 * theirs, inputs), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        again = output_loss(hidden, head, teacher_hidden, teacher_head, labels, chunk_size=chunk_size, **settings)
+    torch.testing.assert_close(again, mine.detach())
+
+
+def test_only_a_chunk_of_logits_exists_at_a_time() -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Largest():
+        output_loss(hidden, head, teacher_hidden, teacher_head, labels, chunk_size=4).backward()
+    assert 4 * V <= largest < N * V
+
+
+def test_tied_head_gets_both_gradients() -> None:
+    _hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    table = nn.Parameter(torch.randn(V, D))
+    head.linear.weight = table
+    ids = torch.arange(N) % V
+
+    def total(loss_of_state: str) -> torch.Tensor:
+        state = table[ids]
+        if loss_of_state == "mine":
+            return output_loss(state, head, teacher_hidden, teacher_head, labels)
+        return plain(head(state), teacher_head(teacher_hidden).detach(), labels, 1.0, 0.0)
+
+    (mine,), (theirs,) = (torch.autograd.grad(total(kind), [table]) for kind in ("mine", "plain"))
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_outputs_beyond_the_shared_vocabulary_get_no_gradient() -> None:
+    hidden, head, teacher_hidden, teacher_head, _labels = pieces()
+    trimmed = OutputHead(head.linear, outputs=20), OutputHead(teacher_head.linear, outputs=20)
+    output_loss(hidden, trimmed[0], teacher_hidden, trimmed[1]).backward()
+    gradient = head.linear.weight.grad
+    assert gradient is not None
+    assert gradient[:20].abs().min() > 0
+    assert torch.equal(gradient[20:], torch.zeros(V - 20, D))
+
+
+def test_autocast_loss_stays_float32() -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = output_loss(hidden, head, teacher_hidden, teacher_head, labels, label_weight=0.5)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert hidden.grad is not None
+    exact = plain(head(hidden), teacher_head(teacher_hidden), labels, 1.0, 0.5)
+    assert loss.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+def test_missing_ingredients_are_refused() -> None:
+    hidden, head, teacher_hidden, teacher_head, _ = pieces()
+    with pytest.raises(ValueError, match="needs labels in the batch"):
+        output_loss(hidden, head, teacher_hidden, teacher_head, label_weight=0.5)
+    with pytest.raises(ValueError, match="needs the teacher's hidden states"):
+        output_loss(hidden, head)
+    with pytest.raises(ValueError, match="unknown embedding_loss 'l1'"):
+        embedding_loss(hidden, hidden, "l1")
+
+
+def test_hidden_loss_counts_kept_positions_only() -> None:
+    student, target = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4)
+    keep = torch.tensor([[True, False, True], [True, True, False]])
+    loss = hidden_loss(student, target, keep)
+    expected = ((student - target) ** 2).mean(-1)[keep].sum()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert student.grad is not None
+    assert torch.equal(student.grad[~keep], torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_output_metrics(chunk_size: int | None) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    values = output_metrics(hidden, head, labels, teacher_hidden, teacher_head, chunk_size)
+    logits, teacher = head(hidden).detach(), teacher_head(teacher_hidden).detach()
+    log_q, log_p = logits.log_softmax(-1), teacher.log_softmax(-1)
+    expected = torch.stack(
+        [
+            F.cross_entropy(logits, labels, reduction="none"),
+            (logits.argmax(-1) == labels).float(),
+            (log_p.exp() * (log_p - log_q)).sum(-1),
+            (logits.argmax(-1) == teacher.argmax(-1)).float(),
+            F.cross_entropy(teacher, labels, reduction="none"),
+            (teacher.argmax(-1) == labels).float(),
+        ],
+        dim=-1,
+    )
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(output_metrics(hidden, head, labels)[:, 2:], torch.zeros(N, 4))
+
+
+def test_embedding_loss() -> None:
+    a, b = torch.randn(3, 5), torch.randn(3, 5)
+    torch.testing.assert_close(embedding_loss(a, b), (1 - F.cosine_similarity(a, b)).sum())
+    torch.testing.assert_close(embedding_loss(a, b, "mse"), ((a - b) ** 2).mean(-1).sum())
