@@ -60,6 +60,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., CurriculumTrainer]:
             "disable_tqdm": True,
             "use_cpu": True,
             "calibration_samples": 8,
+            "warm_start": "none",
         }
         args = CurriculumConfig(output_dir=str(tmp_path / output), **{**defaults, **settings})
         extras.setdefault("teacher_model", None if args.method == "scratch" else llama(4, 24, seed=1))

@@ -83,7 +83,7 @@ class CurriculumConfig(TrainingArguments):
     projection_seed: int = field(default=0, metadata={"help": "Seed of the random projections."})
     normalize: str = field(default="standardize", metadata={"help": "standardize, or none as in the paper."})
     warm_start: str = field(
-        default="none",
+        default="head",
         metadata={"help": "none (the paper), head, embedding or head+embedding: start from the teacher's weights."},
     )
     calibration_samples: int = field(default=64, metadata={"help": "Training examples the calibration pass reads."})
