@@ -31,5 +31,6 @@ def budget(**changes: Any) -> list[str]:
         "calibration_samples": 8,
         "eval_samples": 6,
         "use_cpu": "true",
+        "warm_start": "none",
     }
     return [f"--{name}={value}" for name, value in {**flags, **changes}.items()]

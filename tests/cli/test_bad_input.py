@@ -442,7 +442,7 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan(error_of: Callable[..., str], causal_teacher: Path) -> None:
     assert "name a student" in error_of("plan", "--teacher", causal_teacher)
     assert "no teacher at '/nowhere/t'" in error_of("plan", "--teacher", "/nowhere/t", "--student", STUDENT)
-    flags = ("plan", "--teacher", causal_teacher, "--student", STUDENT)
+    flags = ("plan", "--teacher", causal_teacher, "--student", STUDENT, "--warm_start=none")
     assert "is not strictly increasing" in error_of(*flags, "--layer_map", "2:2,1:4")
     assert "budget too small for the stages" in error_of(*flags, "--max_steps", "2")
 

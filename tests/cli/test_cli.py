@@ -39,7 +39,7 @@ RECORD_FILES = {"README.md", "curriculum.json", "loss.png", "metrics.jsonl", "re
 
 
 def test_plan_prints_blocks_stages_and_costs(causal_teacher: Path) -> None:
-    printed = run("plan", "--teacher", causal_teacher, "--student", STUDENT, "--max_steps", "100")
+    printed = run("plan", "--teacher", causal_teacher, "--student", STUDENT, "--max_steps", "100", "--warm_start=none")
     lines = printed.splitlines()
     assert lines[0] == "task: causal_lm"
     assert re.match(rf"teacher: {causal_teacher} \(LlamaForCausalLM, [\d,]+ parameters, width 32, 4 blocks", lines[1])
@@ -54,7 +54,17 @@ def test_plan_prints_blocks_stages_and_costs(causal_teacher: Path) -> None:
 
 def test_plan_as_json(causal_teacher: Path) -> None:
     planned = json.loads(
-        run("plan", "--teacher", causal_teacher, "--student", STUDENT, "--max_steps=100", "--max_length=16", "--json")
+        run(
+            "plan",
+            "--teacher",
+            causal_teacher,
+            "--student",
+            STUDENT,
+            "--max_steps=100",
+            "--warm_start=none",
+            "--max_length=16",
+            "--json",
+        )
     )
     assert planned["teacher"]["blocks"] == [f"model.layers.{index}" for index in range(4)]
     assert planned["student"]["blocks"] == ["model.layers.0", "model.layers.1"]
@@ -82,7 +92,7 @@ def test_plan_predicts_what_distill_counts(runs: dict[str, Path], causal_teacher
 @pytest.mark.parametrize("kind", ["mlm", "classifier", "embedding"])
 def test_plan_of_the_other_tasks(kind: str, request: pytest.FixtureRequest) -> None:
     teacher = request.getfixturevalue(f"{kind}_teacher")
-    planned = json.loads(run("plan", "--teacher", teacher, "--student", STUDENT, "--json"))
+    planned = json.loads(run("plan", "--teacher", teacher, "--student", STUDENT, "--warm_start=none", "--json"))
     assert [stage["name"] for stage in planned["stages"]] == ["hidden 1:2", "hidden 2:4", "output"]
 
 
@@ -91,7 +101,7 @@ def test_plan_takes_the_config_of_a_run(causal_teacher: Path, tmp_path: Path) ->
     config.write_text(
         f"teacher_model_name_or_path: {causal_teacher}\nstudent: {STUDENT}\ndataset: text.txt\nmethod: one_shot\n"
     )
-    planned = json.loads(run("plan", "--config", config, "--json"))
+    planned = json.loads(run("plan", "--config", config, "--warm_start=none", "--json"))
     assert [stage["name"] for stage in planned["stages"]] == ["output"]
 
 

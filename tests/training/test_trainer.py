@@ -333,3 +333,21 @@ def test_hidden_state_approaches_its_target(make_trainer: Make) -> None:
     hidden = [record["loss"] for record in records(trainer) if record["stage"] == 1]
     assert hidden[-1] < 0.5 * hidden[0]
     assert forward_to(trainer.model, 2, input_ids=torch.tensor([[1, 2]])).shape == (1, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warm_start", "stages"),
+    [
+        ({}, "head", ["hidden head:head", "output"]),
+        ({"layer_map": "1:2,head:head"}, "head", ["hidden 1:2", "hidden head:head", "output"]),
+        ({"layer_map": "1:2"}, "none", ["hidden 1:2", "output"]),
+        ({"num_stages": 1}, "none", ["hidden 2:4", "output"]),
+        ({"num_stages": 1, "warm_start": "head"}, "head", ["hidden 2:4", "hidden head:head", "output"]),
+        ({"warm_start": "none"}, "none", ["hidden 1:2", "hidden 2:4", "output"]),
+        ({"method": "one_shot"}, "none", ["output"]),
+    ],
+)
+def test_default_warm_start(make_trainer: Make, settings: dict, warm_start: str, stages: list[str]) -> None:
+    trainer = make_trainer(**{"warm_start": None, **settings})
+    assert trainer.curriculum.warm_start == warm_start
+    assert [stage.name for stage in trainer.curriculum.stages] == stages

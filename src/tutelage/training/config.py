@@ -82,9 +82,12 @@ class CurriculumConfig(TrainingArguments):
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the random projections."})
     normalize: str = field(default="standardize", metadata={"help": "standardize, or none as in the paper."})
-    warm_start: str = field(
-        default="head",
-        metadata={"help": "none (the paper), head, embedding or head+embedding: start from the teacher's weights."},
+    warm_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "none (the paper), head, embedding or head+embedding: start from the teacher's weights. Unset is head "
+            "where layer_map ends with head:head or neither layer_map nor num_stages is set, else none."
+        },
     )
     calibration_samples: int = field(default=64, metadata={"help": "Training examples the calibration pass reads."})
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of the output loss."})
@@ -126,11 +129,16 @@ class CurriculumConfig(TrainingArguments):
         Raises:
             ValueError: whatever the builders refuse.
         """
+        layer_map = parse_layer_map(self.layer_map) if self.layer_map else None
+        num_stages, warm_start = self.num_stages, self.warm_start
+        if warm_start is None:
+            chosen_blocks = num_stages is not None or (layer_map is not None and (HEAD, HEAD) not in layer_map)
+            warm_start = "none" if chosen_blocks else "head"
         settings = {
             "projection": self.projection,
             "projection_seed": self.projection_seed,
             "normalize": self.normalize,
-            "warm_start": self.warm_start if self.method == "extraction" else "none",
+            "warm_start": warm_start if self.method == "extraction" else "none",
             "temperature": self.temperature,
         }
         if self.method == "scratch":
@@ -141,9 +149,7 @@ class CurriculumConfig(TrainingArguments):
             return one_shot(steps, label_weight=self.label_weight, **settings)
         if self.method == "progressive":
             return progressive(steps, self.teacher_checkpoints or [], label_weight=self.label_weight, **settings)
-        layer_map = parse_layer_map(self.layer_map) if self.layer_map else None
-        num_stages = self.num_stages
-        if layer_map is None and "head" in self.warm_start:
+        if layer_map is None and "head" in warm_start:
             # a transplanted head needs the stage that teaches its input; uniform stages come before it if asked for
             uniform = [] if num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
             layer_map, num_stages = [*uniform, (HEAD, HEAD)], None
