@@ -58,8 +58,8 @@ BENCHMARKS = {
         },
         methods={
             "one_shot": {"method": "one_shot"},
-            "extraction (paper: 3 uniform stages)": {"method": "extraction"},
-            "extraction (head stage)": HEAD_STAGE,
+            "extraction (paper: 3 uniform stages)": {"method": "extraction", "warm_start": "none"},
+            "extraction (head stage)": {**HEAD_STAGE, "warm_start": "none"},
             "extraction (head stage, warm_start=head)": {**HEAD_STAGE, "warm_start": "head"},
             "extraction (head stage, warm_start=head, projection=pca)": {
                 **HEAD_STAGE,
@@ -90,7 +90,7 @@ BENCHMARKS = {
         },
         methods={
             "one_shot": {"method": "one_shot"},
-            "extraction (paper: 4 uniform stages)": {"method": "extraction"},
+            "extraction (paper: 4 uniform stages)": {"method": "extraction", "warm_start": "none"},
             "extraction (head stage, warm_start=head, projection=head)": {
                 **HEAD_STAGE,
                 "warm_start": "head",

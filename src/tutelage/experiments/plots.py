@@ -54,7 +54,7 @@ def plot_comparison(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str, metric: str, label: str
 ) -> None:
     """One held-out metric of several runs against tokens and against FLOPs, side by side."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", sharey=True)
     for axis, x in zip(axes, ("tokens", "flops"), strict=True):
         for number, (name, records) in enumerate(runs.items()):
             points = [record for record in records if metric in record]
@@ -69,7 +69,7 @@ def plot_comparison(
         axis.set(xlabel=AXES[x])
         axis.grid(alpha=0.3)
     axes[0].set(ylabel=label)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
     _save(figure, path)
 
