@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
 }
 
 
+@functools.cache  # no test changes a model
 def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], str | None]:
     torch.manual_seed(0)
     builder, norm = MODELS[name]
@@ -144,15 +146,18 @@ def test_forward_to_equals_hidden_states(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_gradients_equal_those_through_the_whole_model(name: str, place: int) -> None:
-    model, inputs, _ = build(name)
+    model, inputs, norm = build(name)
     parameters = list(model.parameters())
     state = forward_to(model, place, **inputs)
-    weight = torch.randn_like(state)
+    if place == 3 and norm is not None:
+        state = model.get_submodule(norm)(state)
+    weight = torch.randn(state.shape, generator=torch.Generator().manual_seed(place))
     mine = torch.autograd.grad((state * weight).sum(), parameters, allow_unused=True)
     whole = model(**inputs, output_hidden_states=True).hidden_states[place]
     theirs = torch.autograd.grad((whole * weight).sum(), parameters, allow_unused=True)
+    assert any(gradient is not None for gradient in mine)
     for left, right in zip(mine, theirs, strict=True):
         assert (left is None) == (right is None)
         if left is not None:
@@ -176,8 +181,8 @@ def test_head_place_without_a_head_is_the_last_hidden_state() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("place", [0, 1, 2, 3])
-def test_nothing_deeper_is_executed(name: str, place: int) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2, 3, HEAD])
+def test_nothing_deeper_is_executed(name: str, place: int | str) -> None:
     model, inputs, norm = build(name)
     counts = {module_name: 0 for module_name, _ in model.named_modules()}
 
@@ -193,23 +198,29 @@ def test_nothing_deeper_is_executed(name: str, place: int) -> None:
     forward_to(model, place, **inputs)
     for handle in handles:
         handle.remove()
+    deepest = 3 if place == HEAD else place
     for number, block in enumerate(blocks.names, 1):
         inside = [counts[n] for n in counts if n == block or n.startswith(block + ".")]
-        assert counts[block] == (1 if number <= place else 0)
-        assert any(inside) == (number <= place)
+        assert counts[block] == (1 if number <= deepest else 0)
+        assert any(inside) == (number <= deepest)
     head = output_head(model)
-    for never in (norm, head[0] if head else None):
-        assert never is None or counts[never] == 0
+    assert norm is None or counts[norm] == (1 if place == HEAD else 0)
+    assert head is None or counts[head[0]] == 0
 
 
-def test_hooks_are_removed_even_after_an_error() -> None:
+@pytest.mark.parametrize("place", [0, 2, HEAD])
+def test_hooks_are_removed_even_after_an_error(place: int | str) -> None:
     model, inputs, _ = build("llama")
-    block = model.get_submodule("model.layers.1")
-    forward_to(model, 2, **inputs)
+
+    def hooks() -> list[list[int]]:  # transformers leaves one of its own where it once gave hidden states out
+        return [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
+
+    before = hooks()
+    forward_to(model, place, **inputs)
+    assert hooks() == before
     with pytest.raises(IndexError):
-        forward_to(model, 2, input_ids=torch.full((1, 3), 10_000))
-    assert not block._forward_hooks
-    assert not block._forward_pre_hooks
+        forward_to(model, place, input_ids=torch.full((1, 3), 10_000))
+    assert hooks() == before
 
 
 def test_sequential_and_the_users_own_module() -> None:
@@ -254,5 +265,76 @@ def test_places_that_do_not_exist_are_refused() -> None:
     model, inputs, _ = build("gpt2")
     with pytest.raises(ValueError, match=r"no block 9 in GPT2LMHeadModel: it has blocks 1 to 3 \(transformer.h.0 to"):
         forward_to(model, 9, **inputs)
+    with pytest.raises(ValueError, match="no block 0 in GPT2LMHeadModel"):  # a place, but no block
+        find_blocks(model).module(model, 0)
     with pytest.raises(ValueError, match="no place 'middle' in GPT2LMHeadModel"):
         forward_to(model, "middle", **inputs)
+
+
+class Experts(nn.Module):
+    """A block with a list inside, which puts out a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.experts[0](hidden) + self.experts[1](hidden), None
+
+
+class Listed(nn.Module):
+    """Lists of modules under the names given; the forward runs `layers`, passing the state by keyword."""
+
+    def __init__(self, depth: int | None = None, **lists: list[nn.Module]):
+        super().__init__()
+        for name, modules in lists.items():
+            self.add_module(name, nn.ModuleList(modules))
+        if depth is not None:
+            self.config = LlamaConfig(num_hidden_layers=depth)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x, _ = layer(hidden=x)
+        return x
+
+
+def test_lists_inside_a_block_do_not_count() -> None:
+    model, x = Listed(layers=[Experts(), Experts()]), torch.randn(4, 6)
+    assert find_blocks(model).names == ("layers.0", "layers.1")
+    assert forward_to(model, 0, x) is x
+    torch.testing.assert_close(forward_to(model, 1, x), model.layers[0](x)[0], rtol=0, atol=0)
+
+
+def test_a_list_of_several_classes_counts_at_the_depth_of_the_config() -> None:
+    layers = [nn.Linear(6, 6), Experts()]
+    with pytest.raises(ValueError, match="found no blocks in Listed"):  # and not the experts of its second layer
+        find_blocks(Listed(layers=layers))
+    assert find_blocks(Listed(layers=layers), "layers").names == ("layers.0", "layers.1")
+    assert find_blocks(Listed(depth=2, layers=layers)).names == ("layers.0", "layers.1")
+
+
+def test_the_depth_of_the_config_decides_between_lists() -> None:
+    def lists(*counts: int) -> dict[str, list[nn.Module]]:
+        return {f"list{n}": [nn.Linear(6, 6) for _ in range(count)] for n, count in enumerate(counts)}
+
+    assert find_blocks(Listed(depth=3, **lists(2, 3))).names == ("list1.0", "list1.1", "list1.2")
+    for model in (Listed(**lists(2, 3)), Listed(depth=4, **lists(2, 3)), Listed(depth=3, **lists(3, 3))):
+        with pytest.raises(ValueError, match=r"list1 \(3 x Linear\); name one with `blocks=`, e.g. blocks='list0'"):
+            find_blocks(model)
+    activations = Listed(acts=[nn.ReLU(), nn.ReLU()], layers=[nn.Linear(6, 6)])
+    assert find_blocks(activations).names == ("layers.0",)  # a list without parameters holds no blocks
+
+
+def test_a_container_without_blocks_is_refused() -> None:
+    empty = Listed(layers=[])
+    for container in ("layers", ""):
+        with pytest.raises(ValueError, match=f"'{container}' is not a list of blocks of Listed; candidates: none"):
+            find_blocks(empty, container)
+    with pytest.raises(ValueError, match="found no blocks in Sequential"):
+        find_blocks(nn.Sequential())
+
+
+def test_a_block_that_the_forward_never_reaches() -> None:
+    model = Listed(layers=[Experts()], spare=[Experts()])
+    with pytest.raises(ValueError, match="the forward of Listed never reached Experts with these inputs"):
+        forward_to(model, 1, torch.ones(4, 6), blocks=find_blocks(model, "spare"))

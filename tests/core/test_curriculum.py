@@ -22,6 +22,14 @@ def test_builders_divide_the_budget() -> None:
     assert [stage.steps for stage in extraction(3, 6, 100, stage_steps=[1, 2, 3]).stages] == [1, 2, 3, 94]
     assert [stage.steps for stage in progressive(10, ["a", "b"]).stages] == [3, 3, 4]
     assert [stage.teacher_checkpoint for stage in progressive(10, ["a", "b"]).stages] == ["a", "b", None]
+    assert [s.label_weight for s in progressive(10, ["a"], label_weight=0.2).stages] == [0.2, 0.2]
+    assert extraction(3, 6, 100, label_weight=0.2).stages[-1].label_weight == 0.2
+    assert [(s.student_place, s.teacher_place) for s in extraction(4, 8, 9, num_stages=2).stages[:-1]] == [
+        (2, 4),
+        (4, 8),
+    ]
+    assert scratch(5).stages[0].name == "labels"
+    assert progressive(10, ["a"]).stages[0].name == "output a"
     assert not scratch(5).stages[0].needs_teacher
     assert one_shot(5).total_steps == made.total_steps - 95 == 5
 
@@ -55,8 +63,15 @@ def test_steps_belong_to_stages_and_values_survive_json() -> None:
         (lambda: extraction(2, 4, 10, layer_map=[(1, 9)]), "the teacher has blocks 1 to 4 and 'head', not 9"),
         (lambda: extraction(2, 4, 10, layer_map=[(0, 1)]), "the student has blocks 1 to 2"),
         (lambda: extraction(2, 4, 10, layer_map=[(1, 1)], num_stages=1), "not both"),
+        (lambda: extraction(2, 4, 10, layer_map=[]), "layer_map is empty: give pairs such as"),
+        (
+            lambda: extraction(2, 4, 10, layer_map=[("head", 4), (1, "head")]),
+            "head:4,1:head is not strictly increasing",
+        ),
         (lambda: extraction(2, 4, 10, num_stages=3), "num_stages must be from 1 to"),
-        (lambda: extraction(2, 4, 10, stage_fraction=1.5), "stage_fraction is a share"),
+        (lambda: extraction(2, 4, 10, stage_fraction=1.0), "stage_fraction is a share"),
+        (lambda: extraction(2, 4, 10, stage_fraction=0.0), "stage_fraction is a share"),
+        (lambda: extraction(2, 4, 10, num_stages=0), "num_stages must be from 1 to the student's 2 blocks, got 0"),
         (lambda: extraction(2, 4, 10, stage_steps=[1]), "1 entries for 2 hidden stages"),
         (lambda: extraction(2, 4, 10, stage_steps=5), "budget too small for the stages"),
         (lambda: extraction(2, 4, 1), "budget too small for the stages"),
@@ -66,6 +81,7 @@ def test_steps_belong_to_stages_and_values_survive_json() -> None:
         (lambda: one_shot(10, warm_start="tail"), "unknown warm_start 'tail'"),
         (lambda: one_shot(10, temperature=0.0), "temperature must be positive"),
         (lambda: one_shot(10, label_weight=2.0), "label_weight is a share"),
+        (lambda: one_shot(10, label_weight=-0.1), "label_weight is a share"),
         (lambda: Curriculum("mine", ()), "at least one stage"),
         (lambda: Curriculum("mine", (Stage("middle", 1),)), "unknown kind 'middle'"),
         (lambda: Curriculum("mine", (Stage("hidden", 1),)), "needs both student_place and teacher_place"),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tutelage import embedding_loss, hidden_loss, output_loss
+from tutelage.core import losses
 from tutelage.core.heads import OutputHead
 from tutelage.core.losses import output_metrics
 
@@ -113,8 +114,9 @@ def test_missing_ingredients_are_refused() -> None:
     hidden, head, teacher_hidden, teacher_head, _ = pieces()
     with pytest.raises(ValueError, match="needs labels in the batch"):
         output_loss(hidden, head, teacher_hidden, teacher_head, label_weight=0.5)
-    with pytest.raises(ValueError, match="needs the teacher's hidden states"):
-        output_loss(hidden, head)
+    for missing in ((None, None), (teacher_hidden, None), (None, teacher_head)):
+        with pytest.raises(ValueError, match="needs the teacher's hidden states"):
+            output_loss(hidden, head, *missing)
     with pytest.raises(ValueError, match="unknown embedding_loss 'l1'"):
         embedding_loss(hidden, hidden, "l1")
 
@@ -128,6 +130,18 @@ def test_hidden_loss_counts_kept_positions_only() -> None:
     loss.backward()
     assert student.grad is not None
     assert torch.equal(student.grad[~keep], torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_left_out_states_that_are_not_finite_do_not_matter(value: float) -> None:
+    student, target = torch.ones(3, 4), torch.zeros(3, 4)
+    student[1, 2] = target[2, 0] = value
+    student.requires_grad_()
+    loss = hidden_loss(student, target, torch.tensor([True, False, False]))
+    loss.backward()
+    assert loss.item() == 1.0
+    assert student.grad is not None
+    assert torch.equal(student.grad, torch.tensor([[0.5] * 4, [0.0] * 4, [0.0] * 4]))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
@@ -155,3 +169,102 @@ def test_embedding_loss() -> None:
     a, b = torch.randn(3, 5), torch.randn(3, 5)
     torch.testing.assert_close(embedding_loss(a, b), (1 - F.cosine_similarity(a, b)).sum())
     torch.testing.assert_close(embedding_loss(a, b, "mse"), ((a - b) ** 2).mean(-1).sum())
+    for kind in ("cosine", "mse"):
+        half = embedding_loss(a.bfloat16(), b.bfloat16(), kind)
+        torch.testing.assert_close(
+            half, embedding_loss(a.bfloat16().float(), b.bfloat16().float(), kind), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("label_weight", [0.3, 1.0])
+@pytest.mark.parametrize("chunk_size", [5, None])
+def test_positions_without_a_label_have_no_label_loss(label_weight: float, chunk_size: int | None) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    labels[::3] = -100
+    inputs = [hidden, *head.parameters]
+    mine = output_loss(
+        hidden, head, teacher_hidden, teacher_head, labels, label_weight=label_weight, chunk_size=chunk_size
+    )
+    theirs = plain(head(hidden), teacher_head(teacher_hidden).detach(), labels, 1.0, label_weight)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
+    for left, right in zip(torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_two_micro_batches_give_the_gradient_of_one_batch() -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    inputs = [hidden, *head.parameters]
+    whole = output_loss(hidden, head, teacher_hidden, teacher_head, labels, label_weight=0.5) / N
+    expected = torch.autograd.grad(whole, inputs)
+    for rows in (slice(0, 9), slice(9, N)):
+        part = output_loss(hidden[rows], head, teacher_hidden[rows], teacher_head, labels[rows], label_weight=0.5) / N
+        part.backward()
+    for tensor, gradient in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["state", "head"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    inputs = [hidden, *head.parameters]
+    expected = torch.autograd.grad(output_loss(hidden, head, teacher_hidden, teacher_head, labels), inputs)
+    for tensor in inputs[:1] if frozen == "state" else inputs[1:]:
+        tensor.requires_grad_(False)
+    output_loss(hidden, head, teacher_hidden, teacher_head, labels).backward()
+    for tensor, gradient in zip(inputs, expected, strict=True):
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, gradient, rtol=0, atol=0)
+        else:
+            assert tensor.grad is None
+
+
+def test_no_backward_pass_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was taken"))
+    with torch.no_grad():
+        output_loss(hidden, head, teacher_hidden, teacher_head, labels, label_weight=0.5)
+
+
+def test_no_positions() -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    loss = output_loss(hidden[:0], head, teacher_hidden[:0], teacher_head, labels[:0], label_weight=0.5)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.equal(parameter.grad, torch.zeros_like(parameter)) for parameter in head.parameters)
+    assert output_metrics(hidden[:0], head, labels[:0]).shape == (0, 6)
+
+
+@pytest.mark.parametrize("chunk_size", [5, None])
+def test_autocast_gradients_are_those_of_the_formula_under_autocast(chunk_size: int | None) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    inputs = [hidden, *head.parameters]
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = output_loss(hidden, head, teacher_hidden, teacher_head, labels, label_weight=0.5, chunk_size=chunk_size)
+    expected = [torch.zeros_like(tensor) for tensor in inputs]
+    for start in range(0, N, chunk_size or N):  # by chunks, each of which rounds its gradient to bfloat16
+        rows = slice(start, start + (chunk_size or N))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, teacher = head(hidden[rows]), teacher_head(teacher_hidden[rows]).detach()
+        assert logits.dtype == torch.bfloat16
+        part = plain(logits.float(), teacher.float(), labels[rows], 1.0, 0.5)
+        for total, gradient in zip(expected, torch.autograd.grad(part, inputs), strict=True):
+            total += gradient
+    for left, right in zip(torch.autograd.grad(mine, inputs), expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_the_default_chunk_holds_the_budget_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces()
+    rows, call = [], OutputHead.__call__
+
+    def spy(self: OutputHead, states: torch.Tensor) -> torch.Tensor:
+        rows.append(len(states))
+        return call(self, states)
+
+    assert losses.CHUNK_LOGITS == 2**24
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 8 * V + 1)
+    monkeypatch.setattr(OutputHead, "__call__", spy)
+    output_loss(hidden, head, teacher_hidden, teacher_head)
+    assert rows == [8, 8, 8, 8, 7, 7]
+    output_metrics(hidden, head, labels)
+    assert rows[6:] == [8, 8, 7]

@@ -38,6 +38,10 @@ def test_entries_have_mean_zero_and_variance_one_over_width() -> None:
 def test_orthogonal_columns_are_orthonormal() -> None:
     matrix = RandomProjection(30, 12, 0, "orthogonal").matrix()
     torch.testing.assert_close(matrix.T @ matrix, torch.eye(12), rtol=0, atol=1e-6)
+    # Gram-Schmidt on the gaussian columns, signs included
+    against = matrix.double().T @ RandomProjection(30, 12, 0).matrix().double()
+    torch.testing.assert_close(against.tril(-1), torch.zeros(12, 12).double(), rtol=0, atol=1e-6)
+    assert against.diagonal().min() > 0
 
 
 def test_bad_projections_are_refused() -> None:
@@ -96,3 +100,55 @@ def test_projecting_is_a_matrix_product_kept_on_the_device() -> None:
     projection, hidden = RandomProjection(12, 5, 3), torch.randn(2, 3, 12)
     torch.testing.assert_close(projection(hidden), hidden @ projection.matrix())
     assert projection.to("cpu", torch.float32) is projection.to("cpu", torch.float32)
+    assert projection.to("meta", torch.float32).device.type == "meta"
+    double = projection.to("cpu", torch.float64)
+    assert double.dtype == torch.float64
+    assert torch.equal(double.float(), projection.matrix())
+
+
+@pytest.mark.parametrize("columns", [12, 20])
+def test_decoder_of_a_projection_that_loses_nothing_gives_the_states_back(columns: int) -> None:
+    states = correlated()
+    projection = RandomProjection(12, columns, 3)
+    decoder = projection.decoder(states.T @ states / len(states))
+    torch.testing.assert_close(decoder, torch.linalg.pinv(projection.matrix().double()).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_decoder_of_columns_that_depend_on_each_other() -> None:
+    states = correlated()
+    moment, independent = states.T @ states / len(states), RandomProjection(12, 3, 1).matrix()
+    doubled = DataProjection(torch.cat([independent, independent[:, :1]], dim=1), "mine")
+    expected = DataProjection(independent, "mine").decoder(moment)
+    torch.testing.assert_close(doubled.matrix() @ doubled.decoder(moment), independent @ expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decoder_where_the_text_never_used_a_direction() -> None:
+    states = correlated()
+    states[:, 0] = 0
+    projection = RandomProjection(12, 12, 3)
+    decoder = projection.decoder(states.T @ states / len(states))
+    torch.testing.assert_close(decoder, torch.linalg.inv(projection.matrix().double()).float(), rtol=1e-3, atol=1e-4)
+
+
+def test_head_projection_is_the_top_of_the_singular_values() -> None:
+    states, rank = correlated(), 4
+    moment = states.T @ states / len(states)
+    weight = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).double()
+    chosen = head_projection(moment, weight.T @ weight, rank)
+    # z = L^{-1/2} U^T M^{1/2} h is decoded by L^{1/2} U^T M^{-1/2}, with L and U of M^{1/2} C M^{1/2}
+    values, vectors = torch.linalg.eigh(weight.T @ weight)
+    root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    values, vectors = torch.linalg.eigh(root @ moment @ root)
+    top, directions = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    decoder = chosen.decoder(moment).double()
+    expected = (inverse @ directions * top.sqrt()).T
+    signs = (decoder * expected).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(decoder, signs * expected, rtol=1e-5, atol=1e-5)
+
+
+def test_more_columns_than_directions_stay_finite() -> None:
+    moment = torch.zeros(12, 12).double()
+    moment[:3, :3] = torch.eye(3)
+    for projection in (pca_projection(moment, 6), head_projection(moment, torch.eye(12), 6)):
+        assert torch.isfinite(projection.matrix()).all()
+        assert torch.isfinite(projection.decoder(moment)).all()
