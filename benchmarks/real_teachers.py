@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tutelage.experiments.plots import plot_comparison
-from tutelage.training.records import read_metrics
+from tutelage.training.records import MetricsFile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,6 +39,12 @@ class Benchmark:
     seeds: tuple[int, ...] = (0,)
 
 
+WIKIPEDIA = {
+    "dataset": "{assets}/wikipedia/train.jsonl",
+    "eval_dataset": "{assets}/wikipedia/heldout.jsonl",
+    "eval_strategy": "steps",
+    "save_strategy": "no",
+}
 HEAD_STAGE = {"method": "extraction", "layer_map": "head:head"}
 
 BENCHMARKS = {
@@ -46,15 +52,12 @@ BENCHMARKS = {
         flags={
             "teacher_model_name_or_path": "{assets}/minilm",
             "student": "layers=3,hidden_size=192",
-            "dataset": "{assets}/wikipedia/train.jsonl",
-            "eval_dataset": "{assets}/wikipedia/heldout.jsonl",
+            **WIKIPEDIA,
             "eval_samples": "300",
             "max_length": "64",
             "per_device_train_batch_size": "16",
             "max_steps": "300",
-            "eval_strategy": "steps",
             "eval_steps": "60",
-            "save_strategy": "no",
         },
         methods={
             "one_shot": {"method": "one_shot"},
@@ -77,16 +80,13 @@ BENCHMARKS = {
         flags={
             "teacher_model_name_or_path": "{assets}/smollm2",
             "student": "layers=4,hidden_size=192,tie_word_embeddings=false",
-            "dataset": "{assets}/wikipedia/train.jsonl",
-            "eval_dataset": "{assets}/wikipedia/heldout.jsonl",
+            **WIKIPEDIA,
             "eval_samples": "40",
             "max_length": "128",
             "per_device_train_batch_size": "4",
             "max_steps": "80",
             "calibration_samples": "32",
-            "eval_strategy": "steps",
             "eval_steps": "20",
-            "save_strategy": "no",
         },
         methods={
             "one_shot": {"method": "one_shot"},
@@ -168,7 +168,7 @@ def _report(name: str, benchmark: Benchmark, table: dict, work_dir: Path, exampl
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     curves = {
-        method: read_metrics(_folder(method, entry["learning_rate"], 0, work_dir) / "metrics.jsonl")
+        method: MetricsFile(_folder(method, entry["learning_rate"], 0, work_dir) / "metrics.jsonl").read()
         for method, entry in table.items()
     }
     plot_comparison(curves, folder / "curves.png", f"{name}, seed 0", f"eval_{benchmark.metric}", benchmark.label)

@@ -60,17 +60,22 @@ def sentences(count: int, words: int = 9, seed: int = 0) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(words - 3, words + 3))) for _ in range(count)]
 
 
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.2,
+}
+
+
 def llama_config(**fields: Any) -> LlamaConfig:
     """A 4-block, 32-wide Llama with grouped queries."""
     settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
+        **_SIZES,
         "num_key_value_heads": 2,
-        "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.2,
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": 5,
@@ -80,16 +85,7 @@ def llama_config(**fields: Any) -> LlamaConfig:
 
 def bert_config(**fields: Any) -> BertConfig:
     """A 4-block, 32-wide BERT."""
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.2,
-    }
-    return BertConfig(**{**settings, **fields})
+    return BertConfig(**{**_SIZES, **fields})
 
 
 def save_llama(folder: Path, seed: int = 0, **fields: Any) -> Path:

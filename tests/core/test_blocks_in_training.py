@@ -20,28 +20,19 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.core.test_blocks import BASE
 from tutelage.core.blocks import HEAD, forward_to
 from tutelage.core.heads import OutputHead
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 99,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 IDS = torch.arange(5, 27).view(2, 11)
 
 
 def llama() -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, use_cache=False))
+    return LlamaForCausalLM(LlamaConfig(**BASE, use_cache=False))
 
 
 def bert() -> nn.Module:
-    return BertForMaskedLM(BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    return BertForMaskedLM(BertConfig(**BASE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -75,8 +66,8 @@ def test_gradient_checkpointing_changes_no_gradient(kind: Any, reentrant: bool) 
 @pytest.mark.parametrize(
     ("kind", "config", "scale"),
     [
-        (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25), 0.25),
-        (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=8.0), 0.125),
+        (CohereForCausalLM, CohereConfig(**BASE, logit_scale=0.25), 0.25),
+        (GraniteForCausalLM, GraniteConfig(**BASE, logits_scaling=8.0), 0.125),
     ],
 )
 @torch.no_grad()
@@ -93,6 +84,6 @@ def test_scaled_logits(kind: Any, config: Any, scale: float) -> None:
 @torch.no_grad()
 def test_a_classifier_on_a_soft_capped_model_does_not_cap() -> None:
     torch.manual_seed(0)
-    model = Gemma2ForSequenceClassification(Gemma2Config(**SIZES, final_logit_softcapping=0.01, num_labels=3)).eval()
+    model = Gemma2ForSequenceClassification(Gemma2Config(**BASE, final_logit_softcapping=0.01, num_labels=3)).eval()
     last = forward_to(model, HEAD, input_ids=IDS)[:, -1]  # no padding: the state that the model pools
     torch.testing.assert_close(OutputHead.of(model)(last), model(input_ids=IDS).logits)

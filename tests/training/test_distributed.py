@@ -48,13 +48,13 @@ def _train(output: Path, processes: int, batch: int) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    from tutelage.training.records import read_metrics
+    from tutelage.training.records import MetricsFile
 
     one = _train(tmp_path / "one", 1, 8)
     two = _train(tmp_path / "two", 2, 4)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    left, right = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    left, right = (MetricsFile(tmp_path / name / "metrics.jsonl").read() for name in ("one", "two"))
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         assert a["samples"] == b["samples"]

@@ -61,10 +61,8 @@ def _flags(path: Path, known: set[str]) -> list[str]:
         raise ValueError(f"no config file {str(path)!r}")
     try:
         text = path.read_text(encoding="utf-8")
-        values, words = (
-            yaml.safe_load(text) or {},
-            yaml.load(text, yaml.BaseLoader),
-        )  # BaseLoader: every scalar a string
+        values = yaml.safe_load(text) or {}
+        words = yaml.load(text, yaml.BaseLoader)  # every scalar a string
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

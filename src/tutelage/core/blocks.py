@@ -1,6 +1,6 @@
 """The repeated blocks of a network, and running it only up to one of them.
 
-Public names: `find_blocks`, `Blocks`, `forward_to`, `output_head`, `HEAD`.
+Public names: `find_blocks`, `Blocks`, `forward_to`, `output_head`, `head_module`, `HEAD`.
 
 A *place* is an integer or `HEAD`. Place 0 is what enters the first block (the embedding output, as `hidden_states[0]`
 of transformers), place b the output of block b, and `HEAD` what enters the output head (after the final norm).
@@ -89,17 +89,23 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
 
 def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module of the map from the last hidden state to the outputs; None for a model without one."""
+    head = head_module(model)
+    return None if head is None else next((name, head) for name, module in model.named_modules() if module is head)
+
+
+def head_module(model: nn.Module) -> nn.Module | None:
+    """The module of `output_head`, without the search for its name: this runs in every output step."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     if head is not None:
-        return next(name for name, module in model.named_modules() if module is head), head
+        return head
     for name in _CLASSIFIER_NAMES:
         try:
             module = model.get_submodule(name)
         except AttributeError:
             continue
         if isinstance(module, nn.Linear):
-            return name, module
+            return module
     return None
 
 
@@ -122,11 +128,10 @@ def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None
         ValueError: no such place in this model.
     """
     if place == HEAD:
-        head = output_head(model)
+        head = head_module(model)
         if head is None:
-            output = model(*args, **inputs)
-            return _first(output)
-        return _run_until(model, head[1], before=True, args=args, inputs=inputs)
+            return _first(model(*args, **inputs))
+        return _run_until(model, head, before=True, args=args, inputs=inputs)
     if not isinstance(place, int):
         raise ValueError(f"no place {place!r} in {type(model).__name__}: use a block number or {HEAD!r}")
     blocks = blocks or find_blocks(model)

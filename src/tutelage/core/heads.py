@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tutelage.core.blocks import output_head
+from tutelage.core.blocks import head_module, output_head
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class OutputHead:
         Raises:
             ValueError: the model has no linear output head.
         """
-        found = output_head(model)
-        if found is None or not isinstance(found[1], nn.Linear):
+        head = head_module(model)
+        if not isinstance(head, nn.Linear):
+            found = output_head(model)
             kind = "none" if found is None else f"{found[0]}, a {type(found[1]).__name__}"
             raise ValueError(
                 f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one: "
@@ -48,7 +49,7 @@ class OutputHead:
         config = None if get is not None and get() is None else getattr(model, "config", None)
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(found[1], getattr(config, "final_logit_softcapping", None), float(scale), outputs)
+        return cls(head, getattr(config, "final_logit_softcapping", None), float(scale), outputs)
 
     @property
     def parameters(self) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.training.records import write_atomically
+from tutelage.core.files import write_atomically
 
 
 def write_card(folder: Path, result: dict[str, Any], curriculum: Curriculum) -> None:

@@ -6,7 +6,6 @@ Public names: `distill`.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import sys
@@ -19,12 +18,13 @@ import transformers
 from transformers.trainer_callback import PrinterCallback
 
 from tutelage import __version__
+from tutelage.core.files import write_atomically
 from tutelage.experiments.card import write_card
 from tutelage.experiments.plots import plot_run
 from tutelage.experiments.settings import RunArguments, count_parameters, fill_defaults, prepare_run
 from tutelage.training.checks import check_output_dir
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.records import write_atomically
+from tutelage.training.evaluation import perplexity
 from tutelage.training.trainer import CurriculumTrainer
 
 RESULT_FILE = "result.json"
@@ -104,7 +104,7 @@ def _figures(trainer: CurriculumTrainer) -> tuple[dict[str, Any], dict[str, Any]
     for name, value in measured.items():
         (teacher if name.startswith("teacher_") else student)[name.removeprefix("teacher_")] = value
     if "loss" in teacher and trainer.task.per_position:
-        teacher["perplexity"] = math.exp(teacher["loss"])
+        teacher["perplexity"] = perplexity(teacher["loss"])
     return student, teacher
 
 

@@ -14,6 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from tutelage.core.files import replacing
+
 # colour-blind safe (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 AXES = {
@@ -75,7 +77,6 @@ def plot_comparison(
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=130, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
-    temporary.replace(path)

@@ -67,7 +67,7 @@ def detect_task(model_or_config: nn.Module | PreTrainedConfig | str) -> Task:
     """The task of a model, from its class, its config's `architectures`, or sentence-transformers' `modules.json`.
 
     Raises:
-        ValueError: no known head, or a regression head.
+        ValueError: no known head.
     """
     if isinstance(model_or_config, str):
         if (Path(model_or_config) / "modules.json").is_file():

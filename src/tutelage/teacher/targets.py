@@ -7,7 +7,6 @@ Shapes: B batch, T positions, D teacher width, R projected width, N calibration 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 
 from tutelage.core.blocks import HEAD, Place, find_blocks, forward_to
 from tutelage.core.curriculum import Curriculum, Stage
+from tutelage.core.files import replacing
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.projection import (
@@ -258,11 +258,8 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
             tensors[f"{index}.projection"] = target_map.projection.matrix()
         if target_map.decoder is not None:
             tensors[f"{index}.decoder"] = target_map.decoder
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def load_target_maps(

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
+from tutelage.core.files import write_atomically
 from tutelage.core.heads import OutputHead
 from tutelage.tasks.kinds import Task, max_positions
 from tutelage.training.records import (
@@ -22,7 +23,6 @@ from tutelage.training.records import (
     METRICS_FILE,
     TARGETS_FILE,
     checkpoints,
-    write_atomically,
 )
 
 

@@ -1,6 +1,6 @@
 """Measuring a student, alone or against its teacher.
 
-Public names: `evaluate_batches`, `embedding_metrics`.
+Public names: `evaluate_batches`, `embedding_metrics`, `perplexity`.
 """
 
 from __future__ import annotations
@@ -67,11 +67,16 @@ def evaluate_batches(
     loss, accuracy, divergence, agreement, teacher_loss, teacher_accuracy = (totals / count).tolist()
     metrics = {"loss": loss, "accuracy": accuracy}
     if task.per_position:
-        metrics["perplexity"] = math.exp(min(loss, 700.0))
+        metrics["perplexity"] = perplexity(loss)
     if teacher is not None:
         metrics |= {"kl": divergence, "agreement": agreement}
         metrics |= {"teacher_loss": teacher_loss, "teacher_accuracy": teacher_accuracy}
     return metrics
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), short of overflow."""
+    return math.exp(min(loss, 700.0))
 
 
 def _per_example(

@@ -1,32 +1,23 @@
 """What a run leaves behind besides weights: metrics.jsonl, curriculum.json, and the progress kept in checkpoints.
 
-Public names: `Progress`, `MetricsFile`, `write_atomically`, `last_complete_checkpoint`.
+Public names: `Progress`, `MetricsFile`, `last_complete_checkpoint`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tutelage.core.files import write_atomically
+
 CURRICULUM_FILE = "curriculum.json"
 TARGETS_FILE = "curriculum.safetensors"
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write, fsync and rename, so that nobody ever reads half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
 @dataclass
@@ -50,6 +41,17 @@ class Progress:
         """Write into a checkpoint folder."""
         write_atomically(folder / PROGRESS_FILE, json.dumps(dataclasses.asdict(self)))
 
+    def totals(self) -> dict[str, float]:
+        """What a log line says."""
+        return {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "flops": self.student_flops + self.teacher_flops,
+            "student_flops": self.student_flops,
+            "teacher_flops": self.teacher_flops,
+            "seconds": self.seconds,
+        }
+
     @classmethod
     def load(cls, folder: Path) -> Progress:
         """Read from a checkpoint folder."""
@@ -69,23 +71,15 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All records; a last line cut short by a kill is left out."""
-        return read_metrics(self.path)
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_until(self, step: int) -> None:
         """Drop what was logged after `step`, when a run goes on from an earlier checkpoint."""
         kept = [record for record in self.read() if record["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -6,10 +6,8 @@ the trainable set, the optimiser and the schedule are made anew.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,13 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import batch_positions, batch_size, model_inputs
+from tutelage.core.inputs import batch_positions, model_inputs
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
-from tutelage.tasks.kinds import hidden_size
-from tutelage.teacher.targets import TargetMap, calibrate, load_target_maps, save_target_maps
-from tutelage.training import checks, warm_start
+from tutelage.training import checks
+from tutelage.training.calibration import prepare_targets
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.evaluation import evaluate_batches
+from tutelage.training.meter import Meter
 from tutelage.training.objective import StageObjective
 from tutelage.training.records import (
     METRICS_FILE,
@@ -94,11 +91,9 @@ class CurriculumTrainer(Trainer):
         self.curriculum, self.objective = setup.curriculum, setup.objective
         self.switch = StageSwitch(self.objective)
         args.max_steps = self.curriculum.total_steps
-        self.progress = Progress()
+        self.meter = Meter(Progress(), args.world_size, self._sum_over_devices)
         self.metrics_file = MetricsFile(Path(args.output_dir or ".") / METRICS_FILE)
         self._resumed_stage: int | None = None
-        self._clock: float | None = None
-        self._token_counts: list[torch.Tensor] = []
         super().__init__(
             model=setup.student,
             args=args,
@@ -113,6 +108,14 @@ class CurriculumTrainer(Trainer):
             raise ValueError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
         if self.teacher is not None and not hasattr(self.teacher.model, "hf_device_map"):
             self.teacher.model.to(args.device)
+
+    @property
+    def progress(self) -> Progress:
+        """Totals of the run so far."""
+        return self.meter.progress
+
+    def _sum_over_devices(self, count: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(count.to(self.args.device)).sum() if self.args.world_size > 1 else count
 
     # ---- Stages ----
 
@@ -138,11 +141,9 @@ class CurriculumTrainer(Trainer):
             resuming = bool(resume_from_checkpoint)
             checks.claim_output_dir(output_dir, self.curriculum, resuming, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
-        self.progress = Progress()
-        self.switch.entered = self._resumed_stage = None
-        if resume_from_checkpoint:
-            self.progress = Progress.load(Path(str(resume_from_checkpoint)))
-            self._resumed_stage = self.progress.stage
+        resumed = Progress.load(Path(str(resume_from_checkpoint))) if resume_from_checkpoint else None
+        self.meter = Meter(resumed or Progress(), self.args.world_size, self._sum_over_devices)
+        self.switch.entered, self._resumed_stage = None, resumed.stage if resumed else None
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
@@ -152,8 +153,16 @@ class CurriculumTrainer(Trainer):
         """Let `Trainer` prepare the stage objective in the student's place, for the stage that the run is in."""
         if resume_from_checkpoint is not None and self.is_world_process_zero():
             self.metrics_file.keep_until(self.state.global_step)
-        self._clock = time.perf_counter()
-        self._prepare_targets(resuming=resume_from_checkpoint is not None)
+        self.meter.start()
+        with self.accelerator.autocast():
+            prepare_targets(
+                self.objective,
+                Path(self.args.output_dir or ".") / TARGETS_FILE,
+                self._calibration_batches,
+                self.args.device,
+                resuming=resume_from_checkpoint is not None,
+                write=self.is_world_process_zero(),
+            )
         self._move_to_stage(self.state.global_step)
         student = self.model
         # Every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after.
@@ -169,41 +178,13 @@ class CurriculumTrainer(Trainer):
         self.callback_handler.model = student
         return wrapped, train_dataloader
 
-    def _prepare_targets(self, resuming: bool) -> None:
-        """Calibrate the target maps, or read those of the run that is continued."""
-        stages = self.curriculum.stages
-        if self.teacher is None or not any(stage.kind == "hidden" for stage in stages):
-            return
-        path = Path(self.args.output_dir or ".") / TARGETS_FILE
-        width = hidden_size(self.model)
-        maps: list[TargetMap | None]
-        if resuming and path.exists():
-            maps = load_target_maps(path, self.curriculum, width, len(self.teacher.blocks))
-        else:
-            maps = self._calibrate(width)
-            if self.is_world_process_zero():
-                save_target_maps(maps, path)
-        device = self.args.device
-        self.objective.maps[:] = [None if target_map is None else target_map.to(device) for target_map in maps]
-
-    def _calibrate(self, width: int) -> list[TargetMap | None]:
-        assert self.teacher is not None
+    def _calibration_batches(self) -> list[dict[str, Any]]:
+        """The first `calibration_samples` training examples, in batches."""
         count = min(self.args.calibration_samples, len(self.train_dataset))
         size = self.args.per_device_train_batch_size
         rows = [self.train_dataset[index] for index in range(count)]
         with torch.random.fork_rng(devices=[]):  # masking collators may draw
-            batches = [self._collate(rows[start : start + size]) for start in range(0, count, size)]
-        head = None if self.task.name == "embedding" else OutputHead.of(self.teacher.model, self.objective.outputs)
-        needs_bias = warm_start.head_stage(self.curriculum) is not None
-        with self.accelerator.autocast():
-            return calibrate(
-                self.teacher,
-                self.curriculum,
-                batches,
-                width,
-                center_head=not needs_bias or warm_start.head_has_bias(self.model),
-                head=head,
-            )
+            return [self._collate(rows[start : start + size]) for start in range(0, count, size)]
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         collator = self._get_collator_with_removed_columns(self.data_collator)
@@ -226,10 +207,11 @@ class CurriculumTrainer(Trainer):
     def _charge_calibration(self) -> None:
         """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
         count = min(self.args.calibration_samples, len(self.train_dataset))
+        positions = count * batch_positions(self._example())
         for index, target_map in enumerate(self.objective.maps):
             if target_map is not None:
                 cost = self.switch.measure(index, self._example)
-                self.progress.teacher_flops += cost.teacher_flops * count * batch_positions(self._example())
+                self.progress.teacher_flops += cost.teacher_flops * positions
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
@@ -278,9 +260,7 @@ class CurriculumTrainer(Trainer):
         if not batch_samples:
             return None
         count = sum(self.objective.count_items(batch).to(device) for batch in batch_samples)
-        if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return torch.as_tensor(count).clamp_min(1)
+        return self._sum_over_devices(torch.as_tensor(count)).clamp_min(1)
 
     def compute_loss(
         self,
@@ -302,14 +282,7 @@ class CurriculumTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self._stop_diverged(f"the loss is {loss.item()}")
-        mask = inputs.get("attention_mask")
-        tokens = batch_positions(inputs) if mask is None else mask.sum()
-        self._token_counts.append(torch.as_tensor(tokens))
-        self.progress.samples += batch_size(inputs) * self.args.world_size
-        cost = self.switch.costs[self.objective.stage_index]
-        positions = batch_positions(inputs) * self.args.world_size
-        self.progress.student_flops += cost.student_flops * positions
-        self.progress.teacher_flops += cost.teacher_flops * positions
+        self.meter.count(inputs, self.switch.costs[self.objective.stage_index])
         return loss
 
     def _stop_diverged(self, what: str) -> None:
@@ -338,53 +311,25 @@ class CurriculumTrainer(Trainer):
 
     # ---- Logs, checkpoints, evaluation ----
 
-    def _settle_progress(self) -> None:
-        """Bring tokens and seconds up to date."""
-        if self._token_counts:
-            tokens = torch.stack([count.to(self.args.device) for count in self._token_counts]).sum()
-            if self.args.world_size > 1:
-                tokens = self.accelerator.gather(tokens).sum()
-            self.progress.tokens += int(tokens)
-            self._token_counts.clear()
-        if self._clock is not None:
-            now = time.perf_counter()
-            self.progress.seconds += now - self._clock
-            self._clock = now
-
-    @contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
-        self._settle_progress()
-        running, self._clock = self._clock is not None, None
-        try:
-            yield
-        finally:
-            self._clock = time.perf_counter() if running else None
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; also appends to metrics.jsonl."""
-        self._settle_progress()
+        progress = self.meter.settle()
         super().log(logs, start_time)
         if not self.is_world_process_zero() or self.switch.entered is None:
             return
-        stage, progress = self.objective.stage, self.progress
         record = {
             "method": self.curriculum.method,
             "stage": self.objective.stage_index + 1,
-            "stage_name": stage.name,
+            "stage_name": self.objective.stage.name,
             "step": self.state.global_step,
-            "samples": progress.samples,
-            "tokens": progress.tokens,
-            "flops": progress.student_flops + progress.teacher_flops,
-            "student_flops": progress.student_flops,
-            "teacher_flops": progress.teacher_flops,
-            "seconds": progress.seconds,
+            **progress.totals(),
             **{key: value for key, value in logs.items() if key not in ("epoch", "total_flos")},
         }
         self.metrics_file.append(record)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers; refuses weights that are not finite, and ends with the file that makes it complete."""
-        with self._clock_stopped():
+        with self.meter.stopped():
             if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
                 self._stop_diverged("a weight is not finite")
             super()._save_checkpoint(model, trial)
@@ -421,7 +366,7 @@ class CurriculumTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; its time does not count as training."""
-        with self._clock_stopped():
+        with self.meter.stopped():
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(

@@ -1,0 +1,56 @@
+"""The target maps of a run: calibrated on its own data, or read back when it is continued.
+
+Public names: `prepare_targets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutelage.core.heads import OutputHead
+from tutelage.tasks.kinds import hidden_size
+from tutelage.teacher.targets import calibrate, load_target_maps, save_target_maps
+from tutelage.training import warm_start
+from tutelage.training.objective import StageObjective
+
+
+def prepare_targets(
+    objective: StageObjective,
+    path: Path,
+    batches: Callable[[], Sequence[dict[str, Any]]],
+    device: Any,
+    *,
+    resuming: bool,
+    write: bool,
+) -> None:
+    """Give the objective the target maps of its hidden stages.
+
+    Args:
+        objective: its maps are filled in; nothing is done if it has no hidden stage.
+        path: where the maps are stored.
+        batches: gives the calibration batches, if they are needed.
+        device: where the statistics are wanted.
+        resuming: read the maps that the run stored, if it did.
+        write: store what is calibrated (one process does).
+    """
+    teacher, curriculum, student = objective.teacher, objective.curriculum, objective.student
+    if teacher is None or not any(stage.kind == "hidden" for stage in curriculum.stages):
+        return
+    width = hidden_size(student)
+    if resuming and path.exists():
+        maps = load_target_maps(path, curriculum, width, len(teacher.blocks))
+    else:
+        transplants = warm_start.head_stage(curriculum) is not None
+        maps = calibrate(
+            teacher,
+            curriculum,
+            batches(),
+            width,
+            center_head=not transplants or warm_start.head_has_bias(student),
+            head=None if objective.task.name == "embedding" else OutputHead.of(teacher.model, objective.outputs),
+        )
+        if write:
+            save_target_maps(maps, path)
+    objective.maps[:] = [None if target_map is None else target_map.to(device) for target_map in maps]

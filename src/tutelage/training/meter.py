@@ -1,0 +1,68 @@
+"""Counting what a run has spent: samples, tokens, FLOPs and training seconds.
+
+Public names: `Meter`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tutelage.core.inputs import batch_positions, batch_size
+from tutelage.training.costs import StageCost
+from tutelage.training.records import Progress
+
+
+class Meter:
+    """Keeps a run's `Progress` up to date.
+
+    Args:
+        progress: totals to go on from.
+        world_size: devices that train alike, each counting its own share of a step.
+        total: sum of a tensor over devices.
+    """
+
+    def __init__(self, progress: Progress, world_size: int, total: Callable[[torch.Tensor], torch.Tensor]):
+        self.progress = progress
+        self._world_size, self._total = world_size, total
+        self._clock: float | None = None
+        # token counts stay on the device until someone asks, so that a step waits for nothing
+        self._token_counts: list[torch.Tensor] = []
+
+    def start(self) -> None:
+        """Let the training clock run."""
+        self._clock = time.perf_counter()
+
+    def count(self, batch: dict[str, Any], cost: StageCost) -> None:
+        """Add a micro-step."""
+        mask = batch.get("attention_mask")
+        self._token_counts.append(torch.as_tensor(batch_positions(batch) if mask is None else mask.sum()))
+        self.progress.samples += batch_size(batch) * self._world_size
+        positions = batch_positions(batch) * self._world_size
+        self.progress.student_flops += cost.student_flops * positions
+        self.progress.teacher_flops += cost.teacher_flops * positions
+
+    def settle(self) -> Progress:
+        """Bring tokens and seconds up to date; every device must call this alike."""
+        if self._token_counts:
+            self.progress.tokens += int(self._total(torch.stack(self._token_counts).sum()))
+            self._token_counts.clear()
+        if self._clock is not None:
+            now = time.perf_counter()
+            self.progress.seconds += now - self._clock
+            self._clock = now
+        return self.progress
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leave what happens inside (evaluating, saving) out of the training seconds."""
+        self.settle()
+        running, self._clock = self._clock is not None, None
+        try:
+            yield
+        finally:
+            self._clock = time.perf_counter() if running else None
