@@ -45,6 +45,7 @@ WIKIPEDIA = {
     "eval_strategy": "steps",
     "save_strategy": "no",
 }
+PAPER = {"warm_start": "none", "normalize": "none"}
 HEAD_STAGE = {"method": "extraction", "layer_map": "head:head"}
 
 BENCHMARKS = {
@@ -61,7 +62,8 @@ BENCHMARKS = {
         },
         methods={
             "one_shot": {"method": "one_shot"},
-            "extraction (paper: 3 uniform stages)": {"method": "extraction", "warm_start": "none"},
+            "extraction (paper: 3 uniform stages)": {"method": "extraction", **PAPER},
+            "extraction (3 uniform stages, standardised)": {"method": "extraction", "warm_start": "none"},
             "extraction (head stage)": {**HEAD_STAGE, "warm_start": "none"},
             "extraction (head stage, warm_start=head)": {**HEAD_STAGE, "warm_start": "head"},
             "extraction (head stage, warm_start=head, projection=pca)": {
@@ -70,7 +72,8 @@ BENCHMARKS = {
                 "projection": "pca",
             },
         },
-        learning_rates=("1e-3", "3e-3"),
+        learning_rates=("3e-4", "1e-3", "3e-3", "1e-2"),
+        seeds=(0, 1, 2),
         metric="cosine",
         better="higher",
         label="held-out cosine to the teacher",
@@ -90,14 +93,16 @@ BENCHMARKS = {
         },
         methods={
             "one_shot": {"method": "one_shot"},
-            "extraction (paper: 4 uniform stages)": {"method": "extraction", "warm_start": "none"},
+            "extraction (paper: 4 uniform stages)": {"method": "extraction", **PAPER},
+            "extraction (4 uniform stages, standardised)": {"method": "extraction", "warm_start": "none"},
+            "extraction (head stage, warm_start=head)": {**HEAD_STAGE, "warm_start": "head"},
             "extraction (head stage, warm_start=head, projection=head)": {
                 **HEAD_STAGE,
                 "warm_start": "head",
                 "projection": "head",
             },
         },
-        learning_rates=("1e-3", "3e-3"),
+        learning_rates=("1e-3", "3e-3", "6e-3"),
         metric="loss",
         better="lower",
         label="held-out loss (nats a token)",

@@ -8,12 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-_COMMANDS = ("plan", "distill", "evaluate")
+_COMMANDS = ("plan", "distill", "evaluate", "compare", "report")
 _HELP = """usage: tutelage COMMAND ...
 
   tutelage plan --teacher T --student S       blocks, stage map and predicted cost; trains nothing
   tutelage distill [--config run.yaml] [...]  train a student; with no arguments, the embedded example
   tutelage evaluate --model M --dataset D     loss, perplexity, accuracy; with --teacher: KL and agreement
+  tutelage compare RECIPE[/SIZE] [...]        methods x seeds on a recipe or your own run.yaml; --list shows recipes
+  tutelage report FOLDER                      redraw a comparison's report
 
 `tutelage COMMAND --help` lists a command's options.
 """

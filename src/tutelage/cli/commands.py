@@ -5,16 +5,17 @@ Public names: `COMMANDS`.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from tutelage.cli.compare import compare_command, report_command
+from tutelage.cli.parsing import OneLineErrors, Parser
 from tutelage.experiments.distill import describe, distill, quiet_unless_terminal
 from tutelage.experiments.evaluate import evaluate
 from tutelage.experiments.plan import describe_plan, plan
@@ -23,18 +24,7 @@ from tutelage.tasks.default import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.training.config import CurriculumConfig
 
 
-class _OneLineErrors:
-    """Mistakes in flags are one line, without the usage of two hundred options above it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-class _Parser(_OneLineErrors, argparse.ArgumentParser):
-    pass
-
-
-class _ConfigParser(_OneLineErrors, HfArgumentParser):
+class _ConfigParser(OneLineErrors, HfArgumentParser):
     pass
 
 
@@ -100,7 +90,7 @@ def _plan(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    parser = _Parser(prog="tutelage evaluate")
+    parser = Parser(prog="tutelage evaluate")
     parser.add_argument("--model", required=True, help="folder or Hub name")
     parser.add_argument("--dataset", required=True, help="Hub name, `datasets` folder, or .txt/.jsonl/.parquet file")
     parser.add_argument("--teacher", help="also compare with this model: folder or Hub name")
@@ -130,4 +120,10 @@ def _quietly(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str
     return run
 
 
-COMMANDS = {"distill": _quietly(_distill), "plan": _quietly(_plan), "evaluate": _quietly(_evaluate)}
+COMMANDS = {
+    "distill": _quietly(_distill),
+    "plan": _quietly(_plan),
+    "evaluate": _quietly(_evaluate),
+    "compare": _quietly(compare_command),
+    "report": _quietly(report_command),
+}

@@ -43,6 +43,9 @@ class Stage:
     """Output stages: share of label loss; 1 trains on labels alone and needs no teacher."""
     learning_rate: float | None = None
     """Peak learning rate; None takes the run's."""
+    continues: bool = False
+    """Output stages after the first: go on with the previous stage's optimiser and schedule, so that only the teacher's
+    weights change."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -89,6 +92,8 @@ class Curriculum:
                     f"budget too small for the stages: stage {number} ({stage.name}) would get {stage.steps} steps; "
                     "raise max_steps, or lower stage_fraction, stage_steps or num_stages"
                 )
+            if stage.continues and (number == 1 or {stage.kind, self.stages[number - 2].kind} != {"output"}):
+                raise ValueError(f"stage {number} cannot continue the one before it: both must be output stages")
             if not 0 <= stage.label_weight <= 1:
                 raise ValueError(f"label_weight is a share from 0 to 1, got {stage.label_weight}")
         _check_choice("projection", self.projection, KINDS)
@@ -109,6 +114,15 @@ class Curriculum:
                 return index, step
             step -= stage.steps
         return len(self.stages) - 1, self.stages[-1].steps + step
+
+    def schedule_steps(self, index: int) -> int:
+        """Steps of the learning-rate schedule that begins with stage `index`: its own and those that continue it."""
+        steps = self.stages[index].steps
+        for stage in self.stages[index + 1 :]:
+            if not stage.continues:
+                break
+            steps += stage.steps
+        return steps
 
     def to_json(self) -> str:
         """Everything needed to build this value again, as JSON."""

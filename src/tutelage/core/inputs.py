@@ -1,7 +1,7 @@
 """What a model's forward takes from a batch, and which positions of a batch count.
 
-Public names: `model_inputs`, `position_mask`, `label_positions`, `at_positions`, `last_token`, `batch_size`,
-`batch_positions`.
+Public names: `model_inputs`, `output_tensor`, `position_mask`, `label_positions`, `at_positions`, `last_token`,
+`batch_size`, `batch_positions`.
 
 Shapes: B batch, T positions, D width.
 """
@@ -26,6 +26,11 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if "use_cache" in parameters:
         inputs["use_cache"] = False
     return inputs
+
+
+def output_tensor(output: Any) -> torch.Tensor:
+    """What a model's forward puts out, as one tensor: itself, or its `logits`."""
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def position_mask(batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:

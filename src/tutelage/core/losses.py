@@ -1,6 +1,6 @@
 """The losses of the two kinds of stage.
 
-Public names: `hidden_loss`, `output_loss`, `output_metrics`, `embedding_loss`.
+Public names: `hidden_loss`, `output_loss`, `logits_loss`, `output_metrics`, `logits_metrics`, `embedding_loss`.
 
 Every loss here is a *sum* over positions (or sequences): the caller divides by the number of items in the whole
 optimiser step, so that accumulating gradients over micro-batches changes nothing.
@@ -175,19 +175,54 @@ def output_metrics(
     parts = []
     for start in range(0, len(student_hidden_ND), chunk_size):
         rows = slice(start, start + chunk_size)
-        log_q = torch.log_softmax(student_head(student_hidden_ND[rows]).float(), dim=-1)
-        labels, top = labels_N[rows], log_q.argmax(-1)
-        loss = F.nll_loss(log_q, labels, reduction="none")
-        divergence = agreement = teacher_loss = teacher_correct = torch.zeros_like(loss)
+        teacher = None
         if teacher_hidden_NE is not None and teacher_head is not None:
-            log_p = torch.log_softmax(teacher_head(teacher_hidden_NE[rows]).float(), dim=-1)
-            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-            agreement = (log_p.argmax(-1) == top).float()
-            teacher_loss = F.nll_loss(log_p, labels, reduction="none")
-            teacher_correct = (log_p.argmax(-1) == labels).float()
-        correct = (top == labels).float()
-        parts.append(torch.stack([loss, correct, divergence, agreement, teacher_loss, teacher_correct], dim=-1))
+            teacher = teacher_head(teacher_hidden_NE[rows])
+        parts.append(logits_metrics(student_head(student_hidden_ND[rows]), labels_N[rows], teacher))
     return torch.cat(parts) if parts else student_hidden_ND.new_zeros((0, 6))
+
+
+def logits_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    label_weight: float = 0.0,
+) -> torch.Tensor:
+    """The loss of `output_loss` from logits (..., V) and labels (...), where there are few outputs."""
+    if label_weight > 0 and labels is None:
+        raise ValueError("a label_weight above 0 needs labels in the batch")
+    if label_weight < 1 and teacher is None:
+        raise ValueError("a label_weight below 1 needs the teacher's logits")
+    loss = torch.zeros((), device=student.device)
+    if label_weight < 1:
+        assert teacher is not None
+        log_q = torch.log_softmax(student.float() / temperature, dim=-1)
+        log_p = torch.log_softmax(teacher.float() / temperature, dim=-1)
+        scale = (1 - label_weight) * temperature**2
+        loss = loss + scale * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    if label_weight > 0:
+        assert labels is not None
+        loss = loss + label_weight * F.cross_entropy(student.float().flatten(0, -2), labels.flatten(), reduction="sum")
+    return loss
+
+
+def logits_metrics(student: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
+    """The columns of `output_metrics` from logits (..., V) and labels (...), (..., 6)."""
+    log_q = torch.log_softmax(student.float(), dim=-1)
+    log_p = torch.zeros_like(log_q) if teacher is None else torch.log_softmax(teacher.float(), dim=-1)
+
+    def against_labels(log_probabilities: torch.Tensor) -> list[torch.Tensor]:
+        loss = -log_probabilities.gather(-1, labels[..., None])[..., 0]
+        return [loss, (log_probabilities.argmax(-1) == labels).float()]
+
+    loss, correct = against_labels(log_q)
+    if teacher is None:
+        return torch.stack([loss, correct, *[torch.zeros_like(loss)] * 4], dim=-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+    return torch.stack([loss, correct, divergence, agreement, *against_labels(log_p)], dim=-1)
 
 
 def embedding_loss(student_BE: torch.Tensor, teacher_BE: torch.Tensor, kind: str = "cosine") -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Fixed linear maps from the teacher's width to the student's.
 
-Public names: `Projection`, `RandomProjection`, `DataProjection`, `pca_projection`, `head_projection`, `RANDOM_KINDS`, `KINDS`.
+Public names: `Projection`, `RandomProjection`, `StackedProjection`, `DataProjection`, `pca_projection`,
+`head_projection`, `RANDOM_KINDS`, `KINDS`.
 
 The paper's projection (arXiv:2503.17494) is `gaussian`: i.i.d. N(0, 1/d_T), drawn from a seed, never trained and never
 stored. `pca` and `head` are contrasts of ours that are computed from calibration statistics and stored.
@@ -105,6 +106,22 @@ class RandomProjection(Projection):
                 q, r = np.linalg.qr(columns.T)
                 columns = (q * np.sign(np.diagonal(r))).T
         return torch.from_numpy(np.ascontiguousarray(columns.T)).float()
+
+
+class StackedProjection(Projection):
+    """One projection for each of G replicas, (B, G, in_features) -> (B, G, out_features)."""
+
+    def __init__(self, parts: Sequence[Projection]):
+        self.parts = list(parts)
+        self.in_features, self.out_features = parts[0].in_features, parts[0].out_features
+
+    def matrix(self) -> torch.Tensor:
+        """The maps, (G, in_features, out_features)."""
+        return torch.stack([part.matrix() for part in self.parts])
+
+    def __call__(self, hidden_BGD: torch.Tensor) -> torch.Tensor:
+        matrix_GDR = self.to(hidden_BGD.device, hidden_BGD.dtype)
+        return torch.bmm(hidden_BGD.transpose(0, 1), matrix_GDR).transpose(0, 1)
 
 
 class DataProjection(Projection):

@@ -31,6 +31,9 @@ class Standardizer:
     sink_norm: float = float("inf")
     """Positions whose state has a larger Euclidean norm are left out of statistics and loss."""
 
+    changes_nothing: bool = False
+    """Whether this is the identity, so that steps need not compute it."""
+
     @classmethod
     def fit(cls, states_ND: torch.Tensor, center: bool = True, sink_factor: float = SINK_FACTOR) -> Standardizer:
         """Fit on calibration states of non-padding positions, (N, D).
@@ -60,16 +63,20 @@ class Standardizer:
     @classmethod
     def identity(cls, width: int) -> Standardizer:
         """Changes nothing and finds no sinks: the paper's setting (`normalize="none"`)."""
-        return cls(torch.zeros(width), torch.ones(width))
+        return cls(torch.zeros(width), torch.ones(width), changes_nothing=True)
 
     def to(self, device: torch.device | str) -> Standardizer:
         """The same statistics on `device`."""
-        return Standardizer(self.mean.to(device), self.scale.to(device), self.sink_norm)
+        return Standardizer(self.mean.to(device), self.scale.to(device), self.sink_norm, self.changes_nothing)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Standardise `hidden`, (..., D), in float32."""
+        if self.changes_nothing:
+            return hidden.float()
         return (hidden.float() - self.mean) / self.scale
 
     def keep(self, hidden: torch.Tensor) -> torch.Tensor:
         """True where a position is not an attention sink, (...)."""
+        if self.sink_norm == float("inf"):
+            return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
         return hidden.float().norm(dim=-1) <= self.sink_norm

@@ -1,6 +1,7 @@
 """The tasks a teacher can be distilled on, and loading whole models for them.
 
-Public names: `Task`, `TASKS`, `detect_task`, `load_task_model`, `build_task_model`, `trunk`, `max_positions`.
+Public names: `Task`, `TASKS`, `detect_task`, `load_task_model`, `build_task_model`, `trunk`, `max_positions`, `hidden_size`,
+`replica_seeds`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Task:
     """Dataset columns needed, where the dataset is not tokenised yet."""
 
     @property
+    def whole(self) -> bool:
+        """Whether the output stage compares what the models put out as they are, with no head split off."""
+        return self.name in ("embedding", "classification")
+
+    @property
     def causal(self) -> bool:
         """Whether position t predicts token t + 1."""
         return self.name == "causal_lm"
@@ -52,6 +58,7 @@ TASKS = {
         Task("masked_lm", AutoModelForMaskedLM, ("text",)),
         Task("sequence_classification", AutoModelForSequenceClassification, ("text", "label")),
         Task("embedding", AutoModel, ("text",)),
+        Task("classification", AutoModel, ("input_ids", "labels")),
     )
 }
 
@@ -125,6 +132,11 @@ def hidden_size(model: nn.Module) -> int:
     """Width of a model's hidden states."""
     config: Any = trunk(model).config
     return int(config.hidden_size)
+
+
+def replica_seeds(model: nn.Module) -> list[int] | None:
+    """Seeds of the networks that train side by side in a replicated model; None for an ordinary one."""
+    return getattr(trunk(model).config, "replica_seeds", None)
 
 
 def read_json(path: Path) -> Any:

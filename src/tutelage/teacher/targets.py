@@ -22,12 +22,13 @@ from tutelage.core.blocks import HEAD, Place, find_blocks, forward_to
 from tutelage.core.curriculum import Curriculum, Stage
 from tutelage.core.files import replacing
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import model_inputs, position_mask
+from tutelage.core.inputs import model_inputs, output_tensor, position_mask
 from tutelage.core.projection import (
     RANDOM_KINDS,
     DataProjection,
     Projection,
     RandomProjection,
+    StackedProjection,
     head_projection,
     pca_projection,
 )
@@ -56,8 +57,8 @@ class LiveTeacher:
 
     @torch.inference_mode()
     def output(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The whole model's output (an embedding model's pooled embedding), (B, E)."""
-        return self.model(**model_inputs(self.model, batch))
+        """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
+        return output_tensor(self.model(**model_inputs(self.model, batch)))
 
     def load_checkpoint(self, folder: str) -> None:
         """Take the weights of another checkpoint of the same architecture (safetensors)."""
@@ -151,6 +152,7 @@ def calibrate(
     batches: Sequence[Mapping[str, Any]],
     student_width: int,
     *,
+    replicas: Sequence[int] | None = None,
     center_head: bool = True,
     head: OutputHead | None = None,
 ) -> list[TargetMap | None]:
@@ -161,6 +163,8 @@ def calibrate(
         curriculum: its hidden stages say which places.
         batches: model inputs on the teacher's device.
         student_width: R.
+        replicas: seeds of the networks in a replicated student, whose states are (B, G, R): each has a projection of its
+            own.
         center_head: subtract the mean at `head`; False where the student's output head has no bias to carry it, so that
             the transplanted head needs none.
         head: the teacher's output head; None where the output is the state itself (embedding models).
@@ -186,7 +190,7 @@ def calibrate(
                 else Standardizer.fit(states, center=center_head or stage.teacher_place != HEAD)
             )
             moment = _second_moment(states, standardizer) if needs_decoder or needs_data else None
-        projection = _projection(curriculum, stage, standardizer, moment, student_width, teacher, head)
+        projection = _projection(curriculum, stage, standardizer, moment, student_width, replicas, teacher, head)
         decoder = projection.decoder(moment) if needs_decoder else None
         maps.append(TargetMap(standardizer, projection, decoder))
     return maps
@@ -217,11 +221,13 @@ def _projection(
     standardizer: Standardizer,
     moment: torch.Tensor | None,
     width: int,
+    replicas: Sequence[int] | None,
     teacher: LiveTeacher,
     head: OutputHead | None,
 ) -> Projection:
     if curriculum.projection in RANDOM_KINDS:
-        return random_projection(curriculum, _place(stage), len(standardizer.mean), width, len(teacher.blocks))
+        blocks = len(teacher.blocks)
+        return random_projection(curriculum, _place(stage), len(standardizer.mean), width, blocks, replicas)
     assert moment is not None
     # The outputs see a block's state only through the blocks above it, so there `head` is the principal directions too;
     # an embedding model's output *is* its pooled state, with no head to look through.
@@ -231,11 +237,23 @@ def _projection(
 
 
 def random_projection(
-    curriculum: Curriculum, place: Place, in_features: int, out_features: int, teacher_blocks: int
-) -> RandomProjection:
-    """The random projection of the stage at teacher `place`: seeded by (projection_seed, place), `head` being L_T + 1."""
+    curriculum: Curriculum,
+    place: Place,
+    in_features: int,
+    out_features: int,
+    teacher_blocks: int,
+    replicas: Sequence[int] | None = None,
+) -> Projection:
+    """The random projection of the stage at teacher `place`: seeded by (projection_seed, place), `head` being L_T + 1.
+
+    Each replica's is seeded by (projection_seed, place, replica seed).
+    """
     number = teacher_blocks + 1 if place == HEAD else int(place)
-    return RandomProjection(in_features, out_features, (curriculum.projection_seed, number), curriculum.projection)
+    seed = (curriculum.projection_seed, number)
+    if replicas is None:
+        return RandomProjection(in_features, out_features, seed, curriculum.projection)
+    parts = [RandomProjection(in_features, out_features, (*seed, own), curriculum.projection) for own in replicas]
+    return StackedProjection(parts)
 
 
 def _logit_gram(head: OutputHead, standardizer: Standardizer) -> torch.Tensor:
@@ -263,7 +281,11 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
 
 
 def load_target_maps(
-    path: Path, curriculum: Curriculum, student_width: int, teacher_blocks: int
+    path: Path,
+    curriculum: Curriculum,
+    student_width: int,
+    teacher_blocks: int,
+    replicas: Sequence[int] | None = None,
 ) -> list[TargetMap | None]:
     """The inverse of `save_target_maps`."""
     tensors = load_file(path)
@@ -273,7 +295,10 @@ def load_target_maps(
             maps.append(None)
             continue
         standardizer = Standardizer(
-            tensors[f"{index}.mean"], tensors[f"{index}.scale"], float(tensors[f"{index}.sink_norm"])
+            tensors[f"{index}.mean"],
+            tensors[f"{index}.scale"],
+            float(tensors[f"{index}.sink_norm"]),
+            changes_nothing=curriculum.normalize == "none",
         )
         stored = tensors.get(f"{index}.projection")
         projection: Projection
@@ -281,6 +306,6 @@ def load_target_maps(
             projection = DataProjection(stored, curriculum.projection)
         else:
             width = len(standardizer.mean)
-            projection = random_projection(curriculum, _place(stage), width, student_width, teacher_blocks)
+            projection = random_projection(curriculum, _place(stage), width, student_width, teacher_blocks, replicas)
         maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.decoder")))
     return maps

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.core.heads import OutputHead
-from tutelage.tasks.kinds import hidden_size
+from tutelage.tasks.kinds import hidden_size, replica_seeds
 from tutelage.teacher.targets import calibrate, load_target_maps, save_target_maps
 from tutelage.training import warm_start
 from tutelage.training.objective import StageObjective
@@ -39,8 +39,9 @@ def prepare_targets(
     if teacher is None or not any(stage.kind == "hidden" for stage in curriculum.stages):
         return
     width = hidden_size(student)
+    replicas = replica_seeds(student)
     if resuming and path.exists():
-        maps = load_target_maps(path, curriculum, width, len(teacher.blocks))
+        maps = load_target_maps(path, curriculum, width, len(teacher.blocks), replicas)
     else:
         transplants = warm_start.head_stage(curriculum) is not None
         maps = calibrate(
@@ -48,8 +49,9 @@ def prepare_targets(
             curriculum,
             batches(),
             width,
+            replicas=replicas,
             center_head=not transplants or warm_start.head_has_bias(student),
-            head=None if objective.task.name == "embedding" else OutputHead.of(teacher.model, objective.outputs),
+            head=None if objective.task.whole else OutputHead.of(teacher.model, objective.outputs),
         )
         if write:
             save_target_maps(maps, path)

@@ -68,7 +68,7 @@ def _teacher_flops(objective: StageObjective, batch: dict[str, Any]) -> int:
             target_map = objective.maps[objective.stage_index]
             assert target_map is not None and stage.teacher_place is not None
             target_map(teacher.hidden(stage.teacher_place, batch))
-        elif objective.task.name == "embedding":
+        elif objective.task.whole:
             teacher.output(batch)
         else:
             state = teacher.hidden(HEAD, batch)

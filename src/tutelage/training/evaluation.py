@@ -16,8 +16,8 @@ from torch import nn
 
 from tutelage.core.blocks import HEAD, forward_to
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import label_positions, last_token, model_inputs
-from tutelage.core.losses import output_metrics
+from tutelage.core.inputs import label_positions, last_token, model_inputs, output_tensor
+from tutelage.core.losses import logits_metrics, output_metrics
 from tutelage.tasks.kinds import Task
 from tutelage.teacher.targets import LiveTeacher
 
@@ -56,6 +56,8 @@ def evaluate_batches(
             pairs.append((gather(mine.float()).cpu(), gather(teacher.output(batch).float()).cpu()))
             on_step()
         return embedding_metrics(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
+    if task.name == "classification":
+        return _classification_metrics(student, batches, teacher, gather, on_step)
     totals, count = torch.zeros(6, dtype=torch.float64), 0.0
     for batch in batches:
         per_example = gather(_per_example(student, batch, task, teacher, outputs, chunk_size)).double().cpu()
@@ -64,13 +66,38 @@ def evaluate_batches(
         on_step()
     if count == 0:
         raise ValueError("nothing to evaluate: the evaluation set has no labelled position")
-    loss, accuracy, divergence, agreement, teacher_loss, teacher_accuracy = (totals / count).tolist()
-    metrics = {"loss": loss, "accuracy": accuracy}
+    metrics = _named(totals / count, teacher is not None)
     if task.per_position:
-        metrics["perplexity"] = perplexity(loss)
-    if teacher is not None:
-        metrics |= {"kl": divergence, "agreement": agreement}
-        metrics |= {"teacher_loss": teacher_loss, "teacher_accuracy": teacher_accuracy}
+        metrics["perplexity"] = perplexity(metrics["loss"])
+    return metrics
+
+
+def _named(means: torch.Tensor, with_teacher: bool) -> dict[str, float]:
+    """The columns of `output_metrics` by name."""
+    names = ("loss", "accuracy", "kl", "agreement", "teacher_loss", "teacher_accuracy")
+    return dict(zip(names if with_teacher else names[:2], means.tolist(), strict=False))
+
+
+def _classification_metrics(
+    student: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    teacher: LiveTeacher | None,
+    gather: Gather,
+    on_step: Callable[[], None],
+) -> dict[str, float]:
+    """Means over examples; for a replicated student over all replicas, and `loss_0`, `accuracy_0`... of each."""
+    parts = []
+    for batch in batches:
+        logits = output_tensor(student(**model_inputs(student, batch)))
+        target = None if teacher is None else teacher.output(batch)
+        parts.append(gather(logits_metrics(logits, batch["labels"], target)).double().cpu())
+        on_step()
+    means = torch.cat(parts).mean(0)  # (6,) or, replicated, (G, 6)
+    if means.dim() == 1:
+        return _named(means, teacher is not None)
+    metrics = _named(means.mean(0), teacher is not None)
+    for replica, own in enumerate(means):
+        metrics |= {f"{name}_{replica}": value for name, value in _named(own, False).items()}
     return metrics
 
 

@@ -22,9 +22,10 @@ from tutelage.core.inputs import (
     label_positions,
     last_token,
     model_inputs,
+    output_tensor,
     position_mask,
 )
-from tutelage.core.losses import embedding_loss, hidden_loss, output_loss
+from tutelage.core.losses import embedding_loss, hidden_loss, logits_loss, output_loss
 from tutelage.tasks.kinds import Task, trunk
 from tutelage.teacher.targets import LiveTeacher, TargetMap
 
@@ -94,7 +95,8 @@ class StageObjective(nn.Module):
     def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences."""
         ids = batch.get("input_ids")
-        if self.stage.kind == "hidden" and ids is not None and not self._pooled_stage():
+        sequences = self.task.name == "classification" or self._pooled_stage()
+        if self.stage.kind == "hidden" and ids is not None and not sequences:
             mask = batch.get("attention_mask")
             return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()
         if self.stage.kind == "output" and self.task.per_position:
@@ -107,6 +109,8 @@ class StageObjective(nn.Module):
             loss = self._hidden_stage(batch)
         elif self.task.name == "embedding":
             loss = self._embedding_stage(batch)
+        elif self.task.whole:
+            loss = self._logits_stage(batch)
         else:
             loss = self._output_stage(batch)
         count = self.count_items(batch) if num_items is None else num_items
@@ -162,3 +166,16 @@ class StageObjective(nn.Module):
         assert self.teacher is not None
         target = self.teacher.output(batch).clone()
         return embedding_loss(self.student(**model_inputs(self.student, batch)), target, self.embedding_loss)
+
+    def _logits_stage(self, batch: dict[str, Any]) -> torch.Tensor:
+        target = None
+        if self.stage.needs_teacher:
+            assert self.teacher is not None
+            target = self.teacher.output(batch)
+        return logits_loss(
+            output_tensor(self.student(**model_inputs(self.student, batch))),
+            target,
+            batch.get("labels"),
+            temperature=self.curriculum.temperature,
+            label_weight=self.stage.label_weight,
+        )

@@ -219,7 +219,8 @@ class CurriculumTrainer(Trainer):
         if index != self.switch.entered:
             self._move_to_stage(self.state.global_step)
             self.switch.set_trainable(self.switch.trainable)
-            self._renew_optimizer()
+            if not self.objective.stage.continues:
+                self._renew_optimizer()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _renew_optimizer(self) -> None:
@@ -245,12 +246,16 @@ class CurriculumTrainer(Trainer):
             self.switch.set_trainable(trainable)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up and decay of the current stage, over its own steps."""
-        return super().create_scheduler(self.objective.stage.steps, optimizer)
+        """Warm-up and decay of the current stage, over its own steps and those of the stages that continue it."""
+        index = self.objective.stage_index
+        while self.curriculum.stages[index].continues:  # resumed in one of them
+            index -= 1
+        return super().create_scheduler(self.curriculum.schedule_steps(index), optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore the optimiser, unless the checkpoint ends a stage and the next one begins with a new one."""
-        if self.curriculum.stage_at(self.state.global_step)[1] > 0:
+        index, local = self.curriculum.stage_at(self.state.global_step)
+        if local > 0 or self.curriculum.stages[index].continues:
             super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- Steps ----
@@ -301,10 +306,12 @@ class CurriculumTrainer(Trainer):
         return int(self.switch.costs[self.objective.stage_index].flops * batch_positions(inputs))
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that student or teacher takes."""
+        """Keep the labels, and the columns that student or teacher takes."""
         known = self._signature_columns is not None
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
+        if not known and "labels" not in columns:
+            columns.append("labels")
         if self.teacher is not None and not known:
             extra = model_inputs(self.teacher.model, dict.fromkeys(["token_type_ids", "attention_mask"]))
             columns += [name for name in extra if name not in columns]

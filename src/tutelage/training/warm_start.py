@@ -26,7 +26,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
 from tutelage.tasks.embedding import EmbeddingModel
-from tutelage.tasks.kinds import trunk
+from tutelage.tasks.kinds import replica_seeds, trunk
 from tutelage.teacher.targets import LiveTeacher, TargetMap
 
 
@@ -87,6 +87,8 @@ def head_stage(curriculum: Curriculum) -> int | None:
 def check(curriculum: Curriculum, student: nn.Module, teacher: LiveTeacher | None) -> None:
     """Raise ValueError where the curriculum's warm start cannot be made."""
     if head_stage(curriculum) is not None and teacher is not None:
+        if replica_seeds(student) is not None:
+            raise ValueError(f"warm_start={curriculum.warm_start!r} cannot be made for replicated students: use 'none'")
         if not isinstance(student, EmbeddingModel):
             _check_soft_caps(OutputHead.of(teacher.model), OutputHead.of(student))
         elif student.head is None:

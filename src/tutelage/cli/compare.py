@@ -1,0 +1,123 @@
+"""`tutelage compare` and `tutelage report`: parse, call, print.
+
+Public names: `compare_command`, `report_command`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tutelage.cli.parsing import Parser
+from tutelage.experiments.compare import compare
+from tutelage.experiments.recipes import RECIPES, resolve
+from tutelage.experiments.recipes.own import own_system
+from tutelage.experiments.report import write_report
+from tutelage.experiments.runs import MATCHES
+from tutelage.experiments.scaling import SCALING_SIZES, run_scaling
+
+
+def compare_command(arguments: Sequence[str]) -> None:
+    """Methods x seeds on a recipe, or on the user's own teacher, student and data."""
+    parser = Parser(
+        prog="tutelage compare",
+        description="Any field of the recipe is an option too, e.g. --d 64 --k 5 --seeds 0 1 2 --learning_rates 0.1 0.3",
+    )
+    parser.add_argument("recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file with your own run")
+    parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
+    parser.add_argument(
+        "--methods", nargs="+", help="e.g. extraction one_shot extraction:projection=head,warm_start=head"
+    )
+    parser.add_argument("--match", choices=MATCHES, default="samples", help="what every method gets as much of")
+    parser.add_argument("--output_dir", help="default: comparisons/RECIPE-SIZE")
+    parser.add_argument("--teacher", help="folder of a finished teacher; parity-mlp also takes trained or planted")
+    options, rest = parser.parse_known_args(arguments)
+    if options.list:
+        print(_listing())
+        return
+    if options.recipe is None:
+        raise ValueError("name a recipe, e.g. tutelage compare parity-mlp/smoke; tutelage compare --list shows them")
+    overrides = _overrides(rest)
+    name = options.recipe
+    if options.teacher is not None:
+        overrides |= _teacher_override(options.teacher)
+    is_file = name.endswith((".yaml", ".yml"))
+    folder = Path(options.output_dir or Path("comparisons") / (Path(name).stem if is_file else _slug(name)))
+    if name.partition("/")[0] == "scaling":
+        result = run_scaling(name, overrides, folder, log=_progress)
+        print(result["verdict"])
+        print(
+            f"\nfigures: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
+        )
+        return
+    system = own_system(Path(name), overrides) if is_file else resolve(name, overrides)
+    command = shlex.join(["tutelage", "compare", *arguments])
+    result = compare(system, folder, options.methods, match=options.match, command=command, log=_progress)
+    page = write_report(folder)
+    print(result["verdict"])
+    print(f"\nfigures: {folder / 'comparison.json'}\nreport:  {page}")
+
+
+def report_command(arguments: Sequence[str]) -> None:
+    """Redraw a comparison's report from what is on disk."""
+    parser = Parser(prog="tutelage report")
+    parser.add_argument("folder", help="output_dir of tutelage compare, finished or still going")
+    print(write_report(Path(parser.parse_args(arguments).folder)))
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _slug(name: str) -> str:
+    return name.replace("/", "-") if "/" in name else f"{name}-laptop"
+
+
+def _overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`--field value value ...` as a mapping; one value stays text, several become a list."""
+    found: dict[str, Any] = {}
+    current: str | None = None
+    for word in words:
+        if word.startswith("--") and not _is_number(word):
+            current, equals, value = word[2:].partition("=")
+            found[current] = [value] if equals else []
+        elif current is None:
+            raise ValueError(f"unexpected argument {word!r}: fields are given as --field value")
+        else:
+            found[current].append(word)
+    for key, values in found.items():
+        if not values:
+            raise ValueError(f"--{key} needs a value")
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _teacher_override(value: str) -> dict[str, str]:
+    if value in ("trained", "planted"):
+        return {"teacher": value}
+    if not Path(value).is_dir():
+        raise ValueError(f"no teacher folder {value!r}: give a folder (or, for parity-mlp, trained or planted)")
+    return {"teacher_path": value}
+
+
+def _listing() -> str:
+    lines = ["recipes (tutelage compare RECIPE/SIZE; the size is laptop if left out):", ""]
+    for name, recipe in RECIPES.items():
+        lines.append(f"  {name:<20} {recipe.about}")
+        lines.append(f"  {'':<20} sizes: {', '.join(recipe.sizes)}")
+        lines.append(f"  {'':<20} fields: {', '.join(vars(recipe.sizes['laptop']))}")
+        lines.append("")
+    lines.append(f"  {'scaling':<20} samples to solve a parity against its dimension; exponents with intervals")
+    lines.append(f"  {'':<20} sizes: {', '.join(SCALING_SIZES)}")
+    lines.append(f"  {'':<20} fields: {', '.join(vars(SCALING_SIZES['laptop']))}")
+    return "\n".join(lines)

@@ -1,0 +1,184 @@
+"""Comparing methods on one system: the same data order, initial students, evaluation sets, rates and budget for all.
+
+Public names: `compare`, `COMPARISON_FILE`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tutelage.core.files import write_atomically
+from tutelage.experiments.distill import environment
+from tutelage.experiments.runs import MATCHES, Runner
+from tutelage.experiments.statistics import median_interval, paired_ratio, reached_at
+from tutelage.experiments.systems import System, Teacher
+from tutelage.experiments.variants import Variant, candidates, parse_variant
+from tutelage.experiments.verdict import verdict
+
+COMPARISON_FILE = "comparison.json"
+
+
+def compare(
+    system: System,
+    output_dir: Path,
+    methods: Sequence[str] | None = None,
+    *,
+    match: str = "samples",
+    command: str | None = None,
+    log: Any = print,
+) -> dict[str, Any]:
+    """Run methods x seeds on a system and write `comparison.json`.
+
+    Args:
+        system: what is compared on.
+        output_dir: the comparison's folder; one that holds the same comparison is continued.
+        methods: names as `parse_variant` takes them; None is the system's own list.
+        match: what every method gets as much of as one-shot: `samples`, `flops` or `seconds`.
+        command: how to make it again, for the record.
+        log: called with a line of progress.
+
+    Returns:
+        What comparison.json holds.
+
+    Raises:
+        ValueError: settings that cannot work, among them a target above what the teacher reaches, and a folder that holds
+            another comparison.
+    """
+    if match not in MATCHES:
+        raise ValueError(f"unknown match {match!r}: use one of {', '.join(MATCHES)}")
+    variants = [parse_variant(name) for name in methods or system.default_methods]
+    _check(system, variants)
+    _claim(output_dir, system, match)
+    log(f"teacher of {system.recipe}/{system.size}")
+    teacher = system.make_teacher(output_dir)
+    _check_target(system, teacher)
+    runner = Runner(system, teacher, output_dir, match)
+    result = _skeleton(system, teacher, match, command)
+    result["planned_runs"] = len(variants) * len(system.fields.seeds)
+    for variant in variants:
+        runner.check(variant)
+    for variant in variants:
+        best, grid = runner.tune(variant, log)
+        entry = {
+            "learning_rate": best.learning_rate,
+            "schedule": best.schedule,
+            "grid": grid,
+            "curriculum": json.loads(runner.curriculum(variant, best).to_json()),
+            "runs": [],
+        }
+        result["methods"][variant.name] = entry
+        for group in runner.groups(system.fields.seeds):
+            log(f"{variant.name}: learning rate {best.label}, seeds {', '.join(map(str, group))}")
+            entry["runs"] += runner.run(variant, best, group, runner.folder(variant, best, group))
+            _summarise(system, result)
+            write_atomically(output_dir / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
+    result["complete"] = True
+    _summarise(system, result)
+    write_atomically(output_dir / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _check(system: System, variants: Sequence[Variant]) -> None:
+    names = [variant.name for variant in variants]
+    if len(set(names)) != len(names):
+        raise ValueError(f"methods are repeated: {', '.join(names)}")
+    seeds, tuning = system.fields.seeds, system.fields.tuning_seeds
+    if not seeds:
+        raise ValueError("seeds are empty: give at least one")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds are repeated: {', '.join(map(str, seeds))}")
+    if shared := set(seeds) & set(tuning):
+        raise ValueError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
+    if not tuning and any(len(candidates(v, system.fields.learning_rates)) > 1 for v in variants):
+        raise ValueError("tuning_seeds are empty: give some, or a single learning rate")
+
+
+def _check_target(system: System, teacher: Teacher) -> None:
+    if system.target is None or system.metric not in teacher.figures:
+        return
+    reaches = float(teacher.figures[system.metric])
+    if not system.reached(reaches, system.target):
+        raise ValueError(
+            f"the target {system.metric} {system.target} is beyond the teacher, which reaches {reaches:.4f}: lower the "
+            "target, or train the teacher further"
+        )
+
+
+def _claim(output_dir: Path, system: System, match: str) -> None:
+    """Refuse a folder that holds another comparison."""
+    mine = {"recipe": system.recipe, "size": system.size, "match": match, "settings": _settings(system)}
+    file = output_dir / "settings.json"
+    if file.exists():
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+        different = [key for key in mine if json.loads(json.dumps(mine[key], default=str)) != theirs.get(key)]
+        if different:
+            raise ValueError(
+                f"{str(output_dir)!r} holds another comparison (another {', '.join(different)}): choose another --output_dir"
+            )
+    elif output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"{str(output_dir)!r} is not empty and holds no comparison: choose another --output_dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(mine, indent=2, default=str) + "\n")
+
+
+def _settings(system: System) -> dict[str, Any]:
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(system.fields).items()}
+    return {**fields, "metric": system.metric, "target": system.target}
+
+
+def _skeleton(system: System, teacher: Teacher, match: str, command: str | None) -> dict[str, Any]:
+    return {
+        "recipe": system.recipe,
+        "size": system.size,
+        "command": command,
+        "complete": False,
+        "match": match,
+        "budget": system.fields.budget_samples,
+        "metric": system.metric,
+        "better": system.better,
+        "target": system.target,
+        "seeds": list(system.fields.seeds),
+        "settings": _settings(system),
+        "teacher": teacher.figures,
+        "environment": environment(),
+        "methods": {},
+        "ratios": {},
+        "verdict": "",
+    }
+
+
+def _summarise(system: System, result: dict[str, Any]) -> None:
+    """Fill in targets, medians, ratios and the verdict from the runs."""
+    metric, methods = system.metric, result["methods"]
+    if system.target is None and methods.get("one_shot", {}).get("runs"):
+        finals = sorted(run["final"][metric] for run in methods["one_shot"]["runs"])
+        result["target"] = finals[len(finals) // 2]
+    target = result["target"]
+    for entry in methods.values():
+        for run in entry["runs"]:
+            point = None
+            if target is not None:
+                point = reached_at(run["curve"], metric, lambda value: system.reached(value, target))
+            for cost in MATCHES:
+                run[f"{cost}_to_target"] = None if point is None else point[cost]
+        entry["median_samples_to_target"], entry["ci95"] = median_interval(
+            [run["samples_to_target"] for run in entry["runs"]]
+        )
+    result["ratios"] = {}
+    for over, under in ((a, b) for a in methods for b in methods if a != b and a.startswith("extraction")):
+        mine = {run["seed"]: run for run in methods[over]["runs"]}
+        theirs = {run["seed"]: run for run in methods[under]["runs"]}
+        seeds = [seed for seed in mine if seed in theirs]
+        for cost in MATCHES:
+            budget = max((theirs[seed]["curve"][-1][cost] for seed in seeds), default=0)
+            ratio = paired_ratio(
+                [mine[seed][f"{cost}_to_target"] for seed in seeds],
+                [theirs[seed][f"{cost}_to_target"] for seed in seeds],
+                budget,
+            )
+            name = f"{over}/{under}" if cost == "samples" else f"{over}/{under} {cost}"
+            result["ratios"][name] = ratio
+    result["verdict"] = verdict(result)

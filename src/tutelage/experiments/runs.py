@@ -1,0 +1,300 @@
+"""Making the runs of a comparison: tuning, equal budgets, curves.
+
+Public names: `Runner`, `MATCHES`.
+
+A finished run is a folder with run.json in it, so a comparison that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+
+from tutelage.core.blocks import find_blocks
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.files import write_atomically
+from tutelage.experiments.statistics import median_interval, reached_at
+from tutelage.experiments.systems import System, Teacher
+from tutelage.experiments.variants import Candidate, Variant, build_curriculum, candidates, parse_variant
+from tutelage.tasks.kinds import trunk
+from tutelage.training.config import CurriculumConfig
+from tutelage.training.records import MetricsFile, last_complete_checkpoint
+from tutelage.training.trainer import CurriculumTrainer
+
+_RUN_FILE = "run.json"
+MATCHES = ("samples", "flops", "seconds")
+
+
+@dataclass
+class Runner:
+    """Makes runs of one comparison."""
+
+    system: System
+    teacher: Teacher
+    root: Path
+    match: str
+    _per_stage: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def groups(self, seeds: Sequence[int]) -> list[list[int]]:
+        """Seeds that run together: all where they are replicated, else one by one."""
+        return [list(seeds)] if self.system.replicated else [[seed] for seed in seeds]
+
+    def folder(self, variant: Variant, candidate: Candidate, seeds: Sequence[int], what: str = "runs") -> Path:
+        """Folder of a run."""
+        name = re.sub(r"[^a-z0-9_.=-]+", "-", variant.name.lower())[:60]
+        digest = hashlib.sha256(variant.name.encode()).hexdigest()[:6]
+        seed = "-".join(map(str, seeds))
+        return self.root / what / f"{name}-{digest}" / f"{candidate.label.replace(' ', '-')}-seed-{seed}"
+
+    def tune(self, variant: Variant, log: Any) -> tuple[Candidate, dict[str, Any]]:
+        """The best candidate on the tuning seeds, and what each one scored."""
+        tried = candidates(variant, self.system.fields.learning_rates)
+        if len(tried) == 1:
+            return tried[0], {}
+        share = self.system.fields.tuning_share
+        tuned = dataclasses.replace(variant, budget_share=variant.budget_share * share)
+        grid: dict[str, Any] = {}
+        best: tuple[tuple[float, float], Candidate] | None = None
+        best_rate = tried[0].learning_rate
+        for candidate in tried:
+            # rates first, on the first schedule; then the other schedules at the best rate
+            if best is not None and candidate.schedule != tried[0].schedule and candidate.learning_rate != best_rate:
+                continue
+            runs = []
+            for group in self.groups(self.system.fields.tuning_seeds):
+                # where runs end at the target, one that can no longer win need not go on
+                limit = best[0][0] if best is not None and self.system.stop_at_target else None
+                log(f"{variant.name}: tuning {candidate.label}, seeds {', '.join(map(str, group))}")
+                runs += self.run(tuned, candidate, group, self.folder(variant, candidate, group, "tuning"), limit)
+            score, shown = self._score(runs)
+            grid[candidate.label] = shown
+            if best is None or score < best[0]:
+                best = (score, candidate)
+                if candidate.schedule == tried[0].schedule:
+                    best_rate = candidate.learning_rate
+        assert best is not None
+        return best[1], grid
+
+    def _score(self, runs: list[dict[str, Any]]) -> tuple[tuple[float, float], dict[str, Any]]:
+        """Lower is better: samples to the target (median), then the final metric."""
+        system, metric = self.system, self.system.metric
+        sign = -1.0 if system.better == "higher" else 1.0
+        finals = sorted(run["final"][metric] for run in runs)
+        final = finals[len(finals) // 2]
+        if not system.stop_at_target:
+            return (sign * final, 0.0), {"score": final, "unit": f"final {metric}"}
+        target = system.target
+        assert target is not None
+        points = [reached_at(run["curve"], metric, lambda value: system.reached(value, target)) for run in runs]
+        median, _ = median_interval([None if point is None else point["samples"] for point in points])
+        shown = {"score": median, "unit": "samples to target", f"final_{metric}": final}
+        if median is None:
+            shown["stopped_after"] = runs[0]["curve"][-1]["samples"]
+        return (float("inf") if median is None else median, sign * final), shown
+
+    def arguments(self, variant: Variant, candidate: Candidate, folder: Path, seed: int) -> CurriculumConfig:
+        """Settings of a run."""
+        system = self.system
+        evaluate_every = max(1, system.fields.eval_every // system.fields.batch_size)
+        fields = {
+            "output_dir": str(folder),
+            "method": variant.method,
+            "task": system.task,
+            "learning_rate": candidate.learning_rate,
+            "seed": seed,
+            "data_seed": seed,
+            "per_device_train_batch_size": system.fields.batch_size,
+            "eval_strategy": "steps",
+            "eval_steps": evaluate_every,
+            "eval_on_start": True,
+            "save_strategy": "steps",
+            "save_steps": 20 * evaluate_every,
+            "save_total_limit": 1,
+            "logging_steps": evaluate_every,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "train_sampling_strategy": "sequential",
+            **system.arguments,
+            **system.methods.get(variant.method, {}),
+            **{key: value for key, value in variant.overrides.items() if key != "schedule"},
+        }
+        if "layer_map" in variant.overrides:  # a map of one's own takes the place of the recipe's uniform one
+            fields.pop("num_stages", None)
+        if "num_stages" in variant.overrides:
+            fields.pop("layer_map", None)
+        return CurriculumConfig(**fields)
+
+    def check(self, variant: Variant) -> None:
+        """Raise ValueError where a variant has no curriculum on this system, before anything is run."""
+        steps = max(1, self.system.fields.budget_samples // self.system.fields.batch_size)
+        for candidate in candidates(variant, self.system.fields.learning_rates):
+            self.curriculum(variant, candidate, steps=steps)
+
+    def curriculum(self, variant: Variant, candidate: Candidate, steps: int | None = None) -> Curriculum:
+        """Curriculum of a run: `steps`, or its share of the budget, equal in what `match` says."""
+        system, batch = self.system, self.system.fields.batch_size
+        args = self.arguments(variant, candidate, self.root, 0)
+        student = system.make_student(system.fields.seeds[:1])
+        blocks = (len(find_blocks(trunk(student))), len(find_blocks(trunk(self.teacher.model))))
+        whole = steps or max(1, int(system.fields.budget_samples * variant.budget_share) // batch)
+        made = build_curriculum(args, candidate, blocks, self.teacher, whole, batch)
+        if steps is not None or self.match == "samples" or variant.method in ("one_shot", "progressive"):
+            return made
+        return self._equalise(variant, candidate, made, whole)
+
+    def _equalise(self, variant: Variant, candidate: Candidate, made: Curriculum, steps: int) -> Curriculum:
+        """Lengthen (or shorten) the last stage until the cost is that of `steps` one-shot steps."""
+        reference = self._step_cost(parse_variant("one_shot"), candidate)["output"]
+        cost = self._step_cost(variant, candidate)
+        kinds = [stage.name if stage.kind == "hidden" else "output" for stage in made.stages]
+        spent = sum(cost[kind] * stage.steps for kind, stage in zip(kinds[:-1], made.stages[:-1], strict=True))
+        last = max(1, round((reference * steps - spent) / cost[kinds[-1]]))
+        stages = (*made.stages[:-1], dataclasses.replace(made.stages[-1], steps=last))
+        return dataclasses.replace(made, stages=stages)
+
+    def _step_cost(self, variant: Variant, candidate: Candidate) -> dict[str, float]:
+        """Cost of a step of each stage, in what `match` says, from a few steps of each."""
+        if variant.name not in self._per_stage:
+            steps = 4 if self.match == "flops" else 24
+            made = self.curriculum(variant, candidate, steps=steps * 8)
+            short = dataclasses.replace(
+                made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages)
+            )
+            folder = self.root / "pilot" / self.folder(variant, candidate, [0]).parent.name
+            seeds = self.system.fields.seeds if self.system.replicated else self.system.fields.seeds[:1]
+            args = self.arguments(variant, candidate, folder, seeds[0])
+            args.logging_steps, args.eval_on_start, args.overwrite_output_dir = 1, False, True
+            args.eval_strategy, args.save_strategy = "no", "no"
+            trainer = self._trainer(args, seeds, short, [])
+            trainer.train()
+            costs: dict[str, list[float]] = {}
+            previous = 0.0
+            for record in MetricsFile(folder / "metrics.jsonl").read():
+                if "loss" not in record:
+                    continue
+                name = record["stage_name"] if record["stage_name"].startswith("hidden") else "output"
+                costs.setdefault(name, []).append(record[self.match] - previous)
+                previous = record[self.match]
+            self._per_stage[variant.name] = {
+                name: sorted(values[1:])[len(values[1:]) // 2] for name, values in costs.items()
+            }
+            shutil.rmtree(folder)
+        return self._per_stage[variant.name]
+
+    def _trainer(
+        self, args: CurriculumConfig, seeds: Sequence[int], curriculum: Curriculum, callbacks: list[TrainerCallback]
+    ) -> CurriculumTrainer:
+        system = self.system
+        # progressive distillation changes the teacher's weights; a run that ends early must not leave them changed
+        teacher = self.teacher.model
+        if any(stage.teacher_checkpoint for stage in curriculum.stages):
+            teacher = copy.deepcopy(teacher)
+        count = curriculum.total_steps * system.fields.batch_size
+        needs_teacher = any(stage.needs_teacher for stage in curriculum.stages)
+        trainer = CurriculumTrainer(
+            model=system.make_student(seeds),
+            teacher_model=teacher if needs_teacher else None,
+            args=args,
+            train_dataset=system.train_data(seeds, count),
+            eval_dataset=system.eval_data(seeds),
+            processing_class=system.tokenizer,
+            data_collator=system.collator,
+            curriculum=curriculum,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def run(
+        self,
+        variant: Variant,
+        candidate: Candidate,
+        seeds: Sequence[int],
+        folder: Path,
+        limit: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """One record for each seed; read back if the run was made before.
+
+        Args:
+            limit: samples after which the run is stopped.
+        """
+        file = folder / _RUN_FILE
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+        system = self.system
+        curriculum = self.curriculum(variant, candidate)
+        args = self.arguments(variant, candidate, folder, seeds[0])
+        resume = last_complete_checkpoint(folder)
+        args.overwrite_output_dir = resume is None
+        trainer = self._trainer(args, seeds, curriculum, [_Stop(system, seeds, limit)])
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        curves = _curves(MetricsFile(folder / "metrics.jsonl").read(), seeds, system.replicated)
+        records = [
+            {
+                "seed": seed,
+                "seconds": curve[-1]["seconds"],
+                "final": {key: value for key, value in curve[-1].items() if key not in MATCHES},
+                "curve": curve,
+            }
+            for seed, curve in curves.items()
+        ]
+        write_atomically(file, json.dumps(records))
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        return records
+
+
+class _Stop(TrainerCallback):
+    """Ends a run when all seeds have reached the target, or at a limit; evaluates at the end."""
+
+    def __init__(self, system: System, seeds: Sequence[int], limit: float | None):
+        self.system, self.seeds, self.limit = system, seeds, limit
+        self.waiting = set(range(len(seeds)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics = kwargs["metrics"]
+        system, target = self.system, self.system.target
+        if not system.stop_at_target or target is None:
+            return
+        for index in list(self.waiting):
+            name = f"eval_{system.metric}_{index}" if system.replicated else f"eval_{system.metric}"
+            if system.reached(metrics[name], target):
+                self.waiting.discard(index)
+        samples = state.global_step * system.fields.batch_size
+        if not self.waiting or (self.limit is not None and samples >= self.limit):
+            control.should_training_stop = True
+
+
+def _curves(
+    records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated: bool
+) -> dict[int, list[dict[str, Any]]]:
+    """Evaluation points of each seed; the cost of a replicated run is divided among its replicas."""
+    share = len(seeds) if replicated else 1
+    curves: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
+    for record in records:
+        values = {key.removeprefix("eval_"): value for key, value in record.items() if key.startswith("eval_")}
+        values = {key: value for key, value in values.items() if not key.endswith(("_runtime", "_per_second", "_time"))}
+        if not values:
+            continue
+        for index, seed in enumerate(seeds):
+            own = values
+            if replicated:
+                ending = f"_{index}"
+                own = {key.removesuffix(ending): value for key, value in values.items() if key.endswith(ending)}
+            cost = {"samples": record["samples"], **{key: record[key] / share for key in ("flops", "seconds")}}
+            curves[seed].append({**cost, **own})
+    return curves

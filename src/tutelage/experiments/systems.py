@@ -1,0 +1,92 @@
+"""A system to compare methods on: teacher, students, data, and the settings that all methods share.
+
+Public names: `System`, `Teacher`, `RecipeFields`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class RecipeFields:
+    """What every recipe can be told; recipes add their own."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the reported runs: initial student, data order and random projection."""
+    tuning_seeds: tuple[int, ...] = (1000, 1001)
+    """Seeds on which learning rates and schedules are chosen; never reported."""
+    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    """The grid that every method gets."""
+    batch_size: int = 64
+    """Examples a step."""
+    budget_samples: int = 1_920_000
+    """Examples that each method may train on."""
+    eval_every: int = 8_000
+    """Examples between evaluations."""
+    eval_samples: int = 4096
+    """Held-out examples."""
+    tuning_share: float = 1.0
+    """Share of the budget that tuning runs get."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A finished teacher and what is known of it."""
+
+    model: nn.Module
+    figures: dict[str, Any]
+    """`description` (how it came to be, by what rule it was stopped) and its metrics on held-out data."""
+    checkpoints: tuple[tuple[int, str], ...] = ()
+    """Checkpoints of its training, early to late: (examples seen, folder)."""
+
+
+@dataclass(frozen=True)
+class System:
+    """Everything a comparison needs; made by a recipe."""
+
+    recipe: str
+    """Name in reports."""
+    size: str
+    """`smoke`, `laptop`, `paper` or `own`."""
+    fields: RecipeFields
+    """Its numbers."""
+    task: str
+    """`tutelage.tasks.kinds.TASKS`."""
+    metric: str
+    """What is compared, a key of the evaluation."""
+    better: str
+    """`higher` or `lower`."""
+    target: float | None
+    """Value of the metric to reach; None takes the median of one-shot's final values."""
+    arguments: dict[str, Any]
+    """`CurriculumConfig` fields of every method."""
+    make_teacher: Callable[[Path], Teacher]
+    """Trains, loads or builds the teacher; the argument is the folder for what it trains."""
+    make_student: Callable[[Sequence[int]], nn.Module]
+    """The initial student of a seed (of several seeds where they are replicated)."""
+    train_data: Callable[[Sequence[int], int], Any]
+    """Training examples in the order of a seed, at least so many."""
+    eval_data: Callable[[Sequence[int]], Any]
+    """Held-out examples of a seed."""
+    collator: Any
+    """Data collator for training."""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`CurriculumConfig` fields of single methods."""
+    replicated: bool = False
+    """Whether all seeds train side by side in one model."""
+    stop_at_target: bool = False
+    """Whether a run ends when all its seeds have reached the target."""
+    default_methods: tuple[str, ...] = ("extraction", "one_shot", "progressive", "scratch")
+    """Methods compared unless asked otherwise."""
+    tokenizer: Any = None
+    """Tokenizer of language systems."""
+
+    def reached(self, value: float, target: float) -> bool:
+        """Whether a value of the metric is as good as `target`."""
+        return value >= target if self.better == "higher" else value <= target

@@ -1,0 +1,148 @@
+"""Methods as they are named in a comparison, and the curricula they become.
+
+Public names: `Variant`, `Candidate`, `parse_variant`, `candidates`, `build_curriculum`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tutelage.core.curriculum import METHODS, Curriculum, Stage
+from tutelage.experiments.systems import Teacher
+from tutelage.training.config import CurriculumConfig
+
+# How progressive distillation uses the teacher's checkpoints: at the teacher's own pace, faster, or one checkpoint from
+# the middle of its transition and then the finished teacher (arXiv:2410.05464). All are searched.
+SCHEDULES = ("pace-1", "pace-2", "pace-4", "two")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method and the settings in which it differs from the recipe's."""
+
+    name: str
+    """As given, and as reported: `extraction:projection=head,warm_start=head`."""
+    method: str
+    """One of `METHODS`."""
+    overrides: dict[str, Any]
+    """`CurriculumConfig` fields."""
+    budget_share: float = 1.0
+    """Share of the comparison's budget."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What tuning chooses."""
+
+    learning_rate: float
+    schedule: str | None = None
+    """Progressive: one of `SCHEDULES`."""
+
+    @property
+    def label(self) -> str:
+        """Short name, also of its folder."""
+        return f"{self.learning_rate:g}" + (f" {self.schedule}" if self.schedule else "")
+
+
+def parse_variant(text: str) -> Variant:
+    """Parse `method` or `method:field=value,field=value`; `budget=0.6` takes a share of the budget.
+
+    Raises:
+        ValueError: unknown method or field.
+    """
+    method, _, rest = text.partition(":")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r} in {text!r}: use one of {', '.join(METHODS)}")
+    types = {field.name: str(field.type) for field in dataclasses.fields(CurriculumConfig)}
+    overrides: dict[str, Any] = {}
+    share = 1.0
+    last = None
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals and last is not None:  # a comma within a value: layer_map=1:1,2:2
+            overrides[last] = f"{overrides[last]},{part}"
+            continue
+        if key == "budget":
+            share = float(value)
+            if not 0 < share <= 1:
+                raise ValueError(f"budget in {text!r} is a share from 0 to 1, got {value}")
+            continue
+        if key == "schedule":
+            if method != "progressive" or value not in SCHEDULES:
+                raise ValueError(f"schedule in {text!r} belongs to progressive and is one of {', '.join(SCHEDULES)}")
+        elif key not in types:
+            raise ValueError(f"unknown field {key!r} in {text!r}: fields are those of CurriculumConfig")
+        overrides[key] = value
+        last = key
+    return Variant(text, method, {key: _typed(types.get(key, "str"), value) for key, value in overrides.items()}, share)
+
+
+def _typed(type_name: str, value: str) -> Any:
+    if "list[int]" in type_name:
+        return [int(part) for part in value.split(",")]
+    for name, kind in (("bool", lambda text: text.lower() in ("true", "yes", "1")), ("int", int), ("float", float)):
+        if name in type_name:
+            return kind(value)
+    return value
+
+
+def candidates(variant: Variant, learning_rates: Sequence[float]) -> list[Candidate]:
+    """What is tried for a variant: the same learning rates for all, and every schedule for progressive."""
+    schedules: Sequence[str | None] = (None,)
+    if variant.method == "progressive":
+        schedules = [variant.overrides["schedule"]] if "schedule" in variant.overrides else SCHEDULES
+    return [Candidate(rate, schedule) for schedule in schedules for rate in learning_rates]
+
+
+def build_curriculum(
+    args: CurriculumConfig, candidate: Candidate, blocks: tuple[int, int], teacher: Teacher, steps: int, batch_size: int
+) -> Curriculum:
+    """The curriculum of a run.
+
+    Args:
+        args: its settings.
+        candidate: with the schedule, for progressive.
+        blocks: of student and teacher.
+        teacher: its checkpoints serve progressive.
+        steps: of the whole curriculum.
+        batch_size: examples a step.
+
+    Raises:
+        ValueError: progressive without checkpoints, or what the builders refuse.
+    """
+    if args.method != "progressive":
+        return args.build_curriculum(*blocks, steps)
+    if not teacher.checkpoints:
+        raise ValueError(
+            "progressive distillation needs checkpoints of the teacher's training, and this teacher has none "
+            f"({teacher.figures.get('description', 'given')}): leave progressive out of --methods"
+        )
+    assert candidate.schedule is not None
+    uses = _schedule(candidate.schedule, teacher, batch_size)
+    stages: list[Stage] = []
+    left = steps
+    for count, folder in uses:
+        count = min(count, left - 1)  # the finished teacher comes last, be it for one step
+        if count < 1:
+            break
+        stages.append(Stage("output", count, teacher_checkpoint=folder, continues=bool(stages)))
+        left -= count
+    stages.append(Stage("output", left, continues=bool(stages)))
+    return Curriculum("progressive", tuple(stages), normalize=args.normalize, temperature=args.temperature)
+
+
+def _schedule(name: str, teacher: Teacher, batch_size: int) -> list[tuple[int, str]]:
+    """Steps on each checkpoint, early to late."""
+    times = [samples for samples, _ in teacher.checkpoints]
+    if name == "two":
+        samples, folder = teacher.checkpoints[int(teacher.figures.get("transition", len(times) // 2))]
+        return [(max(1, samples // 2 // batch_size), folder)]
+    pace = int(name.removeprefix("pace-"))
+    spans = [after - before for before, after in zip([0, *times], times, strict=False)]
+    return [
+        (max(1, span // (pace * batch_size)), folder)
+        for span, (_, folder) in zip(spans, teacher.checkpoints, strict=True)
+    ]

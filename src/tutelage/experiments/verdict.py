@@ -1,0 +1,62 @@
+"""A comparison in words.
+
+Public names: `verdict`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One to a few sentences: who reached the target with how many samples, and how extraction compares with one-shot."""
+    methods = {name: entry for name, entry in result["methods"].items() if entry["runs"]}
+    if not methods:
+        return "No run has finished yet."
+    metric, target = result["metric"], result["target"]
+    sentences = []
+    if target is not None:
+        for name, entry in methods.items():
+            reached = [run for run in entry["runs"] if run["samples_to_target"] is not None]
+            share = f"{len(reached)} of {len(entry['runs'])} seeds"
+            median = entry["median_samples_to_target"]
+            if median is not None:
+                sentences.append(
+                    f"{name} reached {metric} {target:.4g} on {share}, after {median:,.0f} samples (median)."
+                )
+            else:
+                most = max(run["curve"][-1]["samples"] for run in entry["runs"])
+                final = statistics.median(run["final"][metric] for run in entry["runs"])
+                sentences.append(
+                    f"{name} did not reach it (median beyond {most:,} samples; {share} did; it ended at {final:.4g})."
+                )
+        for name, ratio in result["ratios"].items():
+            over, _, under = name.partition("/")
+            if under in ("one_shot", "progressive") and over in methods:
+                sentences.append(_compared(over, under, ratio))
+    else:
+        finals = {
+            name: statistics.median(run["final"][metric] for run in entry["runs"]) for name, entry in methods.items()
+        }
+        best = (max if result["better"] == "higher" else min)(finals, key=lambda name: finals[name])
+        sentences.append(
+            f"{best} ended best: " + ", ".join(f"{name} {value:.4g}" for name, value in finals.items()) + "."
+        )
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _compared(over: str, under: str, ratio: dict[str, Any]) -> str:
+    if not ratio["pairs"]:
+        return f"Neither {over} nor {under} reached the target."
+    if ratio["median"] is None:
+        return f"{under} is better here: {over} did not reach the target within the budget, {under} did."
+    low, high = ratio["ci95"]
+    bound = "at most " if "note" in ratio else ""
+    shown = f"[{low:.2g}, {'beyond the budget' if high is None else format(high, '.2g')}]" if low is not None else ""
+    text = f"{over} needed {bound}{ratio['median']:.2g} times the samples of {under} (95% interval {shown})"
+    if high is not None and high < 1:
+        return f"{text}: {over} is better here."
+    if low is not None and low > 1 and "note" not in ratio:
+        return f"{text}: {under} is better here."
+    return f"{text}: these runs do not tell the two apart."

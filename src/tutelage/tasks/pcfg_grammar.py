@@ -1,0 +1,311 @@
+"""The synthetic language "cfg3": its grammars, a sampler and an exact membership test. NumPy only.
+
+Public names: `Grammar`, `build_grammar`, `Strings`, `sample`, `is_member`.
+
+The family is that of Allen-Zhu and Li, "Physics of Language Models: Part 1" (arXiv:2305.13673): symbols live on levels;
+a symbol of one level is rewritten to 2 or 3 symbols of the next by one of its rules, all equally likely; level 0 is the
+root, the last level the terminals. The grammars are our own draws with the same statistics, not the paper's.
+
+Shapes: N strings, M symbols of all strings one after the other, S symbols of a level, R rules of a symbol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LONGEST_RULE = 3
+NONE = -1  # fills the third place of a rule of two symbols
+_COVER_ATTEMPTS = 10_000
+_TOKENS_AT_ONCE, _PAIRS_AT_ONCE = 1 << 17, 1 << 22  # bound the memory of the membership test
+
+
+@dataclass(frozen=True, eq=False)
+class Grammar:
+    """A grammar whose symbols live on levels; each level's symbols are numbered from 0.
+
+    Raises:
+        ValueError: fewer than two levels, more than one root, or rules that do not fit the levels.
+    """
+
+    levels: tuple[int, ...]
+    """Symbols of each level: (1, 3, 3, 3) has a root, two more levels of non-terminals and three terminals."""
+    rules: tuple[np.ndarray, ...]
+    """For each level but the last, (S, R, 3): what symbol s may become, by next-level number; -1 where a rule is short."""
+
+    def __post_init__(self) -> None:
+        if len(self.levels) < 2 or self.levels[0] != 1 or min(self.levels) < 1:
+            raise ValueError(
+                f"levels {self.levels} are no grammar's: they need a single root and at least one level below"
+            )
+        if len(self.rules) != len(self.levels) - 1:
+            raise ValueError(
+                f"{len(self.levels)} levels need {len(self.levels) - 1} arrays of rules, got {len(self.rules)}"
+            )
+        frozen = []
+        for level, (rules, below) in enumerate(zip(self.rules, self.levels[1:], strict=True)):
+            table = np.array(rules, dtype=np.int64)
+            if (
+                table.ndim != 3
+                or table.shape[0] != self.levels[level]
+                or 0 in table.shape
+                or table.shape[2] != LONGEST_RULE
+            ):
+                raise ValueError(
+                    f"the rules of level {level} have shape {table.shape}: expected "
+                    f"({self.levels[level]}, rules per symbol, {LONGEST_RULE}), rules of two symbols filled with {NONE}"
+                )
+            lowest = np.array([0, 0, NONE])
+            if (table < lowest).any() or table.max() >= below:
+                raise ValueError(
+                    f"a rule of level {level} has a symbol outside 0 to {below - 1}: use the numbers of level {level + 1} "
+                    f"({NONE} in the third place only)"
+                )
+            table.setflags(write=False)
+            frozen.append(table)
+        object.__setattr__(self, "rules", tuple(frozen))
+
+    @property
+    def terminals(self) -> int:
+        """Number of terminals."""
+        return self.levels[-1]
+
+    @property
+    def shortest(self) -> int:
+        """Length of the shortest string."""
+        return int(self._lengths("min"))
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest string."""
+        return int(self._lengths("max"))
+
+    @property
+    def mean_length(self) -> float:
+        """Expected length of a string."""
+        return float(self._lengths("mean"))
+
+    def _lengths(self, reduce: str) -> float:
+        """The minimum, maximum or mean of the lengths that the root derives, from the terminals up."""
+        below = np.ones(self.terminals)
+        for rules in reversed(self.rules):
+            below = getattr(np.where(rules == NONE, 0, below[rules]).sum(axis=2), reduce)(axis=1)
+        return below[0]
+
+
+def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int = 2) -> Grammar:
+    """Draw a grammar; the defaults have the shape of cfg3, with strings of 127 to 579 symbols, 283 on average.
+
+    Rules have 2 or 3 symbols with equal odds. Within a level no two have the same right-hand side, and every symbol of the
+    next level occurs on one. The draw is NumPy's frozen legacy generator (MT19937): the same on every machine.
+
+    Args:
+        levels: levels, root and terminals included; a string has 2^(levels-1) to 3^(levels-1) symbols.
+        symbols: symbols of each level under the root.
+        seed: 0 to 2^64 - 1.
+        rules: rules of each symbol.
+
+    Raises:
+        ValueError: an argument out of range, more rules than there are right-hand sides, or too few to use all symbols.
+    """
+    for name, value, least in (("levels", levels, 2), ("symbols", symbols, 1), ("rules", rules, 1)):
+        if value < least:
+            raise ValueError(f"a grammar needs {name} of at least {least}, got {value}")
+    _check_seed(seed)
+    counts = (1, *[symbols] * (levels - 1))
+    available = symbols**2 + symbols**3
+    needed = max(counts[:-1]) * rules
+    if needed > available:
+        raise ValueError(
+            f"{max(counts[:-1])} symbols with {rules} rules each need {needed} different right-hand sides, but {symbols} "
+            f"symbols make {available} of length 2 or 3: ask for fewer rules or more symbols"
+        )
+    if LONGEST_RULE * rules < symbols:
+        raise ValueError(
+            f"the root's {rules} rule(s) hold at most {LONGEST_RULE * rules} symbols, level 1 has {symbols} to use: "
+            "ask for more rules or fewer symbols"
+        )
+    draw = np.random.RandomState([0xCF63, seed & 0xFFFFFFFF, seed >> 32])
+    return Grammar(counts, tuple(_draw_level(draw, parents, rules, symbols) for parents in counts[:-1]))
+
+
+def _draw_level(draw: np.random.RandomState, parents: int, rules: int, symbols: int) -> np.ndarray:
+    """Distinct rules for one level that use every symbol of the next, (parents, rules, 3)."""
+    for _ in range(_COVER_ATTEMPTS):
+        sides: dict[tuple[int, ...], None] = {}  # an ordered set
+        while len(sides) < parents * rules:
+            side = draw.randint(symbols, size=2 + draw.randint(2)).tolist()
+            sides[(*side, NONE)[:LONGEST_RULE]] = None
+        table = np.array(list(sides)).reshape(parents, rules, LONGEST_RULE)
+        if len(np.setdiff1d(np.arange(symbols), table)) == 0:
+            return table
+    raise ValueError(
+        f"no draw of {_COVER_ATTEMPTS} used all {symbols} symbols in {parents * rules} rules: ask for more rules or "
+        "fewer symbols"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Strings:
+    """Strings of different lengths, one after the other."""
+
+    symbols: np.ndarray
+    """Terminals of all strings, (M,)."""
+    offsets: np.ndarray
+    """Where each string starts, then the end of the last, (N + 1,)."""
+
+    @classmethod
+    def of(cls, strings: Strings | Sequence[Sequence[int] | np.ndarray]) -> Strings:
+        """The same strings in this form."""
+        if isinstance(strings, Strings):
+            return strings
+        offsets = np.cumsum([0, *map(len, strings)])
+        symbols = np.concatenate([np.asarray(string) for string in strings if len(string)] or [np.zeros(0, np.int64)])
+        if symbols.ndim != 1 or symbols.dtype.kind not in "iu":
+            raise TypeError(
+                f"strings must be sequences of whole numbers, got {symbols.dtype} with {symbols.ndim} dimension(s)"
+            )
+        return cls(symbols, offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each string, (N,)."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"no string {index} among {len(self)}")
+        index %= len(self)
+        return self.symbols[self.offsets[index] : self.offsets[index + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+
+# ---- Sampling ----
+
+
+def sample(grammar: Grammar, strings: int | Sequence[int] | np.ndarray, seed: int = 0) -> Strings:
+    """Draw strings, all at once, level by level.
+
+    String i of a seed depends on (seed, i) alone: the rule of a node is a hash of the seed, the string's number, the
+    node's level and its place (SplitMix64, integer arithmetic only), so any set of strings costs what its tokens cost, in
+    any order, and is the same on every machine and with every version of NumPy.
+
+    Args:
+        grammar: the language.
+        strings: how many, taken from number 0 on, or the numbers of the wanted strings.
+        seed: 0 to 2^64 - 1.
+
+    Raises:
+        ValueError: a negative count or number, or a seed out of range.
+    """
+    _check_seed(seed)
+    if isinstance(strings, (int, np.integer)):
+        numbers, lowest = np.arange(strings), strings
+    else:
+        numbers = np.asarray(strings, dtype=np.int64)
+        lowest = numbers.min(initial=0)
+    if lowest < 0:
+        raise ValueError(f"strings are counted and numbered from 0, got {lowest}")
+    keys_N = hash_words(hash_words(np.array([seed], dtype=np.uint64), 0), numbers)
+    symbols_M = np.zeros(len(numbers), dtype=np.int64)
+    offsets = np.arange(len(numbers) + 1)
+    for level, rules in enumerate(grammar.rules):
+        place_M = np.arange(len(symbols_M)) - np.repeat(offsets[:-1], np.diff(offsets))
+        word_M = hash_words(np.repeat(keys_N, np.diff(offsets)), place_M.astype(np.uint64) + np.uint64(level << 32))
+        rule_M = (word_M >> np.uint64(32)) * np.uint64(rules.shape[1]) >> np.uint64(32)
+        row_M = symbols_M * rules.shape[1] + rule_M.astype(np.int64)
+        children = rules.reshape(-1, LONGEST_RULE)[row_M]
+        kept = children != NONE
+        ends_M = np.cumsum(kept.sum(axis=1))
+        offsets = np.concatenate([[0], ends_M])[offsets]
+        symbols_M = children[kept]
+    return Strings(symbols_M, offsets)
+
+
+def hash_words(keys: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
+    """Word number `counters` of the SplitMix64 streams that start at `keys`: uint64, broadcast."""
+    words = keys + (np.asarray(counters, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
+
+
+# ---- Membership ----
+
+
+def is_member(grammar: Grammar, strings: Strings | Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    """Whether the grammar derives each string, (N,) booleans; exact.
+
+    The dynamic programme of Cocke, Younger and Kasami, kept sparse: from the terminals up, each symbol's list of the spans
+    that it derives, in all strings together; a rule joins the spans that touch. Symbols that are no terminals are in no
+    span, so a string with one is no member. Time grows with the number of spans: half a second for 1,000 strings of the
+    default grammar, half a minute a string where every pair and triple of symbols is a rule.
+
+    Args:
+        grammar: the language.
+        strings: of terminals, numbered from 0.
+    """
+    given = Strings.of(strings)
+    members = np.zeros(len(given), dtype=bool)
+    first = 0
+    while first < len(given):
+        limit = given.offsets[first] + _TOKENS_AT_ONCE
+        last = max(int(np.searchsorted(given.offsets, limit, side="right")) - 1, first + 1)
+        offsets = given.offsets[first : last + 1]
+        members[first:last] = _parse(grammar, given.symbols[offsets[0] : offsets[-1]], offsets - offsets[0])
+        first = last
+    return members
+
+
+def _parse(grammar: Grammar, symbols_M: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    count = len(offsets) - 1
+    # A string of n symbols has n + 1 borders between them; no span can cross into the next string.
+    border_M = np.arange(len(symbols_M)) + np.repeat(np.arange(count), np.diff(offsets))
+    spans = [_span(border_M[symbols_M == symbol], 1) for symbol in range(grammar.terminals)]
+    for level_rules in reversed(grammar.rules):
+        spans = [
+            np.unique(np.concatenate([_derive(spans, rule[rule != NONE]) for rule in symbol_rules]))
+            for symbol_rules in level_rules
+        ]
+    return np.isin(_span(offsets[:-1] + np.arange(count), np.diff(offsets)), spans[0])
+
+
+def _span(start: np.ndarray, length: np.ndarray | int) -> np.ndarray:
+    """Spans as integers that sort by their start: start in the upper half, end in the lower."""
+    return start.astype(np.int64) << 32 | (start + length)
+
+
+def _derive(spans: list[np.ndarray], side: np.ndarray) -> np.ndarray:
+    """The spans that a rule's right-hand side covers."""
+    joined = spans[side[0]]
+    for symbol in side[1:]:
+        joined = _join(joined, spans[symbol])
+    return joined
+
+
+def _join(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The spans made of one of `left` and one of `right` that starts where it ends; `right` sorted, all without doubles."""
+    starts, ends = right >> 32, left & 0xFFFFFFFF
+    low = np.searchsorted(starts, ends, side="left")
+    matches = np.searchsorted(starts, ends, side="right") - low
+    total = np.cumsum(matches)
+    cuts = np.searchsorted(total, np.arange(_PAIRS_AT_ONCE, total[-1] if len(total) else 0, _PAIRS_AT_ONCE))
+    pieces = []
+    for part in np.split(np.arange(len(left)), cuts):
+        repeats = matches[part]
+        place = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        partner = right[np.repeat(low[part], repeats) + place]
+        pieces.append(np.unique((np.repeat(left[part], repeats) >> 32) << 32 | partner & 0xFFFFFFFF))
+    return pieces[0] if len(pieces) == 1 else np.unique(np.concatenate(pieces))
