@@ -3,6 +3,7 @@
     python scripts/fetch_assets.py && python scripts/convert_smollm2.py
     python benchmarks/real_teachers.py minilm     # sentence encoder, Wikipedia summaries
     python benchmarks/real_teachers.py smollm2    # causal language model, Wikipedia summaries
+    python benchmarks/real_teachers.py same_width # the embedded teacher, a student of its width
 
 Each run is one `tutelage distill` command. The grid is searched on seed 0; each method's best rate then runs on
 the further seeds. Finished runs are kept in --work_dir, so that a stopped benchmark goes on where it was. Writes
@@ -95,6 +96,7 @@ BENCHMARKS = {
             "one_shot": {"method": "one_shot"},
             "extraction (paper: 4 uniform stages)": {"method": "extraction", **PAPER},
             "extraction (4 uniform stages, standardised)": {"method": "extraction", "warm_start": "none"},
+            "extraction (head stage)": {**HEAD_STAGE, "warm_start": "none"},
             "extraction (head stage, warm_start=head)": {**HEAD_STAGE, "warm_start": "head"},
             "extraction (head stage, warm_start=head, projection=head)": {
                 **HEAD_STAGE,
@@ -103,6 +105,35 @@ BENCHMARKS = {
             },
         },
         learning_rates=("1e-3", "3e-3", "6e-3"),
+        metric="loss",
+        better="lower",
+        label="held-out loss (nats a token)",
+        columns=("loss", "perplexity", "accuracy", "kl", "agreement"),
+    ),
+    # a student as wide as its teacher, where the inverse of a gaussian projection is at its worst
+    "same_width": Benchmark(
+        flags={
+            "student": "layers=2",
+            "eval_samples": "64",
+            "eval_strategy": "steps",
+            "save_strategy": "no",
+            "max_steps": "200",
+            "eval_steps": "40",
+        },
+        methods={
+            "one_shot": {"method": "one_shot"},
+            "extraction (paper: 2 uniform stages)": {"method": "extraction", **PAPER},
+            "extraction (2 uniform stages, standardised)": {"method": "extraction", "warm_start": "none"},
+            "extraction (head stage)": {**HEAD_STAGE, "warm_start": "none"},
+            "extraction (head stage, warm_start=head)": {**HEAD_STAGE, "warm_start": "head"},
+            "extraction (head stage, warm_start=head, projection=head)": {
+                **HEAD_STAGE,
+                "warm_start": "head",
+                "projection": "head",
+            },
+        },
+        learning_rates=("5e-4", "1e-3", "2e-3", "4e-3"),
+        seeds=(0, 1, 2),
         metric="loss",
         better="lower",
         label="held-out loss (nats a token)",

@@ -46,9 +46,13 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(1, VOCAB, (8, 12), generator=generator)} for _ in range(4)]
 
 
-def target_map_of(teacher: LiveTeacher, curriculum: Curriculum, width: int, center: bool) -> TargetMap:
+def target_map_of(
+    teacher: LiveTeacher, curriculum: Curriculum, width: int, center: bool, decode: bool = False
+) -> TargetMap:
     head = None if isinstance(teacher.model, EmbeddingModel) else OutputHead.of(teacher.model)
-    target_map = calibrate(teacher, curriculum, batches(), width, center_head=center, head=head)[0]
+    target_map = calibrate(
+        teacher, curriculum, batches(), width, center_head=center, decode_head=decode, head=head
+    )[0]
     assert target_map is not None
     return target_map
 

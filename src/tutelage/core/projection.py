@@ -45,21 +45,31 @@ class Projection(ABC):
         """Project `hidden`, (..., in_features) -> (..., out_features)."""
         return hidden @ self.to(hidden.device, hidden.dtype)
 
-    def decoder(self, second_moment_DD: torch.Tensor | None = None) -> torch.Tensor:
+    def decoder(self, second_moment_DD: torch.Tensor | None = None, max_gain: float | None = None) -> torch.Tensor:
         """The linear map back, (out_features, in_features), with least expected squared error.
 
         Args:
             second_moment_DD: E[h h^T] of the projected states; None takes the identity, which gives the pseudo-inverse.
+            max_gain: largest mean square that noise of the targets' own size may have after the map. A square gaussian
+                matrix is so ill-conditioned that its inverse magnifies noise a thousandfold; where the bound is passed, the
+                map is that of least error for targets with some noise. None is no bound.
         """
         encode = self.matrix().double()
-        if second_moment_DD is None:
-            return torch.linalg.pinv(encode).float()
-        moment = second_moment_DD.double().cpu()
-        # A ridge of 1e-9 of the mean variance keeps directions that the calibration text never used invertible.
-        moment = moment + 1e-9 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+        moment = torch.eye(len(encode), dtype=torch.float64)
+        if second_moment_DD is not None:
+            moment = second_moment_DD.double().cpu()
+            # A ridge of 1e-9 of the mean variance keeps directions that the calibration text never used invertible.
+            moment = moment + 1e-9 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
         # min_D |C^{1/2} (1 - P D)|: by least squares on the root, which a P that widens (rank below R) does not upset
         root = _square_root(moment)
-        return torch.linalg.lstsq(root @ encode, root, driver="gelsd").solution.float()
+        decode = torch.linalg.lstsq(root @ encode, root, driver="gelsd").solution
+        code = encode.T @ moment @ encode
+        size = code.diagonal().mean()
+        noise = 1e-4
+        while max_gain is not None and decode.square().sum() * size > max_gain * moment.diagonal().sum():
+            decode = torch.linalg.solve(code + noise * size * torch.eye(len(code), dtype=code.dtype), encode.T @ moment)
+            noise *= 4
+        return decode.float()
 
 
 class RandomProjection(Projection):

@@ -175,13 +175,16 @@ def _curricula(curricula: Mapping[str, Mapping[str, Any]]) -> str:
     for name, curriculum in curricula.items():
         if not totals[name]:
             continue
-        segments, items = [], []
+        segments: list[str] = []
+        items: list[str] = []
+        kinds: list[str] = []
         for number, stage in enumerate(_stages(curriculum), 1):
             share = stage["steps"] / totals[name]
             kind = (
                 "hidden" if stage["kind"] == "hidden" else "labels" if stage.get("label_weight", 0) >= 1 else "output"
             )
-            shade = f"{kind} {'odd' if number % 2 else 'even'}"
+            kinds.append(kind)
+            shade = f"{kind} {'odd' if kinds.count(kind) % 2 else 'even'}"  # neighbours of a kind differ
             shown = number if share * totals[name] / longest >= SHARE_WITH_NUMBER else ""
             segments.append(f'<span class="{shade}" style="flex:{stage["steps"]} 1 0">{shown}</span>')
             words = f"{html.escape(stage_words(stage))} ({show_number(round(100 * share, 1))}%)"

@@ -35,6 +35,10 @@ from tutelage.core.projection import (
 from tutelage.core.standardize import Standardizer
 from tutelage.teacher.loading import load_config
 
+# A student's state differs from its target by noise of about the target's own size early on; its logits should not be
+# many times noisier than that.
+_MAX_GAIN = 4.0
+
 
 class LiveTeacher:
     """A frozen teacher in memory.
@@ -135,7 +139,7 @@ class TargetMap:
     standardizer: Standardizer
     projection: Projection
     decoder: torch.Tensor | None = None
-    """(R, D): from targets back to standardised states, where a warm start needs it."""
+    """(R, D): from targets back to standardised states, where a warm start needs it before the first stage."""
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Targets, (..., D) -> (..., R), float32."""
@@ -154,6 +158,7 @@ def calibrate(
     *,
     replicas: Sequence[int] | None = None,
     center_head: bool = True,
+    decode_head: bool = False,
     head: OutputHead | None = None,
 ) -> list[TargetMap | None]:
     """Build each hidden stage's target map from a small pass over calibration batches.
@@ -167,6 +172,7 @@ def calibrate(
             own.
         center_head: subtract the mean at `head`; False where the student's output head has no bias to carry it, so that
             the transplanted head needs none.
+        decode_head: give the map at `head` a decoder, its noise bounded.
         head: the teacher's output head; None where the output is the state itself (embedding models).
 
     Returns:
@@ -177,7 +183,7 @@ def calibrate(
         if stage.kind != "hidden":
             maps.append(None)
             continue
-        needs_decoder = stage.teacher_place == HEAD and "head" in curriculum.warm_start
+        needs_decoder = decode_head and stage.teacher_place == HEAD
         needs_data = curriculum.projection not in RANDOM_KINDS
         if curriculum.normalize == "none" and not needs_decoder and not needs_data:
             width = teacher.hidden(_place(stage), batches[0]).shape[-1]
@@ -191,7 +197,7 @@ def calibrate(
             )
             moment = _second_moment(states, standardizer) if needs_decoder or needs_data else None
         projection = _projection(curriculum, stage, standardizer, moment, student_width, replicas, teacher, head)
-        decoder = projection.decoder(moment) if needs_decoder else None
+        decoder = projection.decoder(moment, _MAX_GAIN) if needs_decoder else None
         maps.append(TargetMap(standardizer, projection, decoder))
     return maps
 

@@ -5,7 +5,7 @@ Public names: `StageSwitch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -36,22 +36,28 @@ class StageSwitch:
         self._teacher_checkpoint: str | None = None
         self._finished_teacher: dict[str, torch.Tensor] | None = None
 
-    def enter(self, index: int, fresh: bool, example: Callable[[], dict[str, Any]]) -> None:
+    def enter(
+        self,
+        index: int,
+        fresh: bool,
+        example: Callable[[], dict[str, Any]],
+        calibration: Callable[[], Sequence[dict[str, Any]]],
+    ) -> None:
         """Make stage `index` the current one.
 
         Args:
             index: which.
             fresh: at its first step, where a warm start applies; False when resuming within it.
             example: gives a one-row batch to measure the stage on.
+            calibration: gives the calibration batches.
         """
         objective = self.objective
         stages, teacher = objective.curriculum.stages, objective.teacher
         if teacher is not None and fresh:
-            things = (objective.student, teacher, objective.curriculum, objective.maps, objective.outputs)
             if index == 0:
-                warm_start.apply_before_training(*things)
+                warm_start.apply_before_training(objective)
             elif stages[index].kind == "output" and stages[index - 1].kind == "hidden":
-                warm_start.apply_before_output(*things)
+                warm_start.apply_before_output(objective, calibration)
         self._load_teacher(stages[index])
         objective.stage_index = index
         self.set_trainable(self.all)

@@ -195,7 +195,7 @@ class CurriculumTrainer(Trainer):
         index, local = self.curriculum.stage_at(step)
         fresh = local == 0 and self._resumed_stage != index
         with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
-            self.switch.enter(index, fresh, self._example)
+            self.switch.enter(index, fresh, self._example, self._calibration_batches)
             if step == 0:
                 self._charge_calibration()
         self._resumed_stage = None

@@ -3,61 +3,85 @@
 Public names: `transplant_head`, `project_embedding`, `apply_before_training`, `apply_before_output`.
 
 After a hidden stage that pairs `head` with `head`, the student's final state is about z = P^T (h - mean) / scale. With D
-the linear map back from z to the standardised state (least squares over the calibration text; the pseudo-inverse of P
-where the standardised states are white), the teacher's logits W h + b are about W (scale * D^T z + mean) + b, so the
-student's head may start as W diag(scale) D^T with bias W mean + b. This is ours, beyond arXiv:2503.17494.
+the linear map from it back to the standardised state, the teacher's logits W h + b are about
+W (scale * D^T z + mean) + b, so the student's head may start as W diag(scale) D^T with bias W mean + b. This is ours,
+beyond arXiv:2503.17494.
+
+D is fitted by least squares to what the student's state *is* after the stage, over the calibration text, so that what it
+has not learnt is not magnified. Where the state equals its target and the standardised states are white, D is the
+pseudo-inverse of P; at full width the transplant is then exact.
 
 *A student head without a bias*: the head stage's targets are not centred (mean = 0, scale = root mean square), so no bias is
-needed and a full-width transplant is still exact. *Tied embeddings*: the shared matrix is set before the first stage and
-kept fixed until the output stage, so that the blocks learn to read the embedding that the head will be.
+needed. *Tied embeddings*: the shared matrix is set before the first stage, from the targets instead of the states that
+are still to come, with noise bounded, and kept fixed until the output stage, so that the blocks learn to read the
+embedding that the head will be.
 
-Shapes: V outputs, D teacher width, R student width.
+Shapes: V outputs, D teacher width, R student width, N calibration positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from tutelage.core.blocks import HEAD
+from tutelage.core.blocks import HEAD, forward_to
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import last_token, model_inputs, position_mask
 from tutelage.core.projection import RandomProjection
+from tutelage.core.standardize import Standardizer
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.kinds import replica_seeds, trunk
 from tutelage.teacher.targets import LiveTeacher, TargetMap
+from tutelage.training.objective import StageObjective
 
 
 @torch.no_grad()
 def transplant_head(
     student_linear: nn.Linear,
-    target_map: TargetMap,
+    standardizer: Standardizer,
+    decoder_RD: torch.Tensor,
+    offset_D: torch.Tensor,
     weight_VD: torch.Tensor | None,
     bias_V: torch.Tensor | None,
     gain: float = 1.0,
 ) -> None:
-    """Write the teacher's head, composed with the way back from the targets, into the student's.
+    """Write the teacher's head, composed with the way back from the student's state, into the student's.
 
     Args:
         student_linear: the student's head; rows beyond V (a padded vocabulary) are left alone.
-        target_map: the `head` stage's map, with its decoder.
+        standardizer: of the teacher's states at `head`.
+        decoder_RD, offset_D: from the student's state to the teacher's standardised one.
         weight_VD, bias_V: the teacher's head; None is the identity (embedding models).
         gain: teacher logit scale over student logit scale.
     """
-    assert target_map.decoder is not None, "the head stage was calibrated without a decoder"
-    standardizer, decoder_RD = target_map.standardizer, target_map.decoder.double()
-    back_DR = (decoder_RD * standardizer.scale.double().cpu()).T
-    mean_D = standardizer.mean.double().cpu()
+    scale, mean = standardizer.scale.double().cpu(), standardizer.mean.double().cpu()
+    back_DR = (decoder_RD.double().cpu() * scale).T
+    mean = mean + offset_D.double().cpu() * scale
     weight = back_DR if weight_VD is None else weight_VD.double().cpu() @ back_DR
-    bias = mean_D if weight_VD is None else weight_VD.double().cpu() @ mean_D
+    bias = mean if weight_VD is None else weight_VD.double().cpu() @ mean
     if bias_V is not None:
         bias = bias + bias_V.double().cpu()
     rows = slice(0, len(weight))
     student_linear.weight[rows] = (gain * weight).to(student_linear.weight)
     if student_linear.bias is not None:
         student_linear.bias[rows] = (gain * bias).to(student_linear.bias)
+
+
+def fit_decoder(
+    states_NR: torch.Tensor, targets_ND: torch.Tensor, with_offset: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear (affine) map from `states_NR` to `targets_ND` of least squared error, and its offset (else zeros)."""
+    states, targets = states_NR.double().cpu(), targets_ND.double().cpu()
+    if with_offset:
+        states = torch.cat([states, torch.ones_like(states[:, :1])], dim=1)
+    solution = torch.linalg.lstsq(states, targets, driver="gelsd").solution
+    if with_offset:
+        return solution[:-1], solution[-1]
+    return solution, torch.zeros_like(solution[0])
 
 
 @torch.no_grad()
@@ -128,56 +152,73 @@ def head_has_bias(student: nn.Module) -> bool:
     return OutputHead.of(student).linear.bias is not None
 
 
-def apply_before_training(
-    student: nn.Module,
-    teacher: LiveTeacher,
-    curriculum: Curriculum,
-    maps: list[TargetMap | None],
-    outputs: int | None,
-) -> None:
+def apply_before_training(objective: StageObjective) -> None:
     """What must be in place before the first stage: a projected embedding, and the head of a tied student."""
+    curriculum, student, teacher = objective.curriculum, objective.student, objective.teacher
+    assert teacher is not None
     if "embedding" in curriculum.warm_start and not is_tied(student):
         project_embedding(trunk(student), teacher.trunk, curriculum)
     if keeps_embedding_fixed(curriculum, student):
-        _transplant(student, teacher, curriculum, maps, outputs)
+        target_map = _head_map(objective)
+        assert target_map.decoder is not None, "the head stage was calibrated without a decoder"
+        _transplant(objective, target_map.decoder, torch.zeros(target_map.decoder.shape[1]))
 
 
-def apply_before_output(
-    student: nn.Module,
-    teacher: LiveTeacher,
-    curriculum: Curriculum,
-    maps: list[TargetMap | None],
-    outputs: int | None,
-) -> None:
-    """The head transplant, when the first output stage begins."""
-    if head_stage(curriculum) is not None and not is_tied(student):
-        _transplant(student, teacher, curriculum, maps, outputs)
+def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[dict[str, Any]]]) -> None:
+    """The head transplant, when the first output stage begins.
+
+    Args:
+        objective: student, teacher, maps.
+        batches: gives the calibration batches.
+    """
+    student = objective.student
+    if head_stage(objective.curriculum) is None or is_tied(student):
+        return
+    states, targets = _states_and_targets(objective, batches())
+    _transplant(objective, *fit_decoder(states, targets, with_offset=head_has_bias(student)))
 
 
-def _transplant(
-    student: nn.Module,
-    teacher: LiveTeacher,
-    curriculum: Curriculum,
-    maps: list[TargetMap | None],
-    outputs: int | None,
-) -> None:
-    index = head_stage(curriculum)
+def _head_map(objective: StageObjective) -> TargetMap:
+    index = head_stage(objective.curriculum)
     assert index is not None
-    target_map = maps[index]
+    target_map = objective.maps[index]
     assert target_map is not None
+    return target_map
+
+
+@torch.no_grad()
+def _states_and_targets(
+    objective: StageObjective, batches: Sequence[dict[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's states at `head`, (N, R), and the teacher's standardised ones, (N, D), where neither is left out."""
+    student, teacher, standardizer = objective.student, objective.teacher, _head_map(objective).standardizer
+    assert teacher is not None
+    network, was_training = trunk(student), student.training
+    student.eval()
+    states, targets = [], []
+    for batch in batches:
+        hidden = teacher.hidden(HEAD, batch)
+        state = forward_to(network, HEAD, **model_inputs(network, batch))
+        if objective.task.name == "sequence_classification":
+            hidden, state = last_token(hidden, batch), last_token(state, batch)
+        keep = position_mask(batch, hidden) & standardizer.keep(hidden)
+        states.append(state[keep].float().cpu())
+        targets.append(standardizer(hidden[keep]).cpu())
+    student.train(was_training)
+    return torch.cat(states), torch.cat(targets)
+
+
+def _transplant(objective: StageObjective, decoder_RD: torch.Tensor, offset_D: torch.Tensor) -> None:
+    student, teacher, outputs = objective.student, objective.teacher, objective.outputs
+    assert teacher is not None
+    way_back = (_head_map(objective).standardizer, decoder_RD, offset_D)
     if isinstance(student, EmbeddingModel):
         assert isinstance(teacher.model, EmbeddingModel) and student.head is not None
         head = teacher.model.head
         weight, bias = (None, None) if head is None else (head.weight, head.bias)
-        transplant_head(student.head, target_map, weight, bias)
+        transplant_head(student.head, *way_back, weight, bias)
         return
     source, target = OutputHead.of(teacher.model, outputs), OutputHead.of(student, outputs)
-    _check_soft_caps(source, target)
-    weight, bias = source.linear.weight[:outputs], source.linear.bias
-    transplant_head(
-        target.linear,
-        target_map,
-        weight,
-        None if bias is None else bias[:outputs],
-        source.scale / target.scale,
-    )
+    linear = source.linear
+    used_bias = None if linear.bias is None else linear.bias[:outputs]
+    transplant_head(target.linear, *way_back, linear.weight[:outputs], used_bias, source.scale / target.scale)
