@@ -56,7 +56,7 @@ class ScalingFields:
     """Examples within which a parity must be solved."""
     eval_every: int = 3_200
     """Examples between evaluations."""
-    stage_samples: int = 32_000
+    stage_samples: int = 16_000
     """Examples of the hidden stage."""
     target: float = 0.99
     """Held-out accuracy that counts as solved."""

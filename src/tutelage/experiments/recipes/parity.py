@@ -51,7 +51,7 @@ class ParityFields(RecipeFields):
     """It is trained on to so many times the examples after which it first reached 99.9%."""
     teacher_checkpoint_every: int = 16_000
     """Examples between the checkpoints kept for progressive distillation."""
-    stage_samples: int = 32_000
+    stage_samples: int = 16_000
     """Examples of each hidden stage."""
     stage_learning_rate: float = 3.0
     """Learning rate of hidden stages."""
