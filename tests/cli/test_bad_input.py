@@ -26,7 +26,7 @@ from transformers import (
 from tests.cli.conftest import budget, run
 from tests.conftest import POSITIONS, VOCAB, WORDS, llama_config, make_tokenizer, save_llama
 from tutelage.cli import main
-from tutelage.training import trainer as trainer_module
+from tutelage.training import calibration as calibration_module
 from tutelage.training.objective import StageObjective
 from tutelage.training.trainer import CurriculumTrainer
 
@@ -66,7 +66,7 @@ def refused(
         pytest.fail("something was computed before the mistake was found")
 
     monkeypatch.setattr(CurriculumTrainer, "training_step", forbidden)
-    monkeypatch.setattr(trainer_module, "calibrate", forbidden, raising=False)
+    monkeypatch.setattr(calibration_module, "calibrate", forbidden)
     monkeypatch.setattr(StageObjective, "forward", forbidden)
 
     def error(**flags: Any) -> str:
@@ -133,7 +133,7 @@ def test_the_sound_run_trains(
             {"warm_start": "head", "layer_map": "1:2"},
             "warm_start='head' needs a stage that pairs the places before the two output heads",
         ),
-        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"temperature": 0}, "temperature must be positive and finite, got 0"),
         ({"label_weight": 2}, "label_weight is a share from 0 to 1, got 2"),
         ({"embedding_loss": "dot"}, "unknown embedding_loss 'dot': use 'cosine' or 'mse'"),
         ({"task": "translation"}, "unknown task 'translation': use one of causal_lm, masked_lm"),
@@ -436,7 +436,9 @@ def test_a_missing_config_file(error_of: Callable[..., str]) -> None:
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paint"]) == 2
-    assert capsys.readouterr().err == "tutelage: no command 'paint': use one of plan, distill, evaluate\n"
+    assert (
+        capsys.readouterr().err == "tutelage: no command 'paint': use one of plan, distill, evaluate, compare, report\n"
+    )
 
 
 def test_plan(error_of: Callable[..., str], causal_teacher: Path) -> None:

@@ -140,3 +140,48 @@ def test_sentence_transformers_gives_the_same_embeddings(
         expected = model(batch["input_ids"], batch["attention_mask"])
     loaded = SentenceTransformer(str(tmp_path), device="cpu")
     torch.testing.assert_close(loaded.encode(texts, convert_to_tensor=True), expected)
+
+
+def test_a_hub_name_reads_the_same_modules_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooling, head and norm of a sentence encoder are read from the Hub too."""
+    from tutelage.tasks import embedding as module
+    from tutelage.tasks.kinds import detect_task
+    from tutelage.teacher import loading
+
+    model = make(embedding_size=12, pooling="cls", normalize=False)
+    model.save_pretrained(tmp_path / "files")
+
+    def cached(name: str, file: str) -> str:
+        assert name == "org/encoder"
+        if not (tmp_path / "files" / file).is_file():
+            raise OSError("no such entry")
+        return str(tmp_path / "files" / file)
+
+    original_config, original_model = loading.load_config, loading.load_model
+    monkeypatch.setattr(loading, "cached_file", cached)
+    monkeypatch.setattr(module, "load_config", lambda _name, **kw: original_config(str(tmp_path / "files"), **kw))
+    monkeypatch.setattr(module, "load_model", lambda _name, *a, **kw: original_model(str(tmp_path / "files"), *a, **kw))
+    assert detect_task("org/encoder").name == "embedding"
+    loaded = load_embedding_model("org/encoder")
+    assert (loaded.pooling, loaded.normalize, loaded.embedding_size) == ("cls", False, 12)
+    torch.testing.assert_close(loaded.eval()(IDS, MASK), model(IDS, MASK))
+
+
+def test_positions_of_a_roberta_student_leave_out_its_padding_offset(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    EmbeddingModel(RobertaModel(config)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
+
+
+def test_a_t5_encoder_is_loaded_without_its_decoder(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    torch.manual_seed(0)
+    EmbeddingModel(T5EncoderModel(config)).save_pretrained(tmp_path)
+    assert type(load_embedding_model(str(tmp_path)).encoder) is T5EncoderModel

@@ -23,7 +23,9 @@ from tutelage.tasks.parity import (
 CHUNK = 4096  # examples that the data set makes at a time
 
 
-@pytest.mark.parametrize(("d", "k", "support"), [(10, 3, (7, 0, 4)), (10, 4, None), (9, 9, None), (5, 1, (2,)), (1, 1, None)])
+@pytest.mark.parametrize(
+    ("d", "k", "support"), [(10, 3, (7, 0, 4)), (10, 4, None), (9, 9, None), (5, 1, (2,)), (1, 1, None)]
+)
 def test_label_is_the_product_of_the_signs_on_the_support(d: int, k: int, support: tuple[int, ...] | None) -> None:
     ids, labels = ParityData(d, k, 1000, seed=3, support=support).arrays()
     assert ids.shape == (1000, d) and labels.shape == (1000,)
@@ -170,7 +172,8 @@ def test_network_is_stored_in_hugging_face_format(tmp_path: Path, seeds: tuple[i
 
 
 @pytest.mark.parametrize(
-    ("d", "k", "support", "width"), [(12, 3, None, 400), (30, 5, (29, 3, 11, 0, 17), 1500), (6, 1, (4,), 50), (5, 5, None, 400)]
+    ("d", "k", "support", "width"),
+    [(12, 3, None, 400), (30, 5, (29, 3, 11, 0, 17), 1500), (6, 1, (4,), 50), (5, 5, None, 400)],
 )
 def test_planted_teacher_is_right_on_fresh_data(d: int, k: int, support: tuple[int, ...] | None, width: int) -> None:
     teacher = planted_teacher(d, k, width, support=support, seed=2, samples=8000)

@@ -58,9 +58,7 @@ def test_stages_that_continue_under_one_teacher_are_one_long_stage(make_trainer:
 
 def test_a_stage_that_does_not_continue_begins_anew(make_trainer: Make, tmp_path: Path) -> None:
     same_teacher = checkpoint(tmp_path / "copy", seed=1)
-    split = make_trainer(
-        "split", curriculum=stages(4, 4, teachers=(same_teacher, None), continues=False), **SCHEDULED
-    )
+    split = make_trainer("split", curriculum=stages(4, 4, teachers=(same_teacher, None), continues=False), **SCHEDULED)
     whole = make_trainer("whole", curriculum=one_shot(8), **SCHEDULED)
     split.train()
     whole.train()
@@ -146,7 +144,9 @@ def test_resume_equals_uninterrupted_bit_for_bit(make_trainer: Make, tmp_path: P
     ],
 )
 def test_only_an_output_stage_continues_and_only_an_output_stage(made: tuple[Stage, ...], number: int) -> None:
-    with pytest.raises(ValueError, match=f"stage {number} cannot continue the one before it: both must be output stages"):
+    with pytest.raises(
+        ValueError, match=f"stage {number} cannot continue the one before it: both must be output stages"
+    ):
         Curriculum("custom", made)
 
 

@@ -13,15 +13,17 @@ from safetensors.torch import load_file
 
 SCRIPT = """
 import sys
+import torch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.tasks.text import CausalCollator
 
-output, batch = sys.argv[1], int(sys.argv[2])
+output, batch, checkpointing = sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3
 args = CurriculumConfig(
     output_dir=output, max_steps=7, per_device_train_batch_size=batch, learning_rate=1e-2, logging_steps=1,
     save_strategy="no", disable_tqdm=True, use_cpu=True, calibration_samples=8, eval_with_teacher=True,
     layer_map="1:2,head:head", stage_steps=[2, 2], warm_start="head", optim="sgd", max_grad_norm=0.5,
+    gradient_checkpointing=checkpointing,
 )
 trainer = CurriculumTrainer(
     model=llama(2, 16, seed=2), teacher_model=llama(4, 24, seed=1), args=args,
@@ -30,17 +32,19 @@ trainer = CurriculumTrainer(
 trainer.train()
 trainer.evaluate()
 trainer.save_model()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
-def _train(output: Path, processes: int, batch: int) -> dict[str, torch.Tensor]:
+def _train(output: Path, processes: int, batch: int, *flags: str) -> dict[str, torch.Tensor]:
     script = output.parent / "train.py"
     script.write_text(SCRIPT)
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(script), str(output), str(batch)]
+    command = [sys.executable, str(script), str(output), str(batch), *flags]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command = [*launcher, "--master_port", "29571", *command[1:]]
+        command = [*launcher, "--standalone", *command[1:]]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -63,3 +67,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         for key in ("loss", "eval_loss", "eval_kl", "eval_accuracy"):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=1e-4), key
+
+
+def test_two_processes_with_gradient_checkpointing(tmp_path: Path) -> None:
+    one = _train(tmp_path / "one", 1, 8)
+    two = _train(tmp_path / "two", 2, 4, "checkpointing")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

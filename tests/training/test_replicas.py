@@ -170,7 +170,7 @@ def test_progress_counts_rows_not_replicas(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_of_replicas_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 4, "seed": 3}
+    settings = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 3, "seed": 3}
     whole = trainer_of(tmp_path / "whole", SEEDS, hidden_then_output(normalize="standardize"), **settings)
     whole.train()
     resumed = trainer_of(tmp_path / "whole", SEEDS, hidden_then_output(normalize="standardize"), **settings)
@@ -233,7 +233,9 @@ def test_evaluation_is_the_average_and_each_replicas_own(with_teacher: bool) -> 
     if with_teacher:
         wanted |= {"kl", "agreement", "teacher_loss", "teacher_accuracy"}
         theirs = teacher()(data["input_ids"]).detach()
-        assert metrics["teacher_accuracy"] == pytest.approx((theirs.argmax(-1) == data["labels"]).double().mean().item())
+        assert metrics["teacher_accuracy"] == pytest.approx(
+            (theirs.argmax(-1) == data["labels"]).double().mean().item()
+        )
         divergence = torch.nn.functional.kl_div(
             logits.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -20,8 +21,12 @@ from tutelage import CurriculumTrainer, forward_to
 from tutelage.core.blocks import HEAD
 from tutelage.core.curriculum import Curriculum, Stage
 from tutelage.core.heads import OutputHead
+from tutelage.core.projection import RandomProjection
 from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.kinds import detect_task
 from tutelage.teacher.targets import LiveTeacher, TargetMap, calibrate
+from tutelage.training import warm_start
+from tutelage.training.objective import StageObjective
 from tutelage.training.warm_start import apply_before_output, apply_before_training, is_tied
 
 Make = Callable[..., CurriculumTrainer]
@@ -50,17 +55,44 @@ def target_map_of(
     teacher: LiveTeacher, curriculum: Curriculum, width: int, center: bool, decode: bool = False
 ) -> TargetMap:
     head = None if isinstance(teacher.model, EmbeddingModel) else OutputHead.of(teacher.model)
-    target_map = calibrate(
-        teacher, curriculum, batches(), width, center_head=center, decode_head=decode, head=head
-    )[0]
+    target_map = calibrate(teacher, curriculum, batches(), width, center_head=center, decode_head=decode, head=head)[0]
     assert target_map is not None
     return target_map
+
+
+def objective_of(
+    student: nn.Module,
+    teacher: LiveTeacher,
+    curriculum: Curriculum,
+    target_map: TargetMap | None = None,
+    outputs: int | None = None,
+) -> StageObjective:
+    return StageObjective(student, teacher, curriculum, detect_task(student), [target_map, None], outputs=outputs)
+
+
+@pytest.fixture
+def perfect_student(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the student's state at `head` be its target, plus noise if asked for."""
+
+    def perfect(teacher: LiveTeacher, target_map: TargetMap, noise: float = 0.0) -> None:
+        generator = torch.Generator().manual_seed(7)
+
+        def state(_network: nn.Module, place: str, **inputs: torch.Tensor) -> torch.Tensor:
+            assert place == HEAD
+            target = target_map(teacher.hidden(HEAD, inputs))
+            return target + noise * target.std() * torch.randn(target.shape, generator=generator)
+
+        monkeypatch.setattr(warm_start, "forward_to", state)
+
+    return perfect
 
 
 @pytest.mark.parametrize("projection", ["gaussian", "orthogonal", "rademacher", "pca", "head"])
 @pytest.mark.parametrize("normalize", ["standardize", "none"])
 @pytest.mark.parametrize("kind", ["llama without bias", "bert with bias"])
-def test_full_width_transplant_gives_the_teachers_logits(projection: str, normalize: str, kind: str) -> None:
+def test_full_width_transplant_gives_the_teachers_logits(
+    projection: str, normalize: str, kind: str, perfect_student: Callable[..., None]
+) -> None:
     """With r = d_T and a student state equal to its target, the transplanted logits equal the teacher's."""
     if kind == "bert with bias":
         teacher_model, student, center = bert(24, 1), bert(24, 2), True
@@ -70,7 +102,8 @@ def test_full_width_transplant_gives_the_teachers_logits(projection: str, normal
     curriculum = Curriculum("extraction", STAGES, projection, normalize=normalize, warm_start="head")
     teacher = LiveTeacher(teacher_model.double())
     target_map = target_map_of(teacher, curriculum, 24, center)
-    apply_before_output(student.double(), teacher, curriculum, [target_map, None], None)
+    perfect_student(teacher, target_map)
+    apply_before_output(objective_of(student.double(), teacher, curriculum, target_map), batches)
     ids = batches()[0]["input_ids"]
     state = target_map(teacher.hidden(HEAD, {"input_ids": ids}))
     mine = OutputHead.of(student)(state.double())
@@ -78,21 +111,54 @@ def test_full_width_transplant_gives_the_teachers_logits(projection: str, normal
     torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3 * theirs.abs().max().item())
 
 
-def test_narrow_transplant_is_the_least_squares_head() -> None:
-    """With r < d_T no other linear head predicts the calibration logits better from the targets."""
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_narrow_transplant_is_the_least_squares_head(noise: float, perfect_student: Callable[..., None]) -> None:
+    """With r < d_T no other linear head predicts the calibration logits better from the student's states."""
     teacher_model, student = llama(3, 24, seed=1).eval(), llama(2, 12, seed=2)
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
     teacher = LiveTeacher(teacher_model)
     target_map = target_map_of(teacher, curriculum, 12, center=False)
-    apply_before_output(student, teacher, curriculum, [target_map, None], None)
-    states = torch.cat([teacher.hidden(HEAD, batch).flatten(0, 1) for batch in batches()])
-    kept = states[target_map.standardizer.keep(states)]
-    codes, logits = target_map(kept).double(), teacher_model.lm_head(kept).double()
+    perfect_student(teacher, target_map, noise)
+    apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
+    perfect_student(teacher, target_map, noise)  # the same noise once more
+    states, codes = [], []
+    for batch in batches():
+        states.append(teacher.hidden(HEAD, batch).flatten(0, 1))
+        codes.append(warm_start.forward_to(student, HEAD, **batch).flatten(0, 1))
+    kept = target_map.standardizer.keep(torch.cat(states))
+    codes, logits = torch.cat(codes)[kept].double(), teacher_model.lm_head(torch.cat(states)[kept]).double()
     best = torch.linalg.lstsq(codes, logits).solution
     torch.testing.assert_close(student.lm_head.weight.double(), best.T, rtol=1e-3, atol=1e-4)
 
 
-def test_embedding_head_is_the_way_back_to_the_teachers_width() -> None:
+def test_noise_in_a_student_of_full_width_is_not_magnified(perfect_student: Callable[..., None]) -> None:
+    """The pseudo-inverse of a square gaussian matrix magnifies what the student has not learnt a hundredfold."""
+    teacher_model, student = llama(3, 24, seed=1).eval(), llama(2, 24, seed=2)
+    curriculum = Curriculum("extraction", STAGES, "gaussian", warm_start="head")
+    teacher = LiveTeacher(teacher_model)
+    target_map = target_map_of(teacher, curriculum, 24, center=False)
+    perfect_student(teacher, target_map, noise=0.5)
+    apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
+    batch = batches()[0]
+    theirs = teacher_model(**batch).logits
+    mine = student.lm_head(warm_start.forward_to(student, HEAD, **batch))
+    naive = target_map.projection.decoder() * target_map.standardizer.scale
+    inverted = warm_start.forward_to(student, HEAD, **batch) @ naive @ teacher_model.lm_head.weight.T
+    assert (mine - theirs).square().mean() < theirs.square().mean()
+    assert (inverted - theirs).square().mean() > 10 * theirs.square().mean()
+
+
+def test_a_decoder_bounds_its_noise_only_where_it_must() -> None:
+    square = RandomProjection(24, 24, 0)
+    decode = square.decoder(max_gain=4.0)
+    size = square.matrix().square().sum() / 24
+    assert decode.square().sum() * size <= 4.0 * 24
+    assert square.decoder().square().sum() * size > 4.0 * 24
+    narrow = RandomProjection(24, 8, 0)
+    torch.testing.assert_close(narrow.decoder(max_gain=4.0), narrow.decoder())
+
+
+def test_embedding_head_is_the_way_back_to_the_teachers_width(perfect_student: Callable[..., None]) -> None:
     config = BertConfig(
         vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
@@ -102,7 +168,8 @@ def test_embedding_head_is_the_way_back_to_the_teachers_width() -> None:
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
     teacher = LiveTeacher(teacher_model, teacher_model.encoder)
     target_map = target_map_of(teacher, curriculum, 24, center=True)
-    apply_before_output(student, teacher, curriculum, [target_map, None], None)
+    perfect_student(teacher, target_map)
+    apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
     batch = batches()[0]
     pooled_target = target_map(teacher.hidden(HEAD, batch)).mean(1)
     assert student.head is not None
@@ -130,7 +197,9 @@ def test_tied_student_keeps_its_shared_matrix_through_the_hidden_stage(make_trai
     assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
-def test_untied_head_is_transplanted_when_the_output_stage_begins(make_trainer: Make) -> None:
+def test_untied_head_is_transplanted_when_the_output_stage_begins(
+    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(layer_map="head:head", stage_steps=[6], warm_start="head", max_steps=7)
     heads = []
     original = trainer.training_step
@@ -141,13 +210,19 @@ def test_untied_head_is_transplanted_when_the_output_stage_begins(make_trainer: 
 
     trainer.training_step = spy  # type: ignore[method-assign]
     initial = trainer.model.lm_head.weight.detach().clone()
+    seen = []
+    fit = warm_start.fit_decoder
+    monkeypatch.setattr(
+        warm_start, "fit_decoder", lambda *args, **kwargs: seen.append(fit(*args, **kwargs)) or seen[-1]
+    )
     trainer.train()
     assert all(torch.equal(head, initial) for head in heads[:6])
     target_map = trainer.objective.maps[0]
     assert target_map is not None
-    assert target_map.decoder is not None
-    expected = trainer.teacher.model.lm_head.weight * target_map.standardizer.scale @ target_map.decoder.T
-    torch.testing.assert_close(heads[6], expected, rtol=1e-4, atol=1e-5)
+    ((decoder, offset),) = seen
+    assert torch.equal(offset, torch.zeros_like(offset))  # no bias, so nothing to carry it
+    expected = trainer.teacher.model.lm_head.weight.double() * target_map.standardizer.scale @ decoder.T
+    torch.testing.assert_close(heads[6].double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(target_map.standardizer.mean, torch.zeros(24))  # no bias, so nothing to carry a mean
 
 
@@ -164,7 +239,7 @@ def test_embedding_starts_as_a_projection_of_the_teachers() -> None:
     teacher_model, student = llama(3, 24, seed=1), llama(2, 16, seed=2)
     deviation = student.model.embed_tokens.weight.std()
     curriculum = Curriculum("extraction", STAGES, warm_start="embedding")
-    apply_before_training(student, LiveTeacher(teacher_model), curriculum, [None, None], None)
+    apply_before_training(objective_of(student, LiveTeacher(teacher_model), curriculum))
     mine = student.model.embed_tokens.weight
     torch.testing.assert_close(mine.std(), deviation)
     coefficients = torch.linalg.lstsq(teacher_model.model.embed_tokens.weight, mine)
@@ -191,12 +266,11 @@ def test_different_soft_caps_are_refused() -> None:
 
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
     teacher = LiveTeacher(gemma(30.0))
-    target_map = target_map_of(teacher, curriculum, 16, center=False)
     with pytest.raises(ValueError, match="soft-caps"):
-        apply_before_output(gemma(None), teacher, curriculum, [target_map, None], None)
+        warm_start.check(curriculum, gemma(None), teacher)
 
 
-def test_padded_vocabulary_rows_are_left_alone() -> None:
+def test_padded_vocabulary_rows_are_left_alone(perfect_student: Callable[..., None]) -> None:
     teacher_model = llama(3, 24, seed=1)
     student: LlamaForCausalLM = llama(2, 24, seed=2)
     student.resize_token_embeddings(VOCAB + 3)
@@ -204,7 +278,8 @@ def test_padded_vocabulary_rows_are_left_alone() -> None:
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
     teacher = LiveTeacher(teacher_model)
     target_map = target_map_of(teacher, curriculum, 24, center=False)
-    apply_before_output(student, teacher, curriculum, [target_map, None], VOCAB)
+    perfect_student(teacher, target_map)
+    apply_before_output(objective_of(student, teacher, curriculum, target_map, VOCAB), batches)
     assert torch.equal(student.lm_head.weight[VOCAB:], before[VOCAB:])
     ids = batches()[0]["input_ids"]
     state = target_map(forward_to(teacher_model, HEAD, input_ids=ids))

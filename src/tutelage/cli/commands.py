@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -73,6 +74,8 @@ def _distill(arguments: Sequence[str]) -> None:
     result = distill(run, args)
     if args.process_index == 0:
         print(describe(result, args.output_dir))
+    if torch.distributed.is_initialized():  # its threads can abort a process that just ends
+        torch.distributed.destroy_process_group()
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -100,6 +103,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--max_length", type=int, help="tokens a sequence")
     parser.add_argument("--max_samples", type=int, help="evaluate on the first so many sequences")
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--mlm_probability", type=float, default=0.3, help="share of tokens masked (masked_lm)")
+    parser.add_argument("--blocks", help="dotted name of the list of blocks, where several are found")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with a checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = vars(parser.parse_args(arguments))
     as_json = options.pop("json")

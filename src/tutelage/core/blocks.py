@@ -54,6 +54,11 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
     Raises:
         ValueError: no list of blocks, several candidates (they are listed), or `container` is not one.
     """
+    if hasattr(model, "_first_module") and isinstance(model, nn.Sequential):
+        raise ValueError(
+            f"{type(model).__name__} is a pipeline of modules, not a network of blocks: pass its folder, or its transformer "
+            "(model[0].auto_model)"
+        )
     candidates = _block_lists(model)
     if container is not None:
         try:
@@ -84,6 +89,12 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
             )
         candidates = matching
     ((name, blocks),) = candidates.items()
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if isinstance(depth, int) and len(blocks) < depth and depth % len(blocks) == 0:
+        raise ValueError(
+            f"{type(model).__name__} runs its {len(blocks)} block(s) {name!r} {depth // len(blocks)} times over: blocks that "
+            "share weights have no places of their own; name a list with `blocks=` if this is a mistake"
+        )
     return _names(name, blocks)
 
 
@@ -104,7 +115,7 @@ def head_module(model: nn.Module) -> nn.Module | None:
             module = model.get_submodule(name)
         except AttributeError:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or isinstance(getattr(module, "out_features", None), int):
             return module
     return None
 

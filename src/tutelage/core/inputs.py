@@ -1,7 +1,7 @@
 """What a model's forward takes from a batch, and which positions of a batch count.
 
 Public names: `model_inputs`, `output_tensor`, `position_mask`, `label_positions`, `at_positions`, `last_token`,
-`batch_size`, `batch_positions`.
+`batch_size`, `batch_positions`, `usable_positions`.
 
 Shapes: B batch, T positions, D width.
 """
@@ -21,7 +21,8 @@ IGNORED_LABEL = -100
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `batch` that `model.forward` names, without labels and with the key/value cache off."""
-    parameters = inspect.signature(model.forward).parameters
+    wrapped: Any = getattr(model, "get_base_model", None)  # an adapter's own forward names nothing
+    parameters = inspect.signature((wrapped() if wrapped is not None else model).forward).parameters
     inputs = {key: value for key, value in batch.items() if key in parameters and key != "labels"}
     if "use_cache" in parameters:
         inputs["use_cache"] = False
@@ -86,3 +87,11 @@ def batch_positions(batch: Mapping[str, Any]) -> int:
     """Number of positions, padding included; what compute grows with."""
     ids = batch.get("input_ids")
     return int(ids.numel()) if ids is not None else batch_size(batch)
+
+
+def usable_positions(config: Any) -> int | None:
+    """Tokens of the longest sequence that a model of this config takes, None where there is no limit."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1
+    return positions

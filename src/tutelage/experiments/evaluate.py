@@ -31,6 +31,8 @@ def evaluate(
     max_samples: int | None = None,
     batch_size: int = 16,
     mlm_probability: float = 0.3,
+    blocks: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a saved model on a dataset; see `tutelage.training.evaluation.evaluate_batches`.
 
@@ -39,24 +41,26 @@ def evaluate(
         dataset: Hub name, `datasets` folder, or file.
         max_length: tokens a sequence; None is the model's positions, at most 256.
         max_samples: evaluate on the first so many sequences.
+        blocks: dotted name of the teacher's list of blocks, where several are found.
+        trust_remote_code: run model code that comes with a checkpoint.
     """
-    config = load_config(model, what="model")
+    config = load_config(model, what="model", trust_remote_code=trust_remote_code)
     kind = get_task(task) if task else detect_task(model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"model {model!r} has no tokenizer in its folder: save one there")
     if teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(teacher))
+        check_tokenizers(tokenizer, load_tokenizer(teacher, trust_remote_code=trust_remote_code))
     elif kind.name == "embedding":
         raise ValueError("an embedding model is measured against its teacher: name one with --teacher")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_task_model(kind, model, what="model").to(device)
+    student = load_task_model(kind, model, what="model", trust_remote_code=trust_remote_code).to(device)
     source, outputs = None, None
     if teacher is not None:
-        teacher_model = load_task_model(kind, teacher).to(device)
-        source = LiveTeacher(teacher_model, trunk(teacher_model))
+        teacher_model = load_task_model(kind, teacher, trust_remote_code=trust_remote_code).to(device)
+        source = LiveTeacher(teacher_model, trunk(teacher_model), blocks)
         outputs = shared_outputs(student, teacher_model, kind, tokenizer)
     data = read_dataset(dataset, split)
     if isinstance(data, dict):

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import usable_positions
 from tutelage.core.standardize import Standardizer
 from tutelage.experiments.settings import DEFAULT_LENGTH, count_parameters
 from tutelage.tasks.embedding import EmbeddingModel
-from tutelage.tasks.kinds import build_task_model, detect_task, get_task, hidden_size, max_positions, trunk
+from tutelage.tasks.kinds import build_task_model, default_warm_start, detect_task, get_task, hidden_size, trunk
 from tutelage.tasks.students import student_config
 from tutelage.teacher.loading import load_config
 from tutelage.teacher.targets import LiveTeacher, TargetMap, random_projection
@@ -49,12 +50,12 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = D
         source = LiveTeacher(teacher_model, trunk(teacher_model), args.blocks)
         objective = StageObjective(student_model, source, one_shot(1), task, [None], container=args.blocks)
         steps = args.max_steps if args.max_steps > 0 else 1000
-        curriculum = args.build_curriculum(len(objective.blocks), len(source.blocks), steps)
+        curriculum = args.build_curriculum(len(objective.blocks), len(source.blocks), steps, default_warm_start(task))
         check_widths(curriculum, hidden_size(student_model), hidden_size(teacher_model))
         if task.name != "embedding":
             mine, theirs = OutputHead.of(student_model), OutputHead.of(teacher_model)
             objective.outputs = min(mine.linear.out_features, theirs.linear.out_features)
-        length = min(max_length, max_positions(base) or max_length)
+        length = min(max_length, usable_positions(base) or max_length)
         batch = {"input_ids": torch.zeros((1, length), dtype=torch.long)}
         if task.per_position:
             batch["labels"] = torch.zeros((1, length), dtype=torch.long)

@@ -13,8 +13,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
+from tutelage.core.inputs import usable_positions
 from tutelage.tasks.default import DEFAULT_EVAL_TEXT, DEFAULT_STUDENT, DEFAULT_TEACHER, DEFAULT_TEXT
-from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model, max_positions
+from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model
 from tutelage.tasks.students import is_preset, make_student, student_config
 from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
 from tutelage.teacher.loading import check_weights, load_config, load_tokenizer
@@ -142,7 +143,7 @@ def sequence_length(
     asked: int | None, configs: Sequence[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, data: Dataset
 ) -> int:
     """Tokens of the longest sequence: what was asked, else what the models take, at most 256 for text."""
-    positions = min(max_positions(config) or _NO_LIMIT for config in configs)
+    positions = min(usable_positions(config) or _NO_LIMIT for config in configs)
     if asked is not None and asked > positions:
         raise ValueError(f"max_length {asked} is longer than the model's {positions} positions: lower it")
     if asked is not None:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel
 
-from tutelage.teacher.loading import check_weights, load_model
+from tutelage.core.inputs import usable_positions
+from tutelage.teacher.loading import check_weights, find_file, load_config, load_model
 
 POOLINGS = ("mean", "cls")
 _DENSE = "2_Dense"
@@ -143,7 +144,7 @@ class EmbeddingModel(nn.Module):
             for index, (kind, path) in enumerate(modules)
         ]
         _write_json(folder / "modules.json", entries)
-        positions = getattr(self.config, "max_position_embeddings", None)
+        positions = usable_positions(self.config)
         _write_json(folder / "sentence_bert_config.json", {"max_seq_length": positions, "do_lower_case": False})
 
 
@@ -153,18 +154,23 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
     Raises:
         ValueError: a module or pooling this class does not have.
     """
-    encoder = load_model(folder, AutoModel, what=what, **kwargs)
-    root = Path(folder)
-    if not (root / "modules.json").is_file():
+    config = load_config(folder, what=what, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+    # a T5 encoder is half of an encoder-decoder model
+    names = config.architectures or [""]
+    half = getattr(config, "is_encoder_decoder", False) or names[0].endswith("EncoderModel")
+    auto_class = AutoModelForTextEncoding if half else AutoModel
+    encoder = load_model(folder, auto_class, what=what, **kwargs)
+    modules = find_file(folder, "modules.json")
+    if modules is None:
         return EmbeddingModel(encoder)
-    entries = json.loads((root / "modules.json").read_text(encoding="utf-8"))
+    entries = json.loads(modules.read_text(encoding="utf-8"))
     kinds = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in entries}
     unknown = set(kinds) - set(_MODULES)
     if unknown:
         raise ValueError(f"{what} {folder!r} has a module of kind {sorted(unknown)[0]}; known: {', '.join(_MODULES)}")
     pooling = "mean"
     if "Pooling" in kinds:
-        settings = json.loads((root / kinds["Pooling"] / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(_part(folder, f"{kinds['Pooling']}/config.json", what).read_text(encoding="utf-8"))
         chosen = [key for key, value in settings.items() if key.startswith("pooling_mode") and value is True]
         by_key = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
         if len(chosen) == 1 and chosen[0] in by_key:
@@ -173,7 +179,7 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
             raise ValueError(f"{what} {folder!r} pools by {chosen or settings['pooling_mode']}; known: mean, cls")
         else:
             pooling = settings.get("pooling_mode", "mean")
-    weights = _dense_weights(root / kinds["Dense"], f"{what} {folder!r}") if "Dense" in kinds else None
+    weights = _dense_weights(folder, kinds["Dense"], what) if "Dense" in kinds else None
     size = None if weights is None else len(weights["weight"])
     model = EmbeddingModel(encoder, size, pooling, "Normalize" in kinds)
     if model.head is not None and weights is not None:
@@ -181,13 +187,24 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
     return model
 
 
-def _dense_weights(folder: Path, whose: str) -> dict[str, torch.Tensor]:
+def _part(folder: str, name: str, what: str) -> Path:
+    found = find_file(folder, name)
+    if found is None:
+        raise ValueError(f"{what} {folder!r} names {name} in its modules.json but has no such file")
+    return found
+
+
+def _dense_weights(folder: str, part: str, what: str) -> dict[str, torch.Tensor]:
     """State of the linear head that a Dense module holds; a missing bias is zero."""
-    activation = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("activation_function", "Tanh")
+    whose = f"{what} {folder!r}"
+    config = json.loads(_part(folder, f"{part}/config.json", what).read_text(encoding="utf-8"))
+    activation = config.get("activation_function", "Tanh")
     if not activation.endswith("Identity"):
         raise ValueError(f"{whose} has a Dense module with the activation {activation}; known: Identity (a linear map)")
-    check_weights(str(folder), what=f"the Dense module of {whose}, folder")
-    weights = {name.removeprefix("linear."): value for name, value in load_file(folder / "model.safetensors").items()}
+    if Path(folder).is_dir():
+        check_weights(str(Path(folder) / part), what=f"the Dense module of {whose}, folder")
+    stored = load_file(_part(folder, f"{part}/model.safetensors", what))
+    weights = {name.removeprefix("linear."): value for name, value in stored.items()}
     return {"bias": torch.zeros(len(weights["weight"])), **weights}
 
 

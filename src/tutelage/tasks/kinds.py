@@ -1,7 +1,7 @@
 """The tasks a teacher can be distilled on, and loading whole models for them.
 
-Public names: `Task`, `TASKS`, `detect_task`, `load_task_model`, `build_task_model`, `trunk`, `max_positions`, `hidden_size`,
-`replica_seeds`.
+Public names: `Task`, `TASKS`, `detect_task`, `load_task_model`, `build_task_model`, `trunk`, `default_warm_start`,
+`hidden_size`, `replica_seeds`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
-from tutelage.teacher.loading import load_config, load_model
+from tutelage.teacher.loading import find_file, load_config, load_model
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Task:
     def whole(self) -> bool:
         """Whether the output stage compares what the models put out as they are, with no head split off."""
         return self.name in ("embedding", "classification")
+
+    @property
+    def plain(self) -> bool:
+        """Whether models and data are any module's and any tensors, without a tokenizer."""
+        return self.name == "classification"
 
     @property
     def causal(self) -> bool:
@@ -77,7 +82,7 @@ def detect_task(model_or_config: nn.Module | PreTrainedConfig | str) -> Task:
         ValueError: no known head.
     """
     if isinstance(model_or_config, str):
-        if (Path(model_or_config) / "modules.json").is_file():
+        if find_file(model_or_config, "modules.json") is not None:
             return TASKS["embedding"]
         return detect_task(load_config(model_or_config))
     if isinstance(model_or_config, EmbeddingModel):
@@ -107,7 +112,10 @@ def load_task_model(task: Task, path: str, *, what: str = "teacher", **kwargs: A
 
 def build_task_model(task: Task, config: PreTrainedConfig, teacher: nn.Module | None = None) -> nn.Module:
     """A randomly initialised model for `task`; an embedding model gets a head to the teacher's embedding width."""
-    model = task.auto_class.from_config(config)
+    try:
+        model = task.auto_class.from_config(config)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"could not build the {config.model_type} student: {error}") from error
     if task.name != "embedding":
         return model
     if not isinstance(teacher, EmbeddingModel):
@@ -120,12 +128,12 @@ def trunk(model: nn.Module) -> nn.Module:
     return model.encoder if isinstance(model, EmbeddingModel) else model
 
 
-def max_positions(config: PreTrainedConfig) -> int | None:
-    """Tokens of the longest sequence a model takes, None where there is no limit."""
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1
-    return positions
+def default_warm_start(task: Task) -> str:
+    """The `warm_start` of extraction where nothing is said.
+
+    Classifiers put a nonlinearity before their head, whose range the targets do not keep to, so they get the paper's stages.
+    """
+    return "head" if task.per_position or task.name == "embedding" else "none"
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -110,6 +110,7 @@ class ReplicatedLinear(nn.Module):
 
     def __init__(self, seeds: Sequence[int], in_features: int, out_features: int, index: int):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         bound = 1 / math.sqrt(in_features)
         weights, biases = [], []
         for seed in seeds:

@@ -202,7 +202,10 @@ class CausalCollator:
         batch = {"input_ids": stack("input_ids", self.pad_token_id)}
         labelled = "labels" in rows[0]
         batch["labels"] = stack("labels" if labelled else "input_ids", -100)
-        if len(lengths) > 1:
+        if "attention_mask" in rows[0]:  # rows that were padded before
+            batch["attention_mask"] = stack("attention_mask", 0)
+            batch["labels"][batch["attention_mask"] == 0] = -100
+        elif len(lengths) > 1:
             batch["attention_mask"] = (
                 torch.arange(longest) < torch.tensor([len(row["input_ids"]) for row in rows]).unsqueeze(1)
             ).long()

@@ -1,6 +1,6 @@
 """Loading models and tokenizers safely.
 
-Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `has_weights`.
+Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `find_file`, `has_weights`.
 
 Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 _SAFE = ("model*.safetensors", "*.gguf")  # the names that `from_pretrained` looks for
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -49,6 +50,18 @@ def check_weights(path: str, *, what: str = "teacher") -> None:
             "with `model.save_pretrained(folder)` (safetensors) in an environment where you trust the file"
         )
     raise ValueError(f"{what} folder {path!r} holds no weights: expected model.safetensors")
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """A file of a model, from its folder or from the Hub; None where there is none."""
+    if Path(path).exists():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    try:
+        found = cached_file(path, name)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
 
 
 def has_weights(folder: Path) -> bool:

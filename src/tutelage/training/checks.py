@@ -1,23 +1,27 @@
 """Checks made before any compute is spent.
 
-Public names: `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_output_dir`, `claim_output_dir`.
+Public names: `check_tokenizers`, `shared_outputs`, `check_outputs`, `check_dataset`, `check_widths`, `check_output_dir`,
+`claim_output_dir`, `run_identity`, `check_same_run`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.files import write_atomically
 from tutelage.core.heads import OutputHead
-from tutelage.tasks.kinds import Task, max_positions
+from tutelage.core.inputs import usable_positions
+from tutelage.tasks.kinds import Task
 from tutelage.training.records import (
     CURRICULUM_FILE,
     METRICS_FILE,
@@ -72,6 +76,18 @@ def shared_outputs(
     return len(tokenizer)
 
 
+def check_outputs(model: nn.Module, task: Task) -> None:
+    """Refuse classifiers whose outputs are not one class of several: a softmax over them means nothing."""
+    config = getattr(model, "config", None)
+    if task.name != "sequence_classification" or config is None:
+        return
+    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"{type(model).__name__} has {config.num_labels} output(s) and problem_type {config.problem_type!r}: only "
+            "classification into one of two or more classes can be distilled"
+        )
+
+
 def check_dataset(dataset: Any, config: Any, name: str) -> None:
     """Refuse an empty dataset, one without model inputs, and sequences longer than the model's positions."""
     if dataset is None or not hasattr(dataset, "__len__"):
@@ -85,7 +101,7 @@ def check_dataset(dataset: Any, config: Any, name: str) -> None:
             f"the {name} dataset has no column 'input_ids' (it has {have}): tokenise it first, "
             "e.g. with tutelage.tasks.text.tokenize"
         )
-    positions = max_positions(config)
+    positions = usable_positions(config)
     if positions is None:
         return
     ids = dataset.data.column("input_ids") if hasattr(dataset, "data") and dataset._indices is None else None
@@ -129,19 +145,57 @@ def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
 
 def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, overwrite: bool) -> None:
     """Make `output_dir` this run's: refuse another run's folder, and a resume under another curriculum."""
-    file = output_dir / CURRICULUM_FILE
-    if file.exists() and resuming:
-        if json.loads(file.read_text(encoding="utf-8")) != json.loads(curriculum.to_json()):
+    record = output_dir / CURRICULUM_FILE
+    if record.exists() and resuming:
+        if json.loads(record.read_text(encoding="utf-8")) != json.loads(curriculum.to_json()):
             raise ValueError(
-                f"{output_dir} was trained with another curriculum (see {file}): resume with the settings it began with, "
+                f"{output_dir} was trained with another curriculum (see {record}): resume with the settings it began with, "
                 "or choose another output_dir"
             )
         return
     check_output_dir(output_dir, resuming, overwrite)
     output_dir.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        for name in (TARGETS_FILE, METRICS_FILE):
-            (output_dir / name).unlink(missing_ok=True)
+        stale = [TARGETS_FILE, METRICS_FILE, "result.json", "loss.png", "README.md"]
+        for file in [*(output_dir / name for name in stale), *output_dir.glob("model*.safetensors*")]:
+            file.unlink(missing_ok=True)
         for folder in checkpoints(output_dir):
             shutil.rmtree(folder)
-    write_atomically(file, curriculum.to_json() + "\n")
+    write_atomically(record, curriculum.to_json() + "\n")
+
+
+def run_identity(args: Any, curriculum: Curriculum, teacher: Any, dataset: Any) -> dict[str, str]:
+    """What makes a run the same run when it is resumed: curriculum, teacher, data, rate and batch."""
+    identity = {
+        "curriculum": _digest(curriculum.to_json().encode()),
+        "learning rate": str(args.learning_rate),
+        "batch size": str(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size),
+        "seed": str(args.seed),
+    }
+    if teacher is not None:
+        digest = hashlib.sha256()
+        for name, parameter in teacher.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            if parameter.device.type != "meta":  # offloaded
+                digest.update(str(parameter.detach().flatten()[:16].float().tolist()).encode())
+        identity["teacher"] = digest.hexdigest()[:16]
+    if dataset is not None and hasattr(dataset, "__len__"):
+        rows = [dataset[index] for index in sorted({0, len(dataset) // 2, len(dataset) - 1})]
+        identity["data"] = _digest(
+            f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}".encode()
+        )
+    return identity
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def check_same_run(was: dict[str, str], now: dict[str, str], checkpoint: str) -> None:
+    """Refuse to resume a run from another run's checkpoint."""
+    different = [name for name in was if was[name] != now.get(name)]
+    if different:
+        raise ValueError(
+            f"checkpoint {checkpoint!r} is of a run with another {' and '.join(different)}: resume with what it began with, "
+            "or start a new run in another output_dir"
+        )

@@ -5,6 +5,8 @@ Public names: `CurriculumConfig`.
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -111,6 +113,18 @@ class CurriculumConfig(TrainingArguments):
             raise ValueError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.embedding_loss not in ("cosine", "mse"):
             raise ValueError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
+        if self.teacher_dtype is not None and not isinstance(getattr(torch, self.teacher_dtype, None), torch.dtype):
+            raise ValueError(f"unknown teacher_dtype {self.teacher_dtype!r}: use a torch dtype such as bfloat16")
+        if self.logits_chunk_size is not None and self.logits_chunk_size < 1:
+            raise ValueError(f"logits_chunk_size must be at least 1 position, got {self.logits_chunk_size}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        for name in ("learning_rate", "stage_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < float("inf"):
+                raise ValueError(f"{name} must be a number from 0 up, got {rate}")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor has no part in the losses here: use temperature or label_weight")
         if self.calibration_samples < 1:
             raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
         if not torch.cuda.is_available():
@@ -118,13 +132,16 @@ class CurriculumConfig(TrainingArguments):
         # The trainer stops at a loss that is not finite; the filter would hide it.
         self.logging_nan_inf_filter = False
 
-    def build_curriculum(self, student_blocks: int, teacher_blocks: int | None, steps: int) -> Curriculum:
+    def build_curriculum(
+        self, student_blocks: int, teacher_blocks: int | None, steps: int, default_warm_start: str = "head"
+    ) -> Curriculum:
         """The curriculum these settings describe.
 
         Args:
             student_blocks: L_S.
             teacher_blocks: L_T; None without a teacher (scratch).
             steps: optimiser steps of the whole curriculum.
+            default_warm_start: of extraction with no blocks named, where `warm_start` is unset.
 
         Raises:
             ValueError: whatever the builders refuse.
@@ -133,7 +150,7 @@ class CurriculumConfig(TrainingArguments):
         num_stages, warm_start = self.num_stages, self.warm_start
         if warm_start is None:
             chosen_blocks = num_stages is not None or (layer_map is not None and (HEAD, HEAD) not in layer_map)
-            warm_start = "none" if chosen_blocks else "head"
+            warm_start = "none" if chosen_blocks else default_warm_start
         settings = {
             "projection": self.projection,
             "projection_seed": self.projection_seed,
@@ -141,6 +158,7 @@ class CurriculumConfig(TrainingArguments):
             "warm_start": warm_start if self.method == "extraction" else "none",
             "temperature": self.temperature,
         }
+        self._warn_of_ignored()
         if self.method == "scratch":
             return scratch(steps, **settings)
         if teacher_blocks is None:
@@ -166,3 +184,22 @@ class CurriculumConfig(TrainingArguments):
             label_weight=self.label_weight,
             **settings,
         )
+
+    def _warn_of_ignored(self) -> None:
+        """Warn of settings that the method does not read."""
+        readers = {
+            **dict.fromkeys(
+                ("layer_map", "num_stages", "stage_steps", "stage_learning_rate", "projection", "warm_start"),
+                ("extraction",),
+            ),
+            "teacher_checkpoints": ("progressive",),
+            "label_weight": ("extraction", "one_shot", "progressive"),
+        }
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        ignored = [
+            name
+            for name, methods in readers.items()
+            if self.method not in methods and getattr(self, name) not in (defaults[name], "none")
+        ]
+        if ignored:
+            warnings.warn(f"method {self.method!r} does not read {', '.join(ignored)}", UserWarning, stacklevel=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Progress:
     """Teacher forward, calibration included."""
     seconds: float = 0.0
     """Wall-clock seconds of training, calibration included, evaluation and saving left out."""
+
+    identity: dict[str, str] = field(default_factory=dict)
+    """What the run trains from, and how: a resumed run must be the same one."""
 
     def save(self, folder: Path) -> None:
         """Write into a checkpoint folder."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
-from tutelage.tasks.kinds import Task, detect_task, get_task, hidden_size, load_task_model, trunk
+from tutelage.tasks.kinds import Task, default_warm_start, detect_task, get_task, hidden_size, load_task_model, trunk
 from tutelage.teacher.loading import load_tokenizer
 from tutelage.teacher.targets import LiveTeacher, check_checkpoint
 from tutelage.training import checks, warm_start
@@ -52,17 +52,23 @@ def prepare(
         teacher_model = None
     task = get_task(args.task) if args.task else detect_task(teacher_model if teacher_model is not None else model)
     loading: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    if task.name == "embedding" and teacher_model is None:
+        raise ValueError("an encoder's embedding has no labels to learn from: method 'scratch' needs another task")
     if isinstance(teacher_model, str):
-        checks.check_tokenizers(tokenizer, load_tokenizer(teacher_model, trust_remote_code=args.trust_remote_code))
+        theirs = load_tokenizer(teacher_model, trust_remote_code=args.trust_remote_code)
+        checks.check_tokenizers(tokenizer, theirs)
+        if isinstance(model, str):
+            checks.check_tokenizers(load_tokenizer(model, trust_remote_code=args.trust_remote_code), theirs)
         teacher_model = load_task_model(task, teacher_model, dtype=args.teacher_dtype, **loading)
     student = load_task_model(task, model, what="student", **loading) if isinstance(model, str) else model
     for part in (student, teacher_model):
         if part is not None:
+            checks.check_outputs(part, task)
             checks.check_dataset(train_dataset, trunk(part).config, "training")
             checks.check_dataset(eval_dataset, trunk(part).config, "evaluation")
     teacher = None if teacher_model is None else LiveTeacher(teacher_model, trunk(teacher_model), args.blocks)
     outputs = None if teacher is None else checks.shared_outputs(student, teacher.model, task, tokenizer)
-    curriculum = _curriculum(curriculum, args, student, teacher, train_dataset)
+    curriculum = _curriculum(curriculum, args, task, student, teacher, train_dataset)
     for stage in curriculum.stages:
         if stage.teacher_checkpoint is not None and teacher is not None:
             check_checkpoint(teacher.model, stage.teacher_checkpoint)
@@ -86,6 +92,7 @@ def prepare(
 def _curriculum(
     given: Curriculum | None,
     args: CurriculumConfig,
+    task: Task,
     student: nn.Module,
     teacher: LiveTeacher | None,
     train_dataset: Any,
@@ -98,7 +105,9 @@ def _curriculum(
     if steps is None:
         raise ValueError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
     student_blocks = find_blocks(trunk(student), args.blocks)
-    return args.build_curriculum(len(student_blocks), None if teacher is None else len(teacher.blocks), steps)
+    return args.build_curriculum(
+        len(student_blocks), None if teacher is None else len(teacher.blocks), steps, default_warm_start(task)
+    )
 
 
 def _total_steps(args: CurriculumConfig, dataset: Any) -> int | None:
@@ -107,5 +116,7 @@ def _total_steps(args: CurriculumConfig, dataset: Any) -> int | None:
         return args.max_steps
     if dataset is None or not hasattr(dataset, "__len__"):
         return None
-    batches = math.ceil(len(dataset) / (args.per_device_train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))
+    size = args.per_device_train_batch_size * args.world_size
+    batches = len(dataset) // size if args.dataloader_drop_last else math.ceil(len(dataset) / size)
+    # as transformers counts: an epoch's last step may have fewer micro-batches
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))

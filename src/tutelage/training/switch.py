@@ -5,7 +5,8 @@ Public names: `StageSwitch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,20 @@ class StageSwitch:
         else:
             teacher.load_checkpoint(wanted)
         self._teacher_checkpoint = wanted
+
+    @contextmanager
+    def finished_teacher(self) -> Iterator[None]:
+        """The finished teacher's weights in place, whatever checkpoint the stage learns from."""
+        teacher, finished = self.objective.teacher, self._finished_teacher
+        if teacher is None or finished is None:
+            yield
+            return
+        current = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+        teacher.model.load_state_dict(finished)
+        try:
+            yield
+        finally:
+            teacher.model.load_state_dict(current)
 
     def _parameters(self, index: int) -> frozenset[str]:
         """Parameters that train in a stage: those it reaches, less a tied head that must not move.

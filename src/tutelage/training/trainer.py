@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.inputs import batch_positions, model_inputs
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
+from tutelage.tasks.text import make_collator
 from tutelage.training import checks
 from tutelage.training.calibration import prepare_targets
 from tutelage.training.config import CurriculumConfig
@@ -90,10 +91,18 @@ class CurriculumTrainer(Trainer):
         self.task, self.teacher = setup.task, setup.teacher
         self.curriculum, self.objective = setup.curriculum, setup.objective
         self.switch = StageSwitch(self.objective)
+        if args.world_size > 1 and any(stage.kind == "hidden" for stage in self.curriculum.stages):
+            if args.ddp_find_unused_parameters is False:
+                raise ValueError(
+                    "ddp_find_unused_parameters=False cannot work: a hidden stage leaves the parameters above it unused"
+                )
+            args.ddp_find_unused_parameters = True
         args.max_steps = self.curriculum.total_steps
         self.meter = Meter(Progress(), args.world_size, self._sum_over_devices)
         self.metrics_file = MetricsFile(Path(args.output_dir or ".") / METRICS_FILE)
         self._resumed_stage: int | None = None
+        if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase) and not setup.task.plain:
+            data_collator = make_collator(setup.task, processing_class)
         super().__init__(
             model=setup.student,
             args=args,
@@ -142,12 +151,33 @@ class CurriculumTrainer(Trainer):
             checks.claim_output_dir(output_dir, self.curriculum, resuming, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
         resumed = Progress.load(Path(str(resume_from_checkpoint))) if resume_from_checkpoint else None
-        self.meter = Meter(resumed or Progress(), self.args.world_size, self._sum_over_devices)
+        identity = checks.run_identity(self.args, self.curriculum, self.teacher, self.train_dataset)
+        if resumed is not None:
+            checks.check_same_run(resumed.identity, identity, str(resume_from_checkpoint))
+        self.meter = Meter(resumed or Progress(identity=identity), self.args.world_size, self._sum_over_devices)
         self.switch.entered, self._resumed_stage = None, resumed.stage if resumed else None
+        if resumed is not None and self._finished(Path(str(resume_from_checkpoint))):
+            return TrainOutput(self.state.global_step, 0.0, {})
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.switch.set_trainable(self.switch.all)
+        self._check_weights()
+        return output
+
+    def _finished(self, checkpoint: Path) -> bool:
+        """Load a checkpoint of a run that is complete; False, and nothing loaded, for any other."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.curriculum.total_steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        self.switch.entered = self.objective.stage_index = len(self.curriculum.stages) - 1
+        return True
+
+    def _check_weights(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            self._stop_diverged("a weight is not finite")
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Let `Trainer` prepare the stage objective in the student's place, for the stage that the run is in."""
@@ -198,6 +228,9 @@ class CurriculumTrainer(Trainer):
             self.switch.enter(index, fresh, self._example, self._calibration_batches)
             if step == 0:
                 self._charge_calibration()
+        if fresh and self.args.world_size > 1 and self.curriculum.warm_start != "none":
+            for parameter in self.objective.student.parameters():  # each process fitted its own, to the last bit
+                torch.distributed.broadcast(parameter.data, 0)
         self._resumed_stage = None
         self.progress.stage = index
 
@@ -337,8 +370,7 @@ class CurriculumTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers; refuses weights that are not finite, and ends with the file that makes it complete."""
         with self.meter.stopped():
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
-                self._stop_diverged("a weight is not finite")
+            self._check_weights()
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -371,6 +403,12 @@ class CurriculumTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, EmbeddingModel):
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; its time does not count as training."""
         with self.meter.stopped():
@@ -399,7 +437,7 @@ class CurriculumTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         against = self.teacher if self.args.eval_with_teacher or self.task.name == "embedding" else None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.switch.finished_teacher():
             metrics = evaluate_batches(
                 self.model,
                 (self._prepare_inputs(batch) for batch in dataloader),
