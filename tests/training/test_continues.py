@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from tutelage.core.curriculum import Curriculum
 
 Make = Callable[..., CurriculumTrainer]
 SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 0.25, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_collections() -> Iterator[None]:
+    """Each run collects garbage; leave the imported modules out of it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def weights(trainer: CurriculumTrainer) -> dict[str, torch.Tensor]:
@@ -110,7 +119,7 @@ def test_a_hidden_stage_before_them_keeps_its_own_schedule(make_trainer: Make, t
     assert rates(trainer) == pytest.approx([1e-2 * share for share in (1, 2 / 3, 1 / 3, 1, 0.8, 0.6, 0.4, 0.2)])
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4, 6, 7])
+@pytest.mark.parametrize("stop", [2, 3, 4, 7])
 def test_resume_equals_uninterrupted_bit_for_bit(make_trainer: Make, tmp_path: Path, stop: int) -> None:
     """Stopped before, at the start of, and within stages that continue the first."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-_COMMANDS = ("plan", "distill", "evaluate", "compare", "report")
+_COMMANDS = ("plan", "distill", "evaluate", "compare", "report", "diagnose")
 _HELP = """usage: tutelage COMMAND ...
 
   tutelage plan --teacher T --student S       blocks, stage map and predicted cost; trains nothing
@@ -16,6 +16,7 @@ _HELP = """usage: tutelage COMMAND ...
   tutelage evaluate --model M --dataset D     loss, perplexity, accuracy; with --teacher: KL and agreement
   tutelage compare RECIPE[/SIZE] [...]        methods x seeds on a recipe or your own run.yaml; --list shows recipes
   tutelage report FOLDER                      redraw a comparison's report
+  tutelage diagnose [parity-mlp] [...]        what is in a teacher's layers: Fourier weights, n-gram probes
 
 `tutelage COMMAND --help` lists a command's options.
 """

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from tutelage.cli.compare import compare_command, report_command
+from tutelage.cli.diagnose import diagnose_command
 from tutelage.cli.parsing import OneLineErrors, Parser
 from tutelage.experiments.distill import describe, distill, quiet_unless_terminal
 from tutelage.experiments.evaluate import evaluate
@@ -132,4 +133,5 @@ COMMANDS = {
     "evaluate": _quietly(_evaluate),
     "compare": _quietly(compare_command),
     "report": _quietly(report_command),
+    "diagnose": _quietly(diagnose_command),
 }

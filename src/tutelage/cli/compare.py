@@ -1,6 +1,6 @@
 """`tutelage compare` and `tutelage report`: parse, call, print.
 
-Public names: `compare_command`, `report_command`.
+Public names: `compare_command`, `report_command`, `read_overrides`, `teacher_override`, `progress`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def compare_command(arguments: Sequence[str]) -> None:
         return
     if options.recipe is None:
         raise ValueError("name a recipe, e.g. tutelage compare parity-mlp/smoke; tutelage compare --list shows them")
-    overrides = _overrides(rest)
+    overrides = read_overrides(rest)
     name = options.recipe
     if options.teacher is not None:
-        overrides |= _teacher_override(options.teacher)
+        overrides |= teacher_override(options.teacher)
     is_file = name.endswith((".yaml", ".yml"))
     folder = Path(options.output_dir or Path("comparisons") / (Path(name).stem if is_file else _slug(name)))
     if name.partition("/")[0] == "scaling":
-        result = run_scaling(name, overrides, folder, log=_progress)
+        result = run_scaling(name, overrides, folder, log=progress)
         print(result["verdict"])
         print(
             f"\nfigures: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
@@ -55,7 +55,7 @@ def compare_command(arguments: Sequence[str]) -> None:
         return
     system = own_system(Path(name), overrides) if is_file else resolve(name, overrides)
     command = shlex.join(["tutelage", "compare", *arguments])
-    result = compare(system, folder, options.methods, match=options.match, command=command, log=_progress)
+    result = compare(system, folder, options.methods, match=options.match, command=command, log=progress)
     page = write_report(folder)
     print(result["verdict"])
     print(f"\nfigures: {folder / 'comparison.json'}\nreport:  {page}")
@@ -68,7 +68,8 @@ def report_command(arguments: Sequence[str]) -> None:
     print(write_report(Path(parser.parse_args(arguments).folder)))
 
 
-def _progress(line: str) -> None:
+def progress(line: str) -> None:
+    """Say what is being done, on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -76,7 +77,7 @@ def _slug(name: str) -> str:
     return name.replace("/", "-") if "/" in name else f"{name}-laptop"
 
 
-def _overrides(words: Sequence[str]) -> dict[str, Any]:
+def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     """`--field value value ...` as a mapping; one value stays text, several become a list."""
     found: dict[str, Any] = {}
     current: str | None = None
@@ -102,7 +103,8 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _teacher_override(value: str) -> dict[str, str]:
+def teacher_override(value: str) -> dict[str, str]:
+    """The recipe field that `--teacher` sets."""
     if value in ("trained", "planted"):
         return {"teacher": value}
     if not Path(value).is_dir():

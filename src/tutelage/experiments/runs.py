@@ -1,6 +1,6 @@
 """Making the runs of a comparison: tuning, equal budgets, curves.
 
-Public names: `Runner`, `MATCHES`.
+Public names: `Runner`, `StopAtTarget`, `MATCHES`.
 
 A finished run is a folder with run.json in it, so a comparison that was stopped goes on where it was.
 """
@@ -215,6 +215,22 @@ class Runner:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
+    def train(
+        self,
+        variant: Variant,
+        candidate: Candidate,
+        seeds: Sequence[int],
+        folder: Path,
+        callbacks: list[TrainerCallback],
+    ) -> CurriculumTrainer:
+        """Train, going on from the folder's last checkpoint if there is one."""
+        args = self.arguments(variant, candidate, folder, seeds[0])
+        resume = last_complete_checkpoint(folder)
+        args.overwrite_output_dir = resume is None
+        trainer = self._trainer(args, seeds, self.curriculum(variant, candidate), callbacks)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return trainer
+
     def run(
         self,
         variant: Variant,
@@ -231,14 +247,8 @@ class Runner:
         file = folder / _RUN_FILE
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
-        system = self.system
-        curriculum = self.curriculum(variant, candidate)
-        args = self.arguments(variant, candidate, folder, seeds[0])
-        resume = last_complete_checkpoint(folder)
-        args.overwrite_output_dir = resume is None
-        trainer = self._trainer(args, seeds, curriculum, [_Stop(system, seeds, limit)])
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        curves = _curves(MetricsFile(folder / "metrics.jsonl").read(), seeds, system.replicated)
+        self.train(variant, candidate, seeds, folder, [StopAtTarget(self.system, seeds, limit)])
+        curves = _curves(MetricsFile(folder / "metrics.jsonl").read(), seeds, self.system.replicated)
         records = [
             {
                 "seed": seed,
@@ -254,7 +264,7 @@ class Runner:
         return records
 
 
-class _Stop(TrainerCallback):
+class StopAtTarget(TrainerCallback):
     """Ends a run when all seeds have reached the target, or at a limit; evaluates at the end."""
 
     def __init__(self, system: System, seeds: Sequence[int], limit: float | None):
