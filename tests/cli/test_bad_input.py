@@ -412,6 +412,30 @@ def test_flags(refused: Refused, error_of: Callable[..., str]) -> None:
     assert "unknown option '--shape=round': see tutelage distill --help" in refused(shape="round")
     assert "argument --max_steps" in refused(max_steps="many")
     assert main(["paint"]) == 2
+    assert "the following arguments are required: --model, --dataset" in error_of("evaluate")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"methid: one_shot\n", "has an unknown option 'methid'"),
+        (b"- one_shot\n", "must be a mapping of options, e.g. `method: extraction`"),
+        (b"method: [one_shot\n", "is not valid YAML"),
+        (b"method: na\xefve\n", "is not valid YAML"),
+        (b"max_steps: many\n", "argument --max_steps"),
+    ],
+)
+def test_config_files(error_of: Callable[..., str], tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    assert message in error_of("distill", "--config", tmp_path / "run.yaml")
+
+
+def test_a_missing_config_file(error_of: Callable[..., str]) -> None:
+    assert "no config file '/nowhere/run.yaml'" in error_of("distill", "--config", "/nowhere/run.yaml")
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paint"]) == 2
     known = "plan, distill, evaluate, compare, report, diagnose"
     assert capsys.readouterr().err == f"tutelage: no command 'paint': use one of {known}\n"
 

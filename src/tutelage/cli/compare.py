@@ -31,7 +31,7 @@ def compare_command(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--methods", nargs="+", help="e.g. extraction one_shot extraction:projection=head,warm_start=head"
     )
-    parser.add_argument("--match", choices=MATCHES, default="samples", help="what every method gets as much of")
+    parser.add_argument("--match", choices=MATCHES, help="what every method gets as much of; samples if left out")
     parser.add_argument("--output_dir", help="default: comparisons/RECIPE-SIZE")
     parser.add_argument("--teacher", help="folder of a finished teacher; parity-mlp also takes trained or planted")
     options, rest = parser.parse_known_args(arguments)
@@ -42,11 +42,16 @@ def compare_command(arguments: Sequence[str]) -> None:
         raise ValueError("name a recipe, e.g. tutelage compare parity-mlp/smoke; tutelage compare --list shows them")
     overrides = read_overrides(rest)
     name = options.recipe
-    if options.teacher is not None:
-        overrides |= teacher_override(options.teacher)
     is_file = name.endswith((".yaml", ".yml"))
+    scaling = not is_file and name.partition("/")[0] == "scaling"
+    if scaling and (options.methods or options.match or options.teacher):
+        raise ValueError(
+            "scaling takes no --methods, --match or --teacher: its methods are fixed, its field is --teachers"
+        )
+    if options.teacher is not None:
+        overrides |= {"teacher": options.teacher} if is_file else teacher_override(options.teacher)
     folder = Path(options.output_dir or Path("comparisons") / (Path(name).stem if is_file else _slug(name)))
-    if name.partition("/")[0] == "scaling":
+    if scaling:
         result = run_scaling(name, overrides, folder, log=progress)
         print(result["verdict"])
         print(
@@ -55,7 +60,7 @@ def compare_command(arguments: Sequence[str]) -> None:
         return
     system = own_system(Path(name), overrides) if is_file else resolve(name, overrides)
     command = shlex.join(["tutelage", "compare", *arguments])
-    result = compare(system, folder, options.methods, match=options.match, command=command, log=progress)
+    result = compare(system, folder, options.methods, match=options.match or "samples", command=command, log=progress)
     page = write_report(folder)
     print(result["verdict"])
     print(f"\nfigures: {folder / 'comparison.json'}\nreport:  {page}")

@@ -57,7 +57,10 @@ def compare(
     _check_target(system, teacher)
     runner = Runner(system, teacher, output_dir, match)
     result = _skeleton(system, teacher, match, command)
-    result["planned_runs"] = len(variants) * len(system.fields.seeds)
+    if methods is None and not teacher.checkpoints and any(v.method == "progressive" for v in variants):
+        log("no progressive distillation: this teacher came without checkpoints of its training")
+        variants = [variant for variant in variants if variant.method != "progressive"]
+    result["methods"] = {variant.name: {"learning_rate": None, "grid": {}, "runs": []} for variant in variants}
     for variant in variants:
         runner.check(variant)
     for variant in variants:
@@ -88,6 +91,10 @@ def _check(system: System, variants: Sequence[Variant]) -> None:
     seeds, tuning = system.fields.seeds, system.fields.tuning_seeds
     if not seeds:
         raise ValueError("seeds are empty: give at least one")
+    if min((*seeds, *tuning)) < 0:
+        raise ValueError(f"seeds must not be negative: {', '.join(map(str, (*seeds, *tuning)))}")
+    if not system.fields.learning_rates:
+        raise ValueError("learning_rates are empty: give at least one")
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds are repeated: {', '.join(map(str, seeds))}")
     if shared := set(seeds) & set(tuning):

@@ -26,9 +26,11 @@ from tutelage.core.files import write_atomically
 from tutelage.experiments.statistics import median_interval, reached_at
 from tutelage.experiments.systems import System, Teacher
 from tutelage.experiments.variants import Candidate, Variant, build_curriculum, candidates, parse_variant
-from tutelage.tasks.kinds import trunk
+from tutelage.tasks.kinds import hidden_size, trunk
+from tutelage.teacher.targets import LiveTeacher
+from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.records import MetricsFile, last_complete_checkpoint
+from tutelage.training.records import METRICS_FILE, MetricsFile, last_complete_checkpoint
 from tutelage.training.trainer import CurriculumTrainer
 
 _RUN_FILE = "run.json"
@@ -136,9 +138,16 @@ class Runner:
 
     def check(self, variant: Variant) -> None:
         """Raise ValueError where a variant has no curriculum on this system, before anything is run."""
-        steps = max(1, self.system.fields.budget_samples // self.system.fields.batch_size)
+        student, teacher = self.system.make_student(self.system.fields.seeds[:1]), self.teacher.model
+        live = LiveTeacher(teacher, trunk(teacher))
         for candidate in candidates(variant, self.system.fields.learning_rates):
-            self.curriculum(variant, candidate, steps=steps)
+            made = self.curriculum(variant, candidate, steps=self._budget_steps)
+            checks.check_widths(made, hidden_size(student), hidden_size(teacher))
+            warm_start.check(made, student, live)
+
+    @property
+    def _budget_steps(self) -> int:
+        return max(1, self.system.fields.budget_samples // self.system.fields.batch_size)
 
     def curriculum(self, variant: Variant, candidate: Candidate, steps: int | None = None) -> Curriculum:
         """Curriculum of a run: `steps`, or its share of the budget, equal in what `match` says."""
@@ -157,20 +166,28 @@ class Runner:
         reference = self._step_cost(parse_variant("one_shot"), candidate)["output"]
         cost = self._step_cost(variant, candidate)
         kinds = [stage.name if stage.kind == "hidden" else "output" for stage in made.stages]
-        spent = sum(cost[kind] * stage.steps for kind, stage in zip(kinds[:-1], made.stages[:-1], strict=True))
+        spent = cost["calibration"]
+        spent += sum(cost[kind] * stage.steps for kind, stage in zip(kinds[:-1], made.stages[:-1], strict=True))
         last = max(1, round((reference * steps - spent) / cost[kinds[-1]]))
         stages = (*made.stages[:-1], dataclasses.replace(made.stages[-1], steps=last))
         return dataclasses.replace(made, stages=stages)
 
     def _step_cost(self, variant: Variant, candidate: Candidate) -> dict[str, float]:
-        """Cost of a step of each stage, in what `match` says, from a few steps of each."""
+        """Cost of a step of each stage (and of `calibration`), in what `match` says, from a few steps of each.
+
+        Kept in the comparison's folder: seconds are other ones when it goes on, and its runs must keep their lengths.
+        """
+        name = self.folder(variant, candidate, [0]).parent.name
+        file = self.root / "pilot" / f"{name}.json"
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
         if variant.name not in self._per_stage:
             steps = 4 if self.match == "flops" else 24
-            made = self.curriculum(variant, candidate, steps=steps * 8)
+            made = self.curriculum(variant, candidate, steps=self._budget_steps)
             short = dataclasses.replace(
                 made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages)
             )
-            folder = self.root / "pilot" / self.folder(variant, candidate, [0]).parent.name
+            folder = self.root / "pilot" / name
             seeds = self.system.fields.seeds if self.system.replicated else self.system.fields.seeds[:1]
             args = self.arguments(variant, candidate, folder, seeds[0])
             args.logging_steps, args.eval_on_start, args.overwrite_output_dir = 1, False, True
@@ -178,17 +195,19 @@ class Runner:
             trainer = self._trainer(args, seeds, short, [])
             trainer.train()
             costs: dict[str, list[float]] = {}
-            previous = 0.0
+            previous = first = 0.0
             for record in MetricsFile(folder / "metrics.jsonl").read():
                 if "loss" not in record:
                     continue
                 name = record["stage_name"] if record["stage_name"].startswith("hidden") else "output"
                 costs.setdefault(name, []).append(record[self.match] - previous)
                 previous = record[self.match]
-            self._per_stage[variant.name] = {
-                name: sorted(values[1:])[len(values[1:]) // 2] for name, values in costs.items()
-            }
+                first = first or previous
+            found = {stage: sorted(values[1:])[len(values[1:]) // 2] for stage, values in costs.items()}
+            found["calibration"] = first - next(iter(found.values())) if self.match == "flops" else 0.0
+            self._per_stage[variant.name] = found
             shutil.rmtree(folder)
+            write_atomically(file, json.dumps(found))
         return self._per_stage[variant.name]
 
     def _trainer(
@@ -226,7 +245,7 @@ class Runner:
         """Train, going on from the folder's last checkpoint if there is one."""
         args = self.arguments(variant, candidate, folder, seeds[0])
         resume = last_complete_checkpoint(folder)
-        args.overwrite_output_dir = resume is None
+        args.overwrite_output_dir = args.eval_on_start = resume is None  # a checkpoint was evaluated when it was made
         trainer = self._trainer(args, seeds, self.curriculum(variant, candidate), callbacks)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return trainer
@@ -275,16 +294,23 @@ class StopAtTarget(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        metrics = kwargs["metrics"]
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for record in MetricsFile(Path(args.output_dir) / METRICS_FILE).read():  # of a run that goes on
+            self._note(record)
+
+    def _note(self, metrics: dict[str, Any]) -> None:
+        """Take the seeds that have reached the target off the list."""
         system, target = self.system, self.system.target
-        if not system.stop_at_target or target is None:
-            return
         for index in list(self.waiting):
             name = f"eval_{system.metric}_{index}" if system.replicated else f"eval_{system.metric}"
-            if system.reached(metrics[name], target):
+            if target is not None and name in metrics and system.reached(metrics[name], target):
                 self.waiting.discard(index)
-        samples = state.global_step * system.fields.batch_size
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.system.stop_at_target or self.system.target is None:
+            return
+        self._note(kwargs["metrics"])
+        samples = state.global_step * self.system.fields.batch_size
         if not self.waiting or (self.limit is not None and samples >= self.limit):
             control.should_training_stop = True
 
@@ -296,8 +322,11 @@ def _curves(
     share = len(seeds) if replicated else 1
     curves: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
     for record in records:
-        values = {key.removeprefix("eval_"): value for key, value in record.items() if key.startswith("eval_")}
-        values = {key: value for key, value in values.items() if not key.endswith(("_runtime", "_per_second", "_time"))}
+        values = {
+            key.removeprefix("eval_"): value
+            for key, value in record.items()
+            if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_time"))
+        }
         if not values:
             continue
         for index, seed in enumerate(seeds):

@@ -95,7 +95,7 @@ def run_scaling(
     if size not in SCALING_SIZES:
         raise ValueError(f"unknown size {size!r} of scaling: there are {', '.join(SCALING_SIZES)}")
     fields: ScalingFields = read_fields(SCALING_SIZES[size], overrides, "scaling")
-    if len(fields.ds) < 2:
+    if len(set(fields.ds)) < 2:
         raise ValueError(f"an exponent needs at least two values of ds, got {list(fields.ds)}")
     shared = {
         key: getattr(fields, key)
@@ -111,32 +111,28 @@ def run_scaling(
             "target",
         )
     }
+    systems = {  # all of them first, so that what one refuses is refused before the others run
+        (k, teacher, d): parity_mlp(ParityMLPFields(**shared, d=d, k=k, teacher=teacher), "own")
+        for k in fields.ks
+        for teacher in fields.teachers
+        for d in fields.ds
+    }
     points: list[dict[str, Any]] = []
-    for k in fields.ks:
-        for teacher in fields.teachers:
-            for d in fields.ds:
-                log(f"k={k} d={d}, {teacher} teacher")
-                own = ParityMLPFields(**shared, d=d, k=k, teacher=teacher)
-                result = compare(
-                    parity_mlp(own, "own"),
-                    folder / f"k{k}-{teacher}-d{d}",
-                    METHODS,
-                    command=None,
-                    log=lambda line: None,
-                )
-                for method, entry in result["methods"].items():
-                    samples = [run["samples_to_target"] for run in entry["runs"]]
-                    points.append(
-                        {
-                            "k": k,
-                            "teacher": teacher,
-                            "d": d,
-                            "method": method,
-                            "learning_rate": entry["learning_rate"],
-                            "samples": samples,
-                        }
-                    )
-                _write(folder, name, fields, points)
+    for (k, teacher, d), system in systems.items():
+        log(f"k={k} d={d}, {teacher} teacher")
+        result = compare(system, folder / f"k{k}-{teacher}-d{d}", METHODS, command=None, log=lambda line: None)
+        for method, entry in result["methods"].items():
+            points.append(
+                {
+                    "k": k,
+                    "teacher": teacher,
+                    "d": d,
+                    "method": method,
+                    "learning_rate": entry["learning_rate"],
+                    "samples": [run["samples_to_target"] for run in entry["runs"]],
+                }
+            )
+        _write(folder, name, fields, points)
     return _write(folder, name, fields, points)
 
 
@@ -237,7 +233,8 @@ def _plot(fields: ScalingFields, points: Sequence[dict[str, Any]], fits: Sequenc
             axis.set_xticks(fields.ds, [str(d) for d in fields.ds])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=8)
         axes[row][0].set_ylabel(f"samples to {fields.target:.0%}")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -27,9 +27,9 @@ def median_interval(values: Sequence[float | None]) -> tuple[float | None, list[
         return None, [None, None]
     numbers = np.array([math.inf if value is None else value for value in values])
     draws = np.random.default_rng(0).integers(0, len(numbers), (_DRAWS, len(numbers)))
-    medians = np.sort([_median(numbers[row]) for row in draws])
+    medians = np.sort(_medians(numbers[draws]))
     low, high = medians[int(0.025 * _DRAWS)], medians[int(0.975 * _DRAWS)]
-    return _finite(_median(numbers)), [_finite(low), _finite(high)]
+    return _finite(_medians(numbers)), [_finite(low), _finite(high)]
 
 
 def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], budget: float) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], bu
     Where only `over` is, the ratio is infinite (None).
     """
     pairs = [(a, b) for a, b in zip(over, under, strict=True) if a is not None or b is not None]
-    ratios = [None if a is None else a / (budget if b is None else b) for a, b in pairs]
+    ratios = [None if a is None else _ratio(a, budget if b is None else b) for a, b in pairs]
     median, interval = median_interval(ratios)
     result: dict[str, Any] = {"median": median, "ci95": interval, "pairs": len(pairs)}
     unreached = sum(b is None for _, b in pairs)
@@ -50,13 +50,18 @@ def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], bu
     return result
 
 
-def _median(numbers: np.ndarray) -> float:
-    """Median that never mixes a finite number with infinity (the upper of the two middle ones)."""
-    ordered = np.sort(numbers)
-    middle = len(ordered) // 2
-    if len(ordered) % 2 or math.isinf(ordered[middle]):
-        return float(ordered[middle])
-    return float((ordered[middle - 1] + ordered[middle]) / 2)
+def _ratio(over: float, under: float) -> float | None:
+    """`over / under`, where a target may hold before the first sample: infinite (None) unless it does for both."""
+    if under:
+        return over / under
+    return None if over else 1.0
+
+
+def _medians(rows: np.ndarray) -> Any:
+    """Medians over the last axis that never mix a finite number with infinity (the upper of the two middle ones)."""
+    ordered, middle = np.sort(rows, axis=-1), rows.shape[-1] // 2
+    lower, upper = ordered[..., middle - 1], ordered[..., middle]
+    return upper if rows.shape[-1] % 2 else np.where(np.isinf(upper), upper, (lower + upper) / 2)
 
 
 def _finite(value: float) -> float | None:

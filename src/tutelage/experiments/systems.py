@@ -12,6 +12,28 @@ from typing import Any
 
 from torch import nn
 
+_COUNTS = (
+    *(
+        "batch_size",
+        "budget_samples",
+        "eval_every",
+        "eval_samples",
+        "stage_samples",
+        "layers",
+        "head_width",
+        "max_length",
+    ),
+    *("teacher_width", "teacher_heads", "teacher_samples", "teacher_checkpoints", "teacher_batch_size"),
+    *("teacher_max_samples", "teacher_checkpoint_every", "student_width", "student_heads"),
+)
+
+
+def check_positive(fields: Any) -> None:
+    """Raise ValueError where a count of a recipe is below 1."""
+    for name in _COUNTS:
+        if getattr(fields, name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(fields, name)}")
+
 
 @dataclass(frozen=True)
 class RecipeFields:
@@ -33,6 +55,9 @@ class RecipeFields:
     """Held-out examples."""
     tuning_share: float = 1.0
     """Share of the budget that tuning runs get."""
+
+    def __post_init__(self) -> None:
+        check_positive(self)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Public names: `Variant`, `Candidate`, `parse_variant`, `candidates`, `build_curr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def parse_variant(text: str) -> Variant:
             overrides[last] = f"{overrides[last]},{part}"
             continue
         if key == "budget":
-            share = float(value)
+            share = _read(key, value, text, float)
             if not 0 < share <= 1:
                 raise ValueError(f"budget in {text!r} is a share from 0 to 1, got {value}")
             continue
@@ -77,16 +77,24 @@ def parse_variant(text: str) -> Variant:
             raise ValueError(f"unknown field {key!r} in {text!r}: fields are those of CurriculumConfig")
         overrides[key] = value
         last = key
-    return Variant(text, method, {key: _typed(types.get(key, "str"), value) for key, value in overrides.items()}, share)
+    typed = {key: _read(key, value, text, _kind(types.get(key, "str"))) for key, value in overrides.items()}
+    return Variant(text, method, typed, share)
 
 
-def _typed(type_name: str, value: str) -> Any:
+def _read(key: str, value: str, text: str, kind: Callable[[str], Any]) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"cannot read {key}={value!r} in {text!r}") from None
+
+
+def _kind(type_name: str) -> Callable[[str], Any]:
+    """What reads a value of a field's type."""
     if "list[int]" in type_name:
-        return [int(part) for part in value.split(",")]
-    for name, kind in (("bool", lambda text: text.lower() in ("true", "yes", "1")), ("int", int), ("float", float)):
-        if name in type_name:
-            return kind(value)
-    return value
+        return lambda value: [int(part) for part in value.split(",")]
+    if "bool" in type_name:
+        return lambda value: value.lower() in ("true", "yes", "1")
+    return int if "int" in type_name else float if "float" in type_name else str
 
 
 def candidates(variant: Variant, learning_rates: Sequence[float]) -> list[Candidate]:
@@ -124,13 +132,17 @@ def build_curriculum(
     uses = _schedule(candidate.schedule, teacher, batch_size)
     stages: list[Stage] = []
     left = steps
+
+    def stage(count: int, folder: str | None) -> Stage:
+        return Stage("output", count, teacher_checkpoint=folder, label_weight=args.label_weight, continues=bool(stages))
+
     for count, folder in uses:
         count = min(count, left - 1)  # the finished teacher comes last, be it for one step
         if count < 1:
             break
-        stages.append(Stage("output", count, teacher_checkpoint=folder, continues=bool(stages)))
+        stages.append(stage(count, folder))
         left -= count
-    stages.append(Stage("output", left, continues=bool(stages)))
+    stages.append(stage(left, None))
     return Curriculum("progressive", tuple(stages), normalize=args.normalize, temperature=args.temperature)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One to a few sentences: who reached the target with how many samples, and how extraction compares with one-shot."""
+    """A few lines: who reached the target with how many samples, and how extraction compares with one-shot."""
     methods = {name: entry for name, entry in result["methods"].items() if entry["runs"]}
     if not methods:
         return "No run has finished yet."
@@ -29,7 +29,8 @@ def verdict(result: dict[str, Any]) -> str:
                 most = max(run["curve"][-1]["samples"] for run in entry["runs"])
                 final = statistics.median(run["final"][metric] for run in entry["runs"])
                 sentences.append(
-                    f"{name} did not reach it (median beyond {most:,} samples; {share} did; it ended at {final:.4g})."
+                    f"{name} did not reach {metric} {target:.4g} (median beyond {most:,} samples; {share} did; it ended at "
+                    f"{final:.4g})."
                 )
         for name, ratio in result["ratios"].items():
             over, _, under = name.partition("/")
@@ -43,7 +44,7 @@ def verdict(result: dict[str, Any]) -> str:
         sentences.append(
             f"{best} ended best: " + ", ".join(f"{name} {value:.4g}" for name, value in finals.items()) + "."
         )
-    return " ".join(sentence for sentence in sentences if sentence)
+    return "\n".join(sentence for sentence in sentences if sentence)
 
 
 def _compared(over: str, under: str, ratio: dict[str, Any]) -> str:

@@ -64,6 +64,11 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def longest(self) -> int:
+        """Bits of an example."""
+        return self.d
+
     def _make_chunk(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
         # the counter-based Philox generator gives each (seed, chunk) a stream of its own

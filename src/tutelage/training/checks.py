@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow import compute
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -104,13 +105,15 @@ def check_dataset(dataset: Any, config: Any, name: str) -> None:
     positions = usable_positions(config)
     if positions is None:
         return
-    ids = dataset.data.column("input_ids") if hasattr(dataset, "data") and dataset._indices is None else None
-    lengths = (
-        (len(value) for value in ids)
-        if ids is not None
-        else (len(dataset[i]["input_ids"]) for i in range(len(dataset)))
-    )
-    longest = max(lengths)
+    if hasattr(dataset, "longest"):  # a dataset that makes its rows knows
+        longest = dataset.longest
+    elif hasattr(dataset, "data"):
+        lengths = compute.list_value_length(dataset.data.column("input_ids"))
+        if dataset._indices is not None:
+            lengths = lengths.take(dataset._indices.column(0))
+        longest = compute.max(lengths).as_py()
+    else:
+        longest = max(len(dataset[index]["input_ids"]) for index in range(len(dataset)))
     if longest > positions:
         raise ValueError(
             f"the {name} dataset has a sequence of {longest} tokens, the model has {positions} positions: "

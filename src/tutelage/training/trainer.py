@@ -212,7 +212,8 @@ class CurriculumTrainer(Trainer):
         """The first `calibration_samples` training examples, in batches."""
         count = min(self.args.calibration_samples, len(self.train_dataset))
         size = self.args.per_device_train_batch_size
-        rows = [self.train_dataset[index] for index in range(count)]
+        fetch = getattr(self.train_dataset, "__getitems__", None)
+        rows = fetch(list(range(count))) if fetch is not None else [self.train_dataset[i] for i in range(count)]
         with torch.random.fork_rng(devices=[]):  # masking collators may draw
             return [self._collate(rows[start : start + size]) for start in range(0, count, size)]
 

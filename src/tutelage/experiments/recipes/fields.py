@@ -41,5 +41,5 @@ def _read(key: str, value: Any, hint: Any) -> Any:
                 raise ValueError
             return int(number)
         return hint(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"cannot read {key}={value!r} as {getattr(hint, '__name__', hint)}") from None

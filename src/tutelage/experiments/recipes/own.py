@@ -6,13 +6,14 @@ Public names: `own_system`.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from transformers import set_seed
+from transformers import HfArgumentParser, set_seed
 
 from tutelage.experiments.recipes.fields import read_fields
 from tutelage.experiments.settings import RunArguments, fill_defaults, prepare_run
@@ -20,6 +21,12 @@ from tutelage.experiments.systems import RecipeFields, System, Teacher
 from tutelage.tasks.students import make_student, student_config
 from tutelage.teacher.loading import load_config
 from tutelage.training.config import CurriculumConfig
+
+_SET_BY_COMPARISON = (
+    *("method", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed"),
+    *("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
+    *("eval_strategy", "eval_steps", "eval_on_start"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,17 +66,16 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
     for key in options:
         if key not in own | run_names | config_names:
             raise ValueError(f"config {str(file)!r} has an unknown option {key!r}")
-    for key in ("method", "seed", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"):
+    for key in _SET_BY_COMPARISON:
         if key in options:
             raise ValueError(
-                f"config {str(file)!r}: {key} is set by the comparison itself; use --methods, seeds, budget_samples, "
-                "learning_rates and batch_size"
+                f"config {str(file)!r}: {key} is set by the comparison itself; use --methods, --output_dir, seeds, "
+                "budget_samples, learning_rates, batch_size and eval_every"
             )
     fields: OwnFields = read_fields(OwnFields(), {key: options[key] for key in options if key in own}, str(file))
-    run = RunArguments(**{key: options[key] for key in options if key in run_names})
+    run, config = _parse({key: options[key] for key in options if key in run_names | config_names})
     run.eval_samples = run.eval_samples or fields.eval_samples
-    arguments = {key: options[key] for key in options if key in config_names}
-    config = CurriculumConfig(**{**arguments, "output_dir": None})
+    arguments = {key: getattr(config, key) for key in options if key in config_names}
     fill_defaults(run, config)
     prepared = prepare_run(run, config)
     teacher = prepared.teacher
@@ -102,13 +108,36 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
     )
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        raise ValueError(message)
+
+
+def _parse(options: Mapping[str, Any]) -> tuple[RunArguments, CurriculumConfig]:
+    """Options as `tutelage distill` parses its flags."""
+    words = ["--output_dir=unused"]
+    for key, value in options.items():
+        words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    kinds: Any = (RunArguments, CurriculumConfig)
+    parser = _Parser(kinds)
+    run, config = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    return run, config
+
+
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"no config file {str(file)!r}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        text = file.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+        words = yaml.load(text, yaml.BaseLoader)  # YAML alone reads `1:2` as 62, `1e-3` as a string
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {str(file)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {str(file)!r} must be a mapping of options, e.g. `student: layers=2`")
-    return values
+    return {
+        key: json.dumps(value) if isinstance(value, dict) else words[key]
+        for key, value in values.items()
+        if value is not None
+    }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, default_data_collator
+from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, default_data_collator
 
 from tutelage.experiments.systems import RecipeFields, System, Teacher
 from tutelage.experiments.teachers import TeacherRule, trained_teacher
@@ -110,9 +110,7 @@ def parity_mlp(fields: ParityMLPFields, size: str) -> System:
     }
     teacher: Callable[[Path], Teacher] = planted
     if fields.teacher == "trained" or fields.teacher_path:
-        teacher = _teacher(
-            "parity-mlp", fields, support, fresh_teacher, ParityMLP.from_pretrained, "classification", plain
-        )
+        teacher = _teacher("parity-mlp", fields, support, fresh_teacher, _load_network, "classification", plain)
     methods = ("extraction", "one_shot", "scratch")
     return System(
         recipe="parity-mlp",
@@ -220,6 +218,15 @@ def parity_transformer(fields: ParityTransformerFields, size: str) -> System:
         collator=default_data_collator,
         stop_at_target=True,
     )
+
+
+def _load_network(folder: str) -> nn.Module:
+    model = load_model(folder, AutoModel)
+    if not isinstance(model, ParityMLP):
+        raise ValueError(f"teacher {folder!r} is a {type(model).__name__}, not a two-layer parity network")
+    if model.config.replica_seeds is not None:
+        raise ValueError(f"teacher {folder!r} holds {len(model.config.replica_seeds)} replicas: give one network")
+    return model
 
 
 def _stages(fields: ParityFields) -> dict[str, Any]:
