@@ -35,9 +35,9 @@ from tutelage.core.projection import (
 from tutelage.core.standardize import Standardizer
 from tutelage.teacher.loading import load_config
 
-# A student's state differs from its target by noise of about the target's own size early on; its logits should not be
-# many times noisier than that.
-_MAX_GAIN = 4.0
+# Before any training the noise of a student's state is unknown: half of its target's mean square is what the decoder is
+# made for, so that what comes back is at most as noisy as the state is large.
+_MAX_GAIN = 2.0
 
 
 class LiveTeacher:

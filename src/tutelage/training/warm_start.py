@@ -3,18 +3,19 @@
 Public names: `transplant_head`, `project_embedding`, `apply_before_training`, `apply_before_output`.
 
 After a hidden stage that pairs `head` with `head`, the student's final state is about z = P^T (h - mean) / scale. With D
-the linear map from it back to the standardised state, the teacher's logits W h + b are about
-W (scale * D^T z + mean) + b, so the student's head may start as W diag(scale) D^T with bias W mean + b. This is ours,
-beyond arXiv:2503.17494.
+the linear map back from z to the standardised state (least squares over the calibration text; the pseudo-inverse of P
+where the standardised states are white), the teacher's logits W h + b are about W (scale * D^T z + mean) + b, so the
+student's head may start as W diag(scale) D^T with bias W mean + b. This is ours, beyond arXiv:2503.17494.
 
-D is fitted by least squares to what the student's state *is* after the stage, over the calibration text, so that what it
-has not learnt is not magnified. Where the state equals its target and the standardised states are white, D is the
-pseudo-inverse of P; at full width the transplant is then exact.
+*What the student has not learnt* must not be magnified: the inverse of a square gaussian matrix multiplies the mean square of
+noise by a thousand. The distance between the student's states and their targets is measured over the calibration text, and D
+gets a ridge where that distance would otherwise come out larger than the state itself. A student state equal to its target
+has none, and a full-width transplant is then exact.
 
 *A student head without a bias*: the head stage's targets are not centred (mean = 0, scale = root mean square), so no bias is
-needed. *Tied embeddings*: the shared matrix is set before the first stage, from the targets instead of the states that
-are still to come, with noise bounded, and kept fixed until the output stage, so that the blocks learn to read the
-embedding that the head will be.
+needed. *Tied embeddings*: the shared matrix is set before the first stage, where the distance is unknown and taken as
+half of the target, and kept fixed until the output stage, so that the blocks learn to read the embedding that the head will
+be.
 
 Shapes: V outputs, D teacher width, R student width, N calibration positions.
 """
@@ -44,7 +45,6 @@ def transplant_head(
     student_linear: nn.Linear,
     standardizer: Standardizer,
     decoder_RD: torch.Tensor,
-    offset_D: torch.Tensor,
     weight_VD: torch.Tensor | None,
     bias_V: torch.Tensor | None,
     gain: float = 1.0,
@@ -54,13 +54,12 @@ def transplant_head(
     Args:
         student_linear: the student's head; rows beyond V (a padded vocabulary) are left alone.
         standardizer: of the teacher's states at `head`.
-        decoder_RD, offset_D: from the student's state to the teacher's standardised one.
+        decoder_RD: from the student's state to the teacher's standardised one.
         weight_VD, bias_V: the teacher's head; None is the identity (embedding models).
         gain: teacher logit scale over student logit scale.
     """
     scale, mean = standardizer.scale.double().cpu(), standardizer.mean.double().cpu()
     back_DR = (decoder_RD.double().cpu() * scale).T
-    mean = mean + offset_D.double().cpu() * scale
     weight = back_DR if weight_VD is None else weight_VD.double().cpu() @ back_DR
     bias = mean if weight_VD is None else weight_VD.double().cpu() @ mean
     if bias_V is not None:
@@ -69,19 +68,6 @@ def transplant_head(
     student_linear.weight[rows] = (gain * weight).to(student_linear.weight)
     if student_linear.bias is not None:
         student_linear.bias[rows] = (gain * bias).to(student_linear.bias)
-
-
-def fit_decoder(
-    states_NR: torch.Tensor, targets_ND: torch.Tensor, with_offset: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The linear (affine) map from `states_NR` to `targets_ND` of least squared error, and its offset (else zeros)."""
-    states, targets = states_NR.double().cpu(), targets_ND.double().cpu()
-    if with_offset:
-        states = torch.cat([states, torch.ones_like(states[:, :1])], dim=1)
-    solution = torch.linalg.lstsq(states, targets, driver="gelsd").solution
-    if with_offset:
-        return solution[:-1], solution[-1]
-    return solution, torch.zeros_like(solution[0])
 
 
 @torch.no_grad()
@@ -159,9 +145,9 @@ def apply_before_training(objective: StageObjective) -> None:
     if "embedding" in curriculum.warm_start and not is_tied(student):
         project_embedding(trunk(student), teacher.trunk, curriculum)
     if keeps_embedding_fixed(curriculum, student):
-        target_map = _head_map(objective)
-        assert target_map.decoder is not None, "the head stage was calibrated without a decoder"
-        _transplant(objective, target_map.decoder, torch.zeros(target_map.decoder.shape[1]))
+        decoder = _head_map(objective).decoder
+        assert decoder is not None, "the head stage was calibrated without a decoder"
+        _transplant(objective, decoder)
 
 
 def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[dict[str, Any]]]) -> None:
@@ -174,8 +160,13 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
     student = objective.student
     if head_stage(objective.curriculum) is None or is_tied(student):
         return
-    states, targets = _states_and_targets(objective, batches())
-    _transplant(objective, *fit_decoder(states, targets, with_offset=head_has_bias(student)))
+    projection = _head_map(objective).projection
+    states, hidden = _paired_states(objective, batches())
+    targets = projection(hidden)
+    # mean square distance to the target, as a share of the target's own mean square
+    noise = float((states - targets).square().mean() / targets.square().mean())
+    moment = hidden.double().T @ hidden.double() / len(hidden)
+    _transplant(objective, projection.decoder(moment, max_gain=1 / noise if noise > 0 else None))
 
 
 def _head_map(objective: StageObjective) -> TargetMap:
@@ -187,9 +178,7 @@ def _head_map(objective: StageObjective) -> TargetMap:
 
 
 @torch.no_grad()
-def _states_and_targets(
-    objective: StageObjective, batches: Sequence[dict[str, Any]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _paired_states(objective: StageObjective, batches: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The student's states at `head`, (N, R), and the teacher's standardised ones, (N, D), where neither is left out."""
     student, teacher, standardizer = objective.student, objective.teacher, _head_map(objective).standardizer
     assert teacher is not None
@@ -208,10 +197,10 @@ def _states_and_targets(
     return torch.cat(states), torch.cat(targets)
 
 
-def _transplant(objective: StageObjective, decoder_RD: torch.Tensor, offset_D: torch.Tensor) -> None:
+def _transplant(objective: StageObjective, decoder_RD: torch.Tensor) -> None:
     student, teacher, outputs = objective.student, objective.teacher, objective.outputs
     assert teacher is not None
-    way_back = (_head_map(objective).standardizer, decoder_RD, offset_D)
+    way_back = (_head_map(objective).standardizer, decoder_RD)
     if isinstance(student, EmbeddingModel):
         assert isinstance(teacher.model, EmbeddingModel) and student.head is not None
         head = teacher.model.head
