@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.files import write_atomically
 from tutelage.experiments.distill import environment
 from tutelage.experiments.runs import MATCHES, Runner
@@ -69,7 +70,7 @@ def compare(
             "learning_rate": best.learning_rate,
             "schedule": best.schedule,
             "grid": grid,
-            "curriculum": json.loads(runner.curriculum(variant, best).to_json()),
+            "curriculum": _portable(runner.curriculum(variant, best)),
             "runs": [],
         }
         result["methods"][variant.name] = entry
@@ -101,6 +102,15 @@ def _check(system: System, variants: Sequence[Variant]) -> None:
         raise ValueError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
     if not tuning and any(len(candidates(v, system.fields.learning_rates)) > 1 for v in variants):
         raise ValueError("tuning_seeds are empty: give some, or a single learning rate")
+
+
+def _portable(curriculum: Curriculum) -> dict[str, Any]:
+    """A curriculum for the record: checkpoints by name, wherever this machine keeps them."""
+    made = json.loads(curriculum.to_json())
+    for stage in made["stages"]:
+        if stage["teacher_checkpoint"] is not None:
+            stage["teacher_checkpoint"] = Path(stage["teacher_checkpoint"]).name
+    return made
 
 
 def _check_target(system: System, teacher: Teacher) -> None:
