@@ -66,7 +66,7 @@ def compare(
         runner.check(variant)
     for variant in variants:
         best, grid = runner.tune(variant, log)
-        entry = {
+        entry: dict[str, Any] = {
             "learning_rate": best.learning_rate,
             "schedule": best.schedule,
             "grid": grid,
