@@ -55,7 +55,7 @@ def test_ngram_probes_of_a_teachers_layers(tmp_path: Path, causal_teacher: Path,
         (["--teacher", "{classifier}", "--dataset", "{text}"], "n-gram probes are for language models"),
         (["--teacher", "{causal}"], "name a text"),
         (["--teacher", "{causal}", "--dataset", "{text}", "--length", "0"], "length must be at least 1 token"),
-        (["--colour=red"], "unknown option '--colour'"),
+        (["--colour=red"], "unknown option '--colour=red'"),
     ],
 )
 def test_mistakes(
