@@ -414,7 +414,7 @@ def test_a_trained_teacher_is_trained_past_convergence_and_kept(
     assert set(entry["grid"]) == {f"0.1 {name}" for name in ("pace-1", "pace-2", "pace-4", "two")}
     *before, last = entry["curriculum"]["stages"]
     assert before and last["teacher_checkpoint"] is None
-    assert all(Path(stage["teacher_checkpoint"]).is_dir() for stage in before)
+    assert all(stage["teacher_checkpoint"].startswith("at-") for stage in before)  # by name, not by place
 
     def no_training(*args: Any) -> None:
         raise AssertionError("the teacher was trained again")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPT = """
+import os
 import sys
 import torch
 from tests.training.conftest import llama, token_rows
@@ -32,8 +33,11 @@ trainer = CurriculumTrainer(
 trainer.train()
 trainer.evaluate()
 trainer.save_model()
+sys.stdout.flush()
 if torch.distributed.is_initialized():
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that winds down
 """
 
 

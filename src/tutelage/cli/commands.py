@@ -76,6 +76,7 @@ def _distill(arguments: Sequence[str]) -> None:
     if args.process_index == 0:
         print(describe(result, args.output_dir))
     if torch.distributed.is_initialized():  # its threads can abort a process that just ends
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
