@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +42,6 @@ OWN = {
     "use_cpu": True,
     "calibration_samples": 8,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_collections() -> Iterator[None]:
-    """Each run collects garbage; leave the imported modules out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

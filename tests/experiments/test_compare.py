@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +42,6 @@ TINY: dict[str, Any] = {
 # a teacher that is trained: on two bits it takes a second
 TRAINED = {**TINY, "d": 6, "teacher": "trained", "teacher_max_samples": 32_000, "teacher_checkpoint_every": 320}
 METHODS = ("extraction", "one_shot", "scratch")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_collections() -> Iterator[None]:
-    """Each run collects garbage; leave the imported modules out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

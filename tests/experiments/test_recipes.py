@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +67,6 @@ SMALLER: dict[str, dict[str, Any]] = {
     "text-mlm": {**LANGUAGE, "max_length": 16},
     "text-clm": {**LANGUAGE, "max_length": 16},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_collections() -> Iterator[None]:
-    """Each run collects garbage; leave the imported modules out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,6 @@ from tutelage.core.curriculum import Curriculum
 
 Make = Callable[..., CurriculumTrainer]
 SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 0.25, "learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_collections() -> Iterator[None]:
-    """Each run collects garbage; leave the imported modules out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def weights(trainer: CurriculumTrainer) -> dict[str, torch.Tensor]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from tutelage.training.objective import StageObjective
 
 D, K, WIDTH, SEEDS, BATCH = 10, 3, 12, (0, 5, 9), 16
 TASK = TASKS["classification"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_collections() -> Iterator[None]:
-    """Each run collects garbage; leave the imported modules out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def student(seeds: Sequence[int]) -> ParityMLP:

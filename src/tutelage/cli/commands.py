@@ -11,28 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from tutelage.cli.compare import compare_command, report_command
 from tutelage.cli.diagnose import diagnose_command
-from tutelage.cli.parsing import OneLineErrors, Parser
+from tutelage.cli.parsing import Parser
 from tutelage.experiments.distill import describe, distill, quiet_unless_terminal
 from tutelage.experiments.evaluate import evaluate
+from tutelage.experiments.options import ConfigParser, as_flags, read_options
 from tutelage.experiments.plan import describe_plan, plan
 from tutelage.experiments.settings import DEFAULT_LENGTH, RunArguments
 from tutelage.tasks.default import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.training.config import CurriculumConfig
 
 
-class _ConfigParser(OneLineErrors, HfArgumentParser):
-    pass
-
-
 def _parse_config(kinds: Sequence[Any], arguments: Sequence[str], prog: str, extra: Callable[[Any], None]) -> Any:
     """Dataclasses from a YAML file (`--config`) overridden by flags, and the namespace of what `extra` adds."""
-    parser = _ConfigParser(kinds, prog=prog)
+    parser = ConfigParser(kinds, prog=prog)
     parser.add_argument("--config", help="YAML file with any of these options")
     extra(parser)
     config = parser.parse_known_args(arguments)[0].config
@@ -48,26 +43,12 @@ def _parse_config(kinds: Sequence[Any], arguments: Sequence[str], prog: str, ext
 
 
 def _flags(path: Path, known: set[str]) -> list[str]:
-    """A YAML file's options as flags, so that both are parsed alike (YAML alone reads `1:2` as 62, `1e-3` as a string)."""
-    if not path.is_file():
-        raise ValueError(f"no config file {str(path)!r}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
-        words = yaml.load(text, yaml.BaseLoader)  # every scalar a string
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config {str(path)!r} must be a mapping of options, e.g. `method: extraction`")
-    flags: list[str] = []
-    for key, value in values.items():
+    """A YAML file's options as flags, so that both are parsed alike."""
+    options = read_options(path)
+    for key in options:
         if key not in known:
             raise ValueError(f"config {str(path)!r} has an unknown option {key!r}")
-        if isinstance(value, list):
-            flags += [f"--{key}", *(str(word) for word in words[key])]
-        elif value is not None:
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else words[key]}")
-    return flags
+    return as_flags(options)
 
 
 def _distill(arguments: Sequence[str]) -> None:

@@ -1,20 +1,13 @@
-"""Parsers whose errors are one line.
+"""A parser whose errors are one line.
 
-Public names: `OneLineErrors`, `Parser`.
+Public names: `Parser`.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
 
-
-class OneLineErrors:
-    """Mistakes in flags are one line, without the usage of two hundred options above it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise ValueError(message)
+from tutelage.experiments.options import OneLineErrors
 
 
 class Parser(OneLineErrors, argparse.ArgumentParser):

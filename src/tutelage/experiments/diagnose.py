@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from tutelage.core.blocks import HEAD, forward_to
-from tutelage.core.files import replacing, write_atomically
+from tutelage.core.files import write_atomically
 from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.projection import RandomProjection
 from tutelage.experiments.distill import environment
-from tutelage.experiments.plots import COLORS
+from tutelage.experiments.plots import COLORS, save_figure
 from tutelage.experiments.runs import Runner, StopAtTarget
 from tutelage.experiments.systems import System
 from tutelage.experiments.variants import Candidate, parse_variant
@@ -31,7 +31,7 @@ from tutelage.tasks.kinds import detect_task, load_task_model, trunk
 from tutelage.tasks.parity import ParityData, ParityMLP
 from tutelage.tasks.probes import ngram_explained, weights_by_degree
 from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
-from tutelage.teacher.loading import load_config, load_tokenizer
+from tutelage.teacher.loading import load_tokenizer
 from tutelage.teacher.targets import LiveTeacher
 
 _EXAMPLES = 20_000
@@ -114,9 +114,7 @@ def _plot_fourier(result: dict[str, Any], path: Path) -> None:
     right.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def _fourier_table(result: dict[str, Any]) -> str:
@@ -170,9 +168,6 @@ def diagnose_language(
     tokenizer = load_tokenizer(teacher)
     if tokenizer is None:
         raise ValueError(f"found no tokenizer with {teacher!r}: save one into its folder")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    load_config(teacher)
     model = load_task_model(task, teacher)
     source = LiveTeacher(model, trunk(model), blocks)
     data = read_dataset(dataset)
@@ -278,6 +273,4 @@ def _plot_ngrams(result: dict[str, Any], path: Path) -> None:
     )
     axis.grid(alpha=0.3)
     axis.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)

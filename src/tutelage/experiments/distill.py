@@ -25,6 +25,7 @@ from tutelage.experiments.settings import RunArguments, count_parameters, fill_d
 from tutelage.training.checks import check_output_dir
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.evaluation import perplexity
+from tutelage.training.records import evaluation_metrics
 from tutelage.training.trainer import CurriculumTrainer
 
 RESULT_FILE = "result.json"
@@ -92,16 +93,11 @@ def distill(run: RunArguments, args: CurriculumConfig) -> dict[str, Any]:
 def _figures(trainer: CurriculumTrainer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Held-out figures of student and teacher."""
     trainer.args.eval_with_teacher = True
-    measured = {
-        name.removeprefix("eval_"): value
-        for name, value in trainer.evaluate().items()
-        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
-    }
     student: dict[str, Any] = {"parameters": count_parameters(trainer.model)}
     teacher: dict[str, Any] = {}
     if trainer.teacher is not None:
         teacher["parameters"] = count_parameters(trainer.teacher.model)
-    for name, value in measured.items():
+    for name, value in evaluation_metrics(trainer.evaluate()).items():
         (teacher if name.startswith("teacher_") else student)[name.removeprefix("teacher_")] = value
     if "loss" in teacher and trainer.task.per_position:
         teacher["perplexity"] = perplexity(teacher["loss"])

@@ -53,8 +53,6 @@ def evaluate(
         check_tokenizers(tokenizer, load_tokenizer(teacher, trust_remote_code=trust_remote_code))
     elif kind.name == "embedding":
         raise ValueError("an embedding model is measured against its teacher: name one with --teacher")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_task_model(kind, model, what="model", trust_remote_code=trust_remote_code).to(device)
     source, outputs = None, None

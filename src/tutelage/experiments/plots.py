@@ -1,6 +1,6 @@
 """Plots of runs, drawn from their metrics files.
 
-Public names: `plot_run`, `plot_comparison`.
+Public names: `plot_run`, `plot_comparison`, `save_figure`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     axis.set(xlabel="optimiser steps", ylabel="loss of the stage", title=title)
     axis.grid(alpha=0.3)
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_comparison(
@@ -73,10 +73,11 @@ def plot_comparison(
     axes[0].set(ylabel=label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path, dpi: int = 130) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+        figure.savefig(temporary, dpi=dpi, format="png")
     plt.close(figure)

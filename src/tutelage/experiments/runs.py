@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tutelage.tasks.kinds import hidden_size, trunk
 from tutelage.teacher.targets import LiveTeacher
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.records import METRICS_FILE, MetricsFile, last_complete_checkpoint
+from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics, last_complete_checkpoint
 from tutelage.training.trainer import CurriculumTrainer
 
 _RUN_FILE = "run.json"
@@ -45,7 +46,6 @@ class Runner:
     teacher: Teacher
     root: Path
     match: str
-    _per_stage: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def groups(self, seeds: Sequence[int]) -> list[list[int]]:
         """Seeds that run together: all where they are replicated, else one by one."""
@@ -145,6 +145,12 @@ class Runner:
             checks.check_widths(made, hidden_size(student), hidden_size(teacher))
             warm_start.check(made, student, live)
 
+    @functools.cached_property
+    def _blocks(self) -> tuple[int, int]:
+        """Numbers of blocks of student and teacher."""
+        student = self.system.make_student(self.system.fields.seeds[:1])
+        return len(find_blocks(trunk(student))), len(find_blocks(trunk(self.teacher.model)))
+
     @property
     def _budget_steps(self) -> int:
         return max(1, self.system.fields.budget_samples // self.system.fields.batch_size)
@@ -153,10 +159,8 @@ class Runner:
         """Curriculum of a run: `steps`, or its share of the budget, equal in what `match` says."""
         system, batch = self.system, self.system.fields.batch_size
         args = self.arguments(variant, candidate, self.root, 0)
-        student = system.make_student(system.fields.seeds[:1])
-        blocks = (len(find_blocks(trunk(student))), len(find_blocks(trunk(self.teacher.model))))
         whole = steps or max(1, int(system.fields.budget_samples * variant.budget_share) // batch)
-        made = build_curriculum(args, candidate, blocks, self.teacher, whole, batch)
+        made = build_curriculum(args, candidate, self._blocks, self.teacher, whole, batch)
         if steps is not None or self.match == "samples" or variant.method in ("one_shot", "progressive"):
             return made
         return self._equalise(variant, candidate, made, whole)
@@ -181,34 +185,32 @@ class Runner:
         file = self.root / "pilot" / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
-        if variant.name not in self._per_stage:
-            steps = 4 if self.match == "flops" else 24
-            made = self.curriculum(variant, candidate, steps=self._budget_steps)
-            short = dataclasses.replace(
-                made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages)
-            )
-            folder = self.root / "pilot" / name
-            seeds = self.system.fields.seeds if self.system.replicated else self.system.fields.seeds[:1]
-            args = self.arguments(variant, candidate, folder, seeds[0])
-            args.logging_steps, args.eval_on_start, args.overwrite_output_dir = 1, False, True
-            args.eval_strategy, args.save_strategy = "no", "no"
-            trainer = self._trainer(args, seeds, short, [])
-            trainer.train()
-            costs: dict[str, list[float]] = {}
-            previous = first = 0.0
-            for record in MetricsFile(folder / "metrics.jsonl").read():
-                if "loss" not in record:
-                    continue
-                name = record["stage_name"] if record["stage_name"].startswith("hidden") else "output"
-                costs.setdefault(name, []).append(record[self.match] - previous)
-                previous = record[self.match]
-                first = first or previous
-            found = {stage: sorted(values[1:])[len(values[1:]) // 2] for stage, values in costs.items()}
-            found["calibration"] = first - next(iter(found.values())) if self.match == "flops" else 0.0
-            self._per_stage[variant.name] = found
-            shutil.rmtree(folder)
-            write_atomically(file, json.dumps(found))
-        return self._per_stage[variant.name]
+        steps = 4 if self.match == "flops" else 24
+        made = self.curriculum(variant, candidate, steps=self._budget_steps)
+        short = dataclasses.replace(
+            made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages)
+        )
+        folder = self.root / "pilot" / name
+        seeds = self.system.fields.seeds if self.system.replicated else self.system.fields.seeds[:1]
+        args = self.arguments(variant, candidate, folder, seeds[0])
+        args.logging_steps, args.eval_on_start, args.overwrite_output_dir = 1, False, True
+        args.eval_strategy, args.save_strategy = "no", "no"
+        trainer = self._trainer(args, seeds, short, [])
+        trainer.train()
+        costs: dict[str, list[float]] = {}
+        previous = first = 0.0
+        for record in MetricsFile(folder / METRICS_FILE).read():
+            if "loss" not in record:
+                continue
+            stage = record["stage_name"] if record["stage_name"].startswith("hidden") else "output"
+            costs.setdefault(stage, []).append(record[self.match] - previous)
+            previous = record[self.match]
+            first = first or previous
+        found = {stage: sorted(values[1:])[len(values[1:]) // 2] for stage, values in costs.items()}
+        found["calibration"] = first - next(iter(found.values())) if self.match == "flops" else 0.0
+        shutil.rmtree(folder)
+        write_atomically(file, json.dumps(found))
+        return found
 
     def _trainer(
         self, args: CurriculumConfig, seeds: Sequence[int], curriculum: Curriculum, callbacks: list[TrainerCallback]
@@ -267,7 +269,7 @@ class Runner:
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
         self.train(variant, candidate, seeds, folder, [StopAtTarget(self.system, seeds, limit)])
-        curves = _curves(MetricsFile(folder / "metrics.jsonl").read(), seeds, self.system.replicated)
+        curves = _curves(MetricsFile(folder / METRICS_FILE).read(), seeds, self.system.replicated)
         records = [
             {
                 "seed": seed,
@@ -322,11 +324,7 @@ def _curves(
     share = len(seeds) if replicated else 1
     curves: dict[int, list[dict[str, Any]]] = {seed: [] for seed in seeds}
     for record in records:
-        values = {
-            key.removeprefix("eval_"): value
-            for key, value in record.items()
-            if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_time"))
-        }
+        values = evaluation_metrics(record)
         if not values:
             continue
         for index, seed in enumerate(seeds):

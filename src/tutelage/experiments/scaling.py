@@ -21,10 +21,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tutelage.core.files import replacing, write_atomically
+from tutelage.core.files import write_atomically
 from tutelage.experiments.compare import compare
 from tutelage.experiments.distill import environment
-from tutelage.experiments.plots import COLORS
+from tutelage.experiments.plots import COLORS, save_figure
 from tutelage.experiments.recipes.fields import read_fields
 from tutelage.experiments.recipes.parity import ParityMLPFields, parity_mlp
 
@@ -236,9 +236,7 @@ def _plot(fields: ScalingFields, points: Sequence[dict[str, Any]], fits: Sequenc
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=8)
         axes[row][0].set_ylabel(f"samples to {fields.target:.0%}")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def _theory(axis: Any, fields: ScalingFields, k: int, points: Sequence[dict[str, Any]]) -> None:

@@ -104,8 +104,6 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
     check_tokenizers(own, tokenizer)
     tokenizer = tokenizer or own
     assert tokenizer is not None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     data = read_dataset(run.dataset, run.dataset_split)
     if run.eval_dataset:
         held_out = read_dataset(run.eval_dataset)

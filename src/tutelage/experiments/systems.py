@@ -1,6 +1,6 @@
 """A system to compare methods on: teacher, students, data, and the settings that all methods share.
 
-Public names: `System`, `Teacher`, `RecipeFields`.
+Public names: `System`, `Teacher`, `RecipeFields`, `check_positive`, `EVAL_SEED`, `TEACHER_SEED`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+# Streams of evaluation and of teachers are far from those that students train on.
+EVAL_SEED = 1_000_000_007
+TEACHER_SEED = 2_000_000_011
 
 _COUNTS = (
     *(

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 from tutelage.core.files import write_atomically
 from tutelage.experiments.systems import Teacher
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.records import evaluation_metrics
 from tutelage.training.trainer import CurriculumTrainer
 
 _MANIFEST = "teacher.json"
@@ -166,7 +167,7 @@ def _train(
         else f"{rule.factor:g} times the {known['converged_at']:,} examples after which it first reached {rule.metric} "
         f"{rule.value}"
     )
-    final = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if "_per_" not in key}
+    final = evaluation_metrics(trainer.evaluate())
     known["figures"] = {
         "description": f"trained from labels for {until}",
         "samples": samples,

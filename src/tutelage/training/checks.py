@@ -1,7 +1,7 @@
 """Checks made before any compute is spent.
 
 Public names: `check_tokenizers`, `shared_outputs`, `check_outputs`, `check_dataset`, `check_widths`, `check_output_dir`,
-`claim_output_dir`, `run_identity`, `check_same_run`.
+`claim_output_dir`, `require_unused_search`, `run_identity`, `check_same_run`.
 """
 
 from __future__ import annotations
@@ -128,6 +128,17 @@ def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:
         raise ValueError(
             f"projection={kind!r} cannot widen {teacher} to {student}: use projection='gaussian' or a narrower student"
         )
+
+
+def require_unused_search(args: Any, curriculum: Curriculum) -> None:
+    """Let DDP look for unused parameters where a stage leaves some: those above its block."""
+    if args.world_size == 1 or all(stage.kind != "hidden" for stage in curriculum.stages):
+        return
+    if args.ddp_find_unused_parameters is False:
+        raise ValueError(
+            "ddp_find_unused_parameters=False cannot work: a hidden stage leaves the parameters above it unused"
+        )
+    args.ddp_find_unused_parameters = True
 
 
 def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:

@@ -56,7 +56,7 @@ def evaluate_batches(
             pairs.append((gather(mine.float()).cpu(), gather(teacher.output(batch).float()).cpu()))
             on_step()
         return embedding_metrics(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
-    if task.name == "classification":
+    if task.plain:
         return _classification_metrics(student, batches, teacher, gather, on_step)
     totals, count = torch.zeros(6, dtype=torch.float64), 0.0
     for batch in batches:

@@ -95,7 +95,7 @@ class StageObjective(nn.Module):
     def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences."""
         ids = batch.get("input_ids")
-        sequences = self.task.name == "classification" or self._pooled_stage()
+        sequences = self.task.plain or self._pooled_stage()
         if self.stage.kind == "hidden" and ids is not None and not sequences:
             mask = batch.get("attention_mask")
             return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()

@@ -1,6 +1,6 @@
 """What a run leaves behind besides weights: metrics.jsonl, curriculum.json, and the progress kept in checkpoints.
 
-Public names: `Progress`, `MetricsFile`, `last_complete_checkpoint`.
+Public names: `Progress`, `MetricsFile`, `evaluation_metrics`, `last_complete_checkpoint`, `find_checkpoint`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ CURRICULUM_FILE = "curriculum.json"
 TARGETS_FILE = "curriculum.safetensors"
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
+
+
+_TIMINGS = ("_runtime", "_per_second", "_time")
+
+
+def evaluation_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an evaluation in what the trainer logs, without their `eval_` and without how long it took."""
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in record.items()
+        if name.startswith("eval_") and not name.endswith(_TIMINGS)
+    }
 
 
 @dataclass
@@ -99,3 +112,24 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end, if any."""
     return next((folder for folder in reversed(checkpoints(output_dir)) if is_complete(folder)), None)
+
+
+def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means: a folder, True for the newest complete one, else none.
+
+    Raises:
+        ValueError: there is none, or it was not written to its end.
+    """
+    if not asked:
+        return None
+    if asked is True:
+        found = last_complete_checkpoint(output_dir)
+        if found is None:
+            raise ValueError(f"no complete checkpoint in {str(output_dir)!r} to resume from")
+        return found
+    if not is_complete(Path(asked)):
+        raise ValueError(
+            f"checkpoint {asked!r} is missing or was not written to its end: "
+            "resume from an earlier one, or with resume_from_checkpoint=True from the newest complete one"
+        )
+    return Path(asked)

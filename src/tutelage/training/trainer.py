@@ -31,7 +31,7 @@ from tutelage.training.records import (
     TARGETS_FILE,
     MetricsFile,
     Progress,
-    is_complete,
+    find_checkpoint,
     last_complete_checkpoint,
 )
 from tutelage.training.setup import prepare
@@ -91,12 +91,7 @@ class CurriculumTrainer(Trainer):
         self.task, self.teacher = setup.task, setup.teacher
         self.curriculum, self.objective = setup.curriculum, setup.objective
         self.switch = StageSwitch(self.objective)
-        if args.world_size > 1 and any(stage.kind == "hidden" for stage in self.curriculum.stages):
-            if args.ddp_find_unused_parameters is False:
-                raise ValueError(
-                    "ddp_find_unused_parameters=False cannot work: a hidden stage leaves the parameters above it unused"
-                )
-            args.ddp_find_unused_parameters = True
+        checks.require_unused_search(args, self.curriculum)
         args.max_steps = self.curriculum.total_steps
         self.meter = Meter(Progress(), args.world_size, self._sum_over_devices)
         self.metrics_file = MetricsFile(Path(args.output_dir or ".") / METRICS_FILE)
@@ -136,30 +131,23 @@ class CurriculumTrainer(Trainer):
     ) -> Any:
         """Run the whole curriculum, or go on with it; see `transformers.Trainer.train`."""
         output_dir = Path(self.args.output_dir or ".")
-        if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(output_dir)
-            if found is None:
-                raise ValueError(f"no complete checkpoint in {str(output_dir)!r} to resume from")
-            resume_from_checkpoint = str(found)
-        if isinstance(resume_from_checkpoint, str) and not is_complete(Path(resume_from_checkpoint)):
-            raise ValueError(
-                f"checkpoint {resume_from_checkpoint!r} is missing or was not written to its end: "
-                "resume from an earlier one, or with resume_from_checkpoint=True from the newest complete one"
-            )
+        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
         if self.is_world_process_zero():
-            resuming = bool(resume_from_checkpoint)
+            resuming = checkpoint is not None
             checks.claim_output_dir(output_dir, self.curriculum, resuming, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
-        resumed = Progress.load(Path(str(resume_from_checkpoint))) if resume_from_checkpoint else None
         identity = checks.run_identity(self.args, self.curriculum, self.teacher, self.train_dataset)
-        if resumed is not None:
-            checks.check_same_run(resumed.identity, identity, str(resume_from_checkpoint))
-        self.meter = Meter(resumed or Progress(identity=identity), self.args.world_size, self._sum_over_devices)
-        self.switch.entered, self._resumed_stage = None, resumed.stage if resumed else None
-        if resumed is not None and self._finished(Path(str(resume_from_checkpoint))):
+        progress, self._resumed_stage = Progress(identity=identity), None
+        if checkpoint is not None:
+            progress = Progress.load(checkpoint)
+            checks.check_same_run(progress.identity, identity, str(checkpoint))
+            self._resumed_stage = progress.stage
+        self.meter = Meter(progress, self.args.world_size, self._sum_over_devices)
+        self.switch.entered = None
+        if checkpoint is not None and self._finished(checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
         try:
-            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         finally:
             self.switch.set_trainable(self.switch.all)
         self._check_weights()

@@ -20,7 +20,7 @@ from datasets import concatenate_datasets
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, LlamaConfig
 
-from tutelage.experiments.systems import RecipeFields, System, Teacher
+from tutelage.experiments.systems import EVAL_SEED, TEACHER_SEED, RecipeFields, System, Teacher
 from tutelage.experiments.teachers import TeacherRule, trained_teacher
 from tutelage.tasks.default import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
 from tutelage.tasks.kinds import get_task
@@ -28,8 +28,6 @@ from tutelage.tasks.pcfg import PcfgDataset, build_grammar, pcfg_collator, pcfg_
 from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
 from tutelage.teacher.loading import load_model, load_tokenizer
 
-_EVAL_SEED = 1_000_000_007
-_TEACHER_SEED = 2_000_000_011
 # Our best variant, beside the paper's own extraction (`extraction`).
 _BEST = "extraction:layer_map=head:head,warm_start=head,projection=head,normalize=standardize"
 
@@ -123,7 +121,7 @@ def pcfg(fields: PcfgFields, size: str, task: str) -> System:
         task,
         config,
         train=data,
-        held_out=lambda: data(_EVAL_SEED, fields.eval_samples),
+        held_out=lambda: data(EVAL_SEED, fields.eval_samples),
         collator=pcfg_collator(task, grammar, fields.mask_probability),
         identity={"levels": fields.levels, "grammar_seed": fields.grammar_seed, "masked": fields.mask_probability},
     )
@@ -232,7 +230,7 @@ def _language(
         }
         every = fields.teacher_samples // fields.teacher_checkpoints
         rule = TeacherRule("loss", None, 1.0, fields.teacher_samples, every, better="lower")
-        seed = _TEACHER_SEED + fields.teacher_seed
+        seed = TEACHER_SEED + fields.teacher_seed
         return trained_teacher(
             name,
             whole,

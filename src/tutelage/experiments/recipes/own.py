@@ -6,15 +6,14 @@ Public names: `own_system`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
+from tutelage.experiments.options import ConfigParser, as_flags, read_options
 from tutelage.experiments.recipes.fields import read_fields
 from tutelage.experiments.settings import RunArguments, fill_defaults, prepare_run
 from tutelage.experiments.systems import RecipeFields, System, Teacher
@@ -57,9 +56,13 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
     Raises:
         ValueError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
     """
-    options = {**_read(file), **overrides}
+    given = {**read_options(file, "student: layers=2"), **overrides}
     # the keys that name models and data, for distill as for compare
-    options = {("teacher_model_name_or_path" if key == "teacher" else key): value for key, value in options.items()}
+    options = {
+        "teacher_model_name_or_path" if key == "teacher" else key: value
+        for key, value in given.items()
+        if value is not None
+    }
     own = {field.name for field in dataclasses.fields(OwnFields)} - {"eval_samples"}
     run_names = {field.name for field in dataclasses.fields(RunArguments)}
     config_names = {field.name for field in dataclasses.fields(CurriculumConfig)}
@@ -108,36 +111,9 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
     )
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        raise ValueError(message)
-
-
 def _parse(options: Mapping[str, Any]) -> tuple[RunArguments, CurriculumConfig]:
     """Options as `tutelage distill` parses its flags."""
-    words = ["--output_dir=unused"]
-    for key, value in options.items():
-        words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     kinds: Any = (RunArguments, CurriculumConfig)
-    parser = _Parser(kinds)
-    run, config = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    flags = ["--output_dir=unused", *as_flags(options)]
+    run, config = ConfigParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
     return run, config
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"no config file {str(file)!r}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
-        words = yaml.load(text, yaml.BaseLoader)  # YAML alone reads `1:2` as 62, `1e-3` as a string
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {str(file)!r} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config {str(file)!r} must be a mapping of options, e.g. `student: layers=2`")
-    return {
-        key: json.dumps(value) if isinstance(value, dict) else words[key]
-        for key, value in values.items()
-        if value is not None
-    }

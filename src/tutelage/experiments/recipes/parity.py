@@ -13,16 +13,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, default_data_collator
 
-from tutelage.experiments.systems import RecipeFields, System, Teacher
+from tutelage.experiments.systems import EVAL_SEED, TEACHER_SEED, RecipeFields, System, Teacher
 from tutelage.experiments.teachers import TeacherRule, trained_teacher
+from tutelage.tasks.kinds import get_task
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig, check_parity, planted_teacher
 from tutelage.teacher.loading import load_model
+from tutelage.training.evaluation import evaluate_batches
 
-# Evaluation streams are far from all training streams.
-_EVAL_SEED = 1_000_000_007
-_TEACHER_SEED = 2_000_000_011
+# A constant rate, no decay of weights, and the paper's unnormalised targets.
+_PLAIN = {
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "per_device_eval_batch_size": 1024,
+    "normalize": "none",
+}
+# Fields of the recipe, besides its width and support, that a trained teacher depends on.
+_OF_TEACHER = ("d", "k", "teacher_seed", "layers", "head_width", "initializer_range", "eval_samples")
 
 
 @dataclass(frozen=True)
@@ -99,15 +109,7 @@ def parity_mlp(fields: ParityMLPFields, size: str) -> System:
         )
         return Teacher(model, {"description": "planted: computes the parity by construction, not trained"})
 
-    plain = {
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 0.0,
-        "per_device_eval_batch_size": 1024,
-        "normalize": "none",
-    }
+    plain = {**_PLAIN, "optim": "sgd", "max_grad_norm": 0.0}
     teacher: Callable[[Path], Teacher] = planted
     if fields.teacher == "trained" or fields.teacher_path:
         teacher = _teacher("parity-mlp", fields, support, fresh_teacher, _load_network, "classification", plain)
@@ -127,11 +129,11 @@ def parity_mlp(fields: ParityMLPFields, size: str) -> System:
                 **_stages(fields),
             }
         },
-        make_teacher=_checked(teacher, fields, support, replicated=True),
+        make_teacher=_checked(teacher, fields, support, "classification"),
         make_student=student,
         train_data=lambda seeds, count: ParityData(fields.d, fields.k, count, list(seeds), support),
         eval_data=lambda seeds: ParityData(
-            fields.d, fields.k, fields.eval_samples, [seed + _EVAL_SEED for seed in seeds], support
+            fields.d, fields.k, fields.eval_samples, [seed + EVAL_SEED for seed in seeds], support
         ),
         collator=default_data_collator,
         replicated=True,
@@ -178,16 +180,7 @@ def parity_transformer(fields: ParityTransformerFields, size: str) -> System:
         config.num_labels = 2
         return GPT2ForSequenceClassification(config)
 
-    plain = {
-        "optim": "adamw_torch",
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "per_device_eval_batch_size": 1024,
-        "normalize": "none",
-        "warm_start": "none",
-    }
+    plain = {**_PLAIN, "optim": "adamw_torch", "max_grad_norm": 1.0, "warm_start": "none"}
 
     def load(folder: str) -> nn.Module:
         return load_model(folder, GPT2ForSequenceClassification)
@@ -211,10 +204,10 @@ def parity_transformer(fields: ParityTransformerFields, size: str) -> System:
         target=fields.target,
         arguments=plain,
         methods={"extraction": {"num_stages": fields.layers, **_stages(fields)}},
-        make_teacher=_checked(teacher, fields, support, replicated=False),
+        make_teacher=_checked(teacher, fields, support, "sequence_classification"),
         make_student=lambda seeds: build(fields.student_heads, 31 + seeds[0]),
         train_data=lambda seeds, count: ParityData(fields.d, fields.k, count, seeds[0], support),
-        eval_data=lambda seeds: ParityData(fields.d, fields.k, fields.eval_samples, seeds[0] + _EVAL_SEED, support),
+        eval_data=lambda seeds: ParityData(fields.d, fields.k, fields.eval_samples, seeds[0] + EVAL_SEED, support),
         collator=default_data_collator,
         stop_at_target=True,
     )
@@ -250,15 +243,9 @@ def _teacher(
             return Teacher(load(fields.teacher_path), {"description": f"given: {Path(fields.teacher_path).name}"})
         width = getattr(fields, "teacher_width", None) or getattr(fields, "teacher_heads", None)
         identity = {
-            **{key: value for key, value in dataclasses.asdict(fields).items() if key in ("d", "k", "teacher_seed")},
-            **{
-                key: value
-                for key, value in dataclasses.asdict(fields).items()
-                if key in ("layers", "head_width", "initializer_range")
-            },
+            **{name: getattr(fields, name) for name in _OF_TEACHER if hasattr(fields, name)},
             "support": support,
             "width": width,
-            "eval_samples": fields.eval_samples,
         }
         arguments = {
             **plain,
@@ -273,9 +260,9 @@ def _teacher(
         )
 
         def data(count: int) -> tuple[Any, Any]:
-            seed = _TEACHER_SEED + fields.teacher_seed
+            seed = TEACHER_SEED + fields.teacher_seed
             train = ParityData(fields.d, fields.k, count, seed, support)
-            return train, ParityData(fields.d, fields.k, fields.eval_samples, seed + _EVAL_SEED, support)
+            return train, ParityData(fields.d, fields.k, fields.eval_samples, seed + EVAL_SEED, support)
 
         return trained_teacher(name, identity, build, load, rule, arguments, data, default_data_collator)
 
@@ -283,7 +270,7 @@ def _teacher(
 
 
 def _checked(
-    make: Callable[[Path], Teacher], fields: ParityFields, support: tuple[int, ...], *, replicated: bool
+    make: Callable[[Path], Teacher], fields: ParityFields, support: tuple[int, ...], task: str
 ) -> Callable[[Path], Teacher]:
     """Add the teacher's held-out accuracy, after checking that it is a teacher of this parity."""
 
@@ -295,15 +282,9 @@ def _checked(
             raise ValueError(
                 f"the teacher takes {bits} bits, the recipe has d={fields.d}: give the one or change the other"
             )
-        seed = _EVAL_SEED + _TEACHER_SEED + 1
-        ids, labels = ParityData(fields.d, fields.k, fields.eval_samples, seed, support).arrays()
-        teacher.model.eval()
-        with torch.inference_mode():
-            right = []
-            for start in range(0, len(ids), 512):
-                logits = _answers(teacher.model, ids[start : start + 512])
-                right.append((logits.argmax(-1) == labels[start : start + 512]).float())
-        accuracy = float(torch.cat(right).mean())
+        data = ParityData(fields.d, fields.k, fields.eval_samples, EVAL_SEED + TEACHER_SEED + 1, support)
+        batches = DataLoader(data, batch_size=512, collate_fn=default_data_collator)
+        accuracy = evaluate_batches(teacher.model, batches, get_task(task))["accuracy"]
         if accuracy < 0.6:
             raise ValueError(
                 f"the teacher's accuracy on this parity (d={fields.d}, k={fields.k}, support {list(support)}) is "
@@ -312,9 +293,3 @@ def _checked(
         return dataclasses.replace(teacher, figures={**teacher.figures, "accuracy": accuracy})
 
     return checked
-
-
-def _answers(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    if isinstance(model, ParityMLP):
-        return model(ids)
-    return model.score(model.transformer(ids).last_hidden_state[:, -1])
