@@ -32,6 +32,7 @@ def compare_command(arguments: Sequence[str]) -> None:
         "--methods", nargs="+", help="e.g. extraction one_shot extraction:projection=head,warm_start=head"
     )
     parser.add_argument("--match", choices=MATCHES, help="what every method gets as much of; samples if left out")
+    parser.add_argument("--jobs", type=int, default=1, help="runs made side by side, each on its share of the cores")
     parser.add_argument("--output_dir", help="default: comparisons/RECIPE-SIZE")
     parser.add_argument("--teacher", help="folder of a finished teacher; parity-mlp also takes trained or planted")
     options, rest = parser.parse_known_args(arguments)
@@ -50,17 +51,18 @@ def compare_command(arguments: Sequence[str]) -> None:
         )
     if options.teacher is not None:
         overrides |= {"teacher": options.teacher} if is_file else teacher_override(options.teacher)
+    command = shlex.join(["tutelage", "compare", *arguments])
     folder = Path(options.output_dir or Path("comparisons") / (Path(name).stem if is_file else _slug(name)))
     if scaling:
-        result = run_scaling(name, overrides, folder, log=progress)
+        result = run_scaling(name, overrides, folder, jobs=options.jobs, command=command, log=progress)
         print(result["verdict"])
         print(
             f"\nfigures: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
         )
         return
     system = own_system(Path(name), overrides) if is_file else resolve(name, overrides)
-    command = shlex.join(["tutelage", "compare", *arguments])
-    result = compare(system, folder, options.methods, match=options.match or "samples", command=command, log=progress)
+    match = options.match or "samples"
+    result = compare(system, folder, options.methods, match=match, jobs=options.jobs, command=command, log=progress)
     page = write_report(folder)
     print(result["verdict"])
     print(f"\nfigures: {folder / 'comparison.json'}\nreport:  {page}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tutelage.experiments.statistics import median_interval, paired_ratio, reach
 from tutelage.experiments.systems import System, Teacher
 from tutelage.experiments.variants import Variant, candidates, parse_variant
 from tutelage.experiments.verdict import verdict
+from tutelage.experiments.workers import Workers
 
 COMPARISON_FILE = "comparison.json"
 
@@ -28,6 +30,7 @@ def compare(
     methods: Sequence[str] | None = None,
     *,
     match: str = "samples",
+    jobs: int | Workers = 1,
     command: str | None = None,
     log: Any = print,
 ) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def compare(
         output_dir: the comparison's folder; one that holds the same comparison is continued.
         methods: names as `parse_variant` takes them; None is the system's own list.
         match: what every method gets as much of as one-shot: `samples`, `flops` or `seconds`.
+        jobs: runs made side by side, each in a process of its own (1: here, one by one), or the processes themselves.
         command: how to make it again, for the record.
         log: called with a line of progress.
 
@@ -50,8 +54,17 @@ def compare(
     """
     if match not in MATCHES:
         raise ValueError(f"unknown match {match!r}: use one of {', '.join(MATCHES)}")
+    if match == "seconds" and jobs != 1:
+        raise ValueError(
+            "seconds of runs made side by side are not those of runs alone: --match seconds needs --jobs 1"
+        )
     variants = [parse_variant(name) for name in methods or system.default_methods]
     _check(system, variants)
+    if system.sketch_teacher is not None:  # what cannot work with a teacher of its shape is refused before training it
+        sketch = Runner(system, Teacher(system.sketch_teacher(), {}), output_dir, match)
+        for variant in variants:
+            if variant.method != "progressive":  # needs the finished teacher's checkpoints
+                sketch.check(variant)
     _claim(output_dir, system, match)
     log(f"teacher of {system.recipe}/{system.size}")
     teacher = system.make_teacher(output_dir)
@@ -64,8 +77,40 @@ def compare(
     result["methods"] = {variant.name: {"learning_rate": None, "grid": {}, "runs": []} for variant in variants}
     for variant in variants:
         runner.check(variant)
-    for variant in variants:
-        best, grid = runner.tune(variant, log)
+    if jobs == 1:
+        for variant in variants:
+            _run_method(runner, variant, result, log)
+    elif isinstance(jobs, int):
+        with Workers(jobs) as workers:
+            _run_side_by_side(workers, runner, variants, result, log)
+    else:
+        _run_side_by_side(jobs, runner, variants, result, log)
+    result["complete"] = True
+    _summarise(system, result)
+    write_atomically(output_dir / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _run_side_by_side(
+    workers: Workers, runner: Runner, variants: Sequence[Variant], result: dict[str, Any], log: Any
+) -> None:
+    """Every method in a thread of its own, which waits for its runs."""
+    runner.submit = workers.submit
+    result["environment"]["jobs"] = workers.count
+    with ThreadPoolExecutor(len(variants)) as threads:
+        started = [threads.submit(_run_method, runner, variant, result, log) for variant in variants]
+        try:
+            for done in as_completed(started):
+                done.result()
+        except BaseException:
+            workers.stop()  # what has not begun need not begin
+            raise
+
+
+def _run_method(runner: Runner, variant: Variant, result: dict[str, Any], log: Any) -> None:
+    """Tune a method, run it on the reported seeds, and write what there is after each."""
+    best, grid = runner.tune(variant, log)
+    with runner.lock:
         entry: dict[str, Any] = {
             "learning_rate": best.learning_rate,
             "schedule": best.schedule,
@@ -74,15 +119,12 @@ def compare(
             "runs": [],
         }
         result["methods"][variant.name] = entry
-        for group in runner.groups(system.fields.seeds):
-            log(f"{variant.name}: learning rate {best.label}, seeds {', '.join(map(str, group))}")
-            entry["runs"] += runner.run(variant, best, group, runner.folder(variant, best, group))
-            _summarise(system, result)
-            write_atomically(output_dir / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
-    result["complete"] = True
-    _summarise(system, result)
-    write_atomically(output_dir / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
-    return result
+    log(f"{variant.name}: learning rate {best.label}, seeds {', '.join(map(str, runner.system.fields.seeds))}")
+    for records in runner.runs(variant, best, runner.system.fields.seeds):
+        with runner.lock:
+            entry["runs"] += records
+            _summarise(runner.system, result)
+            write_atomically(runner.root / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
 
 
 def _check(system: System, variants: Sequence[Variant]) -> None:

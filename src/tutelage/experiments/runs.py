@@ -14,8 +14,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,9 @@ class Runner:
     teacher: Teacher
     root: Path
     match: str
+    submit: Callable[..., Future[list[dict[str, Any]]]] | None = None
+    """Starts `run` elsewhere (`Workers.submit`); None makes runs here, one by one."""
+    lock: Any = field(default_factory=threading.Lock)
 
     def groups(self, seeds: Sequence[int]) -> list[list[int]]:
         """Seeds that run together: all where they are replicated, else one by one."""
@@ -72,13 +77,13 @@ class Runner:
             # rates first, on the first schedule; then the other schedules at the best rate
             if best is not None and candidate.schedule != tried[0].schedule and candidate.learning_rate != best_rate:
                 continue
-            runs = []
-            for group in self.groups(self.system.fields.tuning_seeds):
-                # where runs end at the target, one that can no longer win need not go on
-                limit = best[0][0] if best is not None and self.system.stop_at_target else None
-                log(f"{variant.name}: tuning {candidate.label}, seeds {', '.join(map(str, group))}")
-                runs += self.run(tuned, candidate, group, self.folder(variant, candidate, group, "tuning"), limit)
-            score, shown = self._score(runs)
+            # where runs end at the target, one that can no longer win need not go on
+            limit = best[0][0] if best is not None and self.system.stop_at_target else None
+            log(
+                f"{variant.name}: tuning {candidate.label}, seeds {', '.join(map(str, self.system.fields.tuning_seeds))}"
+            )
+            made = self.runs(tuned, candidate, self.system.fields.tuning_seeds, "tuning", limit)
+            score, shown = self._score([record for records in made for record in records])
             grid[candidate.label] = shown
             if best is None or score < best[0]:
                 best = (score, candidate)
@@ -251,6 +256,24 @@ class Runner:
         trainer = self._trainer(args, seeds, self.curriculum(variant, candidate), callbacks)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return trainer
+
+    def runs(
+        self,
+        variant: Variant,
+        candidate: Candidate,
+        seeds: Sequence[int],
+        what: str = "runs",
+        limit: float | None = None,
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Records of the runs of some seeds, group by group as they are made; side by side where there are workers."""
+        planned = [(group, self.folder(variant, candidate, group, what)) for group in self.groups(seeds)]
+        if self.submit is None:
+            yield from (self.run(variant, candidate, group, folder, limit) for group, folder in planned)
+            return
+        with self.lock:
+            self.curriculum(variant, candidate)  # makes the pilot that all its runs share, if they need one
+        started = [self.submit(self, variant, candidate, group, folder, limit) for group, folder in planned]
+        yield from (future.result() for future in started)
 
     def run(
         self,

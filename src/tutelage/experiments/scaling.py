@@ -8,9 +8,10 @@ learning from labels does; with a curriculum the exponent in d no longer grows w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from tutelage.core.files import write_atomically
 from tutelage.experiments.compare import compare
 from tutelage.experiments.distill import environment
 from tutelage.experiments.plots import COLORS, save_figure
+from tutelage.experiments.recipes import resolve
 from tutelage.experiments.recipes.fields import read_fields
-from tutelage.experiments.recipes.parity import ParityMLPFields, parity_mlp
+from tutelage.experiments.workers import Workers
 
 METHODS = ("extraction", "one_shot", "scratch")
 _DRAWS = 2000
@@ -82,7 +84,13 @@ SCALING_SIZES = {
 
 
 def run_scaling(
-    name: str, overrides: Mapping[str, Any], folder: Path, log: Callable[[str], None] = print
+    name: str,
+    overrides: Mapping[str, Any],
+    folder: Path,
+    *,
+    jobs: int = 1,
+    command: str | None = None,
+    log: Any = print,
 ) -> dict[str, Any]:
     """Compare methods at every (k, teacher, d) and fit exponents; writes scaling.json, scaling.png and report.md.
 
@@ -90,6 +98,9 @@ def run_scaling(
         name: `scaling` or `scaling/SIZE`.
         overrides: fields of `ScalingFields`.
         folder: the experiment's; each comparison has a folder below it, and finished ones are not made again.
+        jobs: runs made side by side.
+        command: how to make it again, for the record.
+        log: called with a line of progress.
     """
     size = name.partition("/")[2] or "laptop"
     if size not in SCALING_SIZES:
@@ -112,28 +123,32 @@ def run_scaling(
         )
     }
     systems = {  # all of them first, so that what one refuses is refused before the others run
-        (k, teacher, d): parity_mlp(ParityMLPFields(**shared, d=d, k=k, teacher=teacher), "own")
+        (k, teacher, d): resolve("parity-mlp/laptop", {**shared, "d": d, "k": k, "teacher": teacher})
         for k in fields.ks
         for teacher in fields.teachers
         for d in fields.ds
     }
     points: list[dict[str, Any]] = []
-    for (k, teacher, d), system in systems.items():
-        log(f"k={k} d={d}, {teacher} teacher")
-        result = compare(system, folder / f"k{k}-{teacher}-d{d}", METHODS, command=None, log=lambda line: None)
-        for method, entry in result["methods"].items():
-            points.append(
-                {
-                    "k": k,
-                    "teacher": teacher,
-                    "d": d,
-                    "method": method,
-                    "learning_rate": entry["learning_rate"],
-                    "samples": [run["samples_to_target"] for run in entry["runs"]],
-                }
-            )
-        _write(folder, name, fields, points)
-    return _write(folder, name, fields, points)
+    written: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        workers = 1 if jobs == 1 else stack.enter_context(Workers(jobs))
+        for (k, teacher, d), system in systems.items():
+            log(f"k={k} d={d}, {teacher} teacher")
+            cell = folder / f"k{k}-{teacher}-d{d}"
+            result = compare(system, cell, METHODS, jobs=workers, command=None, log=lambda line: None)
+            for method, entry in result["methods"].items():
+                points.append(
+                    {
+                        "k": k,
+                        "teacher": teacher,
+                        "d": d,
+                        "method": method,
+                        "learning_rate": entry["learning_rate"],
+                        "samples": [run["samples_to_target"] for run in entry["runs"]],
+                    }
+                )
+            written = _write(folder, name, command, fields, points)
+    return written
 
 
 def fit_exponent(points: Sequence[tuple[int, Sequence[float | None]]]) -> dict[str, Any]:
@@ -165,7 +180,9 @@ def fit_exponent(points: Sequence[tuple[int, Sequence[float | None]]]) -> dict[s
     return {"exponent": exponent, "ci95": interval, "intercept": intercept, "unreached": unreached}
 
 
-def _write(folder: Path, name: str, fields: ScalingFields, points: list[dict[str, Any]]) -> dict[str, Any]:
+def _write(
+    folder: Path, name: str, command: str | None, fields: ScalingFields, points: list[dict[str, Any]]
+) -> dict[str, Any]:
     fits = []
     for k in fields.ks:
         for teacher in fields.teachers:
@@ -177,7 +194,7 @@ def _write(folder: Path, name: str, fields: ScalingFields, points: list[dict[str
     result = {
         "recipe": "scaling",
         "size": name.partition("/")[2] or "laptop",
-        "command": f"tutelage compare {name}",
+        "command": command or f"tutelage compare {name}",
         "settings": dataclasses.asdict(fields),
         "environment": environment(),
         "points": points,

@@ -115,6 +115,10 @@ class System:
     """Methods compared unless asked otherwise."""
     tokenizer: Any = None
     """Tokenizer of language systems."""
+    sketch_teacher: Callable[[], nn.Module] | None = None
+    """An untrained teacher of the finished one's shape, where that is known before it is trained or loaded."""
+    again: Callable[[], System] | None = None
+    """Makes this system in another process; picklable."""
 
     def reached(self, value: float, target: float) -> bool:
         """Whether a value of the metric is as good as `target`."""

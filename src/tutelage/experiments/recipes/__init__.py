@@ -5,6 +5,7 @@ Public names: `RECIPES`, `Recipe`, `resolve`, `SIZES`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -177,4 +178,5 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> System:
     recipe = RECIPES[recipe_name]
     if size not in recipe.sizes:
         raise ValueError(f"unknown size {size!r} of {recipe_name}: there are {', '.join(recipe.sizes)}")
-    return recipe.make(read_fields(recipe.sizes[size], overrides or {}, recipe_name), size)
+    made = recipe.make(read_fields(recipe.sizes[size], overrides or {}, recipe_name), size)
+    return dataclasses.replace(made, again=functools.partial(resolve, name, dict(overrides or {})))

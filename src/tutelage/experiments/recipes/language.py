@@ -266,6 +266,7 @@ def _language(
         collator=collator,
         default_methods=("extraction", _BEST, "one_shot", "progressive", "scratch"),
         tokenizer=tokenizer,
+        sketch_teacher=None if fields.teacher_path else lambda: build(fields.teacher_heads, fields.teacher_seed),
     )
 
 

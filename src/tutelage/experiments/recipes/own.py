@@ -6,6 +6,7 @@ Public names: `own_system`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
         collator=prepared.collator,
         default_methods=("extraction", "extraction:warm_start=none,normalize=none", "one_shot"),
         tokenizer=prepared.tokenizer,
+        again=functools.partial(own_system, file, dict(overrides)),
     )
 
 

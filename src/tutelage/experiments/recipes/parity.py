@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -44,7 +45,7 @@ class ParityFields(RecipeFields):
     k: int = 5
     """Bits that the label is the parity of."""
     support: tuple[int, ...] | None = None
-    """Their coordinates; unset takes the first k."""
+    """Their coordinates; unset takes the first k (two-layer networks) or draws k (transformers)."""
     target: float = 0.99
     """Held-out accuracy to reach."""
     teacher_path: str | None = None
@@ -139,6 +140,7 @@ def parity_mlp(fields: ParityMLPFields, size: str) -> System:
         replicated=True,
         stop_at_target=True,
         default_methods=methods if fields.teacher == "planted" else (*methods, "progressive"),
+        sketch_teacher=None if fields.teacher_path else fresh_teacher,
     )
 
 
@@ -160,7 +162,12 @@ class ParityTransformerFields(ParityFields):
 
 def parity_transformer(fields: ParityTransformerFields, size: str) -> System:
     """Transformers with few heads from one with many."""
+    # The first k positions would be no sparse parity: at position k a causal block sees the support and nothing else.
     support = check_parity(fields.d, fields.k, fields.support)
+    if fields.support is None:
+        drawn = np.random.RandomState(fields.teacher_seed).choice(fields.d, fields.k, replace=False)
+        support = tuple(sorted(int(coordinate) for coordinate in drawn))
+        fields = dataclasses.replace(fields, support=support)
 
     def build(heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -210,6 +217,7 @@ def parity_transformer(fields: ParityTransformerFields, size: str) -> System:
         eval_data=lambda seeds: ParityData(fields.d, fields.k, fields.eval_samples, seeds[0] + EVAL_SEED, support),
         collator=default_data_collator,
         stop_at_target=True,
+        sketch_teacher=None if fields.teacher_path else lambda: build(fields.teacher_heads, fields.teacher_seed),
     )
 
 

@@ -1,0 +1,101 @@
+"""Processes that make the runs of a comparison side by side.
+
+Public names: `Workers`.
+
+A run depends on its own settings and seeds alone, so what comes out does not depend on how many there are, seconds apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage.experiments.distill import quiet_unless_terminal
+from tutelage.experiments.runs import Runner
+from tutelage.experiments.systems import System
+from tutelage.experiments.variants import Candidate, Variant
+
+
+class Workers:
+    """A pool of `count` processes, each with its share of the machine's threads.
+
+    Used as a context manager; a process makes its system and teacher once for as long as runs of the same one come in.
+    """
+
+    def __init__(self, count: int):
+        if count < 1:
+            raise ValueError(f"jobs must be at least 1, got {count}")
+        self.count = count
+        threads = max(1, torch.get_num_threads() // count)
+        self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start, (threads,))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Let runs that have begun end, and begin no other."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(
+        self,
+        runner: Runner,
+        variant: Variant,
+        candidate: Candidate,
+        seeds: Sequence[int],
+        folder: Path,
+        limit: float | None,
+    ) -> Future[list[dict[str, Any]]]:
+        """`Runner.run` in a process of the pool."""
+        again = runner.system.again
+        if again is None:
+            raise ValueError("runs side by side need a system made by resolve or own_system: leave jobs out")
+        system = pickle.dumps(again)
+        return self._pool.submit(
+            _run, system, runner.root, runner.match, variant, candidate, list(seeds), folder, limit
+        )
+
+
+def _start(threads: int) -> None:
+    torch.set_num_threads(threads)
+    quiet_unless_terminal(True)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """End with the parent, also where it was killed and could not say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@functools.lru_cache(maxsize=1)
+def _runner(system: bytes, root: Path, match: str) -> Runner:
+    again: Callable[[], System] = pickle.loads(system)  # of this program's own making, from its own memory
+    made = again()
+    return Runner(made, made.make_teacher(root), root, match)
+
+
+def _run(
+    system: bytes,
+    root: Path,
+    match: str,
+    variant: Variant,
+    candidate: Candidate,
+    seeds: list[int],
+    folder: Path,
+    limit: float | None,
+) -> list[dict[str, Any]]:
+    return _runner(system, root, match).run(variant, candidate, seeds, folder, limit)
