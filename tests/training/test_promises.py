@@ -234,3 +234,18 @@ def test_an_adapter_student_trains(make_trainer: Make) -> None:
     changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
+
+
+def test_a_collator_that_draws_draws_the_same_at_every_evaluation(make_trainer: Make) -> None:
+    def dropping(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = CausalCollator()(rows)
+        batch["labels"][torch.rand(batch["labels"].shape) < 0.5] = -100
+        return batch
+
+    trainer = make_trainer()
+    trainer.data_collator = dropping
+    before = torch.get_rng_state()
+    first = trainer.evaluate()["eval_loss"]
+    assert torch.equal(torch.get_rng_state(), before)  # training's own draws go on as if nothing had been evaluated
+    torch.rand(3)
+    assert trainer.evaluate()["eval_loss"] == first

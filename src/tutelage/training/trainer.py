@@ -399,8 +399,9 @@ class CurriculumTrainer(Trainer):
             super()._load_best_model()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in transformers; its time does not count as training."""
-        with self.meter.stopped():
+        """As in transformers; its time does not count as training, and a collator that draws masks draws the same each time."""
+        with self.meter.stopped(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.args.seed)
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
