@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -623,3 +624,66 @@ def test_verdict_is_that_of_the_runs(tmp_path: Path) -> None:
         assert f"{reached} of 2 seeds" in result["verdict"]
         assert f"{name} reached" in result["verdict"] or f"{name} did not reach" in result["verdict"]
     assert "times the samples of one_shot" in result["verdict"]
+
+
+# ---- Side by side, and what goes wrong ----
+
+
+def test_runs_side_by_side_say_what_runs_one_by_one_say(tmp_path: Path) -> None:
+    fields = {**TRAINED, "learning_rates": (0.1, 0.3)}
+    system, methods = resolve("parity-mlp/smoke", fields), ("extraction", "one_shot", "progressive")
+    alone = made(system, tmp_path / "alone", methods)
+    together = made(system, tmp_path / "together", methods, jobs=2)
+    assert together["environment"].pop("jobs") == 2
+    together["environment"], alone["environment"] = {}, {}
+    assert timeless(together) == timeless(alone)
+    assert list(together["methods"]) == list(methods)
+
+
+def test_side_by_side_an_error_of_a_run_ends_the_comparison(tmp_path: Path) -> None:
+    system = tiny(support=(0, 1))
+    broken = dataclasses.replace(system, again=functools.partial(resolve, "parity-mlp/none"))
+    with pytest.raises(ValueError, match="unknown size 'none'"):
+        compare(broken, tmp_path / "o", METHODS, jobs=2, log=lambda line: None)
+    with pytest.raises(ValueError, match="made by resolve or own_system"):
+        compare(dataclasses.replace(system, again=None), tmp_path / "o", METHODS, jobs=2, log=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"jobs": 0}, "jobs must be at least 1"), ({"jobs": 2, "match": "seconds"}, "--match seconds needs --jobs 1")],
+)
+def test_jobs_that_cannot_work_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(tiny(), tmp_path / "o", METHODS, log=lambda line: None, **settings)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path: Path) -> None:
+    result = made(tiny(learning_rates=(1e30, 0.1)), tmp_path / "o", ["one_shot"])
+    entry = result["methods"]["one_shot"]
+    assert entry["learning_rate"] == 0.1
+    assert entry["grid"]["1e+30"] == {"score": None, "unit": "samples to target", "diverged": True}
+    assert all("diverged" not in run for run in entry["runs"])
+
+
+def test_a_method_that_diverges_at_every_rate_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one_shot diverged at every learning rate tried"):
+        compare(tiny(learning_rates=(1e30, 1e31)), tmp_path / "o", ["one_shot"], log=lambda line: None)
+
+
+def test_a_reported_run_that_diverges_is_a_run_that_never_arrived(tmp_path: Path) -> None:
+    result = made(tiny(learning_rates=(1e30,)), tmp_path / "o", ["one_shot"])
+    for run in result["methods"]["one_shot"]["runs"]:
+        assert "not finite" in run["diverged"] or "loss is" in run["diverged"]
+        assert run["samples_to_target"] is None
+
+
+def test_a_method_that_cannot_work_is_refused_before_the_teacher_is_trained(
+    tmp_path: Path, trainers: list[dict[str, Any]]
+) -> None:
+    system = resolve("parity-mlp/smoke", TRAINED)
+    with pytest.raises(ValueError, match="layer_map: the student has blocks 1 to 2"):
+        compare(system, tmp_path / "o", ["extraction:layer_map=9:9"], log=lambda line: None)
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "o").exists()

@@ -54,6 +54,8 @@ def compare(
     """
     if match not in MATCHES:
         raise ValueError(f"unknown match {match!r}: use one of {', '.join(MATCHES)}")
+    if isinstance(jobs, int) and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     if match == "seconds" and jobs != 1:
         raise ValueError(
             "seconds of runs made side by side are not those of runs alone: --match seconds needs --jobs 1"

@@ -164,6 +164,7 @@ def _learning_rates(comparison: Json) -> Table:
             rate, _, schedule = key.partition(" ")
             score, stopped = cell.get("score"), cell.get("stopped_after")
             text = f"> {show_number(stopped)}" if score is None and stopped else show_number(score)
+            text = "diverged" if cell.get("diverged") else text
             text += f" {cell.get('unit', '')}" if len(units) > 1 else ""
             text += " ✓" if (float(rate), schedule) == chosen else ""
             cells.setdefault((name, schedule), {})[float(rate)] = text
@@ -191,6 +192,7 @@ def _every_run(comparison: Json) -> Table:
                 row.append(beyond if reached is None else show_number(reached))
                 row += [show_number(run.get(f"{axis}_to_target")) for axis in ("flops", "seconds")]
             state = show_number(final.get(metric)) if final else "still running"
+            state += " (diverged)" if run.get("diverged") else ""
             rows.append((*row, state, show_number(run.get("seconds"))))
     to_target = () if target is None else ("samples to target", "FLOPs to target", "seconds to target")
     return Table("Every run", ("method", "seed", *to_target, f"final {metric}", "seconds"), rows)

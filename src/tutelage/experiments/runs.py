@@ -34,7 +34,7 @@ from tutelage.teacher.targets import LiveTeacher
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics, last_complete_checkpoint
-from tutelage.training.trainer import CurriculumTrainer
+from tutelage.training.trainer import CurriculumTrainer, TrainingDiverged
 
 _RUN_FILE = "run.json"
 MATCHES = ("samples", "flops", "seconds")
@@ -90,6 +90,10 @@ class Runner:
                 if candidate.schedule == tried[0].schedule:
                     best_rate = candidate.learning_rate
         assert best is not None
+        if all(cell.get("diverged") for cell in grid.values()):
+            raise ValueError(
+                f"{variant.name} diverged at every learning rate tried ({', '.join(grid)}): add smaller learning_rates"
+            )
         return best[1], grid
 
     def _score(self, runs: list[dict[str, Any]]) -> tuple[tuple[float, float], dict[str, Any]]:
@@ -98,13 +102,16 @@ class Runner:
         sign = -1.0 if system.better == "higher" else 1.0
         finals = sorted(run["final"][metric] for run in runs)
         final = finals[len(finals) // 2]
+        unit = "samples to target" if system.stop_at_target else f"final {metric}"
+        if any("diverged" in run for run in runs):
+            return (float("inf"), float("inf")), {"score": None, "unit": unit, "diverged": True}
         if not system.stop_at_target:
-            return (sign * final, 0.0), {"score": final, "unit": f"final {metric}"}
+            return (sign * final, 0.0), {"score": final, "unit": unit}
         target = system.target
         assert target is not None
         points = [reached_at(run["curve"], metric, lambda value: system.reached(value, target)) for run in runs]
         median, _ = median_interval([None if point is None else point["samples"] for point in points])
-        shown = {"score": median, "unit": "samples to target", f"final_{metric}": final}
+        shown = {"score": median, "unit": unit, f"final_{metric}": final}
         if median is None:
             shown["stopped_after"] = runs[0]["curve"][-1]["samples"]
         return (float("inf") if median is None else median, sign * final), shown
@@ -291,7 +298,11 @@ class Runner:
         file = folder / _RUN_FILE
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
-        self.train(variant, candidate, seeds, folder, [StopAtTarget(self.system, seeds, limit)])
+        try:
+            self.train(variant, candidate, seeds, folder, [StopAtTarget(self.system, seeds, limit)])
+            diverged = {}
+        except TrainingDiverged as error:  # says something of the rate, and must not end the comparison
+            diverged = {"diverged": str(error)}
         curves = _curves(MetricsFile(folder / METRICS_FILE).read(), seeds, self.system.replicated)
         records = [
             {
@@ -299,6 +310,7 @@ class Runner:
                 "seconds": curve[-1]["seconds"],
                 "final": {key: value for key, value in curve[-1].items() if key not in MATCHES},
                 "curve": curve,
+                **diverged,
             }
             for seed, curve in curves.items()
         ]

@@ -32,8 +32,6 @@ class Workers:
     """
 
     def __init__(self, count: int):
-        if count < 1:
-            raise ValueError(f"jobs must be at least 1, got {count}")
         self.count = count
         threads = max(1, torch.get_num_threads() // count)
         self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start, (threads,))
