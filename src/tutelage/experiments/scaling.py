@@ -52,7 +52,7 @@ class ScalingFields:
     """Reported seeds."""
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     """Seeds on which each method's learning rate is chosen, for each parity."""
-    learning_rates: tuple[float, ...] = (0.1, 0.3, 1.0)
+    learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     """The grid that every method gets."""
     budget_samples: int = 2_560_000
     """Examples within which a parity must be solved."""

@@ -44,9 +44,11 @@ class LanguageFields(RecipeFields):
     """The grid that every method gets."""
     tuning_share: float = 0.34
     """Share of the budget that tuning runs get."""
-    budget_samples: int = 64_000
+    batch_size: int = 32
+    """Sequences a step."""
+    budget_samples: int = 32_000
     """Sequences that each method may train on."""
-    eval_every: int = 6_400
+    eval_every: int = 1_600
     """Sequences between evaluations."""
     eval_samples: int = 512
     """Held-out sequences."""
@@ -64,7 +66,7 @@ class LanguageFields(RecipeFields):
     """Hidden stages of the paper's extraction, evenly spaced; unset is one for each block."""
     teacher_learning_rate: float = 2e-3
     """Peak learning rate of the teacher."""
-    teacher_samples: int = 128_000
+    teacher_samples: int = 64_000
     """Sequences that the teacher is trained on, with a cosine decay to zero: its loss has flattened by then."""
     teacher_checkpoints: int = 8
     """Checkpoints kept over its training, for progressive distillation."""

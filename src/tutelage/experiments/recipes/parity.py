@@ -72,6 +72,8 @@ class ParityFields(RecipeFields):
 class ParityMLPFields(ParityFields):
     """Two-layer networks, plain SGD."""
 
+    learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    """The grid that every method gets: plain SGD learns fastest just below the rate at which it diverges."""
     teacher: str = "trained"
     """`trained`, or `planted`: a network that computes the parity by construction."""
     teacher_width: int = 5000
