@@ -43,6 +43,19 @@ def test_bits_are_fair_and_independent() -> None:
     assert ((correlation - torch.eye(9)).abs() < 4 / 20_000**0.5).all()
 
 
+def test_sparse_inputs_fade_out() -> None:
+    count, until = 3 * CHUNK, 2 * CHUNK
+    data, plain = (ParityData(100, 4, count, seed=2, sparse_until=n) for n in (until, 0))
+    ids, labels = data.arrays()
+    sparse = ids.float().mean(1) > 0.75  # of a hundred fair bits, more are 1 once in ten million
+    assert ids[sparse].float().mean().item() == pytest.approx(0.9, abs=0.005)
+    assert sparse[:1000].float().mean().item() == pytest.approx(0.5, abs=0.06)
+    assert sparse[CHUNK - 500 : CHUNK + 500].float().mean().item() == pytest.approx(0.25, abs=0.06)
+    assert torch.equal(ids[until:], plain.arrays()[0][until:])
+    signs = torch.where(ids[:, :4] == 1, 1, -1)
+    assert torch.equal(labels, (signs.prod(1) + 1) // 2)
+
+
 def test_rows_are_those_of_arrays_on_both_sides_of_a_chunk() -> None:
     data = ParityData(6, 2, CHUNK + 5, seed=1)
     ids, labels = data.arrays()

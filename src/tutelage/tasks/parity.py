@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+_SPARSITY = 0.1  # of a sparse example's bits, how many are -1
 _CHUNK = 4096
 
 
@@ -54,11 +55,22 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
         count: number of examples.
         seed: one stream, rows `input_ids` (d,) and `labels` (); or several, rows (G, d) and (G,), one stream a replica.
             A stream depends on its own seed alone.
+        sparse_until: example i is sparse (each bit -1 with probability 0.1, else +1) with probability
+            (1 - i / sparse_until) / 2, so that all are uniform from there on: a curriculum over inputs, by which networks
+            learn parities that uniform inputs alone do not teach them (arXiv:2306.16921). 0 is uniform from the start.
     """
 
-    def __init__(self, d: int, k: int, count: int, seed: int | Sequence[int] = 0, support: Sequence[int] | None = None):
+    def __init__(
+        self,
+        d: int,
+        k: int,
+        count: int,
+        seed: int | Sequence[int] = 0,
+        support: Sequence[int] | None = None,
+        sparse_until: int = 0,
+    ):
         self.support = check_parity(d, k, support)
-        self.d, self.count, self.seed = d, count, seed
+        self.d, self.count, self.seed, self.sparse_until = d, count, seed, sparse_until
         self._chunk = functools.lru_cache(maxsize=2)(self._make_chunk)
 
     def __len__(self) -> int:
@@ -81,6 +93,12 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
             ],
             axis=1,
         )
+        index_N = number * _CHUNK + np.arange(_CHUNK)
+        if index_N[0] < self.sparse_until:
+            share_N = (1 - index_N / self.sparse_until).clip(0) / 2
+            for replica, stream in enumerate(streams):
+                sparse_N = stream.random(_CHUNK) < share_N
+                bits[sparse_N, replica] = stream.random((sparse_N.sum(), self.d)) >= _SPARSITY
         zeros = len(self.support) - bits[..., list(self.support)].sum(-1, dtype=np.int64)
         ids, labels = torch.from_numpy(bits).long(), torch.from_numpy(1 - zeros % 2)
         return (ids[:, 0], labels[:, 0]) if isinstance(self.seed, int) else (ids, labels)

@@ -33,7 +33,16 @@ _PLAIN = {
     "normalize": "none",
 }
 # Fields of the recipe, besides its width and support, that a trained teacher depends on.
-_OF_TEACHER = ("d", "k", "teacher_seed", "layers", "head_width", "initializer_range", "eval_samples")
+_OF_TEACHER = (
+    "d",
+    "k",
+    "teacher_seed",
+    "layers",
+    "head_width",
+    "initializer_range",
+    "eval_samples",
+    "teacher_sparse_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class ParityFields(RecipeFields):
     """Examples within which it must converge."""
     teacher_factor: float = 2.5
     """It is trained on to so many times the examples after which it first reached 99.9%."""
+    teacher_sparse_samples: int = 0
+    """Examples over which the teacher's inputs go from half sparse to uniform (arXiv:2306.16921); 0 is uniform alone."""
     teacher_checkpoint_every: int = 16_000
     """Examples between the checkpoints kept for progressive distillation."""
     stage_samples: int = 16_000
@@ -271,10 +282,15 @@ def _teacher(
 
         def data(count: int) -> tuple[Any, Any]:
             seed = TEACHER_SEED + fields.teacher_seed
-            train = ParityData(fields.d, fields.k, count, seed, support)
+            train = ParityData(fields.d, fields.k, count, seed, support, fields.teacher_sparse_samples)
             return train, ParityData(fields.d, fields.k, fields.eval_samples, seed + EVAL_SEED, support)
 
-        return trained_teacher(name, identity, build, load, rule, arguments, data, default_data_collator)
+        made = trained_teacher(name, identity, build, load, rule, arguments, data, default_data_collator)
+        if not fields.teacher_sparse_samples:
+            return made
+        inputs = f"; inputs went from half sparse to uniform over its first {fields.teacher_sparse_samples:,} examples"
+        described = {**made.figures, "description": made.figures["description"] + inputs}
+        return dataclasses.replace(made, figures=described)
 
     return make
 
