@@ -52,9 +52,9 @@ class ScalingFields:
     """Reported seeds."""
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     """Seeds on which each method's learning rate is chosen, for each parity."""
-    learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    learning_rates: tuple[float, ...] = (3.0, 1.0, 0.3, 10.0)
     """The grid that every method gets."""
-    budget_samples: int = 2_560_000
+    budget_samples: int = 960_000
     """Examples within which a parity must be solved."""
     eval_every: int = 3_200
     """Examples between evaluations."""
