@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import IGNORED_LABEL
+from tutelage.core.topk import TopK, top_k, top_k_divergence
 
 # Logits held at a time: 2^24 float32 values are 64 MiB a tensor, large enough that the matrix products stay efficient.
 CHUNK_LOGITS = 2**24
@@ -47,6 +48,8 @@ class _OutputSpec:
     labels: torch.Tensor | None
     temperature: float
     label_weight: float
+    top_k: int | None
+    targets: TopK | None
 
 
 def output_loss(
@@ -59,6 +62,8 @@ def output_loss(
     temperature: float = 1.0,
     label_weight: float = 0.0,
     chunk_size: int | None = None,
+    top_k: int | None = None,
+    targets: TopK | None = None,
 ) -> torch.Tensor:
     """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once.
 
@@ -74,12 +79,17 @@ def output_loss(
         temperature: t.
         label_weight: a.
         chunk_size: positions a chunk; None chooses it so that a chunk holds about 2^24 logits.
+        top_k: the divergence over so many of the teacher's outputs and the rest as one bucket (`top_k_divergence`); None is
+            over all outputs.
+        targets: the teacher's largest outputs at this temperature, in place of its hidden states and head.
     """
     if label_weight > 0 and labels_N is None:
         raise ValueError("a label_weight above 0 needs labels in the batch")
-    if label_weight < 1 and (teacher_hidden_NE is None or teacher_head is None):
+    if label_weight < 1 and targets is None and (teacher_hidden_NE is None or teacher_head is None):
         raise ValueError("a label_weight below 1 needs the teacher's hidden states and head")
-    spec = _OutputSpec(student_head, teacher_hidden_NE, teacher_head, labels_N, temperature, label_weight)
+    spec = _OutputSpec(
+        student_head, teacher_hidden_NE, teacher_head, labels_N, temperature, label_weight, top_k, targets
+    )
     if chunk_size is None:
         chunk_size = max(1, CHUNK_LOGITS // student_head.linear.out_features)
     return _ChunkedOutputLoss.apply(
@@ -134,15 +144,11 @@ def _loss_and_logit_grad(
     gradient = logits.new_empty(0)
     share, t = 1 - spec.label_weight, spec.temperature
     if share > 0:
-        assert spec.teacher_hidden is not None and spec.teacher_head is not None
         log_q = torch.log_softmax(logits.float() / t if t != 1 else logits.float(), dim=-1)
-        teacher_logits = spec.teacher_head(spec.teacher_hidden[rows]).float()
-        log_p = torch.log_softmax(teacher_logits / t if t != 1 else teacher_logits, dim=-1)
-        del teacher_logits
-        p = log_p.exp()
-        loss += share * t * t * (p * log_p.sub_(log_q)).sum()
-        if with_grad:
-            gradient = log_q.exp_().sub_(p).mul_(share * t)
+        divergence, found = _divergence(log_q, spec, rows, with_grad)
+        loss += share * t * t * divergence
+        if found is not None:
+            gradient = found.mul_(share * t)
     if spec.label_weight > 0:
         assert spec.labels is not None
         labels = spec.labels[rows]
@@ -154,6 +160,23 @@ def _loss_and_logit_grad(
             label_gradient.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
             gradient = label_gradient if share == 0 else gradient.add_(label_gradient)
     return loss, gradient
+
+
+def _divergence(
+    log_q: torch.Tensor, spec: _OutputSpec, rows: slice, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """KL(teacher || student) at the loss's temperature, and its gradient with respect to the student's scaled logits."""
+    if spec.targets is not None:
+        return top_k_divergence(log_q, spec.targets[rows], with_grad)
+    assert spec.teacher_hidden is not None and spec.teacher_head is not None
+    teacher_logits = spec.teacher_head(spec.teacher_hidden[rows]).float()
+    if spec.top_k is not None:
+        return top_k_divergence(log_q, top_k(teacher_logits, spec.top_k, spec.temperature), with_grad)
+    log_p = torch.log_softmax(teacher_logits / spec.temperature if spec.temperature != 1 else teacher_logits, dim=-1)
+    del teacher_logits
+    p = log_p.exp()
+    divergence = (p * log_p.sub_(log_q)).sum()
+    return divergence, log_q.exp_().sub_(p) if with_grad else None
 
 
 @torch.no_grad()
