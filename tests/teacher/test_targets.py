@@ -44,12 +44,12 @@ def batch(rows: int = 8, length: int = 12, seed: int = 0) -> dict[str, torch.Ten
 
 
 def maps_of(
-    teacher: LiveTeacher, layer_map: Any = ((1, 2), (HEAD, HEAD)), decode: bool = False, **settings: Any
+    teacher: LiveTeacher, layer_map: Any = ((1, 2), (HEAD, HEAD)), moment: bool = False, **settings: Any
 ) -> tuple[Curriculum, Any]:
     curriculum = extraction(2, 4, 30, layer_map=list(layer_map), **settings)
     head = OutputHead.of(teacher.model)
     return curriculum, calibrate(
-        teacher, curriculum, [batch(seed=1), batch(seed=2)], WIDTH, decode_head=decode, head=head
+        teacher, curriculum, [batch(seed=1), batch(seed=2)], WIDTH, keep_moment=moment, head=head
     )
 
 
@@ -174,12 +174,12 @@ def test_the_head_projection_is_built_from_the_teachers_head(teacher: LiveTeache
 
 
 @pytest.mark.parametrize("projection", [*RANDOM_KINDS, "pca", "head"])
-@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("moment", [False, True])
 @pytest.mark.parametrize("normalize", ["standardize", "none"])
 def test_stored_maps_give_the_same_targets(
-    teacher: LiveTeacher, tmp_path: Path, projection: str, decode: bool, normalize: str
+    teacher: LiveTeacher, tmp_path: Path, projection: str, moment: bool, normalize: str
 ) -> None:
-    curriculum, maps = maps_of(teacher, decode=decode, projection=projection, normalize=normalize)
+    curriculum, maps = maps_of(teacher, moment=moment, projection=projection, normalize=normalize)
     save_target_maps(maps, tmp_path / "maps.safetensors")
     loaded = load_target_maps(tmp_path / "maps.safetensors", curriculum, WIDTH, 4)
     assert len(loaded) == len(maps) == 3
@@ -190,9 +190,9 @@ def test_stored_maps_give_the_same_targets(
         hidden = teacher.hidden(stage.teacher_place, batch(seed=9))
         torch.testing.assert_close(two(hidden), one(hidden), rtol=0, atol=0)
         assert torch.equal(two.standardizer.keep(hidden), one.standardizer.keep(hidden))
-        assert (one.decoder is None) == (two.decoder is None) == (not decode or stage.teacher_place != HEAD)
-        if one.decoder is not None:
-            torch.testing.assert_close(two.decoder, one.decoder, rtol=0, atol=0)
+        assert (one.moment is None) == (two.moment is None) == (not moment or stage.teacher_place != HEAD)
+        if one.moment is not None:
+            torch.testing.assert_close(two.moment, one.moment, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("projection", [*RANDOM_KINDS, "pca", "head"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tutelage.core.projection import RandomProjection
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.kinds import detect_task
 from tutelage.teacher.targets import LiveTeacher, TargetMap, calibrate
+from tutelage.training import objective as objective_module
 from tutelage.training import warm_start
 from tutelage.training.objective import StageObjective
 from tutelage.training.warm_start import apply_before_output, apply_before_training, is_tied
@@ -51,11 +53,9 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(1, VOCAB, (8, 12), generator=generator)} for _ in range(4)]
 
 
-def target_map_of(
-    teacher: LiveTeacher, curriculum: Curriculum, width: int, center: bool, decode: bool = False
-) -> TargetMap:
+def target_map_of(teacher: LiveTeacher, curriculum: Curriculum, width: int, center: bool) -> TargetMap:
     head = None if isinstance(teacher.model, EmbeddingModel) else OutputHead.of(teacher.model)
-    target_map = calibrate(teacher, curriculum, batches(), width, center_head=center, decode_head=decode, head=head)[0]
+    target_map = calibrate(teacher, curriculum, batches(), width, center_head=center, keep_moment=True, head=head)[0]
     assert target_map is not None
     return target_map
 
@@ -77,12 +77,12 @@ def perfect_student(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def perfect(teacher: LiveTeacher, target_map: TargetMap, noise: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(7)
 
-        def state(_network: nn.Module, place: str, **inputs: torch.Tensor) -> torch.Tensor:
+        def state(_network: nn.Module, place: str, blocks: Any = None, **inputs: torch.Tensor) -> torch.Tensor:
             assert place == HEAD
             target = target_map(teacher.hidden(HEAD, inputs))
             return target + noise * target.std() * torch.randn(target.shape, generator=generator)
 
-        monkeypatch.setattr(warm_start, "forward_to", state)
+        monkeypatch.setattr(objective_module, "forward_to", state)
 
     return perfect
 
@@ -149,9 +149,9 @@ def test_noise_in_a_student_of_full_width_is_not_magnified(perfect_student: Call
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
     batch = batches()[0]
     theirs = teacher_model(**batch).logits
-    mine = student.lm_head(warm_start.forward_to(student, HEAD, **batch))
+    mine = student.lm_head(objective_module.forward_to(student, HEAD, **batch))
     naive = target_map.projection.decoder() * target_map.standardizer.scale
-    inverted = warm_start.forward_to(student, HEAD, **batch) @ naive @ teacher_model.lm_head.weight.T
+    inverted = objective_module.forward_to(student, HEAD, **batch) @ naive @ teacher_model.lm_head.weight.T
     assert (mine - theirs).square().mean() < 2 * theirs.square().mean()
     assert (inverted - theirs).square().mean() > 10 * theirs.square().mean()
 

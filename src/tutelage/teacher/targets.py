@@ -22,7 +22,7 @@ from tutelage.core.blocks import HEAD, Place, find_blocks, forward_to
 from tutelage.core.curriculum import Curriculum, Stage
 from tutelage.core.files import replacing
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import model_inputs, output_tensor, position_mask
+from tutelage.core.inputs import last_token, model_inputs, output_tensor, position_mask
 from tutelage.core.projection import (
     RANDOM_KINDS,
     DataProjection,
@@ -34,10 +34,6 @@ from tutelage.core.projection import (
 )
 from tutelage.core.standardize import Standardizer
 from tutelage.teacher.loading import load_config
-
-# Before any training the noise of a student's state is unknown: half of its target's mean square is what the decoder is
-# made for, so that what comes back is at most as noisy as the state is large.
-_MAX_GAIN = 2.0
 
 
 class LiveTeacher:
@@ -138,8 +134,8 @@ class TargetMap:
 
     standardizer: Standardizer
     projection: Projection
-    decoder: torch.Tensor | None = None
-    """(R, D): from targets back to standardised states, where a warm start needs it before the first stage."""
+    moment: torch.Tensor | None = None
+    """(D, D): second moment of the standardised states, where a head transplant needs the way back from the targets."""
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Targets, (..., D) -> (..., R), float32."""
@@ -147,7 +143,7 @@ class TargetMap:
 
     def to(self, device: torch.device | str) -> TargetMap:
         """The same map with its statistics on `device`."""
-        return TargetMap(self.standardizer.to(device), self.projection, self.decoder)
+        return TargetMap(self.standardizer.to(device), self.projection, self.moment)
 
 
 def calibrate(
@@ -158,7 +154,8 @@ def calibrate(
     *,
     replicas: Sequence[int] | None = None,
     center_head: bool = True,
-    decode_head: bool = False,
+    keep_moment: bool = False,
+    pooled_head: bool = False,
     head: OutputHead | None = None,
 ) -> list[TargetMap | None]:
     """Build each hidden stage's target map from a small pass over calibration batches.
@@ -172,7 +169,8 @@ def calibrate(
             own.
         center_head: subtract the mean at `head`; False where the student's output head has no bias to carry it, so that
             the transplanted head needs none.
-        decode_head: give the map at `head` a decoder, its noise bounded.
+        keep_moment: give the map at `head` its second moment.
+        pooled_head: the student learns the state of the last token alone at `head`.
         head: the teacher's output head; None where the output is the state itself (embedding models).
 
     Returns:
@@ -183,22 +181,21 @@ def calibrate(
         if stage.kind != "hidden":
             maps.append(None)
             continue
-        needs_decoder = decode_head and stage.teacher_place == HEAD
+        needs_moment = keep_moment and stage.teacher_place == HEAD
         needs_data = curriculum.projection not in RANDOM_KINDS
-        if curriculum.normalize == "none" and not needs_decoder and not needs_data:
+        if curriculum.normalize == "none" and not needs_moment and not needs_data:
             width = teacher.hidden(_place(stage), batches[0]).shape[-1]
             standardizer, moment = Standardizer.identity(width), None
         else:
-            states = _states(teacher, _place(stage), batches)
+            states = _states(teacher, _place(stage), batches, pooled_head and stage.teacher_place == HEAD)
             standardizer = (
                 Standardizer.identity(states.shape[-1])
                 if curriculum.normalize == "none"
                 else Standardizer.fit(states, center=center_head or stage.teacher_place != HEAD)
             )
-            moment = _second_moment(states, standardizer) if needs_decoder or needs_data else None
+            moment = _second_moment(states, standardizer) if needs_moment or needs_data else None
         projection = _projection(curriculum, stage, standardizer, moment, student_width, replicas, teacher, head)
-        decoder = projection.decoder(moment, _MAX_GAIN) if needs_decoder else None
-        maps.append(TargetMap(standardizer, projection, decoder))
+        maps.append(TargetMap(standardizer, projection, moment if needs_moment else None))
     return maps
 
 
@@ -207,18 +204,21 @@ def _place(stage: Stage) -> Place:
     return stage.teacher_place
 
 
-def _states(teacher: LiveTeacher, place: Place, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
-    """States of all non-padding calibration positions on the CPU, (N, D)."""
+def _states(
+    teacher: LiveTeacher, place: Place, batches: Iterable[Mapping[str, Any]], pooled: bool = False
+) -> torch.Tensor:
+    """States of all non-padding calibration positions (of each sequence's last one, if pooled) on the CPU, (N, D)."""
     parts = []
     for batch in batches:
         hidden = teacher.hidden(place, batch)
+        hidden = last_token(hidden, batch) if pooled else hidden
         parts.append(hidden[position_mask(batch, hidden)].float().cpu())
     return torch.cat(parts)
 
 
 def _second_moment(states_ND: torch.Tensor, standardizer: Standardizer) -> torch.Tensor:
     kept = standardizer(states_ND[standardizer.keep(states_ND)]).double()
-    return kept.T @ kept / len(kept)
+    return (kept.T @ kept / len(kept)).float()  # as it is stored, so that a resumed run has the same one
 
 
 def _projection(
@@ -270,7 +270,7 @@ def _logit_gram(head: OutputHead, standardizer: Standardizer) -> torch.Tensor:
 
 
 def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
-    """Store statistics, data-aware projections and decoders; random projections are drawn again from their seed."""
+    """Store statistics, data-aware projections and second moments; random projections are drawn again from their seed."""
     tensors: dict[str, torch.Tensor] = {}
     for index, target_map in enumerate(maps):
         if target_map is None:
@@ -280,8 +280,8 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
         tensors[f"{index}.sink_norm"] = torch.tensor(target_map.standardizer.sink_norm, dtype=torch.float64)
         if isinstance(target_map.projection, DataProjection):
             tensors[f"{index}.projection"] = target_map.projection.matrix()
-        if target_map.decoder is not None:
-            tensors[f"{index}.decoder"] = target_map.decoder
+        if target_map.moment is not None:
+            tensors[f"{index}.moment"] = target_map.moment
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
@@ -313,5 +313,5 @@ def load_target_maps(
         else:
             width = len(standardizer.mean)
             projection = random_projection(curriculum, _place(stage), width, student_width, teacher_blocks, replicas)
-        maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.decoder")))
+        maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.moment")))
     return maps

@@ -51,7 +51,8 @@ def prepare_targets(
             width,
             replicas=replicas,
             center_head=not transplants or warm_start.head_has_bias(student),
-            decode_head=warm_start.keeps_embedding_fixed(curriculum, student),
+            keep_moment=transplants,
+            pooled_head=objective.task.name == "sequence_classification",
             head=None if objective.task.whole else OutputHead.of(teacher.model, objective.outputs),
         )
         if write:

@@ -95,7 +95,7 @@ class StageObjective(nn.Module):
     def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences."""
         ids = batch.get("input_ids")
-        sequences = self.task.plain or self._pooled_stage()
+        sequences = self.task.plain or self._pooled(self.stage)
         if self.stage.kind == "hidden" and ids is not None and not sequences:
             mask = batch.get("attention_mask")
             return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()
@@ -116,26 +116,29 @@ class StageObjective(nn.Module):
         count = self.count_items(batch) if num_items is None else num_items
         return {"loss": loss / count}
 
-    def _pooled_stage(self) -> bool:
+    def _pooled(self, stage: Stage) -> bool:
         """A classifier's `head` place is one pooled state a sequence."""
-        return self.task.name == "sequence_classification" and self.stage.student_place == HEAD
+        return self.task.name == "sequence_classification" and stage.student_place == HEAD
 
-    def _hidden_stage(self, batch: dict[str, Any]) -> torch.Tensor:
-        stage, target_map = self.stage, self.maps[self.stage_index]
+    def hidden_states(self, index: int, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What hidden stage `index` compares: the student's states and their targets, (..., R), and which count, (...)."""
+        stage, target_map = self.curriculum.stages[index], self.maps[index]
         assert self.teacher is not None and target_map is not None
         assert stage.student_place is not None and stage.teacher_place is not None
+        pooled = self._pooled(stage)
         with torch.inference_mode():
             hidden = self.teacher.hidden(stage.teacher_place, batch)
-            if self._pooled_stage():
+            if pooled:
                 hidden = last_token(hidden, batch)
             target = target_map(hidden)
             keep = position_mask(batch, hidden) & target_map.standardizer.keep(hidden)
         network = trunk(self.student)
         state = forward_to(network, stage.student_place, blocks=self.blocks, **model_inputs(network, batch))
-        if self._pooled_stage():
-            state = last_token(state, batch)
         # autograd saves the mask, which it refuses for a tensor made in inference mode; the target it need not save
-        return hidden_loss(state, target, keep.clone())
+        return last_token(state, batch) if pooled else state, target, keep.clone()
+
+    def _hidden_stage(self, batch: dict[str, Any]) -> torch.Tensor:
+        return hidden_loss(*self.hidden_states(self.stage_index, batch))
 
     def _output_stage(self, batch: dict[str, Any]) -> torch.Tensor:
         state = forward_to(self.student, HEAD, **model_inputs(self.student, batch))

@@ -28,16 +28,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.core.blocks import HEAD, forward_to
+from tutelage.core.blocks import HEAD
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import last_token, model_inputs, position_mask
 from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.kinds import replica_seeds, trunk
 from tutelage.teacher.targets import LiveTeacher, TargetMap
 from tutelage.training.objective import StageObjective
+
+# Before any training the noise of a student's state is unknown: half of its target's mean square is what the decoder is
+# made for, so that what comes back is at most as noisy as the state is large.
+_MAX_GAIN = 2.0
 
 
 @torch.no_grad()
@@ -145,11 +148,10 @@ def apply_before_training(objective: StageObjective) -> None:
     if "embedding" in curriculum.warm_start and not is_tied(student):
         project_embedding(trunk(student), teacher.trunk, curriculum)
     if keeps_embedding_fixed(curriculum, student):
-        decoder = _head_map(objective).decoder
-        assert decoder is not None, "the head stage was calibrated without a decoder"
-        _transplant(objective, decoder)
+        _transplant(objective, _MAX_GAIN)
 
 
+@torch.no_grad()
 def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[dict[str, Any]]]) -> None:
     """The head transplant, when the first output stage begins.
 
@@ -157,16 +159,19 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
         objective: student, teacher, maps.
         batches: gives the calibration batches.
     """
-    student = objective.student
-    if head_stage(objective.curriculum) is None or is_tied(student):
+    index = head_stage(objective.curriculum)
+    if index is None or is_tied(objective.student):
         return
-    projection = _head_map(objective).projection
-    states, hidden = _paired_states(objective, batches())
-    targets = projection(hidden)
-    # mean square distance to the target, as a share of the target's own mean square
-    noise = float((states - targets).square().mean() / targets.square().mean())
-    moment = hidden.double().T @ hidden.double() / len(hidden)
-    _transplant(objective, projection.decoder(moment, max_gain=1 / noise if noise > 0 else None))
+    student, was_training = objective.student, objective.student.training
+    student.eval()
+    distance = size = 0.0
+    for batch in batches():
+        states, targets, keep = objective.hidden_states(index, batch)
+        states, targets = states[keep].double(), targets[keep].double()
+        distance += float((states - targets).square().sum())
+        size += float(targets.square().sum())
+    student.train(was_training)
+    _transplant(objective, size / distance if distance > 0 else None)
 
 
 def _head_map(objective: StageObjective) -> TargetMap:
@@ -177,30 +182,17 @@ def _head_map(objective: StageObjective) -> TargetMap:
     return target_map
 
 
-@torch.no_grad()
-def _paired_states(objective: StageObjective, batches: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The student's states at `head`, (N, R), and the teacher's standardised ones, (N, D), where neither is left out."""
-    student, teacher, standardizer = objective.student, objective.teacher, _head_map(objective).standardizer
+def _transplant(objective: StageObjective, max_gain: float | None) -> None:
+    """Compose the teacher's head with the way back, whose noise stays below `max_gain` (`Projection.decoder`)."""
+    student, teacher, outputs, target_map = (
+        objective.student,
+        objective.teacher,
+        objective.outputs,
+        _head_map(objective),
+    )
     assert teacher is not None
-    network, was_training = trunk(student), student.training
-    student.eval()
-    states, targets = [], []
-    for batch in batches:
-        hidden = teacher.hidden(HEAD, batch)
-        state = forward_to(network, HEAD, **model_inputs(network, batch))
-        if objective.task.name == "sequence_classification":
-            hidden, state = last_token(hidden, batch), last_token(state, batch)
-        keep = position_mask(batch, hidden) & standardizer.keep(hidden)
-        states.append(state[keep].float().cpu())
-        targets.append(standardizer(hidden[keep]).cpu())
-    student.train(was_training)
-    return torch.cat(states), torch.cat(targets)
-
-
-def _transplant(objective: StageObjective, decoder_RD: torch.Tensor) -> None:
-    student, teacher, outputs = objective.student, objective.teacher, objective.outputs
-    assert teacher is not None
-    way_back = (_head_map(objective).standardizer, decoder_RD)
+    assert target_map.moment is not None, "the head stage was calibrated without its second moment"
+    way_back = (target_map.standardizer, target_map.projection.decoder(target_map.moment, max_gain))
     if isinstance(student, EmbeddingModel):
         assert isinstance(teacher.model, EmbeddingModel) and student.head is not None
         head = teacher.model.head
