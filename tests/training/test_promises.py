@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import BertForSequenceClassification, BertModel, Trainer, TrainerCallback, TrainingArguments
 
 from tests.conftest import bert_config, save_llama, sentences
-from tests.training.conftest import llama, token_rows
+from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.blocks import HEAD
 from tutelage.tasks.embedding import EmbeddingModel
@@ -249,3 +249,15 @@ def test_a_collator_that_draws_draws_the_same_at_every_evaluation(make_trainer: 
     assert torch.equal(torch.get_rng_state(), before)  # training's own draws go on as if nothing had been evaluated
     torch.rand(3)
     assert trainer.evaluate()["eval_loss"] == first
+
+
+def test_top_k_is_the_output_loss_of_a_run(make_trainer: Make) -> None:
+    losses = {}
+    for top_k in (None, 3, VOCAB):
+        trainer = make_trainer(f"k{top_k}", method="one_shot", max_steps=1, top_k=top_k)
+        trainer.train()
+        losses[top_k] = trainer.metrics_file.read()[0]["loss"]
+    assert losses[3] < losses[None]
+    assert losses[VOCAB] == pytest.approx(losses[None], rel=1e-5)
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        make_trainer("k0", method="one_shot", top_k=0)

@@ -78,6 +78,9 @@ class Curriculum:
     """What starts from the teacher's own weights: `none` (the paper), `head`, `embedding`, `head+embedding`."""
     temperature: float = 1.0
     """Softmax temperature of the output loss."""
+    top_k: int | None = None
+    """Language models: the output loss sees so many of the teacher's outputs, and the rest as one bucket
+    (`tutelage.core.topk`); None is all of them."""
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -101,6 +104,8 @@ class Curriculum:
         _check_choice("warm_start", self.warm_start, WARM_STARTS)
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 output, got {self.top_k}")
 
     @property
     def total_steps(self) -> int:
@@ -160,7 +165,7 @@ def extraction(
         stage_steps: steps of every hidden stage (one number) or of each; overrides `stage_fraction`.
         stage_learning_rate: peak learning rate of the hidden stages; None takes the run's.
         label_weight: share of label loss in the output stage.
-        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature` of `Curriculum`.
+        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`.
 
     Raises:
         ValueError: a layer map that is out of range or not increasing, or a budget too small for the stages.

@@ -93,6 +93,10 @@ class CurriculumConfig(TrainingArguments):
     )
     calibration_samples: int = field(default=64, metadata={"help": "Training examples the calibration pass reads."})
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of the output loss."})
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Language models: distil so many of the teacher's outputs, the rest as one; unset is all."},
+    )
     label_weight: float = field(default=0.0, metadata={"help": "Share of label loss in output stages, 0 to 1."})
     embedding_loss: str = field(default="cosine", metadata={"help": "Encoders: cosine or mse on the pooled embedding."})
     logits_chunk_size: int | None = field(
@@ -157,6 +161,7 @@ class CurriculumConfig(TrainingArguments):
             "normalize": self.normalize,
             "warm_start": warm_start if self.method == "extraction" else "none",
             "temperature": self.temperature,
+            "top_k": self.top_k,
         }
         self._warn_of_ignored()
         if self.method == "scratch":

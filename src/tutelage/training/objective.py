@@ -163,6 +163,7 @@ class StageObjective(nn.Module):
             temperature=self.curriculum.temperature,
             label_weight=self.stage.label_weight,
             chunk_size=self.chunk_size,
+            top_k=self.curriculum.top_k,
         )
 
     def _embedding_stage(self, batch: dict[str, Any]) -> torch.Tensor:

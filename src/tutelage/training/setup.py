@@ -69,6 +69,8 @@ def prepare(
     teacher = None if teacher_model is None else LiveTeacher(teacher_model, trunk(teacher_model), args.blocks)
     outputs = None if teacher is None else checks.shared_outputs(student, teacher.model, task, tokenizer)
     curriculum = _curriculum(curriculum, args, task, student, teacher, train_dataset)
+    if curriculum.top_k is not None and task.whole:
+        raise ValueError(f"top_k is for tasks with an output head over many outputs, not for {task.name}: leave it out")
     for stage in curriculum.stages:
         if stage.teacher_checkpoint is not None and teacher is not None:
             check_checkpoint(teacher.model, stage.teacher_checkpoint)
