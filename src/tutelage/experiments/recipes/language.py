@@ -60,13 +60,13 @@ class LanguageFields(RecipeFields):
     """Heads of the student."""
     head_width: int = 8
     """Width of a head."""
-    stage_fraction: float = 0.15
+    stage_fraction: float = 0.25
     """Share of the steps given to the hidden stages together."""
-    num_stages: int | None = 2
+    num_stages: int | None = 1
     """Hidden stages of the paper's extraction, evenly spaced; unset is one for each block."""
     teacher_learning_rate: float = 2e-3
     """Peak learning rate of the teacher."""
-    teacher_samples: int = 64_000
+    teacher_samples: int = 96_000
     """Sequences that the teacher is trained on, with a cosine decay to zero: its loss has flattened by then."""
     teacher_checkpoints: int = 8
     """Checkpoints kept over its training, for progressive distillation."""
