@@ -134,26 +134,12 @@ RECIPES: dict[str, Recipe] = {
     "text-mlm": Recipe(
         "real text, masked prediction, BERT shape",
         functools.partial(text, task="masked_lm"),
-        sizes(
-            TextFields,
-            teacher_heads=8,
-            budget_samples=9_600,
-            teacher_samples=19_200,
-            eval_every=1_600,
-            eval_samples=128,
-        ),
+        sizes(TextFields, teacher_heads=8),
     ),
     "text-clm": Recipe(
         "real text, causal, Llama shape",
         functools.partial(text, task="causal_lm"),
-        sizes(
-            TextFields,
-            teacher_heads=8,
-            budget_samples=9_600,
-            teacher_samples=19_200,
-            eval_every=1_600,
-            eval_samples=128,
-        ),
+        sizes(TextFields, teacher_heads=8),
     ),
 }
 

@@ -28,8 +28,13 @@ from tutelage.tasks.pcfg import PcfgDataset, build_grammar, pcfg_collator, pcfg_
 from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
 from tutelage.teacher.loading import load_model, load_tokenizer
 
-# Our best variant, beside the paper's own extraction (`extraction`).
-_BEST = "extraction:layer_map=head:head,warm_start=head,projection=head,normalize=standardize"
+# Our best variant of each language, beside the paper's own extraction (`extraction`); chosen on a seed that is not reported.
+_BEST = {
+    "pcfg-mlm": "extraction:normalize=standardize",
+    "pcfg-clm": "extraction:normalize=standardize",
+    "text-mlm": "extraction:layer_map=head:head,warm_start=head,projection=head,normalize=standardize",
+    "text-clm": "extraction:layer_map=head:head,warm_start=head,projection=head,normalize=standardize",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class LanguageFields(RecipeFields):
     """Hidden stages of the paper's extraction, evenly spaced; unset is one for each block."""
     teacher_learning_rate: float = 2e-3
     """Peak learning rate of the teacher."""
-    teacher_samples: int = 96_000
+    teacher_samples: int = 64_000
     """Sequences that the teacher is trained on, with a cosine decay to zero: its loss has flattened by then."""
     teacher_checkpoints: int = 8
     """Checkpoints kept over its training, for progressive distillation."""
@@ -96,12 +101,16 @@ class TextFields(LanguageFields):
     """Hub name, folder or file; unset is the embedded Austen text, with Wikipedia summaries where they were fetched."""
     eval_dataset: str | None = None
     """Held-out text; unset holds out the end of each text."""
-    max_length: int = 128
+    max_length: int = 64
     """Tokens a sequence."""
     head_width: int = 16
     """Width of a head."""
-    batch_size: int = 16
-    """Sequences a step."""
+    budget_samples: int = 16_000
+    """Sequences that each method may train on."""
+    eval_every: int = 800
+    """Sequences between evaluations."""
+    teacher_samples: int = 32_000
+    """Sequences that the teacher is trained on."""
     mask_probability: float = 0.3
     """Share of tokens masked (masked prediction)."""
 
@@ -266,7 +275,7 @@ def _language(
         train_data=lambda seeds, count: train(seeds[0], count),
         eval_data=lambda seeds: held_out(),
         collator=collator,
-        default_methods=("extraction", _BEST, "one_shot", "progressive", "scratch"),
+        default_methods=("extraction", _BEST[name], "one_shot", "progressive", "scratch"),
         tokenizer=tokenizer,
         sketch_teacher=None if fields.teacher_path else lambda: build(fields.teacher_heads, fields.teacher_seed),
     )
