@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-_COMMANDS = ("plan", "distill", "evaluate", "compare", "report", "diagnose")
+_COMMANDS = ("plan", "distill", "extract", "inspect", "evaluate", "compare", "report", "diagnose")
 _HELP = """usage: tutelage COMMAND ...
 
   tutelage plan --teacher T --student S       blocks, stage map and predicted cost; trains nothing
   tutelage distill [--config run.yaml] [...]  train a student; with no arguments, the embedded example
+  tutelage extract --output_dir C [...]       run the teacher once: its curriculum, on disk
+  tutelage inspect C                          what a curriculum on disk holds, and whether it is whole
   tutelage evaluate --model M --dataset D     loss, perplexity, accuracy; with --teacher: KL and agreement
   tutelage compare RECIPE[/SIZE] [...]        methods x seeds on a recipe or your own run.yaml; --list shows recipes
   tutelage report FOLDER                      redraw a comparison's report

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from tutelage.cli.compare import compare_command, report_command
+from tutelage.cli.compare import compare_command, progress, report_command
 from tutelage.cli.diagnose import diagnose_command
 from tutelage.cli.parsing import Parser
 from tutelage.experiments.distill import describe, distill, quiet_unless_terminal
 from tutelage.experiments.evaluate import evaluate
+from tutelage.experiments.extract import ExtractArguments, describe_extraction, extract
 from tutelage.experiments.options import ConfigParser, as_flags, read_options
 from tutelage.experiments.plan import describe_plan, plan
 from tutelage.experiments.settings import DEFAULT_LENGTH, RunArguments
 from tutelage.tasks.default import DEFAULT_STUDENT, DEFAULT_TEACHER
+from tutelage.teacher.extracted import ExtractedCurriculum
+from tutelage.teacher.storage import MANIFEST_FILE
 from tutelage.training.config import CurriculumConfig
 
 
@@ -59,6 +62,35 @@ def _distill(arguments: Sequence[str]) -> None:
     if torch.distributed.is_initialized():  # its threads can abort a process that just ends
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _extract(arguments: Sequence[str]) -> None:
+    def extra(parser: Any) -> None:
+        parser.add_argument("--teacher", help="folder or Hub name; the same as --teacher_model_name_or_path")
+
+    kinds = (RunArguments, CurriculumConfig, ExtractArguments)
+    run, args, extraction, rest = _parse_config(kinds, arguments, "tutelage extract", extra)
+    args.teacher_model_name_or_path = rest.teacher or args.teacher_model_name_or_path
+    manifest = extract(run, args, extraction, log=progress)
+    if args.process_index == 0:
+        print(describe_extraction(Path(args.output_dir), manifest))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _inspect(arguments: Sequence[str]) -> None:
+    parser = Parser(prog="tutelage inspect")
+    parser.add_argument("folder", help="output_dir of tutelage extract")
+    parser.add_argument("--quick", action="store_true", help="do not read the files to compare their checksums")
+    parser.add_argument("--json", action="store_true", help="print the manifest")
+    options = parser.parse_args(arguments)
+    stored = ExtractedCurriculum(options.folder, check=not options.quick)
+    if options.json:
+        print((stored.folder / MANIFEST_FILE).read_text(encoding="utf-8"), end="")
+        return
+    print(describe_extraction(stored.folder, stored.manifest))
+    print("checksums: not compared" if options.quick else "checksums: all as in the manifest")
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -111,6 +143,8 @@ def _quietly(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str
 
 COMMANDS = {
     "distill": _quietly(_distill),
+    "extract": _quietly(_extract),
+    "inspect": _quietly(_inspect),
     "plan": _quietly(_plan),
     "evaluate": _quietly(_evaluate),
     "compare": _quietly(compare_command),

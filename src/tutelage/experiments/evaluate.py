@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from tutelage.core.heads import OutputHead
 from tutelage.experiments.settings import sequence_length
 from tutelage.tasks.kinds import detect_task, get_task, load_task_model, trunk
 from tutelage.tasks.text import make_collator, read_dataset, tokenize
@@ -59,7 +60,8 @@ def evaluate(
     if teacher is not None:
         teacher_model = load_task_model(kind, teacher, trust_remote_code=trust_remote_code).to(device)
         source = LiveTeacher(teacher_model, trunk(teacher_model), blocks)
-        outputs = shared_outputs(student, teacher_model, kind, tokenizer)
+        if not kind.whole:
+            outputs = shared_outputs(student, OutputHead.of(teacher_model).linear.out_features, kind, tokenizer)
     data = read_dataset(dataset, split)
     if isinstance(data, dict):
         held_out = [data[name] for name in ("test", "validation", "eval") if name in data]

@@ -15,9 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from tutelage.core.inputs import usable_positions
 from tutelage.tasks.default import DEFAULT_EVAL_TEXT, DEFAULT_STUDENT, DEFAULT_TEACHER, DEFAULT_TEXT
+from tutelage.tasks.embedding import EmbeddingShape
 from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model
 from tutelage.tasks.students import is_preset, make_student, student_config
 from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
+from tutelage.teacher.extracted import ExtractedCurriculum
 from tutelage.teacher.loading import check_weights, load_config, load_tokenizer
 from tutelage.training.checks import check_tokenizers
 from tutelage.training.config import CurriculumConfig
@@ -59,7 +61,8 @@ class Run:
     student: nn.Module
     teacher: nn.Module | None
     tokenizer: PreTrainedTokenizerBase
-    train_dataset: Dataset
+    train_dataset: Dataset | None
+    """None where it comes from a curriculum on disk."""
     eval_dataset: Dataset
     collator: Any
     names: dict[str, str]
@@ -68,6 +71,10 @@ class Run:
 
 def fill_defaults(run: RunArguments, args: CurriculumConfig) -> None:
     """The embedded teacher, student, text and budget, where nothing else is named."""
+    if args.curriculum_dir is not None:
+        if run.student is None:
+            raise ValueError("name a student, e.g. --student layers=3,hidden_size=192")
+        return
     if args.teacher_model_name_or_path is None and args.method != "scratch":
         args.teacher_model_name_or_path = DEFAULT_TEACHER
     if args.teacher_model_name_or_path == DEFAULT_TEACHER or args.method == "scratch":
@@ -89,6 +96,8 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
     Raises:
         ValueError: whatever is wrong with the settings, before any training.
     """
+    if args.curriculum_dir is not None:
+        return _prepare_from_disk(run, args, args.curriculum_dir)
     assert run.student is not None and run.dataset is not None
     teacher_path = args.teacher_model_name_or_path
     reference = teacher_path or (DEFAULT_TEACHER if is_preset(run.student) else run.student)
@@ -135,6 +144,44 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
     names = {"teacher": teacher_path or "none", "student": run.student, "dataset": run.dataset}
     collator = make_collator(task, tokenizer, run.mlm_probability)
     return Run(task, student.float(), teacher, tokenizer, train_dataset, eval_dataset, collator, names)
+
+
+def _prepare_from_disk(run: RunArguments, args: CurriculumConfig, folder: str) -> Run:
+    """A run whose targets, texts and tokenizer lie in an extracted curriculum; a teacher or data given are only compared."""
+    assert run.student is not None
+    stored = ExtractedCurriculum(folder, check=False)  # the trainer checks
+    task, tokenizer = get_task(stored.identity["task"]), stored.tokenizer
+    assert tokenizer is not None
+    base = load_config(str(stored.teacher_config))
+    config = student_config(run.student, base)
+    check_tokenizers(None if is_preset(run.student) else load_tokenizer(run.student), tokenizer)
+    given = teacher = None
+    length = run.max_length or stored.identity["longest"]
+    if run.dataset is not None:
+        data = read_dataset(run.dataset, run.dataset_split)
+        part = data if not isinstance(data, dict) and run.eval_dataset else split_dataset(data, run.eval_fraction)[0]
+        given = tokenize(part, tokenizer, task, length, run.text_column)
+    evaluation = stored.evaluation
+    if run.eval_dataset is not None:
+        held_out = read_dataset(run.eval_dataset)
+        held_out = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+        evaluation = tokenize(held_out, tokenizer, task, length, run.text_column)
+    if run.eval_samples is not None:
+        evaluation = evaluation.select(range(min(run.eval_samples, len(evaluation))))
+    if args.teacher_model_name_or_path is not None:
+        teacher = load_task_model(
+            task, args.teacher_model_name_or_path, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code
+        )
+    shape = stored.identity["teacher"]["embedding"]
+    set_seed(args.seed)
+    student = make_student(run.student, task, config, None if shape is None else EmbeddingShape(**shape))
+    names = {
+        "teacher": stored.identity["teacher"]["name"],
+        "student": run.student,
+        "dataset": stored.identity["data"]["name"],
+    }
+    collator = make_collator(task, tokenizer, run.mlm_probability)
+    return Run(task, student.float(), teacher, tokenizer, given, evaluation, collator, names)
 
 
 def sequence_length(

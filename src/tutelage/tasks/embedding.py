@@ -8,6 +8,7 @@ Shapes: B batch, T positions, D encoder width, E embedding width.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ _MODULES = {
     "Dense": "sentence_transformers.models.Dense",
     "Normalize": "sentence_transformers.models.Normalize",
 }
+
+
+@dataclass(frozen=True)
+class EmbeddingShape:
+    """What a student must know of an embedding teacher."""
+
+    embedding_size: int
+    pooling: str
+    normalize: bool
 
 
 class EmbeddingModel(nn.Module):

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
+from tutelage.tasks.embedding import EmbeddingModel, EmbeddingShape, load_embedding_model
 from tutelage.teacher.loading import find_file, load_config, load_model
 
 
@@ -110,7 +110,9 @@ def load_task_model(task: Task, path: str, *, what: str = "teacher", **kwargs: A
     return load_model(path, task.auto_class, what=what, **kwargs)
 
 
-def build_task_model(task: Task, config: PreTrainedConfig, teacher: nn.Module | None = None) -> nn.Module:
+def build_task_model(
+    task: Task, config: PreTrainedConfig, teacher: nn.Module | EmbeddingShape | None = None
+) -> nn.Module:
     """A randomly initialised model for `task`; an embedding model gets a head to the teacher's embedding width."""
     try:
         model = task.auto_class.from_config(config)
@@ -118,7 +120,7 @@ def build_task_model(task: Task, config: PreTrainedConfig, teacher: nn.Module | 
         raise ValueError(f"could not build the {config.model_type} student: {error}") from error
     if task.name != "embedding":
         return model
-    if not isinstance(teacher, EmbeddingModel):
+    if not isinstance(teacher, EmbeddingModel | EmbeddingShape):
         return EmbeddingModel(model)
     return EmbeddingModel(model, teacher.embedding_size, teacher.pooling, teacher.normalize)
 

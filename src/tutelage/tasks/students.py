@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.embedding import EmbeddingModel, EmbeddingShape
 from tutelage.tasks.kinds import Task, build_task_model, load_task_model, read_json
 from tutelage.teacher.loading import has_weights, load_config
 
@@ -52,13 +52,15 @@ def is_preset(student: str) -> bool:
     return "=" in student and not Path(student).exists()
 
 
-def make_student(student: str, task: Task, config: PreTrainedConfig, teacher: nn.Module | None = None) -> nn.Module:
+def make_student(
+    student: str, task: Task, config: PreTrainedConfig, teacher: nn.Module | EmbeddingShape | None = None
+) -> nn.Module:
     """The student model: loaded where `student` is a folder or Hub name with weights, else randomly initialised."""
     path = Path(student)
     if is_preset(student) or path.is_file() or (path.is_dir() and not has_weights(path)):
         return build_task_model(task, config, teacher)
     model = load_task_model(task, student, what="student")
-    if isinstance(model, EmbeddingModel) and isinstance(teacher, EmbeddingModel):
+    if isinstance(model, EmbeddingModel) and isinstance(teacher, EmbeddingModel | EmbeddingShape):
         model.fit_head(teacher.embedding_size)
     return model
 

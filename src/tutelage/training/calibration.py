@@ -11,6 +11,7 @@ from typing import Any
 
 from tutelage.core.heads import OutputHead
 from tutelage.tasks.kinds import hidden_size, replica_seeds
+from tutelage.teacher.extracted import ExtractedCurriculum
 from tutelage.teacher.targets import calibrate, load_target_maps, save_target_maps
 from tutelage.training import warm_start
 from tutelage.training.objective import StageObjective
@@ -24,6 +25,8 @@ def prepare_targets(
     *,
     resuming: bool,
     write: bool,
+    stored: ExtractedCurriculum | None = None,
+    width: int | None = None,
 ) -> None:
     """Give the objective the target maps of its hidden stages.
 
@@ -34,13 +37,21 @@ def prepare_targets(
         device: where the statistics are wanted.
         resuming: read the maps that the run stored, if it did.
         write: store what is calibrated (one process does).
+        stored: an extracted curriculum, which brings its maps along.
+        width: of the targets; None is the student's.
     """
     teacher, curriculum, student = objective.teacher, objective.curriculum, objective.student
-    if teacher is None or not any(stage.kind == "hidden" for stage in curriculum.stages):
+    if not any(stage.kind == "hidden" for stage in curriculum.stages):
         return
-    width = hidden_size(student)
+    width = hidden_size(student) if width is None else width
     replicas = replica_seeds(student)
-    if resuming and path.exists():
+    if stored is not None:
+        maps = stored.target_maps(curriculum, width)
+        if write:
+            save_target_maps(maps, path)
+    elif teacher is None:
+        return
+    elif resuming and path.exists():
         maps = load_target_maps(path, curriculum, width, len(teacher.blocks), replicas)
     else:
         transplants = warm_start.head_stage(curriculum) is not None

@@ -47,15 +47,15 @@ def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTraine
 
 
 def shared_outputs(
-    student: nn.Module, teacher: nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase | None
+    student: nn.Module, theirs: int, task: Task, tokenizer: PreTrainedTokenizerBase | None
 ) -> int | None:
-    """Number of outputs both heads share, None where they are equal.
+    """Number of outputs that the student's head shares with the teacher's, which has `theirs`; None where all are.
 
     Vocabularies padded to different sizes are trimmed, with a warning, to the tokenizer's; anything else is refused.
     """
     if task.whole:
         return None
-    mine, theirs = (OutputHead.of(model).linear.out_features for model in (student, teacher))
+    mine = OutputHead.of(student).linear.out_features
     if mine == theirs:
         return None
     if not task.per_position:

@@ -63,6 +63,10 @@ class CurriculumConfig(TrainingArguments):
         metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; unset keeps the checkpoint's."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+    curriculum_dir: str | None = field(
+        default=None,
+        metadata={"help": "An extracted curriculum (tutelage extract) to train from in the teacher's place."},
+    )
     layer_map: str | None = field(
         default=None,
         metadata={

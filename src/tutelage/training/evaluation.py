@@ -19,6 +19,7 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import label_positions, last_token, model_inputs, output_tensor
 from tutelage.core.losses import logits_metrics, output_metrics
 from tutelage.tasks.kinds import Task
+from tutelage.teacher.rows import OUTPUT
 from tutelage.teacher.targets import LiveTeacher
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -48,12 +49,13 @@ def evaluate_batches(
     """
     student.eval()
     if task.name == "embedding":
-        if teacher is None:
-            raise ValueError("an embedding model is measured against its teacher: give one")
         pairs = []
         for batch in batches:
+            if teacher is None and OUTPUT not in batch:
+                raise ValueError("an embedding model is measured against its teacher: give one")
             mine = student(**model_inputs(student, batch))
-            pairs.append((gather(mine.float()).cpu(), gather(teacher.output(batch).float()).cpu()))
+            theirs = batch[OUTPUT] if teacher is None else teacher.output(batch)
+            pairs.append((gather(mine.float()).cpu(), gather(theirs.float()).cpu()))
             on_step()
         return embedding_metrics(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
     if task.plain:

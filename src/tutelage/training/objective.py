@@ -26,7 +26,9 @@ from tutelage.core.inputs import (
     position_mask,
 )
 from tutelage.core.losses import embedding_loss, hidden_loss, logits_loss, output_loss
-from tutelage.tasks.kinds import Task, trunk
+from tutelage.core.topk import TopK
+from tutelage.tasks.kinds import Task, hidden_size, trunk
+from tutelage.teacher import rows
 from tutelage.teacher.targets import LiveTeacher, TargetMap
 
 
@@ -35,7 +37,7 @@ class StageObjective(nn.Module):
 
     Args:
         student: the model that trains.
-        teacher: where targets come from; None if no stage needs one.
+        teacher: where targets come from; None if no stage needs one, or batches bring them along (`tutelage.teacher.rows`).
         curriculum: the stages.
         task: what the models put out.
         maps: target map of each hidden stage.
@@ -43,6 +45,7 @@ class StageObjective(nn.Module):
         container: dotted name of the student's list of blocks.
         chunk_size: positions whose logits are held at a time.
         embedding_loss: `cosine` or `mse`.
+        teacher_head: the teacher's output head where there is no teacher.
     """
 
     def __init__(
@@ -57,11 +60,12 @@ class StageObjective(nn.Module):
         container: str | None = None,
         chunk_size: int | None = None,
         embedding_loss: str = "cosine",
+        teacher_head: OutputHead | None = None,
     ):
         super().__init__()
         self.student = student
         # a tuple hides the teacher and the maps from nn.Module's registration
-        self._outside = (teacher, maps)
+        self._outside = (teacher, maps, teacher_head)
         self.curriculum, self.task = curriculum, task
         self.blocks = find_blocks(trunk(student), container)
         self.outputs, self.chunk_size, self.embedding_loss = outputs, chunk_size, embedding_loss
@@ -83,6 +87,11 @@ class StageObjective(nn.Module):
         return self.curriculum.stages[self.stage_index]
 
     @property
+    def student_width(self) -> int:
+        """r."""
+        return hidden_size(self.student)
+
+    @property
     def student_head(self) -> OutputHead:
         """The student's output head."""
         return OutputHead.of(self.student, self.outputs)
@@ -90,7 +99,7 @@ class StageObjective(nn.Module):
     @property
     def teacher_head(self) -> OutputHead | None:
         """The teacher's output head."""
-        return None if self.teacher is None else OutputHead.of(self.teacher.model, self.outputs)
+        return self._outside[2] if self.teacher is None else OutputHead.of(self.teacher.model, self.outputs)
 
     def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences."""
@@ -122,28 +131,35 @@ class StageObjective(nn.Module):
 
     def hidden_states(self, index: int, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What hidden stage `index` compares: the student's states and their targets, (..., R), and which count, (...)."""
+        stage, network = self.curriculum.stages[index], trunk(self.student)
+        assert stage.student_place is not None
+        if rows.STATES in batch:
+            target, keep = rows.dequantized(batch), batch[rows.KEEP]
+        else:
+            target, keep = self.live_states(index, batch)
+        state = forward_to(network, stage.student_place, blocks=self.blocks, **model_inputs(network, batch))
+        return last_token(state, batch) if self._pooled(stage) else state, target, keep
+
+    def live_states(self, index: int, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets of a hidden stage from the teacher, and which positions count."""
         stage, target_map = self.curriculum.stages[index], self.maps[index]
-        assert self.teacher is not None and target_map is not None
-        assert stage.student_place is not None and stage.teacher_place is not None
-        pooled = self._pooled(stage)
+        assert self.teacher is not None and target_map is not None and stage.teacher_place is not None
         with torch.inference_mode():
             hidden = self.teacher.hidden(stage.teacher_place, batch)
-            if pooled:
+            if self._pooled(stage):
                 hidden = last_token(hidden, batch)
             target = target_map(hidden)
             keep = position_mask(batch, hidden) & target_map.standardizer.keep(hidden)
-        network = trunk(self.student)
-        state = forward_to(network, stage.student_place, blocks=self.blocks, **model_inputs(network, batch))
         # autograd saves the mask, which it refuses for a tensor made in inference mode; the target it need not save
-        return last_token(state, batch) if pooled else state, target, keep.clone()
+        return target, keep.clone()
 
     def _hidden_stage(self, batch: dict[str, Any]) -> torch.Tensor:
         return hidden_loss(*self.hidden_states(self.stage_index, batch))
 
     def _output_stage(self, batch: dict[str, Any]) -> torch.Tensor:
         state = forward_to(self.student, HEAD, **model_inputs(self.student, batch))
-        teacher_state, teacher_head = None, None
-        if self.stage.needs_teacher:
+        teacher_state, teacher_head, stored = None, None, rows.TOP_IDS in batch
+        if self.stage.needs_teacher and not stored:
             assert self.teacher is not None
             teacher_state, teacher_head = self.teacher.hidden(HEAD, batch), self.teacher_head
         if self.task.per_position:
@@ -164,18 +180,21 @@ class StageObjective(nn.Module):
             label_weight=self.stage.label_weight,
             chunk_size=self.chunk_size,
             top_k=self.curriculum.top_k,
+            targets=TopK(batch[rows.TOP_IDS], batch[rows.LOG_PROBS], batch[rows.LOG_REST]) if stored else None,
         )
 
     def _embedding_stage(self, batch: dict[str, Any]) -> torch.Tensor:
-        assert self.teacher is not None
-        target = self.teacher.output(batch).clone()
+        target = self._whole_output(batch)
         return embedding_loss(self.student(**model_inputs(self.student, batch)), target, self.embedding_loss)
 
+    def _whole_output(self, batch: dict[str, Any]) -> torch.Tensor:
+        if rows.OUTPUT in batch:
+            return batch[rows.OUTPUT]
+        assert self.teacher is not None
+        return self.teacher.output(batch).clone()
+
     def _logits_stage(self, batch: dict[str, Any]) -> torch.Tensor:
-        target = None
-        if self.stage.needs_teacher:
-            assert self.teacher is not None
-            target = self.teacher.output(batch)
+        target = self._whole_output(batch) if self.stage.needs_teacher else None
         return logits_loss(
             output_tensor(self.student(**model_inputs(self.student, batch))),
             target,

@@ -14,12 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
+from tutelage.core.heads import OutputHead
 from tutelage.tasks.kinds import Task, default_warm_start, detect_task, get_task, hidden_size, load_task_model, trunk
+from tutelage.teacher.extracted import ExtractedCurriculum, StoredRows
 from tutelage.teacher.loading import load_tokenizer
 from tutelage.teacher.targets import LiveTeacher, check_checkpoint
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
+from tutelage.training.stored import adopt, check_given
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Setup:
     teacher: LiveTeacher | None
     curriculum: Curriculum
     objective: StageObjective
+    stored: ExtractedCurriculum | None
+    """An extracted curriculum in the teacher's place."""
+    train_dataset: Any
+    eval_dataset: Any
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def prepare(
@@ -50,9 +58,16 @@ def prepare(
     teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
     if args.method == "scratch" and curriculum is None:
         teacher_model = None
+    stored = None
+    if args.curriculum_dir is not None:
+        stored = ExtractedCurriculum(args.curriculum_dir)
+        check_given(stored, teacher_model, tokenizer, train_dataset, args)
+        args.task, teacher_model = stored.identity["task"], None
+        tokenizer = tokenizer or stored.tokenizer
+        eval_dataset = stored.evaluation if eval_dataset is None else eval_dataset
     task = get_task(args.task) if args.task else detect_task(teacher_model if teacher_model is not None else model)
     loading: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    if task.name == "embedding" and teacher_model is None:
+    if task.name == "embedding" and teacher_model is None and stored is None:
         raise ValueError("an encoder's embedding has no labels to learn from: method 'scratch' needs another task")
     if isinstance(teacher_model, str):
         theirs = load_tokenizer(teacher_model, trust_remote_code=args.trust_remote_code)
@@ -67,8 +82,12 @@ def prepare(
             checks.check_dataset(train_dataset, trunk(part).config, "training")
             checks.check_dataset(eval_dataset, trunk(part).config, "evaluation")
     teacher = None if teacher_model is None else LiveTeacher(teacher_model, trunk(teacher_model), args.blocks)
-    outputs = None if teacher is None else checks.shared_outputs(student, teacher.model, task, tokenizer)
-    curriculum = _curriculum(curriculum, args, task, student, teacher, train_dataset)
+    outputs = _outputs(student, teacher, stored, task, tokenizer)
+    if stored is not None:
+        adopt(args, stored, len(find_blocks(trunk(student), args.blocks)))
+    curriculum = _curriculum(curriculum, args, task, student, teacher, stored, train_dataset)
+    if stored is not None:
+        train_dataset = _stored_rows(stored, curriculum, student, args)
     if curriculum.top_k is not None and task.whole:
         raise ValueError(f"top_k is for tasks with an output head over many outputs, not for {task.name}: leave it out")
     for stage in curriculum.stages:
@@ -76,7 +95,7 @@ def prepare(
             check_checkpoint(teacher.model, stage.teacher_checkpoint)
     if teacher is not None:
         checks.check_widths(curriculum, hidden_size(student), hidden_size(teacher.model))
-    warm_start.check(curriculum, student, teacher)
+    warm_start.check(curriculum, student, teacher, None if stored is None else stored.head)
     objective = StageObjective(
         student,
         teacher,
@@ -87,8 +106,57 @@ def prepare(
         container=args.blocks,
         chunk_size=args.logits_chunk_size,
         embedding_loss=args.embedding_loss,
+        teacher_head=None if stored is None else stored.head,
     )
-    return Setup(task, student, teacher, curriculum, objective)
+    return Setup(task, student, teacher, curriculum, objective, stored, train_dataset, eval_dataset, tokenizer)
+
+
+def _outputs(
+    student: nn.Module,
+    teacher: LiveTeacher | None,
+    stored: ExtractedCurriculum | None,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> int | None:
+    if task.whole or (teacher is None and stored is None):
+        return None
+    if stored is not None:
+        theirs = int(stored.identity["teacher"]["outputs"])
+    else:
+        assert teacher is not None
+        theirs = OutputHead.of(teacher.model).linear.out_features
+    return checks.shared_outputs(student, theirs, task, tokenizer)
+
+
+def _stored_rows(
+    stored: ExtractedCurriculum, curriculum: Curriculum, student: nn.Module, args: CurriculumConfig
+) -> StoredRows:
+    width = hidden_size(student)
+    stored.check_width(width)
+    if warm_start.head_stage(curriculum) is not None:
+        check_transplant(stored, student)
+    if "embedding" in curriculum.warm_start:
+        raise ValueError(
+            f"warm_start={curriculum.warm_start!r} needs the teacher's embedding, which a curriculum on disk does not hold: "
+            "use 'head' or 'none', or train with the teacher itself"
+        )
+    examples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    return StoredRows(stored, curriculum, width, examples, seed)
+
+
+def check_transplant(stored: ExtractedCurriculum, student: nn.Module) -> None:
+    """Raise ValueError where the head of this student cannot start from what was extracted."""
+    if stored.identity["head"] is None:
+        raise ValueError(
+            f"the curriculum in {str(stored.folder)!r} holds no output head to start from: extract it with "
+            "--warm_start head, or train with --warm_start none"
+        )
+    if stored.identity["centered"] and not warm_start.head_has_bias(student):
+        raise ValueError(
+            "the curriculum was extracted for a student whose output head has a bias, this one has none: use "
+            "--warm_start none, or extract again with this student"
+        )
 
 
 def _curriculum(
@@ -97,19 +165,19 @@ def _curriculum(
     task: Task,
     student: nn.Module,
     teacher: LiveTeacher | None,
+    stored: ExtractedCurriculum | None,
     train_dataset: Any,
 ) -> Curriculum:
     if given is not None:
-        if teacher is None and any(stage.needs_teacher for stage in given.stages):
+        if teacher is None and stored is None and any(stage.needs_teacher for stage in given.stages):
             raise ValueError("this curriculum has stages that need a teacher: pass teacher_model")
         return given
     steps = _total_steps(args, train_dataset)
     if steps is None:
         raise ValueError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
     student_blocks = find_blocks(trunk(student), args.blocks)
-    return args.build_curriculum(
-        len(student_blocks), None if teacher is None else len(teacher.blocks), steps, default_warm_start(task)
-    )
+    teacher_blocks = stored.teacher_blocks if stored is not None else None if teacher is None else len(teacher.blocks)
+    return args.build_curriculum(len(student_blocks), teacher_blocks, steps, default_warm_start(task))
 
 
 def _total_steps(args: CurriculumConfig, dataset: Any) -> int | None:

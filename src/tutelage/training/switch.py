@@ -41,7 +41,7 @@ class StageSwitch:
         self,
         index: int,
         fresh: bool,
-        example: Callable[[], dict[str, Any]],
+        example: Callable[[int], dict[str, Any]],
         calibration: Callable[[], Sequence[dict[str, Any]]],
     ) -> None:
         """Make stage `index` the current one.
@@ -49,12 +49,12 @@ class StageSwitch:
         Args:
             index: which.
             fresh: at its first step, where a warm start applies; False when resuming within it.
-            example: gives a one-row batch to measure the stage on.
+            example: gives a one-row batch of a stage to measure it on.
             calibration: gives the calibration batches.
         """
         objective = self.objective
-        stages, teacher = objective.curriculum.stages, objective.teacher
-        if teacher is not None and fresh:
+        stages = objective.curriculum.stages
+        if fresh and any(stage.needs_teacher for stage in stages):
             if index == 0:
                 warm_start.apply_before_training(objective)
             elif stages[index].kind == "output" and stages[index - 1].kind == "hidden":
@@ -66,11 +66,11 @@ class StageSwitch:
         self.trainable = self._parameters(index)
         self.entered = index
 
-    def measure(self, index: int, example: Callable[[], dict[str, Any]]) -> StageCost:
+    def measure(self, index: int, example: Callable[[int], dict[str, Any]]) -> StageCost:
         """Cost and reach of a stage, measured once."""
         if index not in self.costs:
             self.objective.student.train()
-            self.costs[index] = measure_stage(self.objective, index, example())
+            self.costs[index] = measure_stage(self.objective, index, example(index))
         return self.costs[index]
 
     def set_trainable(self, names: Collection[str]) -> None:

@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.inputs import batch_positions, model_inputs
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
 from tutelage.tasks.text import make_collator
+from tutelage.teacher.extracted import StoredCollator
+from tutelage.teacher.rows import OUTPUT
 from tutelage.training import checks
 from tutelage.training.calibration import prepare_targets
 from tutelage.training.config import CurriculumConfig
@@ -89,7 +92,8 @@ class CurriculumTrainer(Trainer):
             raise ValueError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
         setup = prepare(model, teacher_model, args, train_dataset, eval_dataset, processing_class, curriculum)
         self.task, self.teacher = setup.task, setup.teacher
-        self.curriculum, self.objective = setup.curriculum, setup.objective
+        self.curriculum, self.objective, self.stored = setup.curriculum, setup.objective, setup.stored
+        train_dataset, eval_dataset, processing_class = setup.train_dataset, setup.eval_dataset, setup.tokenizer
         self.switch = StageSwitch(self.objective)
         checks.require_unused_search(args, self.curriculum)
         args.max_steps = self.curriculum.total_steps
@@ -98,6 +102,9 @@ class CurriculumTrainer(Trainer):
         self._resumed_stage: int | None = None
         if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase) and not setup.task.plain:
             data_collator = make_collator(setup.task, processing_class)
+        if setup.stored is not None:
+            pad_id = getattr(processing_class, "pad_token_id", None) or 0
+            data_collator = StoredCollator(data_collator or default_data_collator, pad_id)
         super().__init__(
             model=setup.student,
             args=args,
@@ -137,6 +144,8 @@ class CurriculumTrainer(Trainer):
             checks.claim_output_dir(output_dir, self.curriculum, resuming, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
         identity = checks.run_identity(self.args, self.curriculum, self.teacher, self.train_dataset)
+        if self.stored is not None:
+            identity["extraction"] = self.stored.digest
         progress, self._resumed_stage = Progress(identity=identity), None
         if checkpoint is not None:
             progress = Progress.load(checkpoint)
@@ -180,6 +189,7 @@ class CurriculumTrainer(Trainer):
                 self.args.device,
                 resuming=resume_from_checkpoint is not None,
                 write=self.is_world_process_zero(),
+                stored=self.stored,
             )
         self._move_to_stage(self.state.global_step)
         student = self.model
@@ -197,7 +207,10 @@ class CurriculumTrainer(Trainer):
         return wrapped, train_dataloader
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
-        """The first `calibration_samples` training examples, in batches."""
+        """The first `calibration_samples` training examples (those of the extraction, where there is one), in batches."""
+        if self.stored is not None:
+            size = self.args.per_device_train_batch_size
+            return [self._collate(batch) for batch in self.stored.calibration(self.objective.student_width, size)]
         count = min(self.args.calibration_samples, len(self.train_dataset))
         size = self.args.per_device_train_batch_size
         fetch = getattr(self.train_dataset, "__getitems__", None)
@@ -205,7 +218,7 @@ class CurriculumTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):  # masking collators may draw
             return [self._collate(rows[start : start + size]) for start in range(0, count, size)]
 
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def _collate(self, rows: Any) -> dict[str, Any]:
         collator = self._get_collator_with_removed_columns(self.data_collator)
         return self._prepare_inputs(collator(rows))
 
@@ -223,13 +236,18 @@ class CurriculumTrainer(Trainer):
         self._resumed_stage = None
         self.progress.stage = index
 
-    def _example(self) -> dict[str, Any]:
+    def _example(self, index: int) -> dict[str, Any]:
+        """A batch of one training example, of stage `index` where examples belong to stages."""
+        if self.stored is not None:
+            return self._collate(self.train_dataset.__getitems__([int(self.train_dataset.starts[index])]))
         return self._collate([self.train_dataset[0]])
 
     def _charge_calibration(self) -> None:
         """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
+        if self.teacher is None:
+            return
         count = min(self.args.calibration_samples, len(self.train_dataset))
-        positions = count * batch_positions(self._example())
+        positions = count * batch_positions(self._example(0))
         for index, target_map in enumerate(self.objective.maps):
             if target_map is not None:
                 cost = self.switch.measure(index, self._example)
@@ -327,6 +345,19 @@ class CurriculumTrainer(Trainer):
             return 0
         return int(self.switch.costs[self.objective.stage_index].flops * batch_positions(inputs))
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As in transformers; a curriculum on disk is in the order of its steps already."""
+        return (
+            SequentialSampler(self.train_dataset)
+            if self.stored is not None
+            else super()._get_train_sampler(train_dataset)
+        )
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(data_collator, StoredCollator):
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, *args, **kwargs)
+
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the labels, and the columns that student or teacher takes."""
         known = self._signature_columns is not None
@@ -334,6 +365,8 @@ class CurriculumTrainer(Trainer):
         columns: Any = self._signature_columns
         if not known and "labels" not in columns:
             columns.append("labels")
+        if self.stored is not None and not known:
+            columns.append(OUTPUT)
         if self.teacher is not None and not known:
             extra = model_inputs(self.teacher.model, dict.fromkeys(["token_type_ids", "attention_mask"]))
             columns += [name for name in extra if name not in columns]

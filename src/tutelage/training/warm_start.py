@@ -97,13 +97,17 @@ def head_stage(curriculum: Curriculum) -> int | None:
     )
 
 
-def check(curriculum: Curriculum, student: nn.Module, teacher: LiveTeacher | None) -> None:
+def check(
+    curriculum: Curriculum, student: nn.Module, teacher: LiveTeacher | None, stored_head: OutputHead | None = None
+) -> None:
     """Raise ValueError where the curriculum's warm start cannot be made."""
-    if head_stage(curriculum) is not None and teacher is not None:
+    if head_stage(curriculum) is not None and (teacher is not None or stored_head is not None):
         if replica_seeds(student) is not None:
             raise ValueError(f"warm_start={curriculum.warm_start!r} cannot be made for replicated students: use 'none'")
         if not isinstance(student, EmbeddingModel):
-            _check_soft_caps(OutputHead.of(teacher.model), OutputHead.of(student))
+            source = stored_head if teacher is None else OutputHead.of(teacher.model)
+            assert source is not None
+            _check_soft_caps(source, OutputHead.of(student))
         elif student.head is None:
             raise ValueError(
                 f"warm_start={curriculum.warm_start!r} needs a student with a linear head on its embedding: "
@@ -144,8 +148,8 @@ def head_has_bias(student: nn.Module) -> bool:
 def apply_before_training(objective: StageObjective) -> None:
     """What must be in place before the first stage: a projected embedding, and the head of a tied student."""
     curriculum, student, teacher = objective.curriculum, objective.student, objective.teacher
-    assert teacher is not None
     if "embedding" in curriculum.warm_start and not is_tied(student):
+        assert teacher is not None
         project_embedding(trunk(student), teacher.trunk, curriculum)
     if keeps_embedding_fixed(curriculum, student):
         _transplant(objective, _MAX_GAIN)
@@ -182,24 +186,27 @@ def _head_map(objective: StageObjective) -> TargetMap:
     return target_map
 
 
+def embedding_head(objective: StageObjective) -> nn.Linear | None:
+    """The linear map that an embedding teacher puts on its pooled state, if it has one."""
+    if objective.teacher is None:
+        return None if objective.teacher_head is None else objective.teacher_head.linear
+    assert isinstance(objective.teacher.model, EmbeddingModel)
+    return objective.teacher.model.head
+
+
 def _transplant(objective: StageObjective, max_gain: float | None) -> None:
     """Compose the teacher's head with the way back, whose noise stays below `max_gain` (`Projection.decoder`)."""
-    student, teacher, outputs, target_map = (
-        objective.student,
-        objective.teacher,
-        objective.outputs,
-        _head_map(objective),
-    )
-    assert teacher is not None
+    student, outputs, target_map = objective.student, objective.outputs, _head_map(objective)
     assert target_map.moment is not None, "the head stage was calibrated without its second moment"
     way_back = (target_map.standardizer, target_map.projection.decoder(target_map.moment, max_gain))
     if isinstance(student, EmbeddingModel):
-        assert isinstance(teacher.model, EmbeddingModel) and student.head is not None
-        head = teacher.model.head
+        assert student.head is not None
+        head = embedding_head(objective)
         weight, bias = (None, None) if head is None else (head.weight, head.bias)
         transplant_head(student.head, *way_back, weight, bias)
         return
-    source, target = OutputHead.of(teacher.model, outputs), OutputHead.of(student, outputs)
+    source, target = objective.teacher_head, OutputHead.of(student, outputs)
+    assert source is not None
     linear = source.linear
     used_bias = None if linear.bias is None else linear.bias[:outputs]
     transplant_head(target.linear, *way_back, linear.weight[:outputs], used_bias, source.scale / target.scale)

@@ -70,6 +70,8 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
     for key in options:
         if key not in own | run_names | config_names:
             raise ValueError(f"config {str(file)!r} has an unknown option {key!r}")
+    if "curriculum_dir" in options:
+        raise ValueError(f"config {str(file)!r}: a comparison trains from the teacher itself: leave curriculum_dir out")
     for key in _SET_BY_COMPARISON:
         if key in options:
             raise ValueError(
@@ -83,7 +85,8 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
     fill_defaults(run, config)
     prepared = prepare_run(run, config)
     teacher = prepared.teacher
-    assert teacher is not None and run.student is not None
+    train_dataset = prepared.train_dataset
+    assert teacher is not None and run.student is not None and train_dataset is not None
     base = load_config(str(config.teacher_model_name_or_path))
     shape = student_config(run.student, base)
 
@@ -104,7 +107,7 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
         arguments=arguments,
         make_teacher=lambda _: Teacher(teacher, {"description": f"given: {prepared.names['teacher']}"}),
         make_student=student,
-        train_data=lambda seeds, count: prepared.train_dataset.shuffle(seed=seeds[0]),
+        train_data=lambda seeds, count: train_dataset.shuffle(seed=seeds[0]),
         eval_data=lambda seeds: prepared.eval_dataset,
         collator=prepared.collator,
         default_methods=("extraction", "extraction:warm_start=none,normalize=none", "one_shot"),

@@ -1,0 +1,76 @@
+"""Settings of a run that trains from an extracted curriculum.
+
+Public names: `adopt`, `check_given`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tutelage.core.blocks import HEAD
+from tutelage.tasks.kinds import get_task, load_task_model
+from tutelage.teacher.extracted import ExtractedCurriculum
+from tutelage.teacher.identity import data_fingerprint, model_hash, tokenizer_hash
+from tutelage.training.checks import check_tokenizers
+from tutelage.training.config import CurriculumConfig
+
+
+def adopt(args: CurriculumConfig, stored: ExtractedCurriculum, student_blocks: int) -> None:
+    """Take the extraction's settings where the run has said nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(CurriculumConfig)}
+    curriculum = stored.curriculum
+    for name in ("projection", "projection_seed", "normalize", "temperature", "top_k"):
+        if getattr(args, name) == defaults[name]:
+            setattr(args, name, getattr(curriculum, name))
+    hidden = [stage for stage in curriculum.stages if stage.kind == "hidden"]
+    same_stages = args.layer_map is None and args.num_stages is None
+    if args.method == "extraction" and hidden and same_stages:
+        args.layer_map = ",".join(f"{s}:{t}" for s, t in stored.layer_map(student_blocks))
+    if args.warm_start is None:
+        ends_at_head = args.layer_map is not None and args.layer_map.endswith(f"{HEAD}:{HEAD}")
+        args.warm_start = curriculum.warm_start if ends_at_head else "none"
+    if args.max_steps <= 0:
+        args.max_steps = curriculum.total_steps
+        untouched = args.stage_steps is None and args.stage_fraction == defaults["stage_fraction"]
+        if args.method == "extraction" and same_stages and untouched and hidden:
+            args.stage_steps = [stage.steps for stage in hidden]
+
+
+def check_given(
+    stored: ExtractedCurriculum,
+    teacher: nn.Module | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any,
+    args: CurriculumConfig,
+) -> None:
+    """Refuse a teacher, tokenizer or data that the curriculum was not extracted from; nothing is checked that is not given.
+
+    Raises:
+        ValueError: another one, or a method or a task that the curriculum cannot serve.
+    """
+    identity, where = stored.identity, f"the curriculum in {str(stored.folder)!r}"
+    if args.method not in ("extraction", "one_shot"):
+        raise ValueError(f"method {args.method!r} does not train from a curriculum on disk: leave curriculum_dir out")
+    if args.task not in (None, identity["task"]):
+        raise ValueError(f"{where} is for task {identity['task']}, not {args.task}")
+    if tokenizer is not None and tokenizer_hash(tokenizer) != identity["tokenizer"]:
+        check_tokenizers(tokenizer, stored.tokenizer)  # says in which entry
+        raise ValueError(f"{where} was extracted with another tokenizer: use the one in its folder")
+    if isinstance(teacher, str):
+        teacher = load_task_model(
+            get_task(identity["task"]), teacher, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code
+        )
+    if teacher is not None and model_hash(teacher) != identity["teacher"]["hash"]:
+        raise ValueError(
+            f"{where} was extracted from another teacher ({identity['teacher']['name']}): leave the teacher out, or extract "
+            "again"
+        )
+    if dataset is not None and data_fingerprint(dataset) != identity["data"]["fingerprint"]:
+        raise ValueError(
+            f"{where} was extracted from other data ({identity['data']['name']}, {identity['data']['rows']:,} rows): leave the "
+            "dataset out, it is in the curriculum, or extract again"
+        )

@@ -1,0 +1,418 @@
+"""Extracting a curriculum, and training from it without the teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import make_tokenizer, save_llama
+from tutelage.cli import main
+from tutelage.core.blocks import HEAD
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.projection import RandomProjection
+from tutelage.experiments.distill import distill
+from tutelage.experiments.extract import ExtractArguments, extract
+from tutelage.experiments.settings import RunArguments
+from tutelage.teacher import storage
+from tutelage.teacher.extracted import ExtractedCurriculum, StoredRows
+from tutelage.training.config import CurriculumConfig
+from tutelage.training.records import MetricsFile
+
+STUDENT = "layers=2,hidden_size=16"
+TEACHERS = ("causal_lm", "masked_lm", "sequence_classification", "embedding")
+
+
+@pytest.fixture
+def teachers(
+    causal_teacher: Path, mlm_teacher: Path, classifier_teacher: Path, embedding_teacher: Path
+) -> dict[str, Path]:
+    return dict(zip(TEACHERS, (causal_teacher, mlm_teacher, classifier_teacher, embedding_teacher), strict=True))
+
+
+def settings(folder: Path, teacher: Path | None, **fields: Any) -> CurriculumConfig:
+    defaults = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "calibration_samples": 8,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "teacher_model_name_or_path": None if teacher is None else str(teacher),
+    }
+    return CurriculumConfig(output_dir=str(folder), **{**defaults, **fields})
+
+
+def texts(corpus: Path, **fields: Any) -> RunArguments:
+    defaults = {"student": STUDENT, "dataset": str(corpus / "text.jsonl"), "max_length": 16}
+    return RunArguments(**{**defaults, **fields})
+
+
+@pytest.fixture
+def extracted(corpus: Path, causal_teacher: Path, tmp_path: Path) -> Callable[..., Path]:
+    """The folder of a finished extraction."""
+
+    def make(name: str = "C", teacher: Path = causal_teacher, run: dict[str, Any] | None = None, **fields: Any) -> Path:
+        stored = {
+            key: fields.pop(key) for key in ("projection_dim", "dtype", "shard_tokens", "all_stages") if key in fields
+        }
+        how = ExtractArguments(**{"dtype": "float32", "shard_tokens": 200, **stored})
+        extract(texts(corpus, **(run or {})), settings(tmp_path / name, teacher, **fields), how, log=lambda line: None)
+        return tmp_path / name
+
+    return make
+
+
+def train(folder: Path, curriculum: Path | None, run: RunArguments | None = None, **fields: Any) -> dict[str, Any]:
+    teacher = fields.pop("teacher", None)
+    args = settings(folder, teacher, curriculum_dir=None if curriculum is None else str(curriculum), **fields)
+    return distill(run or RunArguments(student=STUDENT), args)
+
+
+# ---- Stored is live ----
+
+
+@pytest.mark.parametrize(
+    ("task", "fields"),
+    [
+        ("causal_lm", {}),
+        ("causal_lm", {"layer_map": "1:2,2:4", "normalize": "none", "data_seed": 5}),
+        ("causal_lm", {"layer_map": "1:1,head:head", "projection": "head", "gradient_accumulation_steps": 2}),
+        ("causal_lm", {"method": "one_shot", "temperature": 2.0, "max_steps": 40}),
+        ("masked_lm", {}),
+        ("sequence_classification", {}),
+        ("sequence_classification", {"layer_map": "head:head"}),
+        ("embedding", {}),
+        ("embedding", {"layer_map": "1:2,2:4"}),
+    ],
+)
+def test_a_student_from_disk_is_the_student_from_the_teacher(
+    teachers: dict[str, Path],
+    corpus: Path,
+    extracted: Callable[..., Path],
+    tmp_path: Path,
+    task: str,
+    fields: dict[str, Any],
+) -> None:
+    """Float32 on the CPU, bit for bit, in the order that the trainer's own sampler draws, over several epochs."""
+    # several epochs are the same where an epoch ends with a whole batch
+    run = {"eval_dataset": str(corpus / "text.txt"), "max_length": 12} if fields.get("max_steps") == 40 else {}
+    folder = extracted(teacher=teachers[task], run=run, **fields)
+    top_k = {} if task == "embedding" else {"top_k": 64}
+    live = train(tmp_path / "live", None, texts(corpus, **run), teacher=teachers[task], **fields, **top_k)
+    unset = {"max_steps": -1} if "max_steps" not in fields else {}
+    stored = train(tmp_path / "stored", folder, RunArguments(student=STUDENT), **{**fields, **unset})
+    one, two = (load_file(next((tmp_path / name).glob("**/model.safetensors"))) for name in ("live", "stored"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.equal(value, two[key]), key
+    assert stored["budget"]["teacher_flops"] == 0 < live["budget"]["teacher_flops"]
+    assert stored["student"]["loss"] == live["student"]["loss"]
+    logs = [
+        [record["loss"] for record in MetricsFile(tmp_path / name / "metrics.jsonl").read() if "loss" in record]
+        for name in ("live", "stored")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_it_goes_on_in_the_middle_of_a_stage(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = extracted()
+    train(tmp_path / "whole", folder)
+    train(tmp_path / "cut", folder, save_strategy="steps", save_steps=3)
+    for checkpoint in (tmp_path / "cut").glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-6":
+            shutil.rmtree(checkpoint)
+    train(tmp_path / "cut", folder, save_strategy="steps", save_steps=3, resume_from_checkpoint="true")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+# ---- What is on disk ----
+
+
+def test_anybody_can_read_it(extracted: Callable[..., Path], causal_teacher: Path) -> None:
+    folder = extracted(layer_map="1:2,head:head", normalize="none", warm_start="none", projection_dim=24)
+    data = datasets.load_from_disk(folder)
+    assert set(data) == {"stage_1", "stage_2", "stage_3", "evaluation"}
+    streamed = datasets.load_dataset(
+        "arrow", data_files=str(folder / "stage_1" / "*.arrow"), split="train", streaming=True
+    )
+    assert next(iter(streamed))["example_id"] == data["stage_1"][0]["example_id"]
+    teacher = AutoModelForCausalLM.from_pretrained(causal_teacher)
+    row = data["stage_1"][3]
+    with torch.no_grad():
+        output = teacher(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True)
+    expected = output.hidden_states[2][0] @ RandomProjection(32, 24, (0, 2)).matrix()
+    found = torch.tensor(row["teacher_states"]).reshape(-1, 24)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    output_row = data["stage_3"][0]
+    with torch.no_grad():
+        log_p = teacher(input_ids=torch.tensor([output_row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+    kept = torch.tensor(output_row["teacher_log_probs"]).reshape(len(log_p), -1)
+    torch.testing.assert_close(kept, log_p.topk(kept.shape[1]).values, rtol=1e-4, atol=1e-5)
+
+
+def test_the_data_is_divided_among_the_stages(extracted: Callable[..., Path]) -> None:
+    folder = extracted(max_steps=10, stage_steps=[2], layer_map="1:1,2:4")
+    data = datasets.load_from_disk(folder)
+    assert [len(data[name]) for name in ("stage_1", "stage_2", "stage_3")] == [8, 8, 24]
+    ids = [row for name in ("stage_1", "stage_2", "stage_3") for row in data[name]["example_id"]]
+    assert len(set(ids)) == 40  # no example twice within an epoch
+    every = extracted("all", max_steps=10, stage_steps=[2], layer_map="1:1,2:4", all_stages=True)
+    rows = {len(part) for name, part in datasets.load_from_disk(every).items() if name.startswith("stage")}
+    assert len(rows) == 1 and rows.pop() > 40
+
+
+def test_a_narrower_student_reads_the_first_columns(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    wide, narrow = extracted("wide", projection_dim=24), extracted("narrow")
+    one, two = (datasets.load_from_disk(folder)["stage_1"].with_format("numpy") for folder in (wide, narrow))
+    assert one["example_id"][:].tolist() == two["example_id"][:].tolist()
+    for a, b in zip(one["teacher_states"], two["teacher_states"], strict=True):
+        np.testing.assert_allclose(a.reshape(-1, 24)[:, :16], b.reshape(-1, 16), rtol=1e-5, atol=1e-6)
+    train(tmp_path / "from-wide", wide)
+    train(tmp_path / "from-narrow", narrow)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("from-wide", "from-narrow"))
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], rtol=1e-2, atol=1e-3)
+
+
+def test_another_student_takes_what_it_needs(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = extracted(layer_map="1:1,2:2,head:head", warm_start="none", projection_dim=32)
+    deep = train(tmp_path / "deep", folder, RunArguments(student="layers=4,hidden_size=32"), layer_map="2:1,head:head")
+    curriculum = Curriculum.from_json((tmp_path / "deep" / "curriculum.json").read_text())
+    assert [(s.student_place, s.teacher_place) for s in curriculum.stages[:-1]] == [(2, 1), (HEAD, HEAD)]
+    assert deep["budget"]["steps"] == 8
+    shallow = train(tmp_path / "shallow", folder, RunArguments(student="layers=1,hidden_size=16"), layer_map="1:2")
+    assert shallow["budget"]["teacher_flops"] == 0
+    output = train(tmp_path / "output", folder, method="one_shot", max_steps=3)
+    assert output["method"] == "one_shot"
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("int8", 1 / 127), ("float16", 1e-3)])
+def test_smaller_dtypes_are_close(extracted: Callable[..., Path], tmp_path: Path, dtype: str, error: float) -> None:
+    exact, small = ExtractedCurriculum(extracted("exact")), ExtractedCurriculum(extracted("small", dtype=dtype))
+    batches = [
+        StoredRows(s, s.curriculum, 16, 4, seed=42).__getitems__([0, 1, 2, 3]).tensors(0) for s in (exact, small)
+    ]
+    from tutelage.teacher.rows import dequantized
+
+    one, two = (dequantized(batch) for batch in batches)
+    largest = one.abs().amax(-1, keepdim=True)
+    assert ((one - two).abs() <= error * largest).all()
+    assert not torch.equal(one, two)
+    assert sum(s.bytes for s in small.manifest.splits) < 0.75 * sum(s.bytes for s in exact.manifest.splits)
+    train(tmp_path / "run", tmp_path / "small")
+
+
+# ---- Order ----
+
+
+def test_every_row_comes_once_a_pass_in_an_order_of_the_seed(extracted: Callable[..., Path]) -> None:
+    stored = ExtractedCurriculum(extracted(max_steps=10, stage_steps=[5]))
+    curriculum = Curriculum.from_json(stored.identity["curriculum"])
+    orders = {}
+    for seed in (42, 7, 8):
+        rows = StoredRows(stored, curriculum, 16, 8, seed)  # twice the examples of a step: two passes
+        places = [rows.place(position) for position in range(len(rows))]
+        assert [stage for stage, _ in places] == [0] * 40 + [1] * 40
+        first, second = [row for _, row in places[:20]], [row for _, row in places[20:40]]
+        assert sorted(first) == sorted(second) == list(range(20))
+        assert first != second
+        orders[seed] = first
+    assert orders[42] != orders[7] != orders[8] != orders[42]
+
+
+# ---- Interruptions ----
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.arrow"))}
+
+
+def test_an_extraction_goes_on_where_it_was(
+    extracted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = extracted("whole")
+    written: list[int] = []
+    original = storage.ShardWriter.write
+
+    def full(self: Any, number: int, batches: Any) -> Any:
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(number)
+        return original(self, number, batches)
+
+    monkeypatch.setattr(storage.ShardWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        extracted("cut")
+    with pytest.raises(ValueError, match="is unfinished: run the same `tutelage extract` again"):
+        train(tmp_path / "student", tmp_path / "cut")
+    monkeypatch.setattr(storage.ShardWriter, "write", lambda *a: written.append(a[1]) or original(*a))
+    before = len(written)
+    extracted("cut")
+    assert len(written) - before == len(files_of(whole)) - 2  # only the missing ones
+    assert files_of(tmp_path / "cut") == files_of(whole)
+    assert not list((tmp_path / "cut").rglob("*.receipt.json")) and not list((tmp_path / "cut").rglob("*.tmp"))
+    before = len(written)
+    extracted("cut")  # a finished one is left alone
+    assert len(written) == before
+
+
+def test_another_extraction_is_not_mixed_in(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    extracted()
+    with pytest.raises(ValueError, match="holds the curriculum of another extraction"):
+        extracted(projection_seed=3)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no curriculum"):
+        extracted("notes")
+
+
+# ---- Refusals ----
+
+
+def spoil(folder: Path, what: str) -> None:
+    shard = next(iter(sorted((folder / "stage_1").glob("*.arrow"))))
+    content = bytearray(shard.read_bytes())
+    if what == "damaged":
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif what == "cut":
+        shard.write_bytes(content[:-8])
+    elif what == "missing":
+        shard.unlink()
+    elif what == "newer":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    elif what == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif what == "not JSON":
+        (folder / "manifest.json").write_text("{")
+    elif what == "maps":
+        (folder / "maps.safetensors").write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("damaged", r"stage_1/data-00000.*is damaged \(its checksum"),
+        ("cut", r"stage_1/data-00000.*is damaged"),
+        ("missing", r"stage_1/data-00000.*is missing: copy it there"),
+        ("newer", "has format 99, this version reads up to 1: upgrade"),
+        ("no manifest", "holds no curriculum .no manifest.json.: make one with `tutelage extract`"),
+        ("not JSON", "is not a curriculum's manifest"),
+        ("maps", "maps.safetensors.*is damaged"),
+    ],
+)
+def test_a_spoilt_curriculum_is_refused(
+    extracted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, message: str
+) -> None:
+    folder = extracted()
+    spoil(folder, what)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "student", folder)
+    assert not (tmp_path / "student").exists()
+    assert main(["inspect", str(folder)]) == 2
+    assert "tutelage inspect:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "student", "message"),
+    [
+        ({}, "layers=2,hidden_size=24", "holds projections to width 16, the student is 24 wide"),
+        (
+            {"layer_map": "1:3,head:head"},
+            STUDENT,
+            "does not hold the stage 'hidden 1:3': it has teacher places head, output",
+        ),
+        ({"projection_seed": 4}, STUDENT, "was extracted with projection_seed=0, not 4"),
+        ({"top_k": 5}, STUDENT, "was extracted with top_k=64, not 5"),
+        ({"temperature": 2.0}, STUDENT, "was extracted with temperature=1.0, not 2.0"),
+        ({"method": "progressive"}, STUDENT, "method 'progressive' does not train from a curriculum on disk"),
+        ({"method": "scratch"}, STUDENT, "method 'scratch' does not train from a curriculum on disk"),
+        ({"warm_start": "head+embedding"}, STUDENT, "needs the teacher's embedding"),
+        ({"task": "masked_lm"}, STUDENT, "is for task causal_lm, not masked_lm"),
+    ],
+)
+def test_what_the_curriculum_cannot_serve_is_refused(
+    extracted: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], student: str, message: str
+) -> None:
+    folder = extracted()
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "student", folder, RunArguments(student=student), **fields)
+
+
+def test_a_curriculum_without_a_head_transplants_none(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = extracted(layer_map="head:head", warm_start="none")
+    with pytest.raises(ValueError, match="holds no output head to start from"):
+        train(tmp_path / "student", folder, warm_start="head")
+    train(tmp_path / "student", folder)
+
+
+def test_what_is_given_must_be_what_it_was_made_from(
+    extracted: Callable[..., Path], corpus: Path, causal_teacher: Path, tmp_path: Path
+) -> None:
+    folder = extracted()
+    train(tmp_path / "same", folder, texts(corpus), teacher=causal_teacher)
+    other = save_llama(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="was extracted from another teacher"):
+        train(tmp_path / "a", folder, teacher=other)
+    with pytest.raises(ValueError, match="was extracted from other data"):
+        train(tmp_path / "b", folder, texts(corpus, max_length=12))
+    from tests.conftest import WORDS
+
+    student = save_llama(tmp_path / "student", hidden_size=16)
+    make_tokenizer(words=tuple(reversed(WORDS))).save_pretrained(student)
+    with pytest.raises(ValueError, match="different tokenizers"):
+        train(tmp_path / "c", folder, RunArguments(student=str(student)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": "int4"}, "unknown dtype 'int4': use one of int8, float16, float32"),
+        ({"shard_tokens": 0}, "shard_tokens must be at least 1"),
+        ({"method": "scratch"}, "method 'scratch' reads no finished teacher's states"),
+        ({"label_weight": 0.5}, "label_weight is chosen when a student is trained"),
+        ({"layer_map": "1:9"}, "the teacher has blocks 1 to 4"),
+    ],
+)
+def test_an_extraction_that_cannot_work_is_refused(
+    extracted: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        extracted(**fields)
+    assert not (tmp_path / "C").exists()
+
+
+# ---- Command line ----
+
+
+def test_the_command_line(
+    corpus: Path, causal_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = str(tmp_path / "C"), str(corpus / "text.jsonl")
+    small = ["--max_length", "16", "--max_steps", "4", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
+    teacher = ["--teacher", str(causal_teacher), "--dataset", data, "--student", STUDENT]
+    assert main(["extract", *teacher, "--output_dir", folder, *small]) == 0
+    assert "stage_2       output" in capsys.readouterr().out
+    assert main(["inspect", folder]) == 0
+    assert "checksums: all as in the manifest" in capsys.readouterr().out
+    assert main(["inspect", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identity"]["width"] == 16
+    student = ["--curriculum_dir", folder, "--student", "layers=1,hidden_size=8", "--use_cpu", "true"]
+    assert main(["distill", *student, "--output_dir", str(tmp_path / "S"), "--per_device_train_batch_size", "4"]) == 0
+    assert (tmp_path / "S" / "model.safetensors").is_file() and (tmp_path / "S" / "tokenizer.json").is_file()
+    assert main(["distill", "--curriculum_dir", folder, "--output_dir", str(tmp_path / "T")]) == 2
+    assert "name a student" in capsys.readouterr().err
