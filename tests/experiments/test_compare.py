@@ -561,6 +561,13 @@ def compared(mine: list[int | None], theirs: list[int | None], ratio: dict[str, 
     }
 
 
+def test_verdict_leaves_out_what_has_not_run(tmp_path: Path) -> None:
+    result = made(tiny(), tmp_path / "o", ("extraction", "one_shot"))
+    result["methods"]["one_shot"]["runs"] = []
+    assert "one_shot" not in verdict(result)
+    assert "extraction reached" in verdict(result)
+
+
 def test_verdict_before_any_run() -> None:
     result = compared([None] * 3, [None] * 3, None)
     assert verdict({**result, "methods": {}}) == "No run has finished yet."

@@ -174,9 +174,10 @@ def fit_exponent(points: Sequence[tuple[int, Sequence[float | None]]]) -> dict[s
         return float(fitted[0]), float(fitted[1])
 
     exponent, intercept = slope([values for _, values in kept])
+    exponent = round(exponent, 9) + 0.0  # no slope, but for rounding, is 0 and not -0
     generator = np.random.default_rng(0)
     draws = sorted(slope([generator.choice(values, len(values)) for _, values in kept])[0] for _ in range(_DRAWS))
-    interval = [draws[int(0.025 * _DRAWS)], draws[int(0.975 * _DRAWS)]]
+    interval = [round(draws[int(share * _DRAWS)], 9) + 0.0 for share in (0.025, 0.975)]
     return {"exponent": exponent, "ci95": interval, "intercept": intercept, "unreached": unreached}
 
 
@@ -190,6 +191,9 @@ def _write(
                 mine = [p for p in points if (p["k"], p["teacher"], p["method"]) == (k, teacher, method)]
                 if mine:
                     fit = fit_exponent([(p["d"], p["samples"]) for p in mine])
+                    if method == "extraction":
+                        after = [(p["d"], _after_stage(p["samples"], fields.stage_samples)) for p in mine]
+                        fit["after_stage"] = fit_exponent(after)
                     fits.append({"k": k, "teacher": teacher, "method": method, **fit})
     result = {
         "recipe": "scaling",
@@ -207,6 +211,11 @@ def _write(
     return result
 
 
+def _after_stage(samples: Sequence[float | None], stage: int) -> list[float | None]:
+    """Samples of the output stage alone: the hidden stage, equally long everywhere, would flatten a slope."""
+    return [None if value is None or value <= stage else value - stage for value in samples]
+
+
 def _verdict(fits: Sequence[dict[str, Any]]) -> str:
     lines = []
     for fit in fits:
@@ -219,6 +228,13 @@ def _verdict(fits: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"{where} needs about d^{fit['exponent']:.2f} samples (95% interval {low:.2f} to {high:.2f}{left_out})."
         )
+        after = fit.get("after_stage", {})
+        if after.get("exponent") is not None:
+            low, high = after["ci95"]
+            lines[-1] += (
+                f" Its hidden stage is equally long in every dimension; what comes after it grows like "
+                f"d^{after['exponent']:.2f} ({low:.2f} to {high:.2f})."
+            )
     return "\n".join(lines)
 
 

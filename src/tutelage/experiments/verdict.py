@@ -34,7 +34,7 @@ def verdict(result: dict[str, Any]) -> str:
                 )
         for name, ratio in result["ratios"].items():
             over, _, under = name.partition("/")
-            if under in ("one_shot", "progressive") and over in methods:
+            if under in ("one_shot", "progressive") and {over, under} <= methods.keys():
                 sentences.append(_compared(over, under, ratio))
     else:
         finals = {
