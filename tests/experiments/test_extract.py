@@ -23,8 +23,11 @@ from tutelage.core.projection import RandomProjection
 from tutelage.experiments.distill import distill
 from tutelage.experiments.extract import ExtractArguments, extract
 from tutelage.experiments.settings import RunArguments
+from tutelage.tasks.text import read_dataset
 from tutelage.teacher import storage
-from tutelage.teacher.extracted import ExtractedCurriculum, StoredRows
+from tutelage.teacher.extracted import ExtractedCurriculum
+from tutelage.teacher.store import Store
+from tutelage.teacher.stored_rows import Reading, StoredRows
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import MetricsFile
 
@@ -74,7 +77,9 @@ def extracted(corpus: Path, causal_teacher: Path, tmp_path: Path) -> Callable[..
     return make
 
 
-def train(folder: Path, curriculum: Path | None, run: RunArguments | None = None, **fields: Any) -> dict[str, Any]:
+def train(
+    folder: Path, curriculum: Path | str | None, run: RunArguments | None = None, **fields: Any
+) -> dict[str, Any]:
     teacher = fields.pop("teacher", None)
     args = settings(folder, teacher, curriculum_dir=None if curriculum is None else str(curriculum), **fields)
     return distill(run or RunArguments(student=STUDENT), args)
@@ -203,7 +208,8 @@ def test_another_student_takes_what_it_needs(extracted: Callable[..., Path], tmp
 def test_smaller_dtypes_are_close(extracted: Callable[..., Path], tmp_path: Path, dtype: str, error: float) -> None:
     exact, small = ExtractedCurriculum(extracted("exact")), ExtractedCurriculum(extracted("small", dtype=dtype))
     batches = [
-        StoredRows(s, s.curriculum, 16, 4, seed=42).__getitems__([0, 1, 2, 3]).tensors(0) for s in (exact, small)
+        StoredRows(s, s.curriculum, 16, Reading(4, 4, seed=42)).__getitems__([0, 1, 2, 3]).tensors(0)
+        for s in (exact, small)
     ]
     from tutelage.teacher.rows import dequantized
 
@@ -223,7 +229,7 @@ def test_every_row_comes_once_a_pass_in_an_order_of_the_seed(extracted: Callable
     curriculum = Curriculum.from_json(stored.identity["curriculum"])
     orders = {}
     for seed in (42, 7, 8):
-        rows = StoredRows(stored, curriculum, 16, 8, seed)  # twice the examples of a step: two passes
+        rows = StoredRows(stored, curriculum, 16, Reading(8, 8, seed=seed))  # twice the examples of a step: two passes
         places = [rows.place(position) for position in range(len(rows))]
         assert [stage for stage, _ in places] == [0] * 40 + [1] * 40
         first, second = [row for _, row in places[:20]], [row for _, row in places[20:40]]
@@ -416,3 +422,77 @@ def test_the_command_line(
     assert (tmp_path / "S" / "model.safetensors").is_file() and (tmp_path / "S" / "tokenizer.json").is_file()
     assert main(["distill", "--curriculum_dir", folder, "--output_dir", str(tmp_path / "T")]) == 2
     assert "name a student" in capsys.readouterr().err
+
+
+# ---- Elsewhere than on this machine ----
+
+
+@pytest.fixture
+def bucket() -> Any:
+    """An object store in memory."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    yield memory
+    memory.store.clear()
+
+
+def test_a_curriculum_may_lie_behind_a_url(
+    extracted: Callable[..., Path], corpus: Path, causal_teacher: Path, tmp_path: Path, bucket: Any
+) -> None:
+    folder = extracted(max_steps=24)
+    args = settings(Path("unused"), causal_teacher, max_steps=24)
+    args.output_dir = "memory://curricula/C"
+    how = ExtractArguments(dtype="float32", shard_tokens=200)
+    manifest = extract(texts(corpus), args, how, log=lambda line: None)
+    assert manifest.splits == storage.read_manifest(Store(folder)).splits  # the same files, to the checksum
+    far = {name.removeprefix("/curricula/C/"): bucket.cat(name) for name in bucket.find("/curricula/C")}
+    assert far.keys() == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    train(tmp_path / "student", "memory://curricula/C")
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+    bucket.rm("/curricula/C/stage_2/data-00000-of-00004.arrow")
+    with pytest.raises(ValueError, match=r"stage_2/data-00000-of-00004.arrow of the curriculum .* is missing"):
+        train(tmp_path / "other", "memory://curricula/C")
+
+
+def test_far_shards_are_dealt_to_the_devices(extracted: Callable[..., Path], bucket: Any) -> None:
+    folder = extracted(max_steps=24)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            bucket.pipe(f"/far/{file.relative_to(folder).as_posix()}", file.read_bytes())
+    stored = ExtractedCurriculum("memory://far")
+    rows = StoredRows(stored, stored.curriculum, 16, Reading(step_examples=4, batch_size=2, devices=2, seed=3))
+    assert not rows.planned
+    shards = stored.manifest.split("stage_1").shards
+    ends = np.cumsum([shard.rows for shard in shards])
+    places = [rows.place(position)[1] for position in range(int(ends[-1]))]
+    assert sorted(places) == list(range(int(ends[-1])))  # every row once a pass
+    used = [
+        {
+            int(np.searchsorted(ends, row, side="right"))
+            for batch in range(device, 8, 2)
+            for row in places[2 * batch : 2 * batch + 2]
+        }
+        for device in (0, 1)
+    ]
+    assert not used[0] & used[1]  # while there are whole shards left
+    batch = rows.__getitems__([0, 1])
+    near = StoredRows(ExtractedCurriculum(folder), stored.curriculum, 16, Reading(4, 2, 2, seed=3))
+    expected = near.tables[0].take(places[:2])
+    assert batch.table.equals(expected)
+    fetched = rows.tables[0].store.fetch(shards[0].file).parent
+    for position in range(len(places)):
+        rows.__getitems__([position])
+    assert len(list(fetched.glob("*.arrow"))) <= stored.store.kept
+
+
+def test_data_may_lie_behind_a_url(corpus: Path, bucket: Any) -> None:
+    bucket.pipe("/data/text.jsonl", (corpus / "text.jsonl").read_bytes())
+    for file in (corpus / "folder").iterdir():
+        bucket.pipe(f"/data/folder/{file.name}", file.read_bytes())
+    near = read_dataset(str(corpus / "text.jsonl"))
+    assert read_dataset("memory://data/text.jsonl")["text"][:] == near["text"][:]
+    assert read_dataset("memory://data/folder")["text"][:] == near["text"][:]
+    with pytest.raises(ValueError, match=r"could not read dataset 'memory://data/none.jsonl'"):
+        read_dataset("memory://data/none.jsonl")

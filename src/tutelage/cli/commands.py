@@ -73,7 +73,7 @@ def _extract(arguments: Sequence[str]) -> None:
     args.teacher_model_name_or_path = rest.teacher or args.teacher_model_name_or_path
     manifest = extract(run, args, extraction, log=progress)
     if args.process_index == 0:
-        print(describe_extraction(Path(args.output_dir), manifest))
+        print(describe_extraction(args.output_dir, manifest))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -87,9 +87,9 @@ def _inspect(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     stored = ExtractedCurriculum(options.folder, check=not options.quick)
     if options.json:
-        print((stored.folder / MANIFEST_FILE).read_text(encoding="utf-8"), end="")
+        print(stored.store.read(MANIFEST_FILE), end="")
         return
-    print(describe_extraction(stored.folder, stored.manifest))
+    print(describe_extraction(str(stored.store), stored.manifest))
     print("checksums: not compared" if options.quick else "checksums: all as in the manifest")
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,7 +27,6 @@ from tqdm.auto import tqdm
 
 from tutelage.core.blocks import HEAD
 from tutelage.core.curriculum import Curriculum, Stage
-from tutelage.core.files import replacing
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import at_positions, label_positions, last_token
 from tutelage.core.losses import CHUNK_LOGITS
@@ -36,10 +36,12 @@ from tutelage.experiments.settings import Run, RunArguments, fill_defaults, prep
 from tutelage.tasks.embedding import EmbeddingModel, EmbeddingShape
 from tutelage.tasks.kinds import hidden_size, trunk
 from tutelage.teacher import rows
-from tutelage.teacher.extracted import HEAD_FILE, MAPS_FILE, TEACHER_FOLDER, TOKENIZER_FOLDER, epoch_order
+from tutelage.teacher.extracted import HEAD_FILE, MAPS_FILE, TEACHER_FOLDER, TOKENIZER_FOLDER
 from tutelage.teacher.identity import data_fingerprint, model_hash, tokenizer_hash
 from tutelage.teacher.rows import RowFormat
-from tutelage.teacher.storage import Manifest, Shard, ShardWriter, Split, claim, file_hash, finish, read_manifest
+from tutelage.teacher.storage import Manifest, Shard, ShardWriter, Split, claim, finish, read_manifest
+from tutelage.teacher.store import Store
+from tutelage.teacher.stored_rows import epoch_order
 from tutelage.teacher.targets import LiveTeacher
 from tutelage.training import warm_start
 from tutelage.training.calibration import prepare_targets
@@ -90,7 +92,7 @@ def extract(
     if extraction.shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, got {extraction.shard_tokens}")
     fill_defaults(run, args)
-    root = Path(args.output_dir or ".")
+    store = Store(args.output_dir or ".")
     state = PartialState(timeout=timedelta(days=30))
     prepared = prepare_run(run, args)
     if not prepared.task.whole:
@@ -98,17 +100,17 @@ def extract(
     work = _Work(prepared, args, extraction, state.device)
     finished = True
     if state.is_main_process:
-        finished = claim(root, work.identity)
+        finished = claim(store, work.identity)
     state.wait_for_everyone()
     if not state.is_main_process:
-        finished = claim(root, work.identity)
+        finished = claim(store, work.identity)
     if not finished:
-        work.write(root, state.process_index, state.num_processes, log)
+        work.write(store, state.process_index, state.num_processes, log)
         state.wait_for_everyone()
         if state.is_main_process:
-            work.finish(root)
+            work.finish(store)
         state.wait_for_everyone()
-    return read_manifest(root)
+    return read_manifest(store)
 
 
 class _Work:
@@ -215,7 +217,7 @@ class _Work:
     def _examples(self, index: int) -> list[int]:
         """Rows of the data that a stage reads, in the order it reads them, each once."""
         if self.extraction.all_stages:
-            return list(self._order(0))
+            return self._order(0)
         stages, count = self.curriculum.stages, len(self.data)
         start = sum(stage.steps for stage in stages[:index]) * self._step_examples
         stop = start + stages[index].steps * self._step_examples
@@ -225,10 +227,11 @@ class _Work:
             seen.update(dict.fromkeys(order[max(0, start - epoch * count) : stop - epoch * count]))
         return list(seen)
 
-    def _order(self, epoch: int) -> Sequence[int]:
+    def _order(self, epoch: int) -> list[int]:
         """The order in which the trainer's sampler reads the data in an epoch."""
         sequential = self.args.train_sampling_strategy == "sequential"
-        return epoch_order(len(self.data), self._seed, epoch, sequential)
+        order: list[int] = epoch_order(len(self.data), self._seed, epoch, sequential).tolist()
+        return order
 
     @property
     def _seed(self) -> int:
@@ -256,20 +259,18 @@ class _Work:
 
     # ---- Writing ----
 
-    def write(self, root: Path, rank: int, ranks: int, log: Callable[[str], None]) -> None:
+    def write(self, store: Store, rank: int, ranks: int, log: Callable[[str], None]) -> None:
         """Write this process's share of the missing shards; the first process also what all of them share."""
-        maps = root / MAPS_FILE
-        prepare_targets(
-            self.objective,
-            maps,
-            self._calibration,
-            self.device,
-            resuming=False,
-            write=rank == 0,
-            width=self.width,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            maps = Path(folder) / MAPS_FILE
+            prepare_targets(
+                self.objective, maps, self._calibration, self.device, resuming=False, write=rank == 0, width=self.width
+            )
+            if rank == 0 and maps.exists():
+                with store.writing(MAPS_FILE) as path:
+                    shutil.copyfile(maps, path)
         if rank == 0:
-            self._write_shared(root)
+            self._write_shared(store)
         planned = self._planned()
         total = sum(len(shards) for _, shards, _ in planned)
         numbered = [
@@ -278,11 +279,11 @@ class _Work:
         counts = {name: len(shards) for name, shards, _ in planned}
         with tqdm(total=total, desc="Extracting", unit="shard", initial=0) as bar:
             for position, (name, number, batches, make) in enumerate(numbered):
-                writer = ShardWriter(root, name, counts[name], self.features[name])
+                writer = ShardWriter(store, name, counts[name], self.features[name])
                 if position % ranks == rank and writer.done(number) is None:
                     writer.write(number, make(batches))
                 bar.update()
-        log(f"{total} shards in {root}")
+        log(f"{total} shards in {store}")
 
     def _planned(self) -> list[tuple[str, list[list[list[int]]], Callable[..., Iterator[dict[str, Any]]]]]:
         planned: list[Any] = []
@@ -366,22 +367,26 @@ class _Work:
         with torch.random.fork_rng(devices=[]):
             return [self._batch(range(start, min(start + size, count))) for start in range(0, count, size)]
 
-    def _write_shared(self, root: Path) -> None:
+    def _write_shared(self, store: Store) -> None:
         """Teacher's config, tokenizer and, for a transplant, output head."""
-        trunk(self.teacher.model).config.save_pretrained(root / TEACHER_FOLDER)  # type: ignore[union-attr,operator]
-        self.prepared.tokenizer.save_pretrained(root / TOKENIZER_FOLDER)
+        with tempfile.TemporaryDirectory() as folder:
+            trunk(self.teacher.model).config.save_pretrained(Path(folder) / TEACHER_FOLDER)  # type: ignore[union-attr,operator]
+            self.prepared.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
+            for file in Path(folder).rglob("*.*"):
+                with store.writing(file.relative_to(folder).as_posix()) as path:
+                    shutil.copyfile(file, path)
         head = self._head()
         if self.identity["head"] is None or head is None:
             return
         tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
-        with replacing(root / HEAD_FILE) as temporary:
-            save_file(tensors, temporary)
+        with store.writing(HEAD_FILE) as path:
+            save_file(tensors, path)
 
-    def finish(self, root: Path) -> None:
+    def finish(self, store: Store) -> None:
         """Check that every shard is there, then write what makes the folder a curriculum."""
         splits = []
         for name, shards, _ in self._planned():
-            writer = ShardWriter(root, name, len(shards), self.features[name])
+            writer = ShardWriter(store, name, len(shards), self.features[name])
             written: list[Shard] = []
             for number in range(len(shards)):
                 shard = writer.done(number)
@@ -389,17 +394,10 @@ class _Work:
                     raise ValueError(f"shard {writer.file(number)} was not written: run the same command again")
                 written.append(shard)
             splits.append(Split(name, tuple(written)))
-        shared = [
-            MAPS_FILE,
-            HEAD_FILE,
-            *(f"{f}/{p.name}" for f in (TEACHER_FOLDER, TOKENIZER_FOLDER) for p in (root / f).iterdir()),
-        ]
-        files = {name: file_hash(root / name) for name in shared if (root / name).is_file()}
-        finish(
-            root,
-            Manifest(json.loads(json.dumps(self.identity)), tuple(splits), files, environment=environment()),
-            self.features,
-        )
+        shared = [MAPS_FILE, HEAD_FILE, *store.files(TEACHER_FOLDER), *store.files(TOKENIZER_FOLDER)]
+        files = {name: store.sha256(name) for name in shared if store.exists(name)}
+        manifest = Manifest(json.loads(json.dumps(self.identity)), tuple(splits), files, environment=environment())
+        finish(store, manifest, self.features)
 
 
 def _embedding_shape(teacher: nn.Module) -> dict[str, Any] | None:
@@ -408,7 +406,7 @@ def _embedding_shape(teacher: nn.Module) -> dict[str, Any] | None:
     return dataclasses.asdict(EmbeddingShape(teacher.embedding_size, teacher.pooling, teacher.normalize))
 
 
-def describe_extraction(root: Path, manifest: Manifest) -> str:
+def describe_extraction(root: str, manifest: Manifest) -> str:
     """Splits, sizes and bytes a token, for the terminal."""
     identity, teacher = manifest.identity, manifest.identity["teacher"]
     lines = [
@@ -425,6 +423,5 @@ def describe_extraction(root: Path, manifest: Manifest) -> str:
             f"{split.name:<14}{what.get(split.name, ''):<16}{split.rows:>9,}{split.tokens:>12,}{split.bytes:>14,}"
             f"{split.bytes / max(1, split.tokens):>13.1f}"
         )
-    free = shutil.disk_usage(root).free
-    lines += ["", f"total: {sum(split.bytes for split in manifest.splits):,} bytes; {free:,} bytes free there"]
+    lines += ["", f"total: {sum(split.bytes for split in manifest.splits):,} bytes"]
     return "\n".join(lines)

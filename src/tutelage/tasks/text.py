@@ -15,18 +15,21 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from tutelage.tasks.kinds import Task
+from tutelage.teacher.store import Store
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
-    """Read a Hub dataset, a folder saved by `datasets`, or a .txt/.jsonl/.parquet file.
+    """Read a Hub dataset, a folder saved by `datasets`, or a .txt/.jsonl/.parquet file; the latter two also by fsspec URL.
 
     Raises:
         ValueError: nothing there, another kind of file, a text file that is not UTF-8, or an empty dataset.
     """
     file = Path(path)
-    if file.is_file():
+    if "://" in path:
+        data = _read_url(path)
+    elif file.is_file():
         if file.suffix not in _BUILDERS:
             raise ValueError(f"dataset {path!r} ends in {file.suffix!r}: expected .txt, .jsonl or .parquet")
         if file.stat().st_size == 0:
@@ -65,6 +68,16 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
     if not any(len(part) for part in parts):
         raise ValueError(f"dataset {path!r} is empty: it needs at least one example")
     return data
+
+
+def _read_url(url: str) -> Dataset | DatasetDict:
+    """A file, which is fetched and read as one on this machine, or a folder that `datasets` saved."""
+    folder, _, name = url.rpartition("/")
+    store = Store(folder)  # what it fetches lives as long as it does
+    try:
+        return read_dataset(str(store.fetch(name))) if Path(url).suffix in _BUILDERS else load_from_disk(url)
+    except Exception as error:  # each file system has its own
+        raise ValueError(f"could not read dataset {url!r}: {_reason(error)}") from error
 
 
 def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Dataset, Dataset]:

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, concatenate_datasets
 
-from tutelage.core.files import replacing, write_atomically
+from tutelage.teacher.store import Store
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -98,23 +98,22 @@ class Manifest:
 class ShardWriter:
     """Writes the shards of one split, each whole or not at all; those that are there already are left alone."""
 
-    def __init__(self, root: Path, split: str, count: int, features: Features):
-        self.root, self.split, self.count, self.features = root, split, count, features
-        (root / split).mkdir(parents=True, exist_ok=True)
+    def __init__(self, store: Store, split: str, count: int, features: Features):
+        self.store, self.split, self.count, self.features = store, split, count, features
 
     def file(self, number: int) -> str:
         """Path of a shard below the root."""
         return f"{self.split}/data-{number:05d}-of-{self.count:05d}.arrow"
 
-    def receipt(self, number: int) -> Path:
+    def receipt(self, number: int) -> str:
         """What says that a shard is whole."""
-        return self.root / f"{self.file(number)}.receipt.json"
+        return f"{self.file(number)}.receipt.json"
 
     def done(self, number: int) -> Shard | None:
         """A shard that was written before."""
-        if not self.receipt(number).exists():
+        if not self.store.exists(self.receipt(number)):
             return None
-        return Shard(**json.loads(self.receipt(number).read_text(encoding="utf-8")))
+        return Shard(**json.loads(self.store.read(self.receipt(number))))
 
     def write(self, number: int, batches: Iterable[Mapping[str, pa.Array]]) -> Shard:
         """Write a shard from column arrays.
@@ -122,27 +121,23 @@ class ShardWriter:
         Raises:
             OSError: the disk is full, say; what was written before stays whole.
         """
-        schema, path = self.features.arrow_schema, self.root / self.file(number)
-        rows = tokens = 0
-        with (
-            replacing(path) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_stream(sink, schema) as out,
-        ):
-            for columns in batches:
-                batch = pa.record_batch([columns[name].cast(schema.field(name).type) for name in schema.names], schema)
-                out.write_batch(batch)
-                rows += batch.num_rows
-                tokens += len(columns["input_ids"].flatten())
-        shard = Shard(self.file(number), rows, tokens, path.stat().st_size, file_hash(path))
-        write_atomically(self.receipt(number), json.dumps(dataclasses.asdict(shard)))
+        schema, rows, tokens = self.features.arrow_schema, 0, 0
+        with self.store.writing(self.file(number)) as path:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as out:
+                for columns in batches:
+                    arrays = [columns[name].cast(schema.field(name).type) for name in schema.names]
+                    batch = pa.record_batch(arrays, schema)
+                    out.write_batch(batch)
+                    rows += batch.num_rows
+                    tokens += len(columns["input_ids"].flatten())
+            shard = Shard(self.file(number), rows, tokens, path.stat().st_size, file_hash(path))
+        self.store.write(self.receipt(number), json.dumps(dataclasses.asdict(shard)))
         return shard
 
 
-def finish(root: Path, manifest: Manifest, features: Mapping[str, Features]) -> None:
+def finish(store: Store, manifest: Manifest, features: Mapping[str, Features]) -> None:
     """Make the folder a dataset on disk and write the manifest; receipts go."""
     for split in manifest.splits:
-        folder = root / split.name
         state: dict[str, Any] = {
             "_data_files": [{"filename": Path(shard.file).name} for shard in split.shards],
             "_fingerprint": hashlib.sha256("".join(s.sha256 for s in split.shards).encode()).hexdigest()[:16],
@@ -159,36 +154,35 @@ def finish(root: Path, manifest: Manifest, features: Mapping[str, Features]) -> 
             "homepage": "",
             "license": "",
         }
-        write_atomically(folder / "state.json", json.dumps(state, indent=2))
-        write_atomically(folder / "dataset_info.json", json.dumps(info, indent=2))
-    write_atomically(root / "dataset_dict.json", json.dumps({"splits": [split.name for split in manifest.splits]}))
-    write_atomically(root / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+        store.write(f"{split.name}/state.json", json.dumps(state, indent=2))
+        store.write(f"{split.name}/dataset_info.json", json.dumps(info, indent=2))
+    store.write("dataset_dict.json", json.dumps({"splits": [split.name for split in manifest.splits]}))
+    store.write(MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
     for split in manifest.splits:
-        for receipt in (root / split.name).glob("*.receipt.json"):
-            receipt.unlink()
-    (root / PROGRESS_FILE).unlink(missing_ok=True)
+        for shard in split.shards:
+            store.remove(f"{shard.file}.receipt.json")
+    store.remove(PROGRESS_FILE)
 
 
-def claim(root: Path, identity: Mapping[str, Any]) -> bool:
+def claim(store: Store, identity: Mapping[str, Any]) -> bool:
     """Make a folder this extraction's, or find it unfinished by the same one; True where it is finished already.
 
     Raises:
         ValueError: the folder holds another extraction, or something else.
     """
     mine = json.loads(json.dumps(identity))
-    if (root / MANIFEST_FILE).exists():
-        theirs, finished = read_manifest(root).identity, True
-    elif (root / PROGRESS_FILE).exists():
-        theirs, finished = json.loads((root / PROGRESS_FILE).read_text(encoding="utf-8")), False
-    elif root.exists() and any(root.iterdir()):
-        raise ValueError(f"{str(root)!r} is not empty and holds no curriculum: choose another --output_dir")
+    if store.exists(MANIFEST_FILE):
+        theirs, finished = read_manifest(store).identity, True
+    elif store.exists(PROGRESS_FILE):
+        theirs, finished = json.loads(store.read(PROGRESS_FILE)), False
+    elif not store.is_empty():
+        raise ValueError(f"{str(store)!r} is not empty and holds no curriculum: choose another --output_dir")
     else:
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / PROGRESS_FILE, json.dumps(mine, indent=1))
+        store.write(PROGRESS_FILE, json.dumps(mine, indent=1))
         return False
     if different := [key for key in mine if mine[key] != theirs.get(key)]:
         raise ValueError(
-            f"{str(root)!r} holds the curriculum of another extraction (another {', '.join(different)}): "
+            f"{str(store)!r} holds the curriculum of another extraction (another {', '.join(different)}): "
             "give what it began with, or choose another --output_dir"
         )
     return finished
@@ -197,62 +191,59 @@ def claim(root: Path, identity: Mapping[str, Any]) -> bool:
 # ---- Reading ----
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(store: Store) -> Manifest:
     """The manifest of a finished curriculum.
 
     Raises:
         ValueError: there is none, it is unfinished, or its format is newer than this version reads.
     """
-    path = root / MANIFEST_FILE
-    if not path.is_file():
-        if (root / PROGRESS_FILE).is_file():
+    if not store.exists(MANIFEST_FILE):
+        if store.exists(PROGRESS_FILE):
             raise ValueError(
-                f"the extraction in {str(root)!r} is unfinished: run the same `tutelage extract` again, it goes on with the "
+                f"the extraction in {str(store)!r} is unfinished: run the same `tutelage extract` again, it goes on with the "
                 "missing shards"
             )
-        raise ValueError(f"{str(root)!r} holds no curriculum (no {MANIFEST_FILE}): make one with `tutelage extract`")
+        raise ValueError(f"{str(store)!r} holds no curriculum (no {MANIFEST_FILE}): make one with `tutelage extract`")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(store.read(MANIFEST_FILE))
         version = found["format"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a curriculum's manifest: {error}") from error
+        raise ValueError(f"{store}/{MANIFEST_FILE} is not a curriculum's manifest: {error}") from error
     if version > FORMAT:
         raise ValueError(
-            f"the curriculum in {str(root)!r} has format {version}, this version reads up to {FORMAT}: upgrade tutelage"
+            f"the curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade tutelage"
         )
-    return Manifest.from_json(path.read_text(encoding="utf-8"))
+    return Manifest.from_json(store.read(MANIFEST_FILE))
 
 
-def open_split(root: Path, split: Split) -> Dataset:
+def open_split(store: Store, split: Split) -> Dataset:
     """A split's rows, memory-mapped.
 
     Raises:
         ValueError: a shard is missing or of another size than the manifest says.
     """
     for shard in split.shards:
-        path = root / shard.file
-        if not path.is_file():
+        if not store.exists(shard.file):
             raise ValueError(
-                f"shard {shard.file} of the curriculum {str(root)!r} is missing: copy it there, or extract again"
+                f"shard {shard.file} of the curriculum {str(store)!r} is missing: copy it there, or extract again"
             )
-        if path.stat().st_size != shard.bytes:
+        if store.size(shard.file) != shard.bytes:
             raise ValueError(
-                f"shard {shard.file} of the curriculum {str(root)!r} is damaged: it has {path.stat().st_size:,} bytes, the "
+                f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {store.size(shard.file):,} bytes, the "
                 f"manifest says {shard.bytes:,}; copy it again, or extract again"
             )
-    return concatenate_datasets([Dataset.from_file(str(root / shard.file)) for shard in split.shards])
+    return concatenate_datasets([Dataset.from_file(str(store.fetch(shard.file))) for shard in split.shards])
 
 
-def verify(root: Path, manifest: Manifest) -> None:
+def verify(store: Store, manifest: Manifest) -> None:
     """Raise ValueError where a file's checksum is not the manifest's."""
     known = {shard.file: shard.sha256 for split in manifest.splits for shard in split.shards} | manifest.files
     for name, expected in known.items():
-        path = root / name
-        if not path.is_file():
-            raise ValueError(f"{name} of the curriculum {str(root)!r} is missing: copy it there, or extract again")
-        if file_hash(path) != expected:
+        if not store.exists(name):
+            raise ValueError(f"{name} of the curriculum {str(store)!r} is missing: copy it there, or extract again")
+        if store.sha256(name) != expected:
             raise ValueError(
-                f"{name} of the curriculum {str(root)!r} is damaged (its checksum is not the manifest's): copy it again, or "
+                f"{name} of the curriculum {str(store)!r} is damaged (its checksum is not the manifest's): copy it again, or "
                 "extract again"
             )
 

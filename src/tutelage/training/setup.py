@@ -16,8 +16,9 @@ from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.tasks.kinds import Task, default_warm_start, detect_task, get_task, hidden_size, load_task_model, trunk
-from tutelage.teacher.extracted import ExtractedCurriculum, StoredRows
+from tutelage.teacher.extracted import ExtractedCurriculum
 from tutelage.teacher.loading import load_tokenizer
+from tutelage.teacher.stored_rows import Reading, StoredRows
 from tutelage.teacher.targets import LiveTeacher, check_checkpoint
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
@@ -140,16 +141,17 @@ def _stored_rows(
             f"warm_start={curriculum.warm_start!r} needs the teacher's embedding, which a curriculum on disk does not hold: "
             "use 'head' or 'none', or train with the teacher itself"
         )
-    examples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    size = args.per_device_train_batch_size
+    examples = size * args.gradient_accumulation_steps * args.world_size
     seed = args.data_seed if args.data_seed is not None else args.seed
-    return StoredRows(stored, curriculum, width, examples, seed)
+    return StoredRows(stored, curriculum, width, Reading(examples, size, args.world_size, seed))
 
 
 def check_transplant(stored: ExtractedCurriculum, student: nn.Module) -> None:
     """Raise ValueError where the head of this student cannot start from what was extracted."""
     if stored.identity["head"] is None:
         raise ValueError(
-            f"the curriculum in {str(stored.folder)!r} holds no output head to start from: extract it with "
+            f"the curriculum in {str(stored.store)!r} holds no output head to start from: extract it with "
             "--warm_start head, or train with --warm_start none"
         )
     if stored.identity["centered"] and not warm_start.head_has_bias(student):

@@ -52,7 +52,7 @@ def check_given(
     Raises:
         ValueError: another one, or a method or a task that the curriculum cannot serve.
     """
-    identity, where = stored.identity, f"the curriculum in {str(stored.folder)!r}"
+    identity, where = stored.identity, f"the curriculum in {str(stored.store)!r}"
     if args.method not in ("extraction", "one_shot"):
         raise ValueError(f"method {args.method!r} does not train from a curriculum on disk: leave curriculum_dir out")
     if args.task not in (None, identity["task"]):

@@ -21,8 +21,8 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.inputs import batch_positions, model_inputs
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
 from tutelage.tasks.text import make_collator
-from tutelage.teacher.extracted import StoredCollator
 from tutelage.teacher.rows import OUTPUT
+from tutelage.teacher.stored_rows import StoredCollator
 from tutelage.training import checks
 from tutelage.training.calibration import prepare_targets
 from tutelage.training.config import CurriculumConfig
