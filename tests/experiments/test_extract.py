@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -422,6 +425,30 @@ def test_the_command_line(
     assert (tmp_path / "S" / "model.safetensors").is_file() and (tmp_path / "S" / "tokenizer.json").is_file()
     assert main(["distill", "--curriculum_dir", folder, "--output_dir", str(tmp_path / "T")]) == 2
     assert "name a student" in capsys.readouterr().err
+
+
+# ---- Several processes ----
+
+
+def test_any_number_of_processes_make_the_same_curriculum(corpus: Path, causal_teacher: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 3):
+        folder = tmp_path / f"by-{processes}"
+        options = ["--teacher", str(causal_teacher), "--dataset", str(corpus / "text.jsonl"), "--student", STUDENT]
+        options += ["--max_length", "16", "--num_train_epochs", "1", "--per_device_train_batch_size", "4"]
+        options += ["--use_cpu", "true", "--dtype", "float32", "--shard_tokens", "200", "--output_dir", str(folder)]
+        command = [sys.executable, "-m", "tutelage", "extract", *options]
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            command = [sys.executable, *launcher, *command[1:]]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(files_of(folder))
+        assert len([name for name in found[-1] if name.startswith("stage_2")]) > 2
+        assert storage.read_manifest(Store(folder)).identity["seed"] == 42
+    assert found[0] == found[1]
 
 
 # ---- Elsewhere than on this machine ----

@@ -47,7 +47,7 @@ from tutelage.training import warm_start
 from tutelage.training.calibration import prepare_targets
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
-from tutelage.training.setup import prepare
+from tutelage.training.setup import prepare, total_steps
 
 
 @dataclass
@@ -60,6 +60,9 @@ class ExtractArguments:
     )
     dtype: str = field(default="int8", metadata={"help": f"Of hidden states: {', '.join(rows.DTYPES)}."})
     shard_tokens: int = field(default=1_000_000, metadata={"help": "Tokens a file, about."})
+    devices: int = field(
+        default=1, metadata={"help": "Devices that the student will train on, which divides the data among the stages."}
+    )
     all_stages: bool = field(default=False, metadata={"help": "Store every row for every stage, for many epochs."})
 
 
@@ -89,8 +92,9 @@ def extract(
         raise ValueError("label_weight is chosen when a student is trained: leave it out of the extraction")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(f"an extraction follows a random or sequential order, not {args.train_sampling_strategy!r}")
-    if extraction.shard_tokens < 1:
-        raise ValueError(f"shard_tokens must be at least 1, got {extraction.shard_tokens}")
+    for name in ("shard_tokens", "devices"):
+        if getattr(extraction, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(extraction, name)}")
     fill_defaults(run, args)
     store = Store(args.output_dir or ".")
     state = PartialState(timeout=timedelta(days=30))
@@ -124,6 +128,7 @@ class _Work:
         if self.task.plain:
             raise ValueError("an extraction needs tokens: plain networks train with the teacher itself")
         rows.RowFormat(extraction.dtype, 1, "none", False, "states")  # refuses an unknown dtype
+        args.max_steps = total_steps(args, self.data, extraction.devices) or args.max_steps
         setup = prepare(
             prepared.student, prepared.teacher, args, self.data, prepared.eval_dataset, prepared.tokenizer, None
         )
@@ -189,7 +194,9 @@ class _Work:
 
     @property
     def _step_examples(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        """Of training: how many processes extract changes nothing."""
+        devices = self.extraction.devices
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * devices
 
     def _forms(self) -> dict[str, RowFormat]:
         label = "none"

@@ -1,6 +1,6 @@
 """From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute.
 
-Public names: `Setup`, `prepare`.
+Public names: `Setup`, `prepare`, `total_steps`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _curriculum(
         if teacher is None and stored is None and any(stage.needs_teacher for stage in given.stages):
             raise ValueError("this curriculum has stages that need a teacher: pass teacher_model")
         return given
-    steps = _total_steps(args, train_dataset)
+    steps = total_steps(args, train_dataset, args.world_size)
     if steps is None:
         raise ValueError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
     student_blocks = find_blocks(trunk(student), args.blocks)
@@ -182,13 +182,13 @@ def _curriculum(
     return args.build_curriculum(len(student_blocks), teacher_blocks, steps, default_warm_start(task))
 
 
-def _total_steps(args: CurriculumConfig, dataset: Any) -> int | None:
-    """Optimiser steps of the budget: `max_steps`, else from epochs and the dataset's length."""
+def total_steps(args: CurriculumConfig, dataset: Any, devices: int) -> int | None:
+    """Optimiser steps of the budget on so many devices: `max_steps`, else from epochs and the dataset's length."""
     if args.max_steps > 0:
         return args.max_steps
     if dataset is None or not hasattr(dataset, "__len__"):
         return None
-    size = args.per_device_train_batch_size * args.world_size
+    size = args.per_device_train_batch_size * devices
     batches = len(dataset) // size if args.dataloader_drop_last else math.ceil(len(dataset) / size)
     # as transformers counts: an epoch's last step may have fewer micro-batches
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
