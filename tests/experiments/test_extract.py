@@ -427,6 +427,31 @@ def test_the_command_line(
     assert "name a student" in capsys.readouterr().err
 
 
+# ---- Large teachers ----
+
+
+def test_a_teacher_may_be_placed_by_transformers(extracted: Callable[..., Path]) -> None:
+    assert files_of(extracted("plain")) == files_of(extracted("placed", teacher_device_map="auto"))
+
+
+def test_quantisation_is_transformers_own(
+    extracted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, causal_teacher: Path
+) -> None:
+    seen: dict[str, Any] = {}
+    original = AutoModelForCausalLM.from_pretrained
+
+    def spy(path: str, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        kwargs.pop("quantization_config", None)
+        return original(path, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    extracted(teacher_quantization='{"quant_method": "bitsandbytes", "load_in_8bit": true}', teacher_dtype="float32")
+    assert seen["quantization_config"].load_in_8bit and seen["dtype"] == "float32"
+    with pytest.raises(ValueError, match=r"teacher_quantization .* cannot be used"):
+        extracted("other", teacher_quantization="{")
+
+
 # ---- Several processes ----
 
 

@@ -18,9 +18,10 @@ from tutelage.cli.diagnose import diagnose_command
 from tutelage.cli.parsing import Parser
 from tutelage.experiments.distill import describe, distill, quiet_unless_terminal
 from tutelage.experiments.evaluate import evaluate
-from tutelage.experiments.extract import ExtractArguments, describe_extraction, extract
+from tutelage.experiments.extract import DEFAULT_TOP_K, ExtractArguments, describe_extraction, extract
 from tutelage.experiments.options import ConfigParser, as_flags, read_options
 from tutelage.experiments.plan import describe_plan, plan
+from tutelage.experiments.plan_extraction import describe_extraction_plan, plan_extraction, read_count
 from tutelage.experiments.settings import DEFAULT_LENGTH, RunArguments
 from tutelage.tasks.default import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.teacher.extracted import ExtractedCurriculum
@@ -97,14 +98,34 @@ def _plan(arguments: Sequence[str]) -> None:
     def extra(parser: Any) -> None:
         parser.add_argument("--teacher", help="folder or Hub name; the same as --teacher_model_name_or_path")
         parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--tokens", help="also plan an extraction of so many tokens, e.g. 1T")
+        parser.add_argument("--projection_dim", type=int, help="width of its projections; the student's if left out")
+        parser.add_argument("--runs", type=int, default=3, help="students to be trained from it")
+        parser.add_argument("--tokens_per_second", type=float, help="of the teacher's forward pass, measured")
 
     run, args, rest = _parse_config((RunArguments, CurriculumConfig), arguments, "tutelage plan", extra)
     teacher = rest.teacher or args.teacher_model_name_or_path or DEFAULT_TEACHER
     student = run.student or (DEFAULT_STUDENT if teacher == DEFAULT_TEACHER else None)
     if student is None:
         raise ValueError("name a student, e.g. --student layers=3,hidden_size=192")
+    tokens = None if rest.tokens is None else read_count(rest.tokens)
     planned = plan(teacher, student, args, run.max_length or DEFAULT_LENGTH)
-    print(json.dumps(planned, indent=2) if rest.json else describe_plan(planned))
+    if tokens is not None:
+        planned["extraction"] = plan_extraction(
+            planned,
+            tokens,
+            vocabulary=planned["vocabulary"],
+            width=rest.projection_dim or planned["student"]["hidden_size"],
+            top_k=args.top_k or DEFAULT_TOP_K,
+            runs=rest.runs,
+            tokens_per_second=rest.tokens_per_second,
+        )
+    if rest.json:
+        print(json.dumps(planned, indent=2))
+        return
+    print(describe_plan(planned))
+    if tokens is not None:
+        print(describe_extraction_plan(planned["extraction"]))
 
 
 def _evaluate(arguments: Sequence[str]) -> None:

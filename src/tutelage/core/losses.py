@@ -169,7 +169,7 @@ def _divergence(
     if spec.targets is not None:
         return top_k_divergence(log_q, spec.targets[rows], with_grad)
     assert spec.teacher_hidden is not None and spec.teacher_head is not None
-    teacher_logits = spec.teacher_head(spec.teacher_hidden[rows]).float()
+    teacher_logits = spec.teacher_head(spec.teacher_hidden[rows]).to(log_q.device).float()
     if spec.top_k is not None:
         return top_k_divergence(log_q, top_k(teacher_logits, spec.top_k, spec.temperature), with_grad)
     log_p = torch.log_softmax(teacher_logits / spec.temperature if spec.temperature != 1 else teacher_logits, dim=-1)

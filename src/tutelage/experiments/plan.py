@@ -67,6 +67,7 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = D
     stages = [
         {
             "name": stage.name,
+            "kind": stage.kind,
             "steps": stage.steps,
             "student_flops_per_token": cost.student_flops,
             "teacher_flops_per_token": cost.teacher_flops,
@@ -81,6 +82,8 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = D
         "student": _describe_model(student, student_model, objective.blocks.names),
         "curriculum": dataclasses.asdict(curriculum),
         "stages": stages,
+        "teacher_forward_flops_per_token": baseline.teacher_flops,
+        "vocabulary": int(base.vocab_size),
         "total": {
             "steps": curriculum.total_steps,
             "tokens": curriculum.total_steps * tokens_per_step,

@@ -136,9 +136,7 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
         eval_dataset = eval_dataset.select(range(min(run.eval_samples, len(eval_dataset))))
     teacher = None
     if teacher_path is not None and args.method != "scratch":
-        teacher = load_task_model(
-            task, teacher_path, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code
-        )
+        teacher = load_task_model(task, teacher_path, **args.teacher_loading())
     set_seed(args.seed)
     student = make_student(run.student, task, config, teacher)
     names = {"teacher": teacher_path or "none", "student": run.student, "dataset": run.dataset}
@@ -169,9 +167,7 @@ def _prepare_from_disk(run: RunArguments, args: CurriculumConfig, folder: str) -
     if run.eval_samples is not None:
         evaluation = evaluation.select(range(min(run.eval_samples, len(evaluation))))
     if args.teacher_model_name_or_path is not None:
-        teacher = load_task_model(
-            task, args.teacher_model_name_or_path, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code
-        )
+        teacher = load_task_model(task, args.teacher_model_name_or_path, **args.teacher_loading())
     shape = stored.identity["teacher"]["embedding"]
     set_seed(args.seed)
     student = make_student(run.student, task, config, None if shape is None else EmbeddingShape(**shape))

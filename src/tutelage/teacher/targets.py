@@ -53,12 +53,14 @@ class LiveTeacher:
     @torch.inference_mode()
     def hidden(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden state at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
-        return forward_to(self.trunk, place, blocks=self.blocks, **model_inputs(self.trunk, batch))
+        hidden = forward_to(self.trunk, place, blocks=self.blocks, **model_inputs(self.trunk, batch))
+        return hidden.to(batch["input_ids"].device) if "input_ids" in batch else hidden  # a teacher may span devices
 
     @torch.inference_mode()
     def output(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
-        return output_tensor(self.model(**model_inputs(self.model, batch)))
+        output = output_tensor(self.model(**model_inputs(self.model, batch)))
+        return output.to(batch["input_ids"].device) if "input_ids" in batch else output
 
     def load_checkpoint(self, folder: str) -> None:
         """Take the weights of another checkpoint of the same architecture (safetensors)."""

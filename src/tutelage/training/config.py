@@ -6,11 +6,14 @@ Public names: `CurriculumConfig`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.quantizers import AutoQuantizationConfig
 
 from tutelage.core.blocks import HEAD
 from tutelage.core.curriculum import (
@@ -61,6 +64,17 @@ class CurriculumConfig(TrainingArguments):
     teacher_dtype: str | None = field(
         default=None,
         metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; unset keeps the checkpoint's."},
+    )
+    teacher_device_map: str | None = field(
+        default=None,
+        metadata={"help": "transformers' device_map of the teacher, e.g. auto, where one device cannot hold it."},
+    )
+    teacher_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' quantization_config of the teacher as JSON, e.g. "
+            '\'{"quant_method": "bitsandbytes", "load_in_4bit": true}\'.'
+        },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
     curriculum_dir: str | None = field(
@@ -139,6 +153,24 @@ class CurriculumConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
         # The trainer stops at a loss that is not finite; the filter would hide it.
         self.logging_nan_inf_filter = False
+
+    def teacher_loading(self) -> dict[str, Any]:
+        """What `load_model` is told about the teacher.
+
+        Raises:
+            ValueError: `teacher_quantization` is not JSON, or of a kind that transformers does not know.
+        """
+        loading: dict[str, Any] = {"dtype": self.teacher_dtype, "trust_remote_code": self.trust_remote_code}
+        if self.teacher_device_map is not None:
+            loading["device_map"] = self.teacher_device_map
+        if self.teacher_quantization is not None:
+            try:
+                loading["quantization_config"] = AutoQuantizationConfig.from_dict(json.loads(self.teacher_quantization))
+            except (json.JSONDecodeError, ValueError, TypeError, AttributeError, ImportError) as error:
+                raise ValueError(
+                    f"teacher_quantization {self.teacher_quantization!r} cannot be used: {error}"
+                ) from error
+        return loading
 
     def build_curriculum(
         self, student_blocks: int, teacher_blocks: int | None, steps: int, default_warm_start: str = "head"

@@ -75,7 +75,7 @@ def prepare(
         checks.check_tokenizers(tokenizer, theirs)
         if isinstance(model, str):
             checks.check_tokenizers(load_tokenizer(model, trust_remote_code=args.trust_remote_code), theirs)
-        teacher_model = load_task_model(task, teacher_model, dtype=args.teacher_dtype, **loading)
+        teacher_model = load_task_model(task, teacher_model, **args.teacher_loading())
     student = load_task_model(task, model, what="student", **loading) if isinstance(model, str) else model
     for part in (student, teacher_model):
         if part is not None:

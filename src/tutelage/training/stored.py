@@ -61,9 +61,7 @@ def check_given(
         check_tokenizers(tokenizer, stored.tokenizer)  # says in which entry
         raise ValueError(f"{where} was extracted with another tokenizer: use the one in its folder")
     if isinstance(teacher, str):
-        teacher = load_task_model(
-            get_task(identity["task"]), teacher, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code
-        )
+        teacher = load_task_model(get_task(identity["task"]), teacher, **args.teacher_loading())
     if teacher is not None and model_hash(teacher) != identity["teacher"]["hash"]:
         raise ValueError(
             f"{where} was extracted from another teacher ({identity['teacher']['name']}): leave the teacher out, or extract "
