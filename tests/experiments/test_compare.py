@@ -18,6 +18,7 @@ from tests.conftest import save_llama
 from tutelage.experiments import runs, teachers
 from tutelage.experiments.compare import COMPARISON_FILE, compare
 from tutelage.experiments.recipes import resolve
+from tutelage.experiments.report import write_report
 from tutelage.experiments.systems import System
 from tutelage.experiments.verdict import verdict
 from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
@@ -379,7 +380,7 @@ def test_a_seed_that_arrived_before_the_kill_has_arrived(
 def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     made(tiny(), tmp_path / "o", ["scratch"])
     before = (tmp_path / "o" / COMPARISON_FILE).read_bytes()
-    with pytest.raises(ValueError, match=r"holds another comparison \(another settings\): choose another --output_dir"):
+    with pytest.raises(ValueError, match=r"holds another comparison \(another d\): choose another --output_dir"):
         compare(tiny(d=9), tmp_path / "o", ["scratch"], log=lambda line: None)
     with pytest.raises(ValueError, match=r"holds another comparison \(another match\)"):
         compare(tiny(), tmp_path / "o", ["scratch"], match="flops", log=lambda line: None)
@@ -400,7 +401,8 @@ def test_a_trained_teacher_is_trained_past_convergence_and_kept(
     first = made(resolve("parity-mlp/smoke", TRAINED), tmp_path / "o", ["progressive", "one_shot"])
     figures = first["teacher"]
     assert figures["samples"] >= 2.5 * figures["converged_at"]
-    assert "2.5 times" in figures["description"] and figures["accuracy"] >= 0.999
+    times = figures["samples"] / figures["converged_at"]
+    assert f"{times:.3g} times" in figures["description"] and figures["accuracy"] >= 0.999
     entry = first["methods"]["progressive"]
     assert entry["schedule"] in ("pace-1", "pace-2", "pace-4", "two")
     assert set(entry["grid"]) == {f"0.1 {name}" for name in ("pace-1", "pace-2", "pace-4", "two")}
@@ -580,7 +582,7 @@ def test_verdict_where_both_arrive() -> None:
     assert "extraction reached accuracy 0.9 on 3 of 3 seeds, after 100 samples (median)." in words
     assert "one_shot reached accuracy 0.9 on 3 of 3 seeds, after 400 samples (median)." in words
     assert (
-        "extraction needed 0.25 times the samples of one_shot (95% interval [0.2, 0.3]): extraction is better here."
+        "extraction needed 0.25 times the samples of one_shot (range of 3 seed(s) [0.2, 0.3]): extraction is better here."
         in words
     )
 
@@ -609,9 +611,19 @@ def test_verdict_where_only_the_other_arrives() -> None:
     ratio = {"median": None, "ci95": [None, None], "pairs": 3}
     words = verdict(compared([None] * 3, [100] * 3, ratio))
     assert re.search(r"extraction did not reach .*\(median beyond 1,000 samples; 0 of 3 seeds did", words)
-    assert words.endswith(
-        "one_shot is better here: extraction did not reach the target within the budget, one_shot did."
-    )
+    assert words.endswith("where one_shot did: one_shot is better here.")
+
+
+def test_verdict_does_not_speak_for_seeds_that_did_not_arrive() -> None:
+    ratio = {"median": 0.5, "ci95": [0.5, 0.5], "pairs": 1, "seeds": 3}
+    words = verdict(compared([100, None, None], [200, None, None], ratio))
+    assert words.endswith("on 1 of 3 seeds; on the others neither arrived.")
+    few = {"median": 0.5, "ci95": [0.5, 0.6], "pairs": 2, "seeds": 2}
+    assert verdict(compared([100] * 2, [200] * 2, few)).endswith("too few seeds to tell.")
+    many = {"median": 0.5, "ci95": [0.5, 0.6], "pairs": 5, "seeds": 5}
+    assert "(95% interval [0.5, 0.6]): extraction is better" in verdict(compared([100] * 5, [200] * 5, many))
+    none = {"median": None, "ci95": [None, None], "pairs": 0, "seeds": 0}
+    assert "Neither" not in verdict(compared([100], [200], none))
 
 
 def test_verdict_where_neither_arrives() -> None:
@@ -675,8 +687,60 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path: Path) -> None
 
 
 def test_a_method_that_diverges_at_every_rate_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one_shot diverged at every learning rate tried"):
-        compare(tiny(learning_rates=(1e30, 1e31)), tmp_path / "o", ["one_shot"], log=lambda line: None)
+    """And the other methods go on."""
+    lines: list[str] = []
+    result = compare(tiny(learning_rates=(1e30, 1e31)), tmp_path / "o", ["one_shot", "scratch"], log=lines.append)
+    assert any("one_shot diverged at every learning rate tried" in line for line in lines)
+    entry = result["methods"]["one_shot"]
+    assert entry["diverged"] and entry["learning_rate"] is None and not entry["runs"]
+    assert result["methods"]["scratch"]["diverged"]
+    json.dumps(result, allow_nan=False)
+    write_report(tmp_path / "o")
+
+
+def test_a_refused_comparison_leaves_its_folder_free(tmp_path: Path, given_teacher: str) -> None:
+    fields = {"teacher_path": given_teacher, "eval_samples": 1024}
+    with pytest.raises(ValueError, match="is beyond the teacher"):
+        compare(tiny(target=1.01, **fields), tmp_path / "o", ["scratch"], log=lambda line: None)
+    made(tiny(target=0.6, **fields), tmp_path / "o", ["scratch"])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_candidate_is_stopped_only_where_it_cannot_win(
+    count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With two seeds the median is their mean, so one slow seed does not lose yet."""
+    times = {0.1: [100_000] * count, 0.3: [50_000, 140_000, 60_000][:count]}
+    fields = {"learning_rates": (0.1, 0.3), "tuning_seeds": tuple(range(1000, 1000 + count)), "budget_samples": 500_000}
+    system = tiny(**fields)
+
+    def runs_of(self: Any, variant: Any, candidate: Any, seeds: Any, what: str, limit: float | None) -> Any:
+        for samples in times[candidate.learning_rate]:
+            arrived = limit is None or samples <= limit
+            curve = [{"samples": samples if arrived else limit, "accuracy": 1.0 if arrived else 0.5}]
+            yield [{"curve": curve, "final": curve[-1]}]
+
+    monkeypatch.setattr(runs.Runner, "runs", runs_of)
+    runner = runs.Runner(system, system.make_teacher(tmp_path), tmp_path, "samples")
+    best, _ = runner.tune(runs.parse_variant("one_shot"), lambda line: None)
+    assert best is not None and best.learning_rate == 0.3
+
+
+def test_progressive_tries_every_schedule_at_every_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried: list[tuple[str, float]] = []
+
+    def runs_of(self: Any, variant: Any, candidate: Any, seeds: Any, what: str, limit: float | None) -> Any:
+        tried.append((candidate.schedule, candidate.learning_rate))
+        good = (candidate.schedule, candidate.learning_rate) == ("pace-4", 0.3)
+        curve = [{"samples": 100, "accuracy": 1.0 if good else 0.5}]
+        yield [{"curve": curve, "final": curve[-1]}]
+
+    monkeypatch.setattr(runs.Runner, "runs", runs_of)
+    system = tiny(learning_rates=(0.1, 0.3))
+    runner = runs.Runner(system, system.make_teacher(tmp_path), tmp_path, "samples")
+    best, grid = runner.tune(runs.parse_variant("progressive"), lambda line: None)
+    assert best is not None and (best.schedule, best.learning_rate) == ("pace-4", 0.3)
+    assert len(tried) == len(set(tried)) == len(grid) == 8
 
 
 def test_a_reported_run_that_diverges_is_a_run_that_never_arrived(tmp_path: Path) -> None:

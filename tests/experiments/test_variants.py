@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from tutelage.experiments.systems import Teacher
@@ -33,7 +34,7 @@ def test_a_bare_method_changes_nothing(method: str) -> None:
 
 
 def test_overrides_are_typed_and_the_name_is_kept() -> None:
-    text = "extraction:projection=head,warm_start=head,num_stages=2,stage_fraction=0.3,stage_steps=5,overwrite_output_dir=true"
+    text = "extraction:projection=head,warm_start=head,num_stages=2,stage_fraction=0.3,stage_steps=5,eval_with_teacher=true"
     variant = parse_variant(text)
     assert (variant.name, variant.method, variant.budget_share) == (text, "extraction", 1.0)
     assert variant.overrides == {
@@ -42,7 +43,7 @@ def test_overrides_are_typed_and_the_name_is_kept() -> None:
         "num_stages": 2,
         "stage_fraction": 0.3,
         "stage_steps": [5],
-        "overwrite_output_dir": True,
+        "eval_with_teacher": True,
     }
 
 
@@ -87,7 +88,7 @@ def test_budget_is_a_share_and_no_field() -> None:
         ("extraction:stage_steps=1,x", "stage_steps"),
         (
             "progressive:schedule=pace-3",
-            "schedule in .* belongs to progressive and is one of pace-1, pace-2, pace-4, two",
+            "schedule in .* belongs to progressive and is one of two, pace-4, pace-2, pace-1",
         ),
         ("extraction:schedule=two", "schedule in 'extraction:schedule=two' belongs to progressive"),
     ],
@@ -170,3 +171,34 @@ def test_other_methods_are_built_by_their_settings() -> None:
     args = CurriculumConfig(output_dir=None, method="scratch", use_cpu=True)
     (stage,) = build_curriculum(args, Candidate(0.1), (2, 4), TEACHER, 50, 64).stages
     assert (stage.steps, stage.label_weight, stage.needs_teacher) == (50, 1.0, False)
+
+
+@pytest.mark.parametrize(
+    "field", ["method=scratch", "learning_rate=5", "gradient_accumulation_steps=2", "seed=3", "output_dir=x"]
+)
+def test_what_the_comparison_sets_no_method_changes(field: str) -> None:
+    with pytest.raises(ValueError, match="is set by the comparison itself, the same for every method"):
+        parse_variant(f"extraction:{field}")
+
+
+def test_a_shortened_budget_shortens_the_schedule_alike() -> None:
+    """What tuning sees is the curriculum that is reported, in small."""
+    model = torch.nn.Linear(1, 1)
+    teacher = Teacher(model, {"transition": 1}, tuple((8_000 * n, f"at-{8_000 * n}") for n in range(1, 9)))
+    for schedule in SCHEDULES:
+        made = [
+            build_curriculum(
+                CurriculumConfig(output_dir="o", method="progressive"),
+                Candidate(0.1, schedule),
+                (2, 2),
+                teacher,
+                steps,
+                32,
+                share,
+            )
+            for steps, share in ((1000, 1.0), (340, 0.34))
+        ]
+        whole, part = ([stage.steps for stage in curriculum.stages] for curriculum in made)
+        assert len(whole) == len(part)
+        for a, b in zip(whole, part, strict=True):
+            assert abs(a * 0.34 - b) <= 2, (schedule, whole, part)

@@ -5,9 +5,11 @@ Public names: `compare_command`, `report_command`, `read_overrides`, `teacher_ov
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,9 @@ def compare_command(arguments: Sequence[str]) -> None:
     if options.teacher is not None:
         overrides |= {"teacher": options.teacher} if is_file else teacher_override(options.teacher)
     command = shlex.join(["tutelage", "compare", *arguments])
-    folder = Path(options.output_dir or Path("comparisons") / (Path(name).stem if is_file else _slug(name)))
+    folder = Path(
+        options.output_dir or Path("comparisons") / _slug(Path(name).stem if is_file else name, overrides, options)
+    )
     if scaling:
         result = run_scaling(name, overrides, folder, jobs=options.jobs, command=command, log=progress)
         print(result["verdict"])
@@ -80,8 +84,12 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _slug(name: str) -> str:
-    return name.replace("/", "-") if "/" in name else f"{name}-laptop"
+def _slug(name: str, overrides: Mapping[str, Any], options: Any) -> str:
+    """Folder of a comparison: its name, and a mark of what was changed, so that two commands do not share one."""
+    changed = {**overrides, **({"match": options.match} if options.match else {})}
+    mark = hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:6]
+    base = name.replace("/", "-") if "/" in name or options.recipe.endswith((".yaml", ".yml")) else f"{name}-laptop"
+    return f"{base}-{mark}" if changed else base
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, Any]:

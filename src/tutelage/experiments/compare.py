@@ -112,6 +112,11 @@ def _run_side_by_side(
 def _run_method(runner: Runner, variant: Variant, result: dict[str, Any], log: Any) -> None:
     """Tune a method, run it on the reported seeds, and write what there is after each."""
     best, grid = runner.tune(variant, log)
+    if best is None:
+        log(f"{variant.name} diverged at every learning rate tried: add smaller learning_rates")
+        with runner.lock:
+            result["methods"][variant.name] |= {"grid": grid, "diverged": True}
+        return
     with runner.lock:
         entry: dict[str, Any] = {
             "learning_rate": best.learning_rate,
@@ -142,10 +147,21 @@ def _check(system: System, variants: Sequence[Variant]) -> None:
         raise ValueError("learning_rates are empty: give at least one")
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds are repeated: {', '.join(map(str, seeds))}")
+    for name in ("tuning_seeds", "learning_rates"):
+        values = getattr(system.fields, name)
+        if len(set(values)) != len(values):
+            raise ValueError(f"{name} are repeated: {', '.join(map(str, values))}")
+    if not all(0 < rate < float("inf") for rate in system.fields.learning_rates):
+        raise ValueError(
+            f"learning_rates must be positive and finite: {', '.join(map(str, system.fields.learning_rates))}"
+        )
     if shared := set(seeds) & set(tuning):
         raise ValueError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
     if not tuning and any(len(candidates(v, system.fields.learning_rates)) > 1 for v in variants):
-        raise ValueError("tuning_seeds are empty: give some, or a single learning rate")
+        raise ValueError(
+            "tuning_seeds are empty: give some, or a single learning rate and, to progressive, a schedule "
+            "(progressive:schedule=two)"
+        )
 
 
 def _portable(curriculum: Curriculum) -> dict[str, Any]:
@@ -170,15 +186,20 @@ def _check_target(system: System, teacher: Teacher) -> None:
 
 def _claim(output_dir: Path, system: System, match: str) -> None:
     """Refuse a folder that holds another comparison."""
-    mine = {"recipe": system.recipe, "size": system.size, "match": match, "settings": _settings(system)}
+    mine = {"recipe": system.recipe, "size": system.size, "match": match, **_settings(system)}
+    mine = json.loads(json.dumps(mine, default=str))
     file = output_dir / "settings.json"
-    if file.exists():
+    begun = any((output_dir / name).exists() for name in ("runs", "tuning", COMPARISON_FILE))
+    if file.exists() and begun:
         theirs = json.loads(file.read_text(encoding="utf-8"))
-        different = [key for key in mine if json.loads(json.dumps(mine[key], default=str)) != theirs.get(key)]
-        if different:
+        theirs = {**theirs, **theirs.pop("settings", {})}
+        if different := [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]:
             raise ValueError(
-                f"{str(output_dir)!r} holds another comparison (another {', '.join(different)}): choose another --output_dir"
+                f"{str(output_dir)!r} holds another comparison (another {', '.join(sorted(different))}): choose another "
+                "--output_dir"
             )
+    elif file.exists():
+        pass  # a comparison that was refused before its first run
     elif output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"{str(output_dir)!r} is not empty and holds no comparison: choose another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -187,7 +208,7 @@ def _claim(output_dir: Path, system: System, match: str) -> None:
 
 def _settings(system: System) -> dict[str, Any]:
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(system.fields).items()}
-    return {**fields, "metric": system.metric, "target": system.target}
+    return {**fields, **system.identity, "metric": system.metric, "target": system.target}
 
 
 def _skeleton(system: System, teacher: Teacher, match: str, command: str | None) -> dict[str, Any]:
@@ -215,13 +236,13 @@ def _summarise(system: System, result: dict[str, Any]) -> None:
     """Fill in targets, medians, ratios and the verdict from the runs."""
     metric, methods = system.metric, result["methods"]
     if system.target is None and methods.get("one_shot", {}).get("runs"):
-        finals = sorted(run["final"][metric] for run in methods["one_shot"]["runs"])
-        result["target"] = finals[len(finals) // 2]
+        finals = sorted(run["final"][metric] for run in methods["one_shot"]["runs"] if "diverged" not in run)
+        result["target"] = finals[len(finals) // 2] if finals else None
     target = result["target"]
     for entry in methods.values():
         for run in entry["runs"]:
             point = None
-            if target is not None:
+            if target is not None and "diverged" not in run:
                 point = reached_at(run["curve"], metric, lambda value: system.reached(value, target))
             for cost in MATCHES:
                 run[f"{cost}_to_target"] = None if point is None else point[cost]
@@ -241,5 +262,5 @@ def _summarise(system: System, result: dict[str, Any]) -> None:
                 budget,
             )
             name = f"{over}/{under}" if cost == "samples" else f"{over}/{under} {cost}"
-            result["ratios"][name] = ratio
+            result["ratios"][name] = {**ratio, "seeds": len(seeds)}
     result["verdict"] = verdict(result)

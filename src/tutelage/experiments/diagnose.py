@@ -48,6 +48,10 @@ def diagnose_parity(system: System, folder: Path, log: Callable[[str], None] = p
     fields: Any = system.fields
     if system.recipe != "parity-mlp":
         raise ValueError(f"Fourier weights are for parity-mlp, not {system.recipe}")
+    if not fields.seeds or not fields.learning_rates:
+        raise ValueError("a diagnosis needs a seed and a learning rate: give --seeds 0 and --learning_rates 0.3, say")
+    if fields.k > len(COLORS):
+        raise ValueError(f"k={fields.k} is beyond the {len(COLORS)} degrees that the plot can tell apart")
     teacher = system.make_teacher(folder)
     model: Any = teacher.model
     support = fields.support or tuple(range(fields.k))
@@ -163,8 +167,10 @@ def diagnose_language(
     task = detect_task(teacher)
     if not task.per_position:
         raise ValueError(f"n-gram probes are for language models; {teacher!r} is a model for {task.name}")
-    if length < 1:
-        raise ValueError(f"length must be at least 1 token, got {length}")
+    if not 1 <= length <= len(COLORS):
+        raise ValueError(f"length must be from 1 to {len(COLORS)} tokens, got {length}")
+    if max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1 sequence, got {max_samples}")
     tokenizer = load_tokenizer(teacher)
     if tokenizer is None:
         raise ValueError(f"found no tokenizer with {teacher!r}: save one into its folder")

@@ -19,6 +19,7 @@ from matplotlib.ticker import EngFormatter
 from tutelage.core.files import replacing, write_atomically
 from tutelage.experiments import plots
 from tutelage.experiments.report_page import Report, Table, build_markdown, build_page, is_number, show_number
+from tutelage.experiments.statistics import FEWEST_FOR_INTERVAL
 
 AXES = {
     "samples": "training samples",
@@ -108,7 +109,7 @@ def _results(comparison: Json) -> Table:
     metric, target = comparison["metric"], comparison.get("target")
     ratios = _ratio_pairs(comparison)
     columns = ["method", "learning rate"]
-    columns += [] if target is None else ["samples to target, median", "95% interval"]
+    columns += [] if target is None else ["samples to target, median", _spread(comparison)]
     columns += ["ratio to others"] if ratios else []
     rows = []
     for name, method in comparison["methods"].items():
@@ -135,7 +136,12 @@ def _ratios(comparison: Json) -> Table:
         interval = _interval(ratio.get("ci95") if ratio.get("pairs", 1) else None, "unbounded")
         rows.append((key, show_number(ratio.get("median")), interval, str(ratio.get("note") or "")))
     note = "Of the samples to target, or of the FLOPs or seconds where the name says so."
-    return Table("Ratios", ("ratio", "median", "95% interval", "note"), rows, note)
+    return Table("Ratios", ("ratio", "median", _spread(comparison), "note"), rows, note)
+
+
+def _spread(comparison: Json) -> str:
+    """What the two numbers beside a median are: with few seeds, their bootstrap interval is their range."""
+    return "95% interval" if len(comparison.get("seeds") or ()) >= FEWEST_FOR_INTERVAL else "range"
 
 
 def _ratio(ratio: Json) -> str:

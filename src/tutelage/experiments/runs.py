@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import shutil
 import threading
@@ -63,8 +64,12 @@ class Runner:
         seed = "-".join(map(str, seeds))
         return self.root / what / f"{name}-{digest}" / f"{candidate.label.replace(' ', '-')}-seed-{seed}"
 
-    def tune(self, variant: Variant, log: Any) -> tuple[Candidate, dict[str, Any]]:
-        """The best candidate on the tuning seeds, and what each one scored."""
+    def tune(self, variant: Variant, log: Any) -> tuple[Candidate | None, dict[str, Any]]:
+        """The best candidate on the tuning seeds (None where all diverge), and what each one scored.
+
+        Progressive distillation tries every schedule at every rate where a run ends at the target, since losers end soon;
+        else every rate on the first schedule, and the other schedules at the best rate.
+        """
         tried = candidates(variant, self.system.fields.learning_rates)
         if len(tried) == 1:
             return tried[0], {}
@@ -74,11 +79,14 @@ class Runner:
         best: tuple[tuple[float, float], Candidate] | None = None
         best_rate = tried[0].learning_rate
         for candidate in tried:
-            # rates first, on the first schedule; then the other schedules at the best rate
-            if best is not None and candidate.schedule != tried[0].schedule and candidate.learning_rate != best_rate:
+            other_schedule = candidate.schedule != tried[0].schedule and not self.system.stop_at_target
+            if best is not None and other_schedule and candidate.learning_rate != best_rate:
                 continue
-            # where runs end at the target, one that can no longer win need not go on
-            limit = best[0][0] if best is not None and self.system.stop_at_target else None
+            limit = None
+            if best is not None and self.system.stop_at_target:
+                # One that can no longer win need not go on. The median of an even number of seeds is the mean of the middle
+                # two, so a slow one loses for certain only at twice the best.
+                limit = best[0][0] * (1 if len(self.system.fields.tuning_seeds) % 2 else 2)
             log(
                 f"{variant.name}: tuning {candidate.label}, seeds {', '.join(map(str, self.system.fields.tuning_seeds))}"
             )
@@ -90,21 +98,17 @@ class Runner:
                 if candidate.schedule == tried[0].schedule:
                     best_rate = candidate.learning_rate
         assert best is not None
-        if all(cell.get("diverged") for cell in grid.values()):
-            raise ValueError(
-                f"{variant.name} diverged at every learning rate tried ({', '.join(grid)}): add smaller learning_rates"
-            )
-        return best[1], grid
+        return None if all(cell.get("diverged") for cell in grid.values()) else best[1], grid
 
     def _score(self, runs: list[dict[str, Any]]) -> tuple[tuple[float, float], dict[str, Any]]:
         """Lower is better: samples to the target (median), then the final metric."""
         system, metric = self.system, self.system.metric
         sign = -1.0 if system.better == "higher" else 1.0
-        finals = sorted(run["final"][metric] for run in runs)
-        final = finals[len(finals) // 2]
         unit = "samples to target" if system.stop_at_target else f"final {metric}"
         if any("diverged" in run for run in runs):
             return (float("inf"), float("inf")), {"score": None, "unit": unit, "diverged": True}
+        finals = sorted(run["final"][metric] for run in runs)
+        final = finals[len(finals) // 2]
         if not system.stop_at_target:
             return (sign * final, 0.0), {"score": final, "unit": unit}
         target = system.target
@@ -172,7 +176,9 @@ class Runner:
         system, batch = self.system, self.system.fields.batch_size
         args = self.arguments(variant, candidate, self.root, 0)
         whole = steps or max(1, int(system.fields.budget_samples * variant.budget_share) // batch)
-        made = build_curriculum(args, candidate, self._blocks, self.teacher, whole, batch)
+        made = build_curriculum(
+            args, candidate, self._blocks, self.teacher, whole, batch, min(1.0, whole / self._budget_steps)
+        )
         if steps is not None or self.match == "samples" or variant.method in ("one_shot", "progressive"):
             return made
         return self._equalise(variant, candidate, made, whole)
@@ -368,5 +374,6 @@ def _curves(
                 ending = f"_{index}"
                 own = {key.removesuffix(ending): value for key, value in values.items() if key.endswith(ending)}
             cost = {"samples": record["samples"], **{key: record[key] / share for key in ("flops", "seconds")}}
-            curves[seed].append({**cost, **own})
+            # what is not finite (of a run that diverges) is no number in JSON
+            curves[seed].append({**cost, **{key: value for key, value in own.items() if math.isfinite(value)}})
     return curves

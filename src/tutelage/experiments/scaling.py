@@ -106,6 +106,10 @@ def run_scaling(
     if size not in SCALING_SIZES:
         raise ValueError(f"unknown size {size!r} of scaling: there are {', '.join(SCALING_SIZES)}")
     fields: ScalingFields = read_fields(SCALING_SIZES[size], overrides, "scaling")
+    for field in ("ks", "ds", "teachers"):
+        values = getattr(fields, field)
+        if len(set(values)) != len(values):
+            raise ValueError(f"{field} are repeated: {', '.join(map(str, values))}")
     if len(set(fields.ds)) < 2:
         raise ValueError(f"an exponent needs at least two values of ds, got {list(fields.ds)}")
     shared = {

@@ -37,6 +37,21 @@ def check_positive(fields: Any) -> None:
     for name in _COUNTS:
         if getattr(fields, name, 1) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(fields, name)}")
+    if not 0 < getattr(fields, "tuning_share", 1.0) <= 1:
+        raise ValueError(f"tuning_share is a share of the budget, above 0 and at most 1, got {fields.tuning_share}")
+    if getattr(fields, "budget_samples", 1) < getattr(fields, "batch_size", 1):
+        raise ValueError(f"budget_samples {fields.budget_samples} is less than one batch of {fields.batch_size}")
+    for name in ("planted_noise", "teacher_sparse_samples"):
+        if getattr(fields, name, 0) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(fields, name)}")
+    if not 1 <= getattr(fields, "teacher_factor", 1.0) < float("inf"):
+        raise ValueError(
+            f"teacher_factor must be at least 1, so that a teacher is past convergence: got {fields.teacher_factor}"
+        )
+    if getattr(fields, "stage_samples", 0) >= getattr(fields, "budget_samples", float("inf")):
+        raise ValueError(
+            f"budget too small for the stages: stage_samples {fields.stage_samples} of budget_samples {fields.budget_samples}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,8 @@ class System:
     """Whether a run ends when all its seeds have reached the target."""
     default_methods: tuple[str, ...] = ("extraction", "one_shot", "progressive", "scratch")
     """Methods compared unless asked otherwise."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What else its runs depend on, beside the fields: for the record, and so that two are not taken for one."""
     tokenizer: Any = None
     """Tokenizer of language systems."""
     sketch_teacher: Callable[[], nn.Module] | None = None

@@ -161,12 +161,15 @@ def _train(
         )
     trainer.save_model(str(folder / "final"))
     samples = trainer.state.global_step * batch
-    until = (
-        f"{rule.max_samples:,} examples"
-        if rule.value is None
-        else f"{rule.factor:g} times the {known['converged_at']:,} examples after which it first reached {rule.metric} "
-        f"{rule.value}"
-    )
+    until = f"{samples:,} examples"
+    if rule.value is not None:
+        times = samples / known["converged_at"]
+        until = (
+            f"{times:.3g} times the {known['converged_at']:,} examples after which it first reached {rule.metric} "
+            f"{rule.value}"
+        )
+        if times < rule.factor:
+            until += f", where its budget ended ({rule.factor:g} times were asked for)"
     final = evaluation_metrics(trainer.evaluate())
     known["figures"] = {
         "description": f"trained from labels for {until}",

@@ -16,7 +16,33 @@ from tutelage.training.config import CurriculumConfig
 
 # How progressive distillation uses the teacher's checkpoints: at the teacher's own pace, faster, or one checkpoint from
 # the middle of its transition and then the finished teacher (arXiv:2410.05464). All are searched.
-SCHEDULES = ("pace-1", "pace-2", "pace-4", "two")
+SCHEDULES = ("two", "pace-4", "pace-2", "pace-1")
+
+
+# What the comparison sets itself, the same for all: no method may change it.
+CONTROLLED = (
+    *(
+        "method",
+        "task",
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "curriculum_dir",
+        "seed",
+        "data_seed",
+    ),
+    *("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *(
+        "eval_strategy",
+        "eval_steps",
+        "eval_on_start",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+    ),
+    *("train_sampling_strategy", "teacher_model_name_or_path", "teacher_checkpoints", "disable_tqdm", "report_to"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +99,8 @@ def parse_variant(text: str) -> Variant:
         if key == "schedule":
             if method != "progressive" or value not in SCHEDULES:
                 raise ValueError(f"schedule in {text!r} belongs to progressive and is one of {', '.join(SCHEDULES)}")
+        elif key in CONTROLLED:
+            raise ValueError(f"{key!r} in {text!r} is set by the comparison itself, the same for every method")
         elif key not in types:
             raise ValueError(f"unknown field {key!r} in {text!r}: fields are those of CurriculumConfig")
         overrides[key] = value
@@ -98,7 +126,7 @@ def _kind(type_name: str) -> Callable[[str], Any]:
 
 
 def candidates(variant: Variant, learning_rates: Sequence[float]) -> list[Candidate]:
-    """What is tried for a variant: the same learning rates for all, and every schedule for progressive."""
+    """What may be tried for a variant: the same learning rates for all, with every schedule for progressive."""
     schedules: Sequence[str | None] = (None,)
     if variant.method == "progressive":
         schedules = [variant.overrides["schedule"]] if "schedule" in variant.overrides else SCHEDULES
@@ -106,7 +134,13 @@ def candidates(variant: Variant, learning_rates: Sequence[float]) -> list[Candid
 
 
 def build_curriculum(
-    args: CurriculumConfig, candidate: Candidate, blocks: tuple[int, int], teacher: Teacher, steps: int, batch_size: int
+    args: CurriculumConfig,
+    candidate: Candidate,
+    blocks: tuple[int, int],
+    teacher: Teacher,
+    steps: int,
+    batch_size: int,
+    share: float = 1.0,
 ) -> Curriculum:
     """The curriculum of a run.
 
@@ -117,6 +151,7 @@ def build_curriculum(
         teacher: its checkpoints serve progressive.
         steps: of the whole curriculum.
         batch_size: examples a step.
+        share: of the comparison's budget that `steps` is; a schedule of checkpoints is shortened alike.
 
     Raises:
         ValueError: progressive without checkpoints, or what the builders refuse.
@@ -129,7 +164,7 @@ def build_curriculum(
             f"({teacher.figures.get('description', 'given')}): leave progressive out of --methods"
         )
     assert candidate.schedule is not None
-    uses = _schedule(candidate.schedule, teacher, batch_size)
+    uses = _schedule(candidate.schedule, teacher, batch_size / share)
     stages: list[Stage] = []
     left = steps
 
@@ -146,15 +181,15 @@ def build_curriculum(
     return Curriculum("progressive", tuple(stages), normalize=args.normalize, temperature=args.temperature)
 
 
-def _schedule(name: str, teacher: Teacher, batch_size: int) -> list[tuple[int, str]]:
+def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:
     """Steps on each checkpoint, early to late."""
     times = [samples for samples, _ in teacher.checkpoints]
     if name == "two":
         samples, folder = teacher.checkpoints[int(teacher.figures.get("transition", len(times) // 2))]
-        return [(max(1, samples // 2 // batch_size), folder)]
+        return [(max(1, int(samples // 2 // batch_size)), folder)]
     pace = int(name.removeprefix("pace-"))
     spans = [after - before for before, after in zip([0, *times], times, strict=False)]
     return [
-        (max(1, span // (pace * batch_size)), folder)
+        (max(1, int(span // (pace * batch_size))), folder)
         for span, (_, folder) in zip(spans, teacher.checkpoints, strict=True)
     ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from tutelage.experiments.statistics import FEWEST_FOR_INTERVAL
+
 
 def verdict(result: dict[str, Any]) -> str:
     """A few lines: who reached the target with how many samples, and how extraction compares with one-shot."""
@@ -27,7 +29,7 @@ def verdict(result: dict[str, Any]) -> str:
                 )
             else:
                 most = max(run["curve"][-1]["samples"] for run in entry["runs"])
-                final = statistics.median(run["final"][metric] for run in entry["runs"])
+                final = statistics.median(run["final"].get(metric, float("nan")) for run in entry["runs"])
                 sentences.append(
                     f"{name} did not reach {metric} {target:.4g} (median beyond {most:,} samples; {share} did; it ended at "
                     f"{final:.4g})."
@@ -38,7 +40,9 @@ def verdict(result: dict[str, Any]) -> str:
                 sentences.append(_compared(over, under, ratio))
     else:
         finals = {
-            name: statistics.median(run["final"][metric] for run in entry["runs"]) for name, entry in methods.items()
+            name: statistics.median(finals)
+            for name, entry in methods.items()
+            if (finals := [run["final"][metric] for run in entry["runs"] if metric in run["final"]])
         }
         best = (max if result["better"] == "higher" else min)(finals, key=lambda name: finals[name])
         sentences.append(
@@ -48,14 +52,22 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def _compared(over: str, under: str, ratio: dict[str, Any]) -> str:
+    if ratio.get("seeds") == 0:
+        return ""  # no seed that both have finished
     if not ratio["pairs"]:
         return f"Neither {over} nor {under} reached the target."
     if ratio["median"] is None:
-        return f"{under} is better here: {over} did not reach the target within the budget, {under} did."
+        return f"{over} mostly did not reach the target within the budget where {under} did: {under} is better here."
     low, high = ratio["ci95"]
     bound = "at most " if "note" in ratio else ""
     shown = f"[{low:.2g}, {'beyond the budget' if high is None else format(high, '.2g')}]" if low is not None else ""
-    text = f"{over} needed {bound}{ratio['median']:.2g} times the samples of {under} (95% interval {shown})"
+    # the bootstrap of a median of few values is their range, which is no 95% interval
+    spread = "95% interval" if ratio["pairs"] >= FEWEST_FOR_INTERVAL else f"range of {ratio['pairs']} seed(s)"
+    text = f"{over} needed {bound}{ratio['median']:.2g} times the samples of {under} ({spread} {shown})"
+    if ratio["pairs"] < ratio.get("seeds", 0):
+        return f"{text} on {ratio['pairs']} of {ratio['seeds']} seeds; on the others neither arrived."
+    if ratio["pairs"] < 3:
+        return f"{text}: too few seeds to tell."
     if high is not None and high < 1:
         return f"{text}: {over} is better here."
     if low is not None and low > 1 and "note" not in ratio:

@@ -158,7 +158,7 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> System:
     size = size or "laptop"
     if recipe_name not in RECIPES:
         raise ValueError(
-            f"unknown recipe {recipe_name!r}: there are {', '.join(RECIPES)} (see tutelage compare --list)"
+            f"unknown recipe {recipe_name!r}: there are {', '.join(RECIPES)} and scaling (see tutelage compare --list)"
         )
     recipe = RECIPES[recipe_name]
     if size not in recipe.sizes:

@@ -9,6 +9,7 @@ compared at the end of one budget; the target of a comparison is one-shot's fina
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, LlamaConfig
 
 from tutelage.experiments.systems import EVAL_SEED, TEACHER_SEED, RecipeFields, System, Teacher
@@ -27,6 +29,7 @@ from tutelage.tasks.kinds import get_task
 from tutelage.tasks.pcfg import PcfgDataset, build_grammar, pcfg_collator, pcfg_config
 from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
 from tutelage.teacher.loading import load_model, load_tokenizer
+from tutelage.training.evaluation import evaluate_batches
 
 # Our best variant of each language, beside the paper's own extraction (`extraction`); chosen on a seed that is not reported.
 _BEST = {
@@ -172,26 +175,36 @@ def text(fields: TextFields, size: str, task: str) -> System:
         held_out=lambda: eval_rows.select(range(min(fields.eval_samples, len(eval_rows)))),
         collator=make_collator(kind, tokenizer, fields.mask_probability),
         identity={"text": train_rows._fingerprint, "length": fields.max_length, "masked": fields.mask_probability},
+        record={"texts": [_text_name(source) for source, _ in _text_sources(fields)]},
         tokenizer=tokenizer,
     )
 
 
 def _text_rows(fields: TextFields, tokenizer: Any, kind: Any) -> tuple[Any, Any]:
     """Training and held-out blocks."""
-    if fields.dataset is not None:
-        sources = [(fields.dataset, fields.eval_dataset)]
-    else:
-        sources = [(DEFAULT_TEXT, DEFAULT_EVAL_TEXT)]
-        wikipedia = Path(os.environ.get("TUTELAGE_ASSETS") or ".assets") / "wikipedia"
-        if (wikipedia / "train.jsonl").is_file():
-            sources.append((str(wikipedia / "train.jsonl"), str(wikipedia / "heldout.jsonl")))
     parts = []
-    for source, held_out in sources:
+    for source, held_out in _text_sources(fields):
         data = read_dataset(source)
         pair = split_dataset(data, 0.05) if held_out is None else (data, read_dataset(held_out))
         parts.append([tokenize(part, tokenizer, kind, fields.max_length) for part in pair])
     train, evaluation = (concatenate_datasets(list(side)) for side in zip(*parts, strict=True))
     return train, evaluation.shuffle(seed=0)
+
+
+def _text_sources(fields: TextFields) -> list[tuple[str, str | None]]:
+    """Training and held-out texts: the user's, or the embedded one, with Wikipedia summaries where they were fetched."""
+    if fields.dataset is not None:
+        return [(fields.dataset, fields.eval_dataset)]
+    sources: list[tuple[str, str | None]] = [(DEFAULT_TEXT, DEFAULT_EVAL_TEXT)]
+    wikipedia = Path(os.environ.get("TUTELAGE_ASSETS") or ".assets") / "wikipedia"
+    if (wikipedia / "train.jsonl").is_file():
+        sources.append((str(wikipedia / "train.jsonl"), str(wikipedia / "heldout.jsonl")))
+    return sources
+
+
+def _text_name(source: str) -> str:
+    """A text for the record, without where this machine keeps it."""
+    return "/".join(Path(source).parts[-2:])
 
 
 def _language(
@@ -205,6 +218,7 @@ def _language(
     held_out: Callable[[], Any],
     collator: Any,
     identity: dict[str, Any],
+    record: dict[str, Any] | None = None,
     tokenizer: Any = None,
 ) -> System:
     auto: Any = AutoModelForMaskedLM if task == "masked_lm" else AutoModelForCausalLM
@@ -224,7 +238,7 @@ def _language(
 
     def teacher(_: Path) -> Teacher:
         if fields.teacher_path is not None:
-            return Teacher(load_model(fields.teacher_path, auto), {"description": f"given: {fields.teacher_path}"})
+            return _given(load_model(fields.teacher_path, auto), fields, task, held_out(), collator)
         whole = {
             **identity,
             "shape": [fields.layers, fields.teacher_heads, fields.head_width],
@@ -277,8 +291,23 @@ def _language(
         collator=collator,
         default_methods=("extraction", _BEST[name], "one_shot", "progressive", "scratch"),
         tokenizer=tokenizer,
+        identity=record or {},
         sketch_teacher=None if fields.teacher_path else lambda: build(fields.teacher_heads, fields.teacher_seed),
     )
+
+
+def _given(model: Any, fields: LanguageFields, task: str, held_out: Any, collator: Any) -> Teacher:
+    """A teacher from a folder, after checking that it knows this language better than chance."""
+    with torch.random.fork_rng(devices=[]):
+        batches = DataLoader(held_out, batch_size=64, collate_fn=collator)
+        metrics = evaluate_batches(model, batches, get_task(task))
+    name = Path(str(fields.teacher_path)).name
+    if metrics["loss"] > math.log(model.config.vocab_size):
+        raise ValueError(
+            f"teacher {name!r} has a held-out loss of {metrics['loss']:.3f} on this recipe's text, worse than chance: it was "
+            "made for another language"
+        )
+    return Teacher(model, {"description": f"given: {name}", **metrics})
 
 
 def smoke(fields: Any, **changes: Any) -> Any:

@@ -18,15 +18,10 @@ from tutelage.experiments.options import ConfigParser, as_flags, read_options
 from tutelage.experiments.recipes.fields import read_fields
 from tutelage.experiments.settings import RunArguments, fill_defaults, prepare_run
 from tutelage.experiments.systems import RecipeFields, System, Teacher
+from tutelage.experiments.variants import CONTROLLED
 from tutelage.tasks.students import make_student, student_config
 from tutelage.teacher.loading import load_config
 from tutelage.training.config import CurriculumConfig
-
-_SET_BY_COMPARISON = (
-    *("method", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed"),
-    *("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
-    *("eval_strategy", "eval_steps", "eval_on_start"),
-)
 
 
 @dataclass(frozen=True)
@@ -70,10 +65,8 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
     for key in options:
         if key not in own | run_names | config_names:
             raise ValueError(f"config {str(file)!r} has an unknown option {key!r}")
-    if "curriculum_dir" in options:
-        raise ValueError(f"config {str(file)!r}: a comparison trains from the teacher itself: leave curriculum_dir out")
-    for key in _SET_BY_COMPARISON:
-        if key in options:
+    for key in CONTROLLED:
+        if key in options and key not in ("teacher_model_name_or_path", "task"):
             raise ValueError(
                 f"config {str(file)!r}: {key} is set by the comparison itself; use --methods, --output_dir, seeds, "
                 "budget_samples, learning_rates, batch_size and eval_every"
@@ -112,6 +105,7 @@ def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
         collator=prepared.collator,
         default_methods=("extraction", "extraction:warm_start=none,normalize=none", "one_shot"),
         tokenizer=prepared.tokenizer,
+        identity={key: str(value) for key, value in sorted(options.items()) if key not in own},
         again=functools.partial(own_system, file, dict(overrides)),
     )
 
