@@ -553,7 +553,7 @@ def compared(mine: list[int | None], theirs: list[int | None], ratio: dict[str, 
         found = [run_of(seed, value, 0.5 if value is None else 0.99) for seed, value in enumerate(reached)]
         return {"runs": found, "median_samples_to_target": median}
 
-    middle = [sorted(values, key=lambda value: value or 10**9)[1] for values in (mine, theirs)]
+    middle = [sorted(values, key=lambda value: value or 10**9)[len(values) // 2] for values in (mine, theirs)]
     return {
         "metric": "accuracy",
         "better": "higher",
