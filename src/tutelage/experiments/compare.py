@@ -192,7 +192,7 @@ def _claim(output_dir: Path, system: System, match: str) -> None:
     begun = any((output_dir / name).exists() for name in ("runs", "tuning", COMPARISON_FILE))
     if file.exists() and begun:
         theirs = json.loads(file.read_text(encoding="utf-8"))
-        theirs = {**theirs, **theirs.pop("settings", {})}
+        theirs |= theirs.pop("settings", {})  # as earlier versions wrote them
         if different := [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]:
             raise ValueError(
                 f"{str(output_dir)!r} holds another comparison (another {', '.join(sorted(different))}): choose another "
