@@ -201,4 +201,8 @@ def test_a_shortened_budget_shortens_the_schedule_alike() -> None:
         whole, part = ([stage.steps for stage in curriculum.stages] for curriculum in made)
         assert len(whole) == len(part)
         for a, b in zip(whole, part, strict=True):
-            assert abs(a * 0.34 - b) <= len(whole), (schedule, whole, part)  # each is rounded down, the last gets the rest
+            assert abs(a * 0.34 - b) <= len(whole), (
+                schedule,
+                whole,
+                part,
+            )  # each is rounded down, the last gets the rest

@@ -76,7 +76,13 @@ def report_command(arguments: Sequence[str]) -> None:
     """Redraw a comparison's report from what is on disk."""
     parser = Parser(prog="tutelage report")
     parser.add_argument("folder", help="output_dir of tutelage compare, finished or still going")
-    print(write_report(Path(parser.parse_args(arguments).folder)))
+    folder = Path(parser.parse_args(arguments).folder)
+    if (folder / "scaling.json").exists():
+        raise ValueError(
+            f"{str(folder)!r} holds a scaling experiment: its report.md and scaling.png are drawn after every comparison; to draw "
+            "them again give its command again"
+        )
+    print(write_report(folder))
 
 
 def progress(line: str) -> None:

@@ -43,7 +43,7 @@ def diagnose_parity(system: System, folder: Path, log: Callable[[str], None] = p
     Writes fourier.json, fourier.png and fourier.md to `folder`.
 
     Args:
-        system: of the `parity-mlp` recipe; its first seed and first learning rate are used.
+        system: of the `parity-mlp` recipe; its first seed and the middle one of its learning rates are used.
     """
     fields: Any = system.fields
     if system.recipe != "parity-mlp":
