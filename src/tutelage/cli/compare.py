@@ -79,8 +79,8 @@ def report_command(arguments: Sequence[str]) -> None:
     folder = Path(parser.parse_args(arguments).folder)
     if (folder / "scaling.json").exists():
         raise ValueError(
-            f"{str(folder)!r} holds a scaling experiment: its report.md and scaling.png are drawn after every comparison; to draw "
-            "them again give its command again"
+            f"{str(folder)!r} holds a scaling experiment: its report.md and scaling.png are drawn after every comparison; to "
+            "draw them again give its command again"
         )
     print(write_report(folder))
 
