@@ -69,6 +69,9 @@ def _extract(arguments: Sequence[str]) -> None:
     def extra(parser: Any) -> None:
         parser.add_argument("--teacher", help="folder or Hub name; the same as --teacher_model_name_or_path")
 
+        # processes wait for the one with the longest share, however long that takes
+        parser.set_defaults(ddp_timeout=30 * 24 * 3600)
+
     kinds = (RunArguments, CurriculumConfig, ExtractArguments)
     run, args, extraction, rest = _parse_config(kinds, arguments, "tutelage extract", extra)
     args.teacher_model_name_or_path = rest.teacher or args.teacher_model_name_or_path

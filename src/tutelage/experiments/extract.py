@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import at_positions, label_positions, last_token
 from tutelage.core.losses import CHUNK_LOGITS
 from tutelage.core.topk import TopK, top_k
-from tutelage.experiments.distill import environment
+from tutelage.experiments.distill import environment, quiet_unless_terminal
 from tutelage.experiments.settings import Run, RunArguments, fill_defaults, prepare_run
 from tutelage.tasks.embedding import EmbeddingModel, EmbeddingShape
 from tutelage.tasks.kinds import hidden_size, trunk
@@ -97,7 +96,7 @@ def extract(
             raise ValueError(f"{name} must be at least 1, got {getattr(extraction, name)}")
     fill_defaults(run, args)
     store = Store(args.output_dir or ".")
-    state = PartialState(timeout=timedelta(days=30))
+    state = PartialState()
     prepared = prepare_run(run, args)
     if not prepared.task.whole:
         args.top_k = args.top_k or DEFAULT_TOP_K
@@ -284,7 +283,8 @@ class _Work:
             (name, number, shards[number], make) for name, shards, make in planned for number in range(len(shards))
         ]
         counts = {name: len(shards) for name, shards, _ in planned}
-        with tqdm(total=total, desc="Extracting", unit="shard", initial=0) as bar:
+        quiet = quiet_unless_terminal(self.args.disable_tqdm) or rank != 0
+        with tqdm(total=total, desc="Extracting", unit="shard", disable=quiet) as bar:
             for position, (name, number, batches, make) in enumerate(numbered):
                 writer = ShardWriter(store, name, counts[name], self.features[name])
                 if position % ranks == rank and writer.done(number) is None:
