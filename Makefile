@@ -9,7 +9,7 @@ demo: .venv/.installed  ## distil a small student from the embedded teacher
 	$(BIN)/tutelage distill --output_dir demo-output
 
 test: .venv/.installed-dev  ## every test that needs no download
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-assets: assets  ## the tests on real teachers and texts
 	TUTELAGE_ASSETS="$(ASSETS)" $(BIN)/python -m pytest -m assets

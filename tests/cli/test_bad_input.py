@@ -436,7 +436,7 @@ def test_a_missing_config_file(error_of: Callable[..., str]) -> None:
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paint"]) == 2
-    known = "plan, distill, evaluate, compare, report, diagnose"
+    known = "plan, distill, extract, inspect, evaluate, compare, report, diagnose"
     assert capsys.readouterr().err == f"tutelage: no command 'paint': use one of {known}\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -168,8 +169,12 @@ def test_options_may_come_before_the_recipe(succeeds: Callable[..., tuple[str, s
 
 def test_the_folder_is_named_after_the_recipe(succeeds: Callable[..., tuple[str, str]]) -> None:
     succeeds("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch")
-    assert read(Path("comparisons") / "parity-mlp-smoke")["size"] == "smoke"
+    (folder,) = Path("comparisons").iterdir()
+    assert re.fullmatch(r"parity-mlp-smoke-[0-9a-f]{6}", folder.name)  # marked by the fields that flags() change
+    assert read(folder)["size"] == "smoke"
     succeeds("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch")  # the same again goes on
+    succeeds("compare", "parity-mlp/smoke", *flags(), "--seeds", "5", "--methods", "scratch")  # another has its own
+    assert len(list(Path("comparisons").iterdir())) == 2
 
 
 def test_a_teacher_given_by_folder(succeeds: Callable[..., tuple[str, str]], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_ngram_probes_of_a_teachers_layers(tmp_path: Path, causal_teacher: Path,
         (["parity-transformer/smoke"], "Fourier weights are for parity-mlp, not parity-transformer"),
         (["--teacher", "{classifier}", "--dataset", "{text}"], "n-gram probes are for language models"),
         (["--teacher", "{causal}"], "name a text"),
-        (["--teacher", "{causal}", "--dataset", "{text}", "--length", "0"], "length must be at least 1 token"),
+        (["--teacher", "{causal}", "--dataset", "{text}", "--length", "0"], "length must be from 1 to 7 tokens, got 0"),
         (["--colour=red"], "unknown option '--colour=red'"),
     ],
 )

@@ -238,7 +238,13 @@ def _language(
 
     def teacher(_: Path) -> Teacher:
         if fields.teacher_path is not None:
-            return _given(load_model(fields.teacher_path, auto), fields, task, held_out(), collator)
+            model: Any = load_model(fields.teacher_path, auto)
+            if (mine := config(1).vocab_size) != model.config.vocab_size:
+                raise ValueError(
+                    f"teacher {Path(fields.teacher_path).name!r} has {model.config.vocab_size} vocabulary entries, the recipe "
+                    f"has {mine}: it was made for another language"
+                )
+            return _given(model, fields, task, held_out(), collator)
         whole = {
             **identity,
             "shape": [fields.layers, fields.teacher_heads, fields.head_width],
