@@ -126,7 +126,8 @@ def test_a_student_from_disk_is_the_student_from_the_teacher(
     for key, value in one.items():
         assert torch.equal(value, two[key]), key
     assert stored["budget"]["teacher_flops"] == 0 < live["budget"]["teacher_flops"]
-    assert stored["student"]["loss"] == live["student"]["loss"]
+    # an encoder's held-out embeddings were made row by row, not in the batches of the evaluation
+    assert stored["student"]["loss"] == pytest.approx(live["student"]["loss"], rel=1e-6 if task == "embedding" else 0)
     logs = [
         [record["loss"] for record in MetricsFile(tmp_path / name / "metrics.jsonl").read() if "loss" in record]
         for name in ("live", "stored")
