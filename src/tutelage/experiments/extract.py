@@ -9,6 +9,7 @@ steps of the stage would read, in that order, and each is made by a teacher that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -168,7 +169,7 @@ class _Work:
             "curriculum": self.curriculum.to_json(),
             "width": self.width,
             "kept": min(self.curriculum.top_k or 0, self.outputs or (head.linear.out_features if head else 0)),
-            "seed": self._seed,
+            "seed": self.args.order_seed,
             "sequential": args.train_sampling_strategy == "sequential",
             "batch_size": args.per_device_train_batch_size,
             "step_examples": self._step_examples,
@@ -194,8 +195,7 @@ class _Work:
     @property
     def _step_examples(self) -> int:
         """Of training: how many processes extract changes nothing."""
-        devices = self.extraction.devices
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * devices
+        return self.args.step_examples(self.extraction.devices)
 
     def _forms(self) -> dict[str, RowFormat]:
         label = "none"
@@ -236,12 +236,8 @@ class _Work:
     def _order(self, epoch: int) -> list[int]:
         """The order in which the trainer's sampler reads the data in an epoch."""
         sequential = self.args.train_sampling_strategy == "sequential"
-        order: list[int] = epoch_order(len(self.data), self._seed, epoch, sequential).tolist()
+        order: list[int] = epoch_order(len(self.data), self.args.order_seed, epoch, sequential).tolist()
         return order
-
-    @property
-    def _seed(self) -> int:
-        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     def _shards(self, examples: Sequence[int]) -> list[list[list[int]]]:
         """Examples in batches, batches in shards: the same whatever runs them."""
@@ -277,21 +273,21 @@ class _Work:
                     shutil.copyfile(maps, path)
         if rank == 0:
             self._write_shared(store)
-        planned = self._planned()
-        total = sum(len(shards) for _, shards, _ in planned)
+        features = self.features
         numbered = [
-            (name, number, shards[number], make) for name, shards, make in planned for number in range(len(shards))
+            (ShardWriter(store, name, len(shards), features[name]), number, batches, make)
+            for name, shards, make in self._planned
+            for number, batches in enumerate(shards)
         ]
-        counts = {name: len(shards) for name, shards, _ in planned}
         quiet = quiet_unless_terminal(self.args.disable_tqdm) or rank != 0
-        with tqdm(total=total, desc="Extracting", unit="shard", disable=quiet) as bar:
-            for position, (name, number, batches, make) in enumerate(numbered):
-                writer = ShardWriter(store, name, counts[name], self.features[name])
+        with tqdm(total=len(numbered), desc="Extracting", unit="shard", disable=quiet) as bar:
+            for position, (writer, number, batches, make) in enumerate(numbered):
                 if position % ranks == rank and writer.done(number) is None:
                     writer.write(number, make(batches))
                 bar.update()
-        log(f"{total} shards in {store}")
+        log(f"{len(numbered)} shards in {store}")
 
+    @functools.cached_property
     def _planned(self) -> list[tuple[str, list[list[list[int]]], Callable[..., Iterator[dict[str, Any]]]]]:
         planned: list[Any] = []
         for index, name in enumerate(self.names):
@@ -391,9 +387,9 @@ class _Work:
 
     def finish(self, store: Store) -> None:
         """Check that every shard is there, then write what makes the folder a curriculum."""
-        splits = []
-        for name, shards, _ in self._planned():
-            writer = ShardWriter(store, name, len(shards), self.features[name])
+        splits, features = [], self.features
+        for name, shards, _ in self._planned:
+            writer = ShardWriter(store, name, len(shards), features[name])
             written: list[Shard] = []
             for number in range(len(shards)):
                 shard = writer.done(number)
@@ -404,7 +400,7 @@ class _Work:
         shared = [MAPS_FILE, HEAD_FILE, *store.files(TEACHER_FOLDER), *store.files(TOKENIZER_FOLDER)]
         files = {name: store.sha256(name) for name in shared if store.exists(name)}
         manifest = Manifest(json.loads(json.dumps(self.identity)), tuple(splits), files, environment=environment())
-        finish(store, manifest, self.features)
+        finish(store, manifest, features)
 
 
 def _embedding_shape(teacher: nn.Module) -> dict[str, Any] | None:

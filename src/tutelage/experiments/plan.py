@@ -63,7 +63,7 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = D
             batch["labels"] = torch.zeros((1,), dtype=torch.long)
         baseline = _costs(objective, one_shot(1), source, batch)[0]
         costs = _costs(objective, curriculum, source, batch)
-    tokens_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * length
+    tokens_per_step = args.step_examples(args.world_size) * length
     stages = [
         {
             "name": stage.name,

@@ -7,10 +7,8 @@ A run depends on its own settings and seeds alone, so what comes out does not de
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
-import pickle
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -59,10 +57,7 @@ class Workers:
         again = runner.system.again
         if again is None:
             raise ValueError("runs side by side need a system made by resolve or own_system: leave jobs out")
-        system = pickle.dumps(again)
-        return self._pool.submit(
-            _run, system, runner.root, runner.match, variant, candidate, list(seeds), folder, limit
-        )
+        return self._pool.submit(_run, again, runner.root, runner.match, variant, candidate, list(seeds), folder, limit)
 
 
 def _start(threads: int) -> None:
@@ -79,15 +74,19 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-@functools.lru_cache(maxsize=1)
-def _runner(system: bytes, root: Path, match: str) -> Runner:
-    again: Callable[[], System] = pickle.loads(system)  # of this program's own making, from its own memory
-    made = again()
-    return Runner(made, made.make_teacher(root), root, match)
+_kept: dict[tuple[Path, str], Runner] = {}  # of the comparison at hand, which its folder and budget tell from others
+
+
+def _runner(again: Callable[[], System], root: Path, match: str) -> Runner:
+    if (root, match) not in _kept:
+        _kept.clear()
+        made = again()
+        _kept[root, match] = Runner(made, made.make_teacher(root), root, match)
+    return _kept[root, match]
 
 
 def _run(
-    system: bytes,
+    again: Callable[[], System],
     root: Path,
     match: str,
     variant: Variant,
@@ -96,4 +95,4 @@ def _run(
     folder: Path,
     limit: float | None,
 ) -> list[dict[str, Any]]:
-    return _runner(system, root, match).run(variant, candidate, seeds, folder, limit)
+    return _runner(again, root, match).run(variant, candidate, seeds, folder, limit)

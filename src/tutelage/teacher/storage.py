@@ -1,7 +1,7 @@
 """An extracted curriculum on disk: shards written whole, a manifest written last, everything checked when read.
 
-Public names: `Manifest`, `Split`, `Shard`, `ShardWriter`, `finish`, `read_manifest`, `open_split`, `verify`, `MANIFEST_FILE`,
-`FORMAT`.
+Public names: `Manifest`, `Split`, `Shard`, `ShardWriter`, `finish`, `read_manifest`, `check_shards_exist`, `open_split`,
+`verify`, `MANIFEST_FILE`, `FORMAT`.
 
 The folder is a `datasets.DatasetDict` saved to disk (`datasets.load_from_disk` reads it, and so does anything that reads Arrow
 streams): a split for each stage, `calibration` and `evaluation`. Beside it lie `manifest.json`, the teacher's config and
@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, concatenate_datasets
 
-from tutelage.teacher.store import Store
+from tutelage.teacher.store import Store, sha256_of
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -130,7 +130,8 @@ class ShardWriter:
                     out.write_batch(batch)
                     rows += batch.num_rows
                     tokens += len(columns["input_ids"].flatten())
-            shard = Shard(self.file(number), rows, tokens, path.stat().st_size, file_hash(path))
+            with path.open("rb") as written:
+                shard = Shard(self.file(number), rows, tokens, path.stat().st_size, sha256_of(written))
         self.store.write(self.receipt(number), json.dumps(dataclasses.asdict(shard)))
         return shard
 
@@ -205,15 +206,24 @@ def read_manifest(store: Store) -> Manifest:
             )
         raise ValueError(f"{str(store)!r} holds no curriculum (no {MANIFEST_FILE}): make one with `tutelage extract`")
     try:
-        found = json.loads(store.read(MANIFEST_FILE))
-        version = found["format"]
+        text = store.read(MANIFEST_FILE)
+        version = json.loads(text)["format"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{store}/{MANIFEST_FILE} is not a curriculum's manifest: {error}") from error
     if version > FORMAT:
         raise ValueError(
             f"the curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade tutelage"
         )
-    return Manifest.from_json(store.read(MANIFEST_FILE))
+    return Manifest.from_json(text)
+
+
+def check_shards_exist(store: Store, split: Split) -> None:
+    """Raise ValueError where a shard is missing."""
+    for shard in split.shards:
+        if not store.exists(shard.file):
+            raise ValueError(
+                f"shard {shard.file} of the curriculum {str(store)!r} is missing: copy it there, or extract again"
+            )
 
 
 def open_split(store: Store, split: Split) -> Dataset:
@@ -222,11 +232,8 @@ def open_split(store: Store, split: Split) -> Dataset:
     Raises:
         ValueError: a shard is missing or of another size than the manifest says.
     """
+    check_shards_exist(store, split)
     for shard in split.shards:
-        if not store.exists(shard.file):
-            raise ValueError(
-                f"shard {shard.file} of the curriculum {str(store)!r} is missing: copy it there, or extract again"
-            )
         if store.size(shard.file) != shard.bytes:
             raise ValueError(
                 f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {store.size(shard.file):,} bytes, the "
@@ -246,12 +253,3 @@ def verify(store: Store, manifest: Manifest) -> None:
                 f"{name} of the curriculum {str(store)!r} is damaged (its checksum is not the manifest's): copy it again, or "
                 "extract again"
             )
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

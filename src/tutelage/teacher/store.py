@@ -1,6 +1,6 @@
 """A folder of files, on this machine or behind any fsspec URL (s3://, gs://, abfs://, ...).
 
-Public names: `Store`.
+Public names: `Store`, `sha256_of`.
 
 Nothing is ever read half-written: local files are written beside their place, synced and renamed, objects appear when their
 upload is complete.
@@ -22,6 +22,14 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from tutelage.core.files import replacing, write_atomically
+
+
+def sha256_of(handle: Any) -> str:
+    """SHA-256 of what an open binary file still holds."""
+    digest = hashlib.sha256()
+    while block := handle.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 class Store:
@@ -123,11 +131,8 @@ class Store:
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a file."""
-        digest = hashlib.sha256()
         with self.fs.open(self._path(name), "rb") as handle:
-            while block := handle.read(1 << 22):
-                digest.update(block)
-        return digest.hexdigest()
+            return sha256_of(handle)
 
     # a copy in another process fetches its own files
     def __getstate__(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.teacher.extracted import ExtractedCurriculum, StoredBatch
-from tutelage.teacher.storage import Split, open_split
+from tutelage.teacher.storage import Split, check_shards_exist, open_split
 from tutelage.teacher.store import Store
 
 
@@ -108,7 +108,9 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         count = int(identity["data"]["rows"])
         epoch, index = divmod(position, count)
         order = self._once("epoch", epoch, lambda: epoch_order(count, self.reading.seed, epoch, identity["sequential"]))
-        row_of = self._once("rows", stage, lambda: _inverse(self.tables[stage].example_ids(), count))
+        table = self.tables[stage]
+        assert isinstance(table, _MappedRows), "a planned order is over rows on this machine"
+        row_of = self._once("rows", stage, lambda: _inverse(table.example_ids(), count))
         return int(row_of[order[index]])
 
     def __getitems__(self, positions: Sequence[int]) -> StoredBatch:
@@ -157,11 +159,7 @@ class _FetchedRows:
 
     def __init__(self, store: Store, split: Split):
         self.store, self.split = store, split
-        for shard in split.shards:
-            if not store.exists(shard.file):
-                raise ValueError(
-                    f"shard {shard.file} of the curriculum {str(store)!r} is missing: copy it there, or extract again"
-                )
+        check_shards_exist(store, split)
         self.ends = np.cumsum([shard.rows for shard in split.shards])
         self._open: dict[int, Dataset] = {}
 
@@ -182,10 +180,6 @@ class _FetchedRows:
         starts = self.ends - [shard.rows for shard in self.split.shards]
         parts = [self._shard(int(n))[[int(row - starts[n])]] for n, row in zip(numbers, rows, strict=True)]
         return pa.concat_tables(parts)
-
-    def example_ids(self) -> np.ndarray:
-        """Never needed: an order over all rows would fetch every shard."""
-        raise NotImplementedError
 
     def order(self, generator: np.random.RandomState, reading: Reading) -> np.ndarray:
         """Of a pass: shards in a drawn order, dealt to the devices; a device's micro-batches come from its own shards."""

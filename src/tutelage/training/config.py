@@ -154,6 +154,15 @@ class CurriculumConfig(TrainingArguments):
         # The trainer stops at a loss that is not finite; the filter would hide it.
         self.logging_nan_inf_filter = False
 
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order in which data is read."""
+        return self.data_seed if self.data_seed is not None else self.seed
+
+    def step_examples(self, devices: int) -> int:
+        """Examples of an optimiser step over so many devices and their micro-batches."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * devices
+
     def teacher_loading(self) -> dict[str, Any]:
         """What `load_model` is told about the teacher.
 

@@ -141,10 +141,8 @@ def _stored_rows(
             f"warm_start={curriculum.warm_start!r} needs the teacher's embedding, which a curriculum on disk does not hold: "
             "use 'head' or 'none', or train with the teacher itself"
         )
-    size = args.per_device_train_batch_size
-    examples = size * args.gradient_accumulation_steps * args.world_size
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    return StoredRows(stored, curriculum, width, Reading(examples, size, args.world_size, seed))
+    size, devices = args.per_device_train_batch_size, args.world_size
+    return StoredRows(stored, curriculum, width, Reading(args.step_examples(devices), size, devices, args.order_seed))
 
 
 def check_transplant(stored: ExtractedCurriculum, student: nn.Module) -> None:
