@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import WORDS, make_tokenizer, sentences
 from tutelage.tasks.kinds import TASKS
-from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
+from tutelage.tasks.text import keep_rows, make_collator, read_dataset, split_dataset, stream_dataset, tokenize
 
 CAUSAL, MASKED, CLASSIFIER, EMBEDDING = (
     TASKS[name] for name in ("causal_lm", "masked_lm", "sequence_classification", "embedding")
@@ -108,6 +108,41 @@ def test_nothing_there(tmp_path: Path) -> None:
         read_dataset(str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("task", [CAUSAL, MASKED, CLASSIFIER])
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.parquet", "folder", "*.jsonl"])
+def test_a_stream_gives_the_rows_of_the_dataset(corpus: Path, name: str, task: Any, encoder: Any) -> None:
+    if task is CLASSIFIER and name == "text.txt":
+        pytest.skip("has no labels")
+    whole = tokenize(read_dataset(str(corpus / name.replace("*", "text"))), encoder, task, 16)
+    stream = tokenize(stream_dataset(str(corpus / name)), encoder, task, 16)
+    kept = keep_rows(stream, 10**6)
+    assert kept.to_list() == whole.to_list() and len(whole) > 20
+    assert keep_rows(stream, 5).to_list() == whole.to_list()[:5]
+
+
+def test_a_stream_is_read_as_far_as_needed(tmp_path: Path, plain: PreTrainedTokenizerBase) -> None:
+    seen = []
+
+    def documents() -> Any:
+        for text in sentences(200_000):
+            seen.append(text)
+            yield {"text": text}
+
+    rows = keep_rows(tokenize(IterableDataset.from_generator(documents), plain, CAUSAL, 16), 10)
+    assert len(rows) == 10
+    assert len(seen) < 100_000
+
+
+def test_a_stream_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("no json\n")
+    with pytest.raises(ValueError, match=r"could not stream dataset '.*\*.jsonl'"):
+        stream_dataset(str(tmp_path / "*.jsonl"))
+    with pytest.raises(ValueError, match=r"no dataset file '/nowhere/text.txt'"):
+        stream_dataset("/nowhere/text.txt")
+    with pytest.raises(ValueError, match=r"could not stream dataset 'nobody/nothing'"):
+        stream_dataset("nobody/nothing")
+
+
 # ---- Packing ----
 
 
@@ -116,7 +151,7 @@ def test_lines_of_a_text_file_are_one_stream(corpus: Path, plain: PreTrainedToke
     stream = ids_of(plain, " ".join(sentences(120)))
     assert flat(packed) == stream[: len(stream) // 16 * 16]
     assert {len(row) for row in packed["input_ids"]} == {16}
-    assert packed["labels"] == packed["input_ids"]
+    assert packed.column_names == ["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["text.jsonl", "text.parquet", "folder"])

@@ -98,7 +98,7 @@ def extract(
     fill_defaults(run, args)
     store = Store(args.output_dir or ".")
     state = PartialState()
-    prepared = prepare_run(run, args)
+    prepared = prepare_run(run, args, extraction.devices)
     if not prepared.task.whole:
         args.top_k = args.top_k or DEFAULT_TOP_K
     work = _Work(prepared, args, extraction, state.device)

@@ -5,7 +5,7 @@ Public names: `RunArguments`, `Run`, `fill_defaults`, `prepare_run`, `sequence_l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from tutelage.tasks.default import DEFAULT_EVAL_TEXT, DEFAULT_STUDENT, DEFAULT_T
 from tutelage.tasks.embedding import EmbeddingShape
 from tutelage.tasks.kinds import Task, detect_task, get_task, load_task_model
 from tutelage.tasks.students import is_preset, make_student, student_config
-from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
+from tutelage.tasks.text import keep_rows, make_collator, read_dataset, split_dataset, stream_dataset, tokenize
 from tutelage.teacher.extracted import ExtractedCurriculum
 from tutelage.teacher.loading import check_weights, load_config, load_tokenizer
 from tutelage.training.checks import check_tokenizers
@@ -29,6 +29,8 @@ DEFAULT_LENGTH = 256
 # Budget of a run that names neither teacher nor data nor budget: under two minutes on 2 cores.
 _DEFAULT_STEPS = 200
 _NO_LIMIT = 10**9
+# Rows held out of a stream where nothing is said.
+_STREAM_EVAL_SAMPLES = 64
 
 
 @dataclass
@@ -51,6 +53,10 @@ class RunArguments:
     eval_fraction: float = field(default=0.05, metadata={"help": "Share held out where there is no eval data."})
     eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many sequences."})
     mlm_probability: float = field(default=0.3, metadata={"help": "Share of tokens masked (masked_lm)."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the dataset only as far as max_steps needs it, e.g. from object storage."},
+    )
 
 
 @dataclass
@@ -90,8 +96,12 @@ def fill_defaults(run: RunArguments, args: CurriculumConfig) -> None:
         raise ValueError("name a dataset, e.g. --dataset corpus.txt")
 
 
-def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
+def prepare_run(run: RunArguments, args: CurriculumConfig, devices: int | None = None) -> Run:
     """Check the settings, then load or build models and data; `fill_defaults` has been applied.
+
+    Args:
+        run, args: the settings.
+        devices: that the student trains on; None is those of this run.
 
     Raises:
         ValueError: whatever is wrong with the settings, before any training.
@@ -113,27 +123,14 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
     check_tokenizers(own, tokenizer)
     tokenizer = tokenizer or own
     assert tokenizer is not None
-    data = read_dataset(run.dataset, run.dataset_split)
-    if run.eval_dataset:
-        held_out = read_dataset(run.eval_dataset)
-        train_part = split_dataset(data, run.eval_fraction)[0] if isinstance(data, dict) else data
-        eval_part = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
-    else:
-        train_part, eval_part = split_dataset(data, run.eval_fraction)
-    train_dataset, eval_dataset = (
-        tokenize(
-            part,
-            tokenizer,
-            task,
-            sequence_length(run.max_length, [config, base], tokenizer, part),
-            run.text_column,
-        )
-        for part in (train_part, eval_part)
-    )
+
+    def encode(part: Any) -> Any:
+        length = sequence_length(run.max_length, [config, base], tokenizer, part)
+        return tokenize(part, tokenizer, task, length, run.text_column)
+
+    train_dataset, eval_dataset = _streamed(run, args, devices, encode) if run.streaming else _read(run, encode)
     if task.name == "sequence_classification":
         _check_labels(train_dataset, int(base.num_labels or 0))
-    if run.eval_samples is not None:
-        eval_dataset = eval_dataset.select(range(min(run.eval_samples, len(eval_dataset))))
     teacher = None
     if teacher_path is not None and args.method != "scratch":
         teacher = load_task_model(task, teacher_path, **args.teacher_loading())
@@ -144,9 +141,56 @@ def prepare_run(run: RunArguments, args: CurriculumConfig) -> Run:
     return Run(task, student.float(), teacher, tokenizer, train_dataset, eval_dataset, collator, names)
 
 
+def _read(run: RunArguments, encode: Callable[[Any], Any]) -> tuple[Dataset, Dataset]:
+    """Training and evaluation rows of a dataset that is read whole."""
+    assert run.dataset is not None
+    data = read_dataset(run.dataset, run.dataset_split)
+    if run.eval_dataset:
+        train_part = split_dataset(data, run.eval_fraction)[0] if isinstance(data, dict) else data
+        return encode(train_part), _held_out(run, encode)
+    train_part, eval_part = split_dataset(data, run.eval_fraction)
+    return encode(train_part), _first(encode(eval_part), run.eval_samples)
+
+
+def _held_out(run: RunArguments, encode: Callable[[Any], Any]) -> Dataset:
+    """Rows of `eval_dataset`."""
+    assert run.eval_dataset is not None
+    data = read_dataset(run.eval_dataset)
+    return _first(encode(next(iter(data.values())) if isinstance(data, dict) else data), run.eval_samples)
+
+
+def _first(rows: Dataset, count: int | None) -> Dataset:
+    return rows if count is None else rows.select(range(min(count, len(rows))))
+
+
+def _streamed(
+    run: RunArguments, args: CurriculumConfig, devices: int | None, encode: Callable[[Any], Any]
+) -> tuple[Dataset, Dataset]:
+    """Training and evaluation rows of a stream, which has no end to hold out: where no eval data is named, its first rows."""
+    assert run.dataset is not None
+    if args.max_steps <= 0:
+        raise ValueError("a stream has no length to count epochs in: set --max_steps")
+    count = args.max_steps * args.step_examples(devices or args.world_size)
+    rows = encode(stream_dataset(run.dataset, run.dataset_split))
+    if run.eval_dataset:
+        return keep_rows(rows, count), _held_out(run, encode)
+    held_out = run.eval_samples or _STREAM_EVAL_SAMPLES
+    kept = keep_rows(rows, held_out + count)
+    if len(kept) <= held_out:
+        raise ValueError(
+            f"the stream has {len(kept)} row(s), too few to hold {held_out} out for evaluation: give an --eval_dataset, "
+            "fewer --eval_samples or more data"
+        )
+    return kept.select(range(held_out, len(kept))), kept.select(range(held_out))
+
+
 def _prepare_from_disk(run: RunArguments, args: CurriculumConfig, folder: str) -> Run:
     """A run whose targets, texts and tokenizer lie in an extracted curriculum; a teacher or data given are only compared."""
     assert run.student is not None
+    if run.streaming:
+        raise ValueError(
+            "streaming is for the text of a live run or an extraction: a curriculum is always read as needed"
+        )
     stored = ExtractedCurriculum(folder, check=False)  # the trainer checks
     task, tokenizer = get_task(stored.identity["task"]), stored.tokenizer
     assert tokenizer is not None
@@ -155,17 +199,15 @@ def _prepare_from_disk(run: RunArguments, args: CurriculumConfig, folder: str) -
     check_tokenizers(None if is_preset(run.student) else load_tokenizer(run.student), tokenizer)
     given = teacher = None
     length = run.max_length or stored.identity["longest"]
+
+    def encode(part: Any) -> Any:
+        return tokenize(part, tokenizer, task, length, run.text_column)
+
     if run.dataset is not None:
         data = read_dataset(run.dataset, run.dataset_split)
         part = data if not isinstance(data, dict) and run.eval_dataset else split_dataset(data, run.eval_fraction)[0]
-        given = tokenize(part, tokenizer, task, length, run.text_column)
-    evaluation = stored.evaluation
-    if run.eval_dataset is not None:
-        held_out = read_dataset(run.eval_dataset)
-        held_out = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
-        evaluation = tokenize(held_out, tokenizer, task, length, run.text_column)
-    if run.eval_samples is not None:
-        evaluation = evaluation.select(range(min(run.eval_samples, len(evaluation))))
+        given = encode(part)
+    evaluation = _held_out(run, encode) if run.eval_dataset else _first(stored.evaluation, run.eval_samples)
     if args.teacher_model_name_or_path is not None:
         teacher = load_task_model(task, args.teacher_model_name_or_path, **args.teacher_loading())
     shape = stored.identity["teacher"]["embedding"]
@@ -181,7 +223,7 @@ def _prepare_from_disk(run: RunArguments, args: CurriculumConfig, folder: str) -
 
 
 def sequence_length(
-    asked: int | None, configs: Sequence[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, data: Dataset
+    asked: int | None, configs: Sequence[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, data: Any
 ) -> int:
     """Tokens of the longest sequence: what was asked, else what the models take, at most 256 for text."""
     positions = min(usable_positions(config) or _NO_LIMIT for config in configs)
@@ -189,7 +231,7 @@ def sequence_length(
         raise ValueError(f"max_length {asked} is longer than the model's {positions} positions: lower it")
     if asked is not None:
         return asked
-    if "input_ids" in data.column_names:
+    if "input_ids" in (data.column_names or next(iter(data))):  # a stream may learn its columns from its rows
         return positions
     return min(positions, tokenizer.model_max_length, DEFAULT_LENGTH)
 

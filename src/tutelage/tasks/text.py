@@ -1,23 +1,36 @@
 """Text in, model inputs out: reading, tokenising, packing and collating datasets.
 
-Public names: `read_dataset`, `split_dataset`, `tokenize`, `make_collator`.
+Public names: `read_dataset`, `stream_dataset`, `keep_rows`, `split_dataset`, `tokenize`, `make_collator`.
 """
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from tutelage.tasks.kinds import Task
 from tutelage.teacher.store import Store
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Documents, or lines, whose tokens are packed as one text.
+_PACKED_TOGETHER = 20_000
+# Rows that a stream is checked on before it is read.
+_SAMPLE = 100
+
+Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
@@ -80,6 +93,63 @@ def _read_url(url: str) -> Dataset | DatasetDict:
         raise ValueError(f"could not read dataset {url!r}: {_reason(error)}") from error
 
 
+def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
+    """What `read_dataset` reads, read only as far as it is iterated: nothing is fetched whole.
+
+    A URL may hold a `*`, for many files.
+
+    Raises:
+        ValueError: nothing there, another kind of file, or no rows.
+    """
+    suffix = Path(path).suffix
+    options: dict[str, Any] = {"split": split or "train", "streaming": True}
+    if "://" not in path and not any(mark in path for mark in "*?["):
+        if Path(path).exists() or suffix in _BUILDERS:
+            data = read_dataset(path, split)
+            return (
+                data.get("train") or next(iter(data.values())) if isinstance(data, dict) else data
+            ).to_iterable_dataset()
+    elif suffix in _BUILDERS:
+        options |= {"path": _BUILDERS[suffix], "data_files": {options["split"]: path}}
+        if suffix == ".txt":
+            options["keep_linebreaks"] = True
+    elif "://" in path:
+        options |= {"path": "arrow", "data_files": {options["split"]: _saved_files(path, split)}}
+    try:
+        stream = load_dataset(**{"path": path, **options})
+        if next(iter(stream), None) is None:
+            raise ValueError("no file, or none with a row")
+    except Exception as error:  # each file system has its own
+        raise ValueError(f"could not stream dataset {path!r}: {_reason(error)}") from error
+    return stream
+
+
+def _saved_files(url: str, split: str | None) -> list[str]:
+    """Files of a folder that `datasets` saved; it may hold others."""
+    try:
+        store = Store(url)
+        if store.exists("dataset_dict.json"):
+            url = f"{url.rstrip('/')}/{split or 'train'}"
+            store = Store(url)
+        return [f"{url.rstrip('/')}/{file['filename']}" for file in json.loads(store.read("state.json"))["_data_files"]]
+    except Exception as error:  # each file system has its own
+        raise ValueError(f"{url!r} is no folder that datasets' save_to_disk wrote: {_reason(error)}") from error
+
+
+def keep_rows(stream: IterableDataset, count: int) -> Dataset:
+    """The first `count` rows of a stream, or all if there are fewer, in a memory-mapped file of this process.
+
+    Token ids take a few bytes each, a small part of what a curriculum takes; the file goes when the process ends.
+    """
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(stream, count)
+
+    folder = tempfile.mkdtemp(prefix="tutelage-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Dataset.from_generator(rows, cache_dir=folder, fingerprint=uuid.uuid4().hex)
+
+
 def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Dataset, Dataset]:
     """Training and evaluation parts: the dataset's own splits, else its last `eval_fraction` of examples."""
     if isinstance(data, DatasetDict):
@@ -98,9 +168,9 @@ def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Da
 
 
 def tokenize(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, text_column: str = "text"
-) -> Dataset:
-    """Turn text into model inputs.
+    data: Rows, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, text_column: str = "text"
+) -> Rows:
+    """Turn text into model inputs, a stream as it is read: the rows are the same.
 
     Language models get packed blocks of exactly `max_length` tokens (the lines of a .txt file joined as they are, other
     data with the end-of-text token after each document; the remainder is dropped); the other tasks one truncated
@@ -110,8 +180,11 @@ def tokenize(
         ValueError: a column is missing or of another type, rows are longer than `max_length`, or there is too little
             text for one block.
     """
-    if "input_ids" in data.column_names:
-        longest = max(len(ids) for ids in data["input_ids"])
+    streamed = isinstance(data, IterableDataset)
+    sample = Dataset.from_list(list(data.take(_SAMPLE))) if isinstance(data, IterableDataset) else data
+    columns = sample.column_names
+    if "input_ids" in columns:
+        longest = max(len(ids) for ids in sample["input_ids"])
         if longest > max_length:
             raise ValueError(
                 f"the dataset has a sequence of {longest} tokens, the model takes {max_length}: truncate it, "
@@ -120,34 +193,34 @@ def tokenize(
         return data
     needed = [text_column, *(column for column in task.columns if column != "text")]
     for column in needed:
-        if column not in data.column_names:
+        if column not in columns:
             raise ValueError(
-                f"the dataset has no column {column!r} (it has {', '.join(data.column_names)}); "
+                f"the dataset has no column {column!r} (it has {', '.join(columns)}); "
                 f"task {task.name} needs {' and '.join(needed)}: rename the column or set --text_column"
             )
-    _check_column(data, text_column, "str", "text")
+    _check_column(sample, text_column, "str", "text")
     special = tokenizer.num_special_tokens_to_add() if not task.causal else 1  # a causal model predicts from 1 token on
     if max_length <= special:
         raise ValueError(f"max_length {max_length} is too short: task {task.name} needs at least {special + 1} tokens")
     if not task.per_position:
         if "label" in needed:
-            _check_column(data, "label", "int", "class numbers")
+            _check_column(sample, "label", "int", "class numbers")
         rows = data.map(
             lambda batch: tokenizer(batch[text_column], truncation=True, max_length=max_length),
             batched=True,
-            remove_columns=[name for name in data.column_names if name != "label" or name not in needed],
-            desc="Tokenising",
+            remove_columns=[name for name in columns if name != "label" or name not in needed],
+            **({} if streamed else {"desc": "Tokenising"}),
         )
         return rows.rename_column("label", "labels") if "label" in needed else rows
-    lines = _is_running_text(data, text_column)
+    lines = _is_running_text(sample, text_column, data.builder_name)
     packed = data.map(
         lambda batch: _pack(batch[text_column], tokenizer, task, max_length, lines),
         batched=True,
-        batch_size=20_000,
-        remove_columns=data.column_names,
-        desc="Packing",
+        batch_size=_PACKED_TOGETHER,
+        remove_columns=columns,
+        **({} if streamed else {"desc": "Packing"}),
     )
-    if len(packed) == 0:
+    if next(iter(packed), None) is None:
         raise ValueError(f"the text is too short for one block of {max_length} tokens: lower --max_length or add text")
     return packed
 
@@ -160,9 +233,9 @@ def _check_column(data: Dataset, column: str, wanted: str, meaning: str) -> None
         raise ValueError(f"column {column!r} of the dataset has rows without a value: drop them first")
 
 
-def _is_running_text(data: Dataset, text_column: str) -> bool:
+def _is_running_text(data: Dataset, text_column: str, builder: str | None) -> bool:
     """Whether the rows are the lines of a text file, line breaks kept: one running text, not documents."""
-    return data.builder_name == "text" and any(line.endswith("\n") for line in data[:100][text_column])
+    return builder == "text" and any(line.endswith("\n") for line in data[:100][text_column])
 
 
 def _pack(
@@ -176,10 +249,7 @@ def _pack(
     before, after = ([], []) if task.causal else _special_tokens(tokenizer)
     body = max_length - len(before) - len(after)
     blocks = [[*before, *stream[start : start + body], *after] for start in range(0, len(stream) - body + 1, body)]
-    packed: dict[str, Any] = {"input_ids": blocks}
-    if task.causal:
-        packed["labels"] = blocks
-    return packed
+    return {"input_ids": blocks}  # the collator makes the labels
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
