@@ -71,7 +71,9 @@ def extracted(corpus: Path, causal_teacher: Path, tmp_path: Path) -> Callable[..
 
     def make(name: str = "C", teacher: Path = causal_teacher, run: dict[str, Any] | None = None, **fields: Any) -> Path:
         stored = {
-            key: fields.pop(key) for key in ("projection_dim", "dtype", "shard_tokens", "all_stages") if key in fields
+            key: fields.pop(key)
+            for key in ("projection_dim", "dtype", "shard_tokens", "all_stages", "stages")
+            if key in fields
         }
         how = ExtractArguments(**{"dtype": "float32", "shard_tokens": 200, **stored})
         extract(texts(corpus, **(run or {})), settings(tmp_path / name, teacher, **fields), how, log=lambda line: None)
@@ -206,6 +208,21 @@ def test_another_student_takes_what_it_needs(extracted: Callable[..., Path], tmp
     assert shallow["budget"]["teacher_flops"] == 0
     output = train(tmp_path / "output", folder, method="one_shot", max_steps=3)
     assert output["method"] == "one_shot"
+
+
+@pytest.mark.parametrize(
+    ("stages", "layer_map"), [(["2", "4"], "1:2,2:4"), (["3", "head"], "1:3,head:head"), (["head"], "head:head")]
+)
+def test_stages_that_no_student_asked_for(
+    extracted: Callable[..., Path], tmp_path: Path, stages: list[str], layer_map: str
+) -> None:
+    folder = extracted(run={"student": None}, stages=stages, projection_dim=16)
+    same = extracted("named", run={"student": "layers=2,hidden_size=16"}, layer_map=layer_map)
+    assert {k: v for k, v in files_of(folder).items() if "stage" in k} == {
+        k: v for k, v in files_of(same).items() if "stage" in k
+    }
+    for layers in (1, 2, 4):  # fewer blocks than stages read the deepest that each stands for
+        train(tmp_path / f"S{layers}", folder, RunArguments(student=f"layers={layers},hidden_size=8"))
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 1 / 127), ("float16", 1e-3)])
@@ -396,11 +413,20 @@ def test_what_is_given_must_be_what_it_was_made_from(
         ({"method": "scratch"}, "method 'scratch' reads no finished teacher's states"),
         ({"label_weight": 0.5}, "label_weight is chosen when a student is trained"),
         ({"layer_map": "1:9"}, "the teacher has blocks 1 to 4"),
+        ({"stages": ["1", "9"]}, "the teacher has blocks 1 to 4"),
+        ({"stages": ["head", "2"]}, r"stages must be teacher blocks, head at most as the last"),
+        ({"stages": ["two"]}, r"stages must be teacher blocks"),
+        ({"stages": ["2"], "projection_dim": None}, "add --projection_dim"),
+        ({"stages": ["2"], "run": {}}, "stages and student both say"),
+        ({"stages": ["2"], "layer_map": "1:2"}, "stages and layer_map both say"),
+        ({"stages": ["2"], "method": "one_shot"}, "method 'one_shot' has no hidden stages"),
     ],
 )
 def test_an_extraction_that_cannot_work_is_refused(
     extracted: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
+    if "stages" in fields:
+        fields = {"run": {"student": None}, "projection_dim": 8, **fields}
     with pytest.raises(ValueError, match=message):
         extracted(**fields)
     assert not (tmp_path / "C").exists()

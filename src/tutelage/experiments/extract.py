@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +53,15 @@ from tutelage.training.setup import prepare, total_steps
 
 @dataclass
 class ExtractArguments:
-    """How a curriculum is stored."""
+    """What of a curriculum is stored, and how."""
 
+    stages: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher blocks whose states are stored, with head for the state before the output head, instead of those "
+            "that a student asks for, e.g. 8 16 head; needs projection_dim."
+        },
+    )
     projection_dim: int | None = field(
         default=None,
         metadata={"help": "Width of the stored projections; unset is the student's. Narrower students fit too."},
@@ -95,6 +103,8 @@ def extract(
     for name in ("shard_tokens", "devices"):
         if getattr(extraction, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(extraction, name)}")
+    if extraction.stages is not None:
+        _choose_stages(run, args, extraction)
     fill_defaults(run, args)
     store = Store(args.output_dir or ".")
     state = PartialState()
@@ -115,6 +125,24 @@ def extract(
             work.finish(store)
         state.wait_for_everyone()
     return read_manifest(store)
+
+
+def _choose_stages(run: RunArguments, args: CurriculumConfig, extraction: ExtractArguments) -> None:
+    """Stages that no student asked for: those of a student with a block for each."""
+    stages, width = extraction.stages or [], extraction.projection_dim
+    for name, value in (("student", run.student), ("layer_map", args.layer_map), ("num_stages", args.num_stages)):
+        if value is not None:
+            raise ValueError(f"stages and {name} both say what is stored: leave one of them out")
+    if width is None:
+        raise ValueError("stages say nothing about a width: add --projection_dim, that of the widest student to come")
+    if args.method != "extraction":
+        raise ValueError(f"method {args.method!r} has no hidden stages: leave stages out")
+    blocks = [stage for stage in stages if stage != HEAD]
+    if not stages or any(not block.isdecimal() for block in blocks) or HEAD in stages[:-1]:
+        raise ValueError(f"stages must be teacher blocks, {HEAD} at most as the last, e.g. 8 16 {HEAD}; got {stages}")
+    places = [str(index + 1) for index in range(len(blocks))] + [HEAD] * (len(stages) - len(blocks))
+    args.layer_map = ",".join(f"{mine}:{theirs}" for mine, theirs in zip(places, stages, strict=True))
+    run.student = f"layers={max(1, len(blocks))},hidden_size={width}"
 
 
 class _Work:
@@ -279,13 +307,17 @@ class _Work:
             for name, shards, make in self._planned
             for number, batches in enumerate(shards)
         ]
+        mine = [planned for planned in numbered[rank::ranks] if planned[0].done(planned[1]) is None]
         quiet = quiet_unless_terminal(self.args.disable_tqdm) or rank != 0
-        with tqdm(total=len(numbered), desc="Extracting", unit="shard", disable=quiet) as bar:
-            for position, (writer, number, batches, make) in enumerate(numbered):
-                if position % ranks == rank and writer.done(number) is None:
-                    writer.write(number, make(batches))
+        tokens, start = 0, time.perf_counter()
+        with tqdm(total=len(mine), desc="Extracting", unit="shard", disable=quiet) as bar:
+            for writer, number, batches, make in mine:
+                tokens += writer.write(number, make(batches)).tokens
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
                 bar.update()
-        log(f"{len(numbered)} shards in {store}")
+        if rank == 0:
+            pace = f", {tokens:,} tokens at {tokens / (time.perf_counter() - start):,.0f} a second" if mine else ""
+            log(f"{len(numbered)} shards in {store}{f' ({len(mine)} here{pace})' if mine else ''}")
 
     @functools.cached_property
     def _planned(self) -> list[tuple[str, list[list[list[int]]], Callable[..., Iterator[dict[str, Any]]]]]:

@@ -134,19 +134,22 @@ class ExtractedCurriculum:
         return OutputHead(linear.requires_grad_(False), **self.identity["head"])
 
     def layer_map(self, student_blocks: int) -> LayerMap:
-        """Student place and teacher place of each hidden stage: as extracted, or evenly spaced where those do not fit."""
+        """Student place and teacher place of each hidden stage.
+
+        As extracted; where those do not fit, evenly spaced, and of stages that fall on one student block the deepest.
+        """
         hidden = [stage for stage in self.curriculum.stages if stage.kind == "hidden"]
         places = [stage.student_place for stage in hidden]
         if all(not isinstance(place, int) or place <= student_blocks for place in places):
             return [(stage.student_place, stage.teacher_place) for stage in hidden]  # type: ignore[misc]
-        fitted: list[Any] = []
+        fitted: dict[Any, Any] = {}
         for stage in hidden:
             place: Any = stage.student_place
             if isinstance(place, int):
                 assert isinstance(stage.teacher_place, int)
                 place = max(1, round(stage.teacher_place * student_blocks / self.teacher_blocks))
-            fitted.append((place, stage.teacher_place))
-        return fitted
+            fitted[place] = stage.teacher_place
+        return list(fitted.items())
 
     @property
     def digest(self) -> str:

@@ -28,16 +28,18 @@ def adopt(args: CurriculumConfig, stored: ExtractedCurriculum, student_blocks: i
             setattr(args, name, getattr(curriculum, name))
     hidden = [stage for stage in curriculum.stages if stage.kind == "hidden"]
     same_stages = args.layer_map is None and args.num_stages is None
-    if args.method == "extraction" and hidden and same_stages:
-        args.layer_map = ",".join(f"{s}:{t}" for s, t in stored.layer_map(student_blocks))
+    pairs = stored.layer_map(student_blocks) if args.method == "extraction" and same_stages else []
+    if pairs:
+        args.layer_map = ",".join(f"{s}:{t}" for s, t in pairs)
     if args.warm_start is None:
         ends_at_head = args.layer_map is not None and args.layer_map.endswith(f"{HEAD}:{HEAD}")
         args.warm_start = curriculum.warm_start if ends_at_head else "none"
     if args.max_steps <= 0:
-        args.max_steps = curriculum.total_steps
-        untouched = args.stage_steps is None and args.stage_fraction == defaults["stage_fraction"]
-        if args.method == "extraction" and same_stages and untouched and hidden:
-            args.stage_steps = [stage.steps for stage in hidden]
+        read = {theirs for _, theirs in pairs}
+        left_out = [stage for stage in hidden if pairs and stage.teacher_place not in read]
+        args.max_steps = curriculum.total_steps - sum(stage.steps for stage in left_out)
+        if pairs and args.stage_steps is None and args.stage_fraction == defaults["stage_fraction"]:
+            args.stage_steps = [stage.steps for stage in hidden if stage not in left_out]
 
 
 def check_given(
