@@ -1,0 +1,153 @@
+"""What storing a curriculum costs a student: int8 and the top 64 outputs from disk, against a live float32 teacher.
+
+    python benchmarks/stored_vs_live.py --teacher .assets/smollm2 --dataset .assets/wikipedia/train.jsonl \\
+        --output results/stored_vs_live
+
+For each seed two students start equal and read the same rows in the same order: one from the teacher itself, with the full
+divergence over float32 logits, one from `tutelage extract` at its defaults. Held-out losses are compared in pairs, on a real
+teacher (SmolLM2, text) and on the teacher of `pcfg-clm/laptop`, which is trained first if it was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tutelage.experiments.distill import distill, environment
+from tutelage.experiments.extract import ExtractArguments, extract
+from tutelage.experiments.recipes import resolve
+from tutelage.experiments.settings import RunArguments
+from tutelage.tasks.pcfg import build_grammar, pcfg_tokens
+from tutelage.training.config import CurriculumConfig
+
+# two-sided 95% points of Student's t, by degrees of freedom
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def pcfg(folder: Path, rows: int) -> dict[str, Any]:
+    """Teacher with a tokenizer, and strings, of the recipe `pcfg-clm/laptop`, as anybody's would lie on disk."""
+    system = resolve("pcfg-clm/laptop", {})
+    grammar = build_grammar(system.fields.levels, seed=system.fields.grammar_seed)
+    teacher: Any = system.make_teacher(folder).model
+    words = Tokenizer(models.WordLevel(pcfg_tokens(grammar), unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    teacher.save_pretrained(folder / "teacher")
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "teacher")
+    for name, data in (("train", system.train_data((1,), rows)), ("heldout", system.eval_data((1,)))):
+        ids = [row["input_ids"].tolist() for row in data.__getitems__(range(len(data)))]
+        datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(folder / name)
+    heads, width = system.fields.student_heads, system.fields.head_width
+    return {
+        "teacher": str(folder / "teacher"),
+        "run": {
+            "student": f"hidden_size={heads * width},heads={heads}",
+            "dataset": str(folder / "train"),
+            "eval_dataset": str(folder / "heldout"),
+        },
+        "args": {
+            "max_steps": 200,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 3e-3,
+            "normalize": "standardize",
+        },
+    }
+
+
+def text(options: Any) -> dict[str, Any]:
+    """The real teacher and text."""
+    run = {"student": "layers=4,hidden_size=192", "dataset": options.dataset, "max_length": 64, "eval_samples": 128}
+    args = {"max_steps": 150, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
+    return {"teacher": options.teacher, "run": run, "args": args}
+
+
+def pair(system: dict[str, Any], seed: int, folder: Path) -> dict[str, float]:
+    """Held-out losses of one seed's two students."""
+
+    def settings(name: str, **fields: Any) -> CurriculumConfig:
+        return CurriculumConfig(
+            output_dir=str(folder / f"{name}-{seed}"),
+            seed=seed,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **{**system["args"], **fields},
+        )
+
+    run = RunArguments(**system["run"])
+    teacher = {"teacher_model_name_or_path": system["teacher"]}
+    live = distill(RunArguments(**system["run"]), settings("live", **teacher))
+    stored = settings("stored", **teacher)
+    extract(RunArguments(**system["run"]), stored, ExtractArguments(), log=lambda line: None)
+    disk = {"curriculum_dir": stored.output_dir, "max_steps": -1}
+    from_disk = distill(RunArguments(student=run.student), settings("student", **disk))
+    found = {"live": live["student"]["loss"], "stored": from_disk["student"]["loss"]}
+    print(seed, found, flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure, and write results.json and README.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    line = f"python benchmarks/stored_vs_live.py --teacher {Path(options.teacher).name} "
+    line += f"--dataset {Path(options.dataset).name} --output {options.output} --seeds {options.seeds}"
+    machine, found = environment(), {}
+    for name in ("pcfg", "text"):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            system = pcfg(folder, 6_400) if name == "pcfg" else text(options)
+            runs = [pair(system, seed, folder) for seed in range(options.seeds)]
+        differences = [run["stored"] - run["live"] for run in runs]
+        half = T95[len(runs) - 1] * statistics.stdev(differences) / len(runs) ** 0.5
+        mean = statistics.mean(differences)
+        found[name] = {
+            "settings": {**system["run"], **system["args"], "dataset": Path(system["run"]["dataset"]).name},
+            "runs": runs,
+            "live_mean": statistics.mean(run["live"] for run in runs),
+            "live_sd": statistics.stdev(run["live"] for run in runs),
+            "difference": mean,
+            "ci95": [mean - half, mean + half],
+        }
+        found[name]["settings"].pop("eval_dataset", None)
+    options.output.mkdir(parents=True, exist_ok=True)
+    result = {"command": line, "environment": machine, **found}
+    (options.output / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    rows = [
+        f"| {name} | {v['live_mean']:.4f} | {v['live_sd']:.4f} | {v['difference']:+.5f} | "
+        f"{v['ci95'][0]:+.5f} to {v['ci95'][1]:+.5f} | "
+        + ", ".join(f"{r['stored'] - r['live']:+.5f}" for r in v["runs"])
+        + " |"
+        for name, v in found.items()
+    ]
+    lines = [
+        "# A student from disk and one from the live teacher",
+        "",
+        f"By `{line}`; {machine['machine']}, {machine['threads']} thread(s), torch {machine['torch']}.",
+        "",
+        "From disk: int8 hidden states and the top 64 outputs. Live: float32 and the full divergence. Held-out loss, in pairs of",
+        f"equal students and data order, {options.seeds} seeds.",
+        "",
+        "| system | live, mean | live, standard deviation over seeds | from disk less live, mean | 95% interval (t) | by seed |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    (options.output / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
