@@ -314,6 +314,16 @@ def test_a_finished_comparison_is_read_back(tmp_path: Path, trainers: list[dict[
     assert {given["curriculum"].method for given in trainers} == {"extraction"}
 
 
+def test_a_method_more_keeps_those_that_were_there(tmp_path: Path, trainers: list[dict[str, Any]]) -> None:
+    first = made(tiny(), tmp_path / "o", ["one_shot", "scratch"])
+    trainers.clear()
+    more = made(tiny(), tmp_path / "o", ["extraction"])
+    assert {given["curriculum"].method for given in trainers} == {"extraction"}
+    assert list(more["methods"]) == ["one_shot", "scratch", "extraction"]
+    assert {name: more["methods"][name] for name in first["methods"]} == first["methods"]
+    assert "extraction/one_shot" in more["ratios"]
+
+
 def test_only_a_missing_run_is_made_again(tmp_path: Path, trainers: list[dict[str, Any]]) -> None:
     system = dataclasses.replace(tiny(), replicated=False)
     folder = tmp_path / "o"
@@ -585,6 +595,15 @@ def test_verdict_where_both_arrive() -> None:
         "extraction needed 0.25 times the samples of one_shot (range of 3 seed(s) [0.2, 0.3]): extraction is better here."
         in words
     )
+
+
+def test_verdict_says_the_flops_too() -> None:
+    ratio = {"median": 0.25, "ci95": [0.2, 0.3], "pairs": 3}
+    result = compared([100, 100, 200], [400, 400, 800], ratio)
+    result["ratios"]["extraction/one_shot flops"] = {"median": 0.5, "ci95": [0.4, 0.6], "pairs": 3}
+    assert "[0.2, 0.3]) and 0.5 times its FLOPs: extraction is better here." in verdict(result)
+    result["ratios"]["extraction/one_shot flops"]["note"] = "at most: in 3 of 3 pairs ..."
+    assert "and at most 0.5 times its FLOPs" in verdict(result)
 
 
 def test_verdict_where_the_interval_crosses_one() -> None:

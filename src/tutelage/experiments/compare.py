@@ -76,7 +76,10 @@ def compare(
     if methods is None and not teacher.checkpoints and any(v.method == "progressive" for v in variants):
         log("no progressive distillation: this teacher came without checkpoints of its training")
         variants = [variant for variant in variants if variant.method != "progressive"]
-    result["methods"] = {variant.name: {"learning_rate": None, "grid": {}, "runs": []} for variant in variants}
+    # a folder holds one comparison, whichever methods a command names: what it had stays in the report
+    result["methods"] = _earlier_methods(output_dir) | {
+        variant.name: {"learning_rate": None, "grid": {}, "runs": []} for variant in variants
+    }
     for variant in variants:
         runner.check(variant)
     if jobs == 1:
@@ -204,6 +207,11 @@ def _claim(output_dir: Path, system: System, match: str) -> None:
         raise ValueError(f"{str(output_dir)!r} is not empty and holds no comparison: choose another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(mine, indent=2, default=str) + "\n")
+
+
+def _earlier_methods(output_dir: Path) -> dict[str, Any]:
+    file = output_dir / COMPARISON_FILE
+    return json.loads(file.read_text(encoding="utf-8"))["methods"] if file.exists() else {}
 
 
 def _settings(system: System) -> dict[str, Any]:

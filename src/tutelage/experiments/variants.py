@@ -178,7 +178,8 @@ def build_curriculum(
         stages.append(stage(count, folder))
         left -= count
     stages.append(stage(left, None))
-    return Curriculum("progressive", tuple(stages), normalize=args.normalize, temperature=args.temperature)
+    settings = {"normalize": args.normalize, "temperature": args.temperature, "top_k": args.top_k}
+    return Curriculum("progressive", tuple(stages), **settings)
 
 
 def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:

@@ -37,7 +37,7 @@ def verdict(result: dict[str, Any]) -> str:
         for name, ratio in result["ratios"].items():
             over, _, under = name.partition("/")
             if under in ("one_shot", "progressive") and {over, under} <= methods.keys():
-                sentences.append(_compared(over, under, ratio))
+                sentences.append(_compared(over, under, ratio, result["ratios"].get(f"{name} flops", {})))
     else:
         finals = {
             name: statistics.median(finals)
@@ -51,7 +51,7 @@ def verdict(result: dict[str, Any]) -> str:
     return "\n".join(sentence for sentence in sentences if sentence)
 
 
-def _compared(over: str, under: str, ratio: dict[str, Any]) -> str:
+def _compared(over: str, under: str, ratio: dict[str, Any], flops: dict[str, Any]) -> str:
     if ratio.get("seeds") == 0:
         return ""  # no seed that both have finished
     if not ratio["pairs"]:
@@ -64,6 +64,8 @@ def _compared(over: str, under: str, ratio: dict[str, Any]) -> str:
     # the bootstrap of a median of few values is their range, which is no 95% interval
     spread = "95% interval" if ratio["pairs"] >= FEWEST_FOR_INTERVAL else f"range of {ratio['pairs']} seed(s)"
     text = f"{over} needed {bound}{ratio['median']:.2g} times the samples of {under} ({spread} {shown})"
+    if flops.get("median") is not None:
+        text += f" and {'at most ' if 'note' in flops else ''}{flops['median']:.2g} times its FLOPs"
     if ratio["pairs"] < ratio.get("seeds", 0):
         return f"{text} on {ratio['pairs']} of {ratio['seeds']} seeds; on the others neither arrived."
     if ratio["pairs"] < 3:
