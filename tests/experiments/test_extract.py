@@ -503,6 +503,25 @@ def test_any_number_of_processes_make_the_same_curriculum(corpus: Path, causal_t
     assert found[0] == found[1]
 
 
+def test_two_processes_train_one_student_from_disk(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = extracted(max_steps=12, per_device_train_batch_size=8)
+    students = []
+    for processes in (1, 2):
+        output = tmp_path / f"student-{processes}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tutelage", "distill"]
+        command += [f"--curriculum_dir={folder}", f"--student={STUDENT}", f"--output_dir={output}", "--optim=sgd"]
+        command += [f"--per_device_train_batch_size={8 // processes}", "--use_cpu=true", "--save_strategy=no"]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        students.append(load_file(output / "model.safetensors"))
+    one, two = students
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+
+
 # ---- Elsewhere than on this machine ----
 
 
