@@ -20,7 +20,7 @@ import torch
 from datasets import concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, LlamaConfig, ModernBertConfig
 
 from tutelage.experiments.systems import EVAL_SEED, TEACHER_SEED, RecipeFields, System, Teacher
 from tutelage.experiments.teachers import TeacherRule, trained_teacher
@@ -142,7 +142,7 @@ def pcfg(fields: PcfgFields, size: str, task: str) -> System:
 
 
 def text(fields: TextFields, size: str, task: str) -> System:
-    """Masked (BERT shape) or causal (Llama shape) prediction of real text."""
+    """Masked (ModernBERT shape) or causal (Llama shape) prediction of real text."""
     tokenizer = load_tokenizer(DEFAULT_TEACHER)
     assert tokenizer is not None
     if task == "masked_lm":
@@ -157,13 +157,14 @@ def text(fields: TextFields, size: str, task: str) -> System:
             "hidden_size": heads * width,
             "num_hidden_layers": fields.layers,
             "num_attention_heads": heads,
-            "intermediate_size": 4 * heads * width,
             "max_position_embeddings": fields.max_length,
             "pad_token_id": tokenizer.pad_token_id,
         }
         if task == "masked_lm":
-            return BertConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        return LlamaConfig(**shape, tie_word_embeddings=False)
+            # BERT's normalisation after each block, and its learnt positions, stay at unigrams for this whole budget
+            ends = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), tokenizer.eos_token_id)
+            return ModernBertConfig(**shape, **ends, intermediate_size=2 * heads * width, global_attn_every_n_layers=1)
+        return LlamaConfig(**shape, intermediate_size=4 * heads * width, tie_word_embeddings=False)
 
     return _language(
         "text-mlm" if task == "masked_lm" else "text-clm",
