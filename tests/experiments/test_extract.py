@@ -594,3 +594,32 @@ def test_data_may_lie_behind_a_url(corpus: Path, bucket: Any) -> None:
     assert read_dataset("memory://data/folder")["text"][:] == near["text"][:]
     with pytest.raises(ValueError, match=r"could not read dataset 'memory://data/none.jsonl'"):
         read_dataset("memory://data/none.jsonl")
+
+
+def test_a_streamed_run_reads_the_first_rows(corpus: Path, causal_teacher: Path, tmp_path: Path) -> None:
+    held_out = {"eval_dataset": str(corpus / "text.jsonl")}
+    how: dict[str, Any] = {"max_steps": 5, "train_sampling_strategy": "sequential"}
+    for name, streaming in (("whole", False), ("streamed", True)):
+        run = texts(corpus, streaming=streaming, **held_out)
+        distill(run, settings(tmp_path / name, causal_teacher, **how))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "streamed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("run", "fields", "message"),
+    [
+        ({}, {"max_steps": -1}, "a stream has no length to count epochs in: set --max_steps"),
+        ({"eval_samples": 1000}, {}, r"the stream has \d+ row\(s\), too few to hold 1000 out"),
+    ],
+)
+def test_a_stream_that_does_not_serve_is_refused(
+    corpus: Path, causal_teacher: Path, tmp_path: Path, run: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        distill(texts(corpus, streaming=True, **run), settings(tmp_path / "S", causal_teacher, **fields))
+
+
+def test_a_curriculum_on_disk_takes_no_stream(extracted: Callable[..., Path], tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ValueError, match="a curriculum is always read as needed"):
+        train(tmp_path / "S", extracted(), texts(corpus, streaming=True))

@@ -162,7 +162,9 @@ def text(fields: TextFields, size: str, task: str) -> System:
         }
         if task == "masked_lm":
             # BERT's normalisation after each block, and its learnt positions, stay at unigrams for this whole budget
-            ends = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), tokenizer.eos_token_id)
+            ends = dict.fromkeys(
+                ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), tokenizer.eos_token_id
+            )
             return ModernBertConfig(**shape, **ends, intermediate_size=2 * heads * width, global_attn_every_n_layers=1)
         return LlamaConfig(**shape, intermediate_size=4 * heads * width, tie_word_embeddings=False)
 
