@@ -5,7 +5,8 @@
 
 - *throughput*: tokens a second of an extraction (forward, projection, top-k, quantising, writing) over those of a bare
   `model(**batch)` loop on the same batches, truncated at the same blocks; the two alternate, batch by batch.
-- *step*: a training step whose batch comes from disk over one whose batch is in memory already.
+- *step*: a training step whose batch comes from disk (from the system's file cache, as rows that were read before) over one
+  whose batch is in memory already.
 - *memory*: peak resident memory of `tutelage distill --curriculum_dir` over that of `--method scratch` on the same student and
   text.
 - *bytes*: a token by stage and dtype, over float32 hidden states and full logits.
@@ -66,13 +67,7 @@ def throughput(options: Any, folder: Path) -> dict[str, float]:
     run, args = settings(options, str(folder / "unused"))
     fill_defaults(run, args)
     work = _Work(prepare_run(run, args), args, ExtractArguments(), torch.device("cpu"))
-    work.objective.maps[:] = []
-    from tutelage.training.calibration import prepare_targets
-
-    work.objective.maps[:] = [None] * len(work.curriculum.stages)
-    prepare_targets(
-        work.objective, folder / "maps.safetensors", work._calibration, torch.device("cpu"), resuming=False, write=False
-    )
+    work._prepare_targets(folder / "maps.safetensors", resuming=False)
     model: Any = work.teacher.model
     found = {}
     for index, (name, stage) in enumerate(zip(work.names, work.curriculum.stages, strict=True)):
@@ -257,6 +252,7 @@ def write(options: Any, found: dict[str, Any]) -> None:
         f"python benchmarks/extraction.py --teacher {Path(options.teacher).name} --dataset {Path(options.dataset).name}"
     )
     line += f" --output {options.output} --batch {options.batch} --length {options.length} --steps {options.steps}"
+    line += f" --batches {options.batches}"
     options.output.mkdir(parents=True, exist_ok=True)
     result = {"command": line, "environment": machine, **found}
     (options.output / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11))
     options = parser.parse_args()
     line = f"python benchmarks/stored_vs_live.py --teacher {Path(options.teacher).name} "
     line += f"--dataset {Path(options.dataset).name} --output {options.output} --seeds {options.seeds}"

@@ -198,6 +198,90 @@ def test_a_narrower_student_reads_the_first_columns(extracted: Callable[..., Pat
         torch.testing.assert_close(value, two[key], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("projection", ["pca", "head"])
+def test_a_narrower_student_reads_the_first_columns_of_data_aware_projections(
+    extracted: Callable[..., Path], tmp_path: Path, projection: str
+) -> None:
+    folder = extracted(projection=projection, projection_dim=24)
+    stored = ExtractedCurriculum(folder)
+    wide, narrow = (stored.target_maps(stored.curriculum, width)[0] for width in (24, 16))
+    assert wide is not None and narrow is not None
+    state = torch.randn(3, 5, 24 if projection == "none" else wide.standardizer.mean.numel())
+    assert torch.equal(narrow(state), wide(state)[..., :16])
+    train(tmp_path / "student", folder)  # with its head transplanted
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_labels_of_the_data_are_kept(extracted: Callable[..., Path], causal_teacher: Path, tmp_path: Path) -> None:
+    """Prompts that are not learnt from, in rows of different lengths."""
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(6, 20, size=length).tolist() for length in (16, 12, 9, 16) * 8]
+    labels = [[-100] * (len(row) // 2) + row[len(row) // 2 :] for row in ids]
+    datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).save_to_disk(tmp_path / "data")
+    run = {"dataset": str(tmp_path / "data"), "eval_dataset": str(tmp_path / "data"), "eval_samples": 8}
+    folder = extracted(run=run)
+    live = train(tmp_path / "live", None, RunArguments(student=STUDENT, **run), teacher=causal_teacher, top_k=64)
+    stored = train(tmp_path / "stored", folder)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "stored"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert stored["student"]["loss"] == live["student"]["loss"]
+
+
+def test_lost_shards_are_made_again(extracted: Callable[..., Path]) -> None:
+    folder = extracted()
+    before = files_of(folder)
+    shards = sorted(folder.glob("stage_*/*.arrow"))
+    manifest = (folder / "manifest.json").read_text()
+    shards[0].unlink()
+    shards[2].write_bytes(shards[2].read_bytes()[:-1])
+    extracted()
+    assert files_of(folder) == before
+    assert json.loads((folder / "manifest.json").read_text())["splits"] == json.loads(manifest)["splits"]
+    assert not list(folder.rglob("*.receipt.json"))
+
+
+def test_statistics_are_made_once(extracted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tutelage.training import calibration
+
+    folder = extracted()
+    next(folder.glob("stage_2/*.arrow")).unlink()
+
+    def again(*_: Any, **__: Any) -> Any:
+        raise AssertionError("shards of one curriculum have one set of statistics")
+
+    monkeypatch.setattr(calibration, "calibrate", again)
+    extracted()
+
+
+@pytest.mark.parametrize("changed", [{"mlm_probability": 0.05}, {"eval_samples": 2}])
+def test_what_decides_the_rows_is_another_extraction(
+    extracted: Callable[..., Path], teachers: dict[str, Path], changed: dict[str, Any]
+) -> None:
+    teacher = teachers["masked_lm"]
+    extracted(teacher=teacher, run={"mlm_probability": 0.6})
+    with pytest.raises(ValueError, match="holds the curriculum of another extraction"):
+        extracted(teacher=teacher, run={"mlm_probability": 0.6, **changed})
+
+
+def test_names_of_files_do_not_matter(
+    extracted: Callable[..., Path], corpus: Path, tmp_path: Path, causal_teacher: Path
+) -> None:
+    folder = extracted()
+    shutil.copy(corpus / "text.jsonl", tmp_path / "renamed.jsonl")
+    shutil.copytree(causal_teacher, tmp_path / "moved")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    extracted(teacher=tmp_path / "moved", run={"dataset": str(tmp_path / "renamed.jsonl")})
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_the_batch_of_the_extraction_is_taken(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    args = settings(tmp_path / "S", None, curriculum_dir=str(extracted()), max_steps=-1)
+    args.per_device_train_batch_size = CurriculumConfig(output_dir="").per_device_train_batch_size
+    result = distill(RunArguments(student=STUDENT), args)
+    assert args.per_device_train_batch_size == 4
+    assert result["budget"]["samples"] == 8 * 4
+
+
 def test_another_student_takes_what_it_needs(extracted: Callable[..., Path], tmp_path: Path) -> None:
     folder = extracted(layer_map="1:1,2:2,head:head", warm_start="none", projection_dim=32)
     deep = train(tmp_path / "deep", folder, RunArguments(student="layers=4,hidden_size=32"), layer_map="2:1,head:head")
@@ -414,7 +498,12 @@ def test_what_is_given_must_be_what_it_was_made_from(
         ({"label_weight": 0.5}, "label_weight is chosen when a student is trained"),
         ({"layer_map": "1:9"}, "the teacher has blocks 1 to 4"),
         ({"stages": ["1", "9"]}, "the teacher has blocks 1 to 4"),
-        ({"stages": ["head", "2"]}, r"stages must be teacher blocks, head at most as the last"),
+        ({"stages": ["head", "2"]}, r"each deeper than the one before, head at most as the last.*got head 2"),
+        ({"stages": ["2", "2"]}, r"stages must be teacher blocks.*got 2 2"),
+        ({"stages": ["0"]}, r"stages must be teacher blocks from 1"),
+        ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
+        ({"projection": "orthogonal", "projection_dim": 1000}, "orthogonal"),
+        ({"curriculum_dir": "elsewhere"}, "an extraction runs the teacher: leave curriculum_dir out"),
         ({"stages": ["two"]}, r"stages must be teacher blocks"),
         ({"stages": ["2"], "projection_dim": None}, "add --projection_dim"),
         ({"stages": ["2"], "run": {}}, "stages and student both say"),

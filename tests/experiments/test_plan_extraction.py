@@ -66,3 +66,28 @@ def test_the_command_line(causal_teacher: Path, capsys: pytest.CaptureFixture[st
     assert 0.5 * whole < found["total"]["once"]["hours"] < whole
     assert main([*command, "--tokens", "lots"]) == 2
     assert "cannot read 'lots' as a count" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens_per_second", "0"], "tokens_per_second must be a positive number, got 0.0"),
+        (["--tokens_per_second", "nan"], "tokens_per_second must be a positive number"),
+        (["--runs", "0"], "runs must be at least 1, got 0"),
+        (["--projection_dim", "-4"], "projection_dim must be at least 1, got -4"),
+    ],
+)
+def test_numbers_that_make_no_sense(
+    causal_teacher: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    command = ["plan", "--teacher", str(causal_teacher), "--student", "layers=2,hidden_size=16", "--use_cpu", "true"]
+    assert main([*command, "--tokens", "1B", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_classifier_has_one_output_a_row(classifier_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--teacher", str(classifier_teacher), "--student", "layers=2,hidden_size=16", "--json"]
+    assert main([*command, "--tokens", "1B", "--max_length", "16", "--use_cpu", "true"]) == 0
+    found = json.loads(capsys.readouterr().out)["extraction"]
+    assert found["top_k"] == 3
+    assert found["stages"][-1]["bytes_per_token"]["int8"] < 4

@@ -112,14 +112,17 @@ def _plan(arguments: Sequence[str]) -> None:
     if student is None:
         raise ValueError("name a student, e.g. --student layers=3,hidden_size=192")
     tokens = None if rest.tokens is None else read_count(rest.tokens)
-    planned = plan(teacher, student, args, run.max_length or DEFAULT_LENGTH)
+    length = run.max_length or DEFAULT_LENGTH
+    planned = plan(teacher, student, args, length)
     if tokens is not None:
+        shares = {"causal_lm": 1.0, "masked_lm": run.mlm_probability}
         planned["extraction"] = plan_extraction(
             planned,
             tokens,
             vocabulary=planned["vocabulary"],
-            width=rest.projection_dim or planned["student"]["hidden_size"],
-            top_k=args.top_k or DEFAULT_TOP_K,
+            width=planned["student"]["hidden_size"] if rest.projection_dim is None else rest.projection_dim,
+            top_k=min(args.top_k or DEFAULT_TOP_K, planned["outputs"]),
+            predicting=shares.get(planned["task"], 1 / length),  # others have one output a row
             runs=rest.runs,
             tokens_per_second=rest.tokens_per_second,
         )

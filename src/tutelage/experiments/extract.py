@@ -40,12 +40,13 @@ from tutelage.teacher import rows
 from tutelage.teacher.extracted import HEAD_FILE, MAPS_FILE, TEACHER_FOLDER, TOKENIZER_FOLDER
 from tutelage.teacher.identity import data_fingerprint, model_hash, tokenizer_hash
 from tutelage.teacher.rows import RowFormat
-from tutelage.teacher.storage import Manifest, Shard, ShardWriter, Split, claim, finish, read_manifest
+from tutelage.teacher.storage import Manifest, Shard, ShardWriter, Split, claim, finish, read_manifest, reopen
 from tutelage.teacher.store import Store
 from tutelage.teacher.stored_rows import epoch_order
 from tutelage.teacher.targets import LiveTeacher
 from tutelage.training import warm_start
 from tutelage.training.calibration import prepare_targets
+from tutelage.training.checks import check_widths
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
 from tutelage.training.setup import prepare, total_steps
@@ -92,6 +93,8 @@ def extract(
         ValueError: settings that cannot work, or a folder that holds something else.
         OSError: the disk is full; what was whole stays, and the same command goes on with it.
     """
+    if args.curriculum_dir is not None:
+        raise ValueError("an extraction runs the teacher: leave curriculum_dir out")
     if args.method not in ("extraction", "one_shot"):
         raise ValueError(
             f"method {args.method!r} reads no finished teacher's states: extract with extraction or one_shot"
@@ -100,9 +103,10 @@ def extract(
         raise ValueError("label_weight is chosen when a student is trained: leave it out of the extraction")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(f"an extraction follows a random or sequential order, not {args.train_sampling_strategy!r}")
-    for name in ("shard_tokens", "devices"):
-        if getattr(extraction, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(extraction, name)}")
+    for name in ("shard_tokens", "devices", "projection_dim"):
+        value = getattr(extraction, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if extraction.stages is not None:
         _choose_stages(run, args, extraction)
     fill_defaults(run, args)
@@ -111,10 +115,13 @@ def extract(
     prepared = prepare_run(run, args, extraction.devices)
     if not prepared.task.whole:
         args.top_k = args.top_k or DEFAULT_TOP_K
-    work = _Work(prepared, args, extraction, state.device)
+    work = _Work(prepared, args, extraction, state.device, run.streaming)
     finished = True
     if state.is_main_process:
         finished = claim(store, work.identity)
+        if finished and reopen(store, read_manifest(store)):
+            log(f"{store} has lost shards, which are made again")
+            finished = False
     state.wait_for_everyone()
     if not state.is_main_process:
         finished = claim(store, work.identity)
@@ -138,8 +145,13 @@ def _choose_stages(run: RunArguments, args: CurriculumConfig, extraction: Extrac
     if args.method != "extraction":
         raise ValueError(f"method {args.method!r} has no hidden stages: leave stages out")
     blocks = [stage for stage in stages if stage != HEAD]
-    if not stages or any(not block.isdecimal() for block in blocks) or HEAD in stages[:-1]:
-        raise ValueError(f"stages must be teacher blocks, {HEAD} at most as the last, e.g. 8 16 {HEAD}; got {stages}")
+    numbers = [int(block) if block.isdecimal() else 0 for block in blocks]
+    increasing = all(first < second for first, second in zip([0, *numbers], numbers, strict=False))
+    if not stages or not increasing or HEAD in stages[:-1]:
+        raise ValueError(
+            f"stages must be teacher blocks from 1, each deeper than the one before, {HEAD} at most as the last, "
+            f"e.g. 8 16 {HEAD}; got {' '.join(stages)}"
+        )
     places = [str(index + 1) for index in range(len(blocks))] + [HEAD] * (len(stages) - len(blocks))
     args.layer_map = ",".join(f"{mine}:{theirs}" for mine, theirs in zip(places, stages, strict=True))
     run.student = f"layers={max(1, len(blocks))},hidden_size={width}"
@@ -148,8 +160,16 @@ def _choose_stages(run: RunArguments, args: CurriculumConfig, extraction: Extrac
 class _Work:
     """Teacher, maps and rows of one extraction."""
 
-    def __init__(self, prepared: Run, args: CurriculumConfig, extraction: ExtractArguments, device: Any):
+    def __init__(
+        self,
+        prepared: Run,
+        args: CurriculumConfig,
+        extraction: ExtractArguments,
+        device: Any,
+        streamed: bool = False,
+    ):
         assert prepared.teacher is not None
+        self.streamed = streamed
         self.args, self.extraction, self.prepared, self.device = args, extraction, prepared, device
         self.data: Any = prepared.train_dataset
         self.task = prepared.task
@@ -167,6 +187,7 @@ class _Work:
         if not hasattr(self.teacher.model, "hf_device_map"):
             self.teacher.model.to(device)
         self.width = extraction.projection_dim or hidden_size(prepared.student)
+        check_widths(self.curriculum, self.width, hidden_size(self.teacher.model))
         self.outputs = setup.objective.outputs
         self.names = [f"stage_{index + 1}" for index in range(len(self.curriculum.stages))]
         self.example = self._batch([0])
@@ -183,6 +204,7 @@ class _Work:
             "teacher": {
                 "name": Path(self.prepared.names["teacher"]).name,
                 "hash": model_hash(teacher),
+                "dtype": str(next(self.teacher.model.parameters()).dtype).removeprefix("torch."),
                 "blocks": len(self.teacher.blocks),
                 "embedding": _embedding_shape(teacher),
                 "outputs": 0 if self.task.whole else OutputHead.of(teacher).linear.out_features,
@@ -192,7 +214,10 @@ class _Work:
                 "name": Path(self.prepared.names["dataset"]).name,
                 "rows": len(self.data),
                 "fingerprint": data_fingerprint(self.data),
+                "streamed": self.streamed,
             },
+            "evaluation": data_fingerprint(self.prepared.eval_dataset),
+            "mlm_probability": getattr(self.prepared.collator, "mlm_probability", None),
             "longest": max(len(ids) for ids in self.data["input_ids"]),
             "curriculum": self.curriculum.to_json(),
             "width": self.width,
@@ -227,7 +252,7 @@ class _Work:
 
     def _forms(self) -> dict[str, RowFormat]:
         label = "none"
-        if "labels" in self.example and not self.task.causal:
+        if "labels" in self.example and not (self.task.causal and "labels" not in self.data.column_names):
             label = "tokens" if self.example["labels"].dim() == 2 else "class"
         config: Any = trunk(self.teacher.model).config
         vocabulary = max(len(self.prepared.tokenizer), int(config.vocab_size))
@@ -293,12 +318,14 @@ class _Work:
         """Write this process's share of the missing shards; the first process also what all of them share."""
         with tempfile.TemporaryDirectory() as folder:
             maps = Path(folder) / MAPS_FILE
-            prepare_targets(
-                self.objective, maps, self._calibration, self.device, resuming=False, write=rank == 0, width=self.width
-            )
-            if rank == 0 and maps.exists():
-                with store.writing(MAPS_FILE) as path:
-                    shutil.copyfile(maps, path)
+            if rank == 0 and not store.exists(MAPS_FILE):
+                self._prepare_targets(maps, resuming=False)
+                if maps.exists():
+                    with store.writing(MAPS_FILE) as path:
+                        shutil.copyfile(maps, path)
+            PartialState().wait_for_everyone()
+            # one set of statistics, whoever makes a shard and whenever
+            self._prepare_targets(store.fetch(MAPS_FILE) if store.exists(MAPS_FILE) else maps, resuming=True)
         if rank == 0:
             self._write_shared(store)
         features = self.features
@@ -318,6 +345,17 @@ class _Work:
         if rank == 0:
             pace = f", {tokens:,} tokens at {tokens / (time.perf_counter() - start):,.0f} a second" if mine else ""
             log(f"{len(numbered)} shards in {store}{f' ({len(mine)} here{pace})' if mine else ''}")
+
+    def _prepare_targets(self, maps: Path, resuming: bool) -> None:
+        prepare_targets(
+            self.objective,
+            maps,
+            self._calibration,
+            self.device,
+            resuming=resuming,
+            write=not resuming,
+            width=self.width,
+        )
 
     @functools.cached_property
     def _planned(self) -> list[tuple[str, list[list[list[int]]], Callable[..., Iterator[dict[str, Any]]]]]:
@@ -341,7 +379,9 @@ class _Work:
 
     def _evaluation_form(self) -> RowFormat:
         first = self.forms[self.names[0]]
-        label = "class" if self.task.name == "sequence_classification" else "none"
+        label = "none"
+        if "labels" in self.prepared.eval_dataset.column_names:
+            label = "class" if self.task.name == "sequence_classification" else "tokens"
         kind = "whole" if self.task.name == "embedding" else "inputs"
         return dataclasses.replace(first, label=label, token_types=False, kind=kind)
 
@@ -387,9 +427,8 @@ class _Work:
         form, data = self._evaluation_form(), self.prepared.eval_dataset
         for example in batches[0]:
             row = data[example]
-            batch = {"input_ids": torch.tensor([row["input_ids"]])}
-            if form.label == "class":
-                batch["labels"] = torch.tensor([row["labels"]])
+            read = ("input_ids", "attention_mask", *(["labels"] if form.label != "none" else []))
+            batch = {name: torch.tensor([row[name]]) for name in read if name in row}
             columns = rows.encode_inputs(batch, [example], form)
             if form.kind == "whole":
                 columns |= rows.encode_whole(

@@ -84,6 +84,10 @@ def plan(teacher: str, student: str, args: CurriculumConfig, max_length: int = D
         "stages": stages,
         "teacher_forward_flops_per_token": baseline.teacher_flops,
         "vocabulary": int(base.vocab_size),
+        "outputs": int(
+            {"sequence_classification": base.num_labels, "embedding": base.hidden_size}.get(task.name)
+            or base.vocab_size
+        ),
         "total": {
             "steps": curriculum.total_steps,
             "tokens": curriculum.total_steps * tokens_per_step,

@@ -5,6 +5,7 @@ Public names: `plan_extraction`, `describe_extraction_plan`, `read_count`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ def plan_extraction(
     top_k: int,
     runs: int = 3,
     tokens_per_second: float | None = None,
+    predicting: float = 1.0,
 ) -> dict[str, Any]:
     """Disk by stage and dtype, and teacher compute, for `tokens` tokens of training divided among the stages.
 
@@ -52,17 +54,26 @@ def plan_extraction(
         runs: students to be trained.
         tokens_per_second: of the whole teacher's forward pass, measured on the accelerator in mind; a truncated pass is taken
             to be faster by its share of the FLOPs.
+        predicting: share of the tokens at which there is an output: all in a causal model, the masked ones, one a row.
 
     Returns:
         `stages` (name, tokens, `bytes` by dtype, teacher FLOPs and hours) and `total` (the same, `once` and `live`, the latter
         for `runs` runs).
+
+    Raises:
+        ValueError: a number that makes no sense.
     """
+    for name, value in (("projection_dim", width), ("top_k", top_k), ("runs", runs)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
+        raise ValueError(f"tokens_per_second must be a positive number, got {tokens_per_second}")
     steps = sum(stage["steps"] for stage in planned["stages"])
     stages = []
     for stage in planned["stages"]:
         share = tokens * stage["steps"] / steps
         per_token = {
-            dtype: bytes_per_token(dtype, vocabulary, width if stage["kind"] == "hidden" else None, top_k)
+            dtype: bytes_per_token(dtype, vocabulary, width if stage["kind"] == "hidden" else None, top_k, predicting)
             for dtype in DTYPES
         }
         flops = share * stage["teacher_flops_per_token"]
@@ -96,7 +107,7 @@ def plan_extraction(
     }
 
 
-def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int) -> float:
+def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, predicting: float = 1.0) -> float:
     """Bytes that a token takes on disk, ids included and what belongs to a whole row left out.
 
     Args:
@@ -104,11 +115,12 @@ def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int) 
         vocabulary: entries.
         width: R of a hidden stage; None is the output stage.
         top_k: outputs kept there.
+        predicting: share of the tokens at which there is an output.
     """
     form = RowFormat(dtype, vocabulary, "none", False, "states")
     ids, floats = _BYTES[form.ids], _BYTES[form.floats]
     if width is None:
-        return ids + top_k * (ids + floats) + floats
+        return ids + predicting * (top_k * (ids + floats) + floats)
     return ids + width * _BYTES[dtype] + (4 if dtype == "int8" else 0) + 1 / 8
 
 

@@ -178,8 +178,9 @@ def build_curriculum(
         stages.append(stage(count, folder))
         left -= count
     stages.append(stage(left, None))
-    settings = {"normalize": args.normalize, "temperature": args.temperature, "top_k": args.top_k}
-    return Curriculum("progressive", tuple(stages), **settings)
+    return Curriculum(
+        "progressive", tuple(stages), normalize=args.normalize, temperature=args.temperature, top_k=args.top_k
+    )
 
 
 def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:

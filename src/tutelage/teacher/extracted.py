@@ -50,8 +50,16 @@ class ExtractedCurriculum:
         self.store = Store(folder)
         self.manifest: Manifest = read_manifest(self.store)
         if check:
-            verify(self.store, self.manifest)
+            self.check()
         self.curriculum = Curriculum.from_json(self.identity["curriculum"])
+
+    def check(self, shards: bool = True) -> None:
+        """Compare its files with their checksums; without `shards`, the small ones alone.
+
+        Raises:
+            ValueError: a file is missing or damaged.
+        """
+        verify(self.store, self.manifest, shards)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.teacher.rows import content_hash
+from tutelage.teacher.rows import INPUT_COLUMNS, content_hash
 
 
 def model_hash(model: nn.Module) -> str:
@@ -48,9 +48,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """SHA-256 over the token ids of every row, in order."""
+    """SHA-256 over the token ids, labels, masks and types of every row, in order."""
     digest = hashlib.sha256()
-    ids = dataset.select_columns(["input_ids"]) if hasattr(dataset, "select_columns") else dataset
-    for row in ids:
-        digest.update(content_hash(row["input_ids"]).to_bytes(8, "little"))
+    columns = [name for name in INPUT_COLUMNS if name in dataset.column_names]
+    for row in dataset.select_columns(columns):
+        for name in columns:
+            digest.update(content_hash(row[name]).to_bytes(8, "little"))
     return digest.hexdigest()

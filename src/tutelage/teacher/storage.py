@@ -107,13 +107,14 @@ class ShardWriter:
 
     def receipt(self, number: int) -> str:
         """What says that a shard is whole."""
-        return f"{self.file(number)}.receipt.json"
+        return _receipt_of(self.file(number))
 
     def done(self, number: int) -> Shard | None:
         """A shard that was written before."""
         if not self.store.exists(self.receipt(number)):
             return None
-        return Shard(**json.loads(self.store.read(self.receipt(number))))
+        shard = Shard(**json.loads(self.store.read(self.receipt(number))))
+        return shard if is_there(self.store, shard) else None
 
     def write(self, number: int, batches: Iterable[Mapping[str, pa.Array]]) -> Shard:
         """Write a shard from column arrays.
@@ -161,8 +162,30 @@ def finish(store: Store, manifest: Manifest, features: Mapping[str, Features]) -
     store.write(MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
     for split in manifest.splits:
         for shard in split.shards:
-            store.remove(f"{shard.file}.receipt.json")
+            store.remove(_receipt_of(shard.file))
     store.remove(PROGRESS_FILE)
+
+
+def is_there(store: Store, shard: Shard) -> bool:
+    """Whether a shard's file is there, of the size it was written with."""
+    return store.exists(shard.file) and store.size(shard.file) == shard.bytes
+
+
+def reopen(store: Store, manifest: Manifest) -> bool:
+    """Make a finished extraction that has lost shards an unfinished one; False where it has lost none."""
+    shards = [shard for split in manifest.splits for shard in split.shards]
+    kept = [shard for shard in shards if is_there(store, shard)]
+    if len(kept) == len(shards):
+        return False
+    for shard in kept:
+        store.write(_receipt_of(shard.file), json.dumps(dataclasses.asdict(shard)))
+    store.write(PROGRESS_FILE, json.dumps(manifest.identity, indent=1))
+    store.remove(MANIFEST_FILE)
+    return True
+
+
+def _receipt_of(file: str) -> str:
+    return f"{file}.receipt.json"
 
 
 def claim(store: Store, identity: Mapping[str, Any]) -> bool:
@@ -175,18 +198,30 @@ def claim(store: Store, identity: Mapping[str, Any]) -> bool:
     if store.exists(MANIFEST_FILE):
         theirs, finished = read_manifest(store).identity, True
     elif store.exists(PROGRESS_FILE):
-        theirs, finished = json.loads(store.read(PROGRESS_FILE)), False
+        try:
+            theirs, finished = json.loads(store.read(PROGRESS_FILE)), False
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{store}/{PROGRESS_FILE} is damaged ({error}): delete the folder, or choose another --output_dir"
+            ) from error
     elif not store.is_empty():
         raise ValueError(f"{str(store)!r} is not empty and holds no curriculum: choose another --output_dir")
     else:
         store.write(PROGRESS_FILE, json.dumps(mine, indent=1))
         return False
+    theirs, mine = _unnamed(theirs), _unnamed(mine)
     if different := [key for key in mine if mine[key] != theirs.get(key)]:
         raise ValueError(
             f"{str(store)!r} holds the curriculum of another extraction (another {', '.join(different)}): "
             "give what it began with, or choose another --output_dir"
         )
     return finished
+
+
+def _unnamed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without the names of folders and files, which change nothing."""
+    parts = {key: {k: v for k, v in identity[key].items() if k != "name"} for key in ("teacher", "data")}
+    return {**identity, **parts}
 
 
 # ---- Reading ----
@@ -207,14 +242,16 @@ def read_manifest(store: Store) -> Manifest:
         raise ValueError(f"{str(store)!r} holds no curriculum (no {MANIFEST_FILE}): make one with `tutelage extract`")
     try:
         text = store.read(MANIFEST_FILE)
-        version = json.loads(text)["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{store}/{MANIFEST_FILE} is not a curriculum's manifest: {error}") from error
-    if version > FORMAT:
+        version = int(json.loads(text)["format"])
+        if version <= FORMAT:
+            return Manifest.from_json(text)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"the curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade tutelage"
-        )
-    return Manifest.from_json(text)
+            f"{store}/{MANIFEST_FILE} is not a curriculum's manifest ({type(error).__name__}: {error}): copy it again"
+        ) from error
+    raise ValueError(
+        f"the curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade tutelage"
+    )
 
 
 def check_shards_exist(store: Store, split: Split) -> None:
@@ -227,10 +264,10 @@ def check_shards_exist(store: Store, split: Split) -> None:
 
 
 def open_split(store: Store, split: Split) -> Dataset:
-    """A split's rows, memory-mapped.
+    """A split's rows, memory-mapped; what has to be fetched is compared with its checksum.
 
     Raises:
-        ValueError: a shard is missing or of another size than the manifest says.
+        ValueError: a shard is missing, of another size than the manifest says, or was fetched and has another checksum.
     """
     check_shards_exist(store, split)
     for shard in split.shards:
@@ -239,17 +276,30 @@ def open_split(store: Store, split: Split) -> Dataset:
                 f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {store.size(shard.file):,} bytes, the "
                 f"manifest says {shard.bytes:,}; copy it again, or extract again"
             )
-    return concatenate_datasets([Dataset.from_file(str(store.fetch(shard.file))) for shard in split.shards])
+    parts = []
+    for shard in split.shards:
+        path = store.fetch(shard.file)
+        if store.local is None:
+            with path.open("rb") as fetched:
+                _compare(store, shard.file, sha256_of(fetched), shard.sha256)
+        parts.append(Dataset.from_file(str(path)))
+    return concatenate_datasets(parts)
 
 
-def verify(store: Store, manifest: Manifest) -> None:
-    """Raise ValueError where a file's checksum is not the manifest's."""
-    known = {shard.file: shard.sha256 for split in manifest.splits for shard in split.shards} | manifest.files
+def verify(store: Store, manifest: Manifest, shards: bool = True) -> None:
+    """Raise ValueError where a file's checksum is not the manifest's; without `shards`, of the small shared files alone."""
+    known = dict(manifest.files)
+    if shards:
+        known |= {shard.file: shard.sha256 for split in manifest.splits for shard in split.shards}
     for name, expected in known.items():
         if not store.exists(name):
             raise ValueError(f"{name} of the curriculum {str(store)!r} is missing: copy it there, or extract again")
-        if store.sha256(name) != expected:
-            raise ValueError(
-                f"{name} of the curriculum {str(store)!r} is damaged (its checksum is not the manifest's): copy it again, or "
-                "extract again"
-            )
+        _compare(store, name, store.sha256(name), expected)
+
+
+def _compare(store: Store, name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{name} of the curriculum {str(store)!r} is damaged (its checksum is not the manifest's): copy it again, or "
+            "delete it and extract again"
+        )

@@ -9,6 +9,7 @@ upload is complete.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 import weakref
@@ -42,11 +43,22 @@ class Store:
 
     def __init__(self, url: str | Path, kept: int = 8):
         self.url, self.kept = str(url).rstrip("/"), kept
-        self.fs: Any
-        self.fs, self.root = fsspec.core.url_to_fs(self.url)
-        self.local = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
+        self._fs, self.root = fsspec.core.url_to_fs(self.url)
+        self.local = Path(self.root) if isinstance(self._fs, LocalFileSystem) else None
         self._fetched: OrderedDict[str, Path] = OrderedDict()
         self._folder: Path | None = None
+        self._process = os.getpid()
+
+    @property
+    def fs(self) -> Any:
+        """The file system. A forked process, such as a data loader's worker, gets its own, and fetches its own files."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._fs, _ = fsspec.core.url_to_fs(self.url)
+            self._fetched = OrderedDict()
+            # inside the folder of the process that it was forked from, which deletes it
+            self._folder = None if self._folder is None else Path(tempfile.mkdtemp(dir=self._folder))
+        return self._fs
 
     def __str__(self) -> str:
         return self.url
@@ -109,6 +121,7 @@ class Store:
         """A file as one on this machine: itself, or a copy that is kept for a while."""
         if self.local is not None:
             return self.local / name
+        fs = self.fs
         if name in self._fetched:
             self._fetched.move_to_end(name)
             return self._fetched[name]
@@ -117,7 +130,8 @@ class Store:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.fs.get_file(self._path(name), str(path))
+        with replacing(path) as temporary:
+            fs.get_file(self._path(name), str(temporary))
         self._fetched[name] = path
         while len(self._fetched) > self.kept:
             _, oldest = self._fetched.popitem(last=False)

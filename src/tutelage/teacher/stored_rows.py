@@ -5,6 +5,7 @@ Public names: `StoredRows`, `StoredCollator`, `epoch_order`.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,8 +161,10 @@ class _FetchedRows:
     def __init__(self, store: Store, split: Split):
         self.store, self.split = store, split
         check_shards_exist(store, split)
-        self.ends = np.cumsum([shard.rows for shard in split.shards])
-        self._open: dict[int, Dataset] = {}
+        rows = [shard.rows for shard in split.shards]
+        self.ends = np.cumsum(rows)
+        self.starts = self.ends - rows
+        self._open: OrderedDict[int, Dataset] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -169,25 +172,24 @@ class _FetchedRows:
     def _shard(self, number: int) -> Dataset:
         if number not in self._open:
             while len(self._open) >= self.store.kept:
-                del self._open[next(iter(self._open))]
+                self._open.popitem(last=False)
             shard = self.split.shards[number]
             self._open[number] = open_split(self.store, Split(self.split.name, (shard,))).with_format("arrow")
+        self._open.move_to_end(number)
         return self._open[number]
 
     def take(self, rows: list[int]) -> pa.Table:
         """Some rows, copied."""
         numbers = np.searchsorted(self.ends, rows, side="right")
-        starts = self.ends - [shard.rows for shard in self.split.shards]
-        parts = [self._shard(int(n))[[int(row - starts[n])]] for n, row in zip(numbers, rows, strict=True)]
+        parts = [self._shard(int(n))[[int(row - self.starts[n])]] for n, row in zip(numbers, rows, strict=True)]
         return pa.concat_tables(parts)
 
     def order(self, generator: np.random.RandomState, reading: Reading) -> np.ndarray:
         """Of a pass: shards in a drawn order, dealt to the devices; a device's micro-batches come from its own shards."""
         shards = generator.permutation(len(self.split.shards))
-        starts = self.ends - [shard.rows for shard in self.split.shards]
 
         def rows_of(numbers: Iterable[int]) -> np.ndarray:
-            parts = [starts[n] + generator.permutation(self.split.shards[n].rows) for n in numbers]
+            parts = [self.starts[n] + generator.permutation(self.split.shards[n].rows) for n in numbers]
             return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
         streams = _evened([rows_of(shards[device :: reading.devices]) for device in range(reading.devices)])

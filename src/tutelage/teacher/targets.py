@@ -311,7 +311,7 @@ def load_target_maps(
         stored = tensors.get(f"{index}.projection")
         projection: Projection
         if stored is not None:
-            projection = DataProjection(stored, curriculum.projection)
+            projection = DataProjection(stored[:, :student_width], curriculum.projection)
         else:
             width = len(standardizer.mean)
             projection = random_projection(curriculum, _place(stage), width, student_width, teacher_blocks, replicas)

@@ -81,6 +81,12 @@ class CurriculumConfig(TrainingArguments):
         default=None,
         metadata={"help": "An extracted curriculum (tutelage extract) to train from in the teacher's place."},
     )
+    check_curriculum: bool = field(
+        default=True,
+        metadata={
+            "help": "Read all of a local curriculum_dir first, to compare its checksums; false for a very large one."
+        },
+    )
     layer_map: str | None = field(
         default=None,
         metadata={

@@ -61,7 +61,9 @@ def prepare(
         teacher_model = None
     stored = None
     if args.curriculum_dir is not None:
-        stored = ExtractedCurriculum(args.curriculum_dir)
+        stored = ExtractedCurriculum(args.curriculum_dir, check=False)
+        # far shards are compared when they are fetched, those here by one process
+        stored.check(shards=args.check_curriculum and stored.store.local is not None and args.local_process_index == 0)
         check_given(stored, teacher_model, tokenizer, train_dataset, args)
         args.task, teacher_model = stored.identity["task"], None
         tokenizer = tokenizer or stored.tokenizer

@@ -34,6 +34,11 @@ def adopt(args: CurriculumConfig, stored: ExtractedCurriculum, student_blocks: i
     if args.warm_start is None:
         ends_at_head = args.layer_map is not None and args.layer_map.endswith(f"{HEAD}:{HEAD}")
         args.warm_start = curriculum.warm_start if ends_at_head else "none"
+    devices = args.gradient_accumulation_steps * args.world_size
+    if args.per_device_train_batch_size == defaults["per_device_train_batch_size"]:
+        size, rest = divmod(stored.identity["step_examples"], devices)
+        if not rest:  # as many examples a step as were counted when the data was divided
+            args.per_device_train_batch_size = size
     if args.max_steps <= 0:
         read = {theirs for _, theirs in pairs}
         left_out = [stage for stage in hidden if pairs and stage.teacher_place not in read]
@@ -66,11 +71,12 @@ def check_given(
         teacher = load_task_model(get_task(identity["task"]), teacher, **args.teacher_loading())
     if teacher is not None and model_hash(teacher) != identity["teacher"]["hash"]:
         raise ValueError(
-            f"{where} was extracted from another teacher ({identity['teacher']['name']}): leave the teacher out, or extract "
-            "again"
+            f"{where} was extracted from another teacher ({identity['teacher']['name']}), or from this one loaded otherwise "
+            f"(it was held in {identity['teacher']['dtype']}): leave the teacher out, or extract again"
         )
     if dataset is not None and data_fingerprint(dataset) != identity["data"]["fingerprint"]:
+        streamed = ", of which a stream's first rows were read" if identity["data"]["streamed"] else ""
         raise ValueError(
-            f"{where} was extracted from other data ({identity['data']['name']}, {identity['data']['rows']:,} rows): leave the "
-            "dataset out, it is in the curriculum, or extract again"
+            f"{where} was extracted from other data ({identity['data']['name']}, {identity['data']['rows']:,} rows{streamed}): "
+            "leave the dataset out, it is in the curriculum, or extract again"
         )

@@ -165,7 +165,8 @@ def text(fields: TextFields, size: str, task: str) -> System:
             ends = dict.fromkeys(
                 ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), tokenizer.eos_token_id
             )
-            return ModernBertConfig(**shape, **ends, intermediate_size=2 * heads * width, global_attn_every_n_layers=1)
+            kinds = ["full_attention"] * fields.layers
+            return ModernBertConfig(**shape, **ends, intermediate_size=2 * heads * width, layer_types=kinds)
         return LlamaConfig(**shape, intermediate_size=4 * heads * width, tie_word_embeddings=False)
 
     return _language(
