@@ -4,9 +4,9 @@
         --output results/stored_vs_live
 
 For each seed students start equal and read the same rows in the same order: one from the teacher itself, with the full
-divergence over float32 logits, one from `tutelage extract` at its defaults and, where the vocabulary has more than 64 entries, one
-from the teacher itself with `--top_k 64`, which tells what int8 costs from what the top 64 cost. Held-out losses are compared
-in pairs, on a real teacher (text) and on the teacher of `pcfg-clm/laptop`, which is trained first if it was not.
+divergence over float32 logits, one from `tutelage extract` at its defaults and, where the vocabulary has more than 64 entries,
+one from the teacher itself with `--top_k 64`, which tells what int8 costs from what the top 64 cost. Held-out losses are
+compared in pairs, on a real teacher (text) and on the teacher of `pcfg-clm/laptop`, which is trained first if it was not.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11))
     options = parser.parse_args()
     line = f"python benchmarks/stored_vs_live.py --teacher {Path(options.teacher).name} "
-    line += f"--dataset {Path(options.dataset).name} --output {options.output.name} --steps {options.steps} --seeds {options.seeds}"
+    line += f"--dataset {Path(options.dataset).name} --output {options.output.name} "
+    line += f"--steps {options.steps} --seeds {options.seeds}"
     machine, file = environment(), options.output / "results.json"
     options.output.mkdir(parents=True, exist_ok=True)
     found = json.loads(file.read_text(encoding="utf-8"))["systems"] if file.exists() else {}
