@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40, help="of each student on text")
-    parser.add_argument("--systems", nargs="+", default=["text", "pcfg"], choices=["text", "pcfg"])
+    parser.add_argument(
+        "--systems", nargs="*", default=["text", "pcfg"], help="text, pcfg; none writes the table again"
+    )
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11))
     options = parser.parse_args()
     line = f"python benchmarks/stored_vs_live.py --teacher {Path(options.teacher).name} "
