@@ -363,10 +363,7 @@ class _Work:
         for index, name in enumerate(self.names):
             planned.append((name, self._shards(self._examples(index)), self._maker(index)))
         if (head := warm_start.head_stage(self.curriculum)) is not None:
-            count = min(self.args.calibration_samples, len(self.data))
-            size = self.args.per_device_train_batch_size
-            batches = [list(range(count))[start : start + size] for start in range(0, count, size)]
-            planned.append(("calibration", [batches], self._maker(head)))
+            planned.append(("calibration", [self._calibration_examples], self._maker(head)))
         planned.append(("evaluation", [[list(range(len(self.prepared.eval_dataset)))]], self._evaluation))
         return planned
 
@@ -436,10 +433,15 @@ class _Work:
                 )
             yield columns
 
-    def _calibration(self) -> list[dict[str, Any]]:
+    @property
+    def _calibration_examples(self) -> list[list[int]]:
+        """The first rows of the data, in batches."""
         count, size = min(self.args.calibration_samples, len(self.data)), self.args.per_device_train_batch_size
+        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+    def _calibration(self) -> list[dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
-            return [self._batch(range(start, min(start + size, count))) for start in range(0, count, size)]
+            return [self._batch(examples) for examples in self._calibration_examples]
 
     def _write_shared(self, store: Store) -> None:
         """Teacher's config, tokenizer and, for a transplant, output head."""
