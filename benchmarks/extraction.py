@@ -29,16 +29,17 @@ from typing import Any
 
 import torch
 
-from tutelage.core.blocks import HEAD
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import HiddenStage
 from tutelage.core.inputs import model_inputs
-from tutelage.experiments.distill import environment
-from tutelage.experiments.extract import ExtractArguments, _Work, extract
-from tutelage.experiments.settings import RunArguments, fill_defaults, prepare_run
-from tutelage.teacher import rows
-from tutelage.teacher.extracted import ExtractedCurriculum
-from tutelage.teacher.storage import ShardWriter
-from tutelage.teacher.store import Store
-from tutelage.teacher.stored_rows import Reading, StoredRows
+from tutelage.io.store import Store
+from tutelage.runs.distill import environment
+from tutelage.runs.extract import ExtractArguments, _Work, extract
+from tutelage.runs.settings import RunArguments, fill_defaults, prepare_run
+from tutelage.targets import rows
+from tutelage.targets.extracted import ExtractedCurriculum
+from tutelage.targets.manifest import ShardWriter
+from tutelage.targets.reading import Reading, StoredRows
 from tutelage.training.config import CurriculumConfig
 
 STUDENT = "layers=4,hidden_size=192"
@@ -73,8 +74,8 @@ def throughput(options: Any, folder: Path) -> dict[str, float]:
     for index, (name, stage) in enumerate(zip(work.names, work.curriculum.stages, strict=True)):
         batches = [batch for shard in work._shards(work._examples(index)) for batch in shard][: options.batches]
         bare: Callable[..., Any] = model
-        if stage.kind == "hidden":
-            assert stage.teacher_place == HEAD, "the bare loop knows the stage before the output head"
+        if isinstance(stage, HiddenStage):
+            assert stage.teacher_place == FINAL, "the bare loop knows the stage before the output head"
             bare = model.get_decoder()
         writer = ShardWriter(Store(folder / "shards"), name, len(batches), work.features[name])
         times: dict[str, list[float]] = {"bare": [], "extract": []}
@@ -100,9 +101,9 @@ def throughput(options: Any, folder: Path) -> dict[str, float]:
 
 def step(options: Any, curriculum: Path) -> dict[str, Any]:
     """Milliseconds of a step from disk and from memory, by stage."""
-    from tutelage.tasks.kinds import get_task
+    from tutelage.tasks.base import get_task
+    from tutelage.tasks.loading import load_config
     from tutelage.tasks.students import make_student, student_config
-    from tutelage.teacher.loading import load_config
     from tutelage.training.objective import StageObjective
 
     stored = ExtractedCurriculum(curriculum, check=False)

@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tutelage.experiments.plots import plot_comparison
+from tutelage.runs.plots import plot_comparison
 from tutelage.training.records import MetricsFile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ WIKIPEDIA = {
     "save_strategy": "no",
 }
 PAPER = {"warm_start": "none", "normalize": "none"}
-HEAD_STAGE = {"method": "extraction", "layer_map": "head:head"}
+HEAD_STAGE = {"method": "extraction", "layer_map": "final:final"}
 
 BENCHMARKS = {
     "minilm": Benchmark(
@@ -98,10 +98,10 @@ BENCHMARKS = {
             "extraction (4 uniform stages, standardised)": {"method": "extraction", "warm_start": "none"},
             "extraction (head stage)": {**HEAD_STAGE, "warm_start": "none"},
             "extraction (head stage, warm_start=head)": {**HEAD_STAGE, "warm_start": "head"},
-            "extraction (head stage, warm_start=head, projection=head)": {
+            "extraction (head stage, warm_start=head, projection=logits)": {
                 **HEAD_STAGE,
                 "warm_start": "head",
-                "projection": "head",
+                "projection": "logits",
             },
         },
         learning_rates=("1e-3", "3e-3", "6e-3"),
@@ -126,10 +126,10 @@ BENCHMARKS = {
             "extraction (2 uniform stages, standardised)": {"method": "extraction", "warm_start": "none"},
             "extraction (head stage)": {**HEAD_STAGE, "warm_start": "none"},
             "extraction (head stage, warm_start=head)": {**HEAD_STAGE, "warm_start": "head"},
-            "extraction (head stage, warm_start=head, projection=head)": {
+            "extraction (head stage, warm_start=head, projection=logits)": {
                 **HEAD_STAGE,
                 "warm_start": "head",
-                "projection": "head",
+                "projection": "logits",
             },
         },
         learning_rates=("1e-3", "2e-3", "4e-3"),

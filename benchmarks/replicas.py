@@ -17,28 +17,28 @@ from typing import Any
 
 import torch
 
-from tutelage.core.curriculum import Curriculum, Stage
-from tutelage.experiments.distill import environment
-from tutelage.experiments.recipes import resolve
-from tutelage.tasks.kinds import get_task, replica_seeds
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.reproduction.recipes import resolve
+from tutelage.runs.distill import environment
+from tutelage.targets.live import LiveTeacher, calibrate
+from tutelage.tasks.base import get_task, replica_seeds
 from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
-from tutelage.teacher.targets import LiveTeacher, calibrate
 from tutelage.training.objective import StageObjective
 
 STAGES = {
-    "labels alone": Stage("output", 1, label_weight=1.0),
-    "hidden stage": Stage("hidden", 1, 1, 2),
-    "teacher's output": Stage("output", 1),
+    "labels alone": OutputStage(1, label_weight=1.0),
+    "hidden stage": HiddenStage(1, 1, 2),
+    "teacher's output": OutputStage(1),
 }
 
 
-def stepper(stage: Stage, replicas: int, fields: Any) -> Any:
+def stepper(stage: HiddenStage | OutputStage, replicas: int, fields: Any) -> Any:
     """A function that makes one SGD step of a stage with so many students."""
     seeds = list(range(replicas))
     torch.manual_seed(0)
     teacher = LiveTeacher(ParityMLP(ParityMLPConfig(fields.d, fields.teacher_width)))
     student = ParityMLP(ParityMLPConfig(fields.d, fields.student_width, replica_seeds=seeds))
-    stages = (stage, Stage("output", 1)) if stage.kind == "hidden" else (stage,)
+    stages = (stage, OutputStage(1)) if isinstance(stage, HiddenStage) else (stage,)
     curriculum = Curriculum("benchmark", stages, normalize="none")
     rows = [resolve("parity-mlp/laptop").train_data(seeds, 640)[index] for index in range(fields.batch_size)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

@@ -41,14 +41,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import tutelage
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.core.curriculum import Curriculum, Stage, extraction
+from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
 from tutelage.core.heads import OutputHead
 from tutelage.core.losses import output_loss
-from tutelage.tasks.kinds import get_task
+from tutelage.targets.live import LiveTeacher, TargetMap, calibrate
+from tutelage.tasks.base import get_task
 from tutelage.tasks.text import CausalCollator
-from tutelage.teacher.targets import LiveTeacher, TargetMap, calibrate
 from tutelage.training.objective import StageObjective
-from tutelage.training.switch import StageSwitch
+from tutelage.training.transition import StageSwitch
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATE = 1e-4
@@ -177,7 +177,11 @@ def truncated(model: LlamaForCausalLM, blocks: int) -> nn.Module:
 
 
 def plain_step(
-    student: LlamaForCausalLM, teacher: LlamaForCausalLM, stage: Stage, target_map: TargetMap, batch: dict[str, Any]
+    student: LlamaForCausalLM,
+    teacher: LlamaForCausalLM,
+    stage: HiddenStage,
+    target_map: TargetMap,
+    batch: dict[str, Any],
 ) -> Callable[[], float]:
     """The same hidden stage as a hand-written loop over physically truncated copies of both networks."""
     assert isinstance(stage.student_place, int) and isinstance(stage.teacher_place, int)
@@ -276,7 +280,7 @@ def trainer_overhead(sizes: Sizes) -> Figure:
     batches = [CausalCollator()(rows[i * sizes.batch : (i + 1) * sizes.batch]) for i in range(count)]
     # the second stage: a short step, where overhead shows, but above 50 ms
     teacher_place = 2 * sizes.teacher_blocks // sizes.student_blocks
-    stage = Stage("hidden", count, student_place=2, teacher_place=teacher_place)
+    stage = HiddenStage(count, student_place=2, teacher_place=teacher_place)
     curriculum = Curriculum("extraction", (stage,))
     objective, switch = make_objective(sizes, curriculum)
     enter(objective, switch, 0, batches[0])

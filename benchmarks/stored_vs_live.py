@@ -22,10 +22,10 @@ import datasets
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tutelage.experiments.distill import distill, environment
-from tutelage.experiments.extract import DEFAULT_TOP_K, ExtractArguments, extract
-from tutelage.experiments.recipes import resolve
-from tutelage.experiments.settings import RunArguments
+from tutelage.reproduction.recipes import resolve
+from tutelage.runs.distill import distill, environment
+from tutelage.runs.extract import DEFAULT_TOP_K, ExtractArguments, extract
+from tutelage.runs.settings import RunArguments
 from tutelage.tasks.pcfg import build_grammar, pcfg_tokens
 from tutelage.training.config import CurriculumConfig
 

@@ -6,8 +6,8 @@ from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.tasks.default import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
-from tutelage.tasks.kinds import get_task
+from tutelage.tasks.base import get_task
+from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
 from tutelage.tasks.students import student_config
 from tutelage.tasks.text import make_collator, tokenize
 

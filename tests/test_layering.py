@@ -1,4 +1,4 @@
-"""An import may only point down the rooms: core < teacher < tasks < training < experiments < cli."""
+"""An import may only point down the rooms: core < io < tasks < targets < training < runs < reproduction < cli."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "tutelage"
-ROOMS = ("core", "teacher", "tasks", "training", "experiments", "cli")  # from the bottom
+ROOMS = ("core", "io", "tasks", "targets", "training", "runs", "reproduction", "cli")  # from the bottom
 DOORS = {"tutelage", "tutelage.__main__"}  # the package's front doors: outside the rooms, may import any
 CORE_THIRD_PARTIES = {"torch", "numpy"}
 
@@ -37,20 +37,20 @@ def test_every_room_is_read() -> None:
     ("module", "source", "expected"),
     [
         ("tutelage.core.blocks", "import tutelage.training", "core imports training"),
-        ("tutelage.core.blocks", "from tutelage import teacher", "core imports teacher"),
-        ("tutelage.core.blocks", "from ..teacher.live import Live", "core imports teacher"),
+        ("tutelage.core.blocks", "from tutelage import targets", "core imports targets"),
+        ("tutelage.core.blocks", "from ..targets.live import Live", "core imports targets"),
         ("tutelage.core.blocks", "from .. import cli", "core imports cli"),
         ("tutelage.core.blocks", "def late():\n    import tutelage.tasks.text", "core imports tasks"),
         ("tutelage.core.blocks", "from transformers import Trainer", "core imports transformers"),
         ("tutelage.core.blocks", "import datasets.arrow_dataset", "core imports datasets"),
-        ("tutelage.teacher", "from tutelage.tasks.text import TextTask", "teacher imports tasks"),
+        ("tutelage.tasks", "from tutelage.targets.live import LiveTargets", "tasks imports targets"),
         ("tutelage.tasks.text", "from tutelage.training import CurriculumTrainer", "tasks imports training"),
         (
             "tutelage.training.trainer",
-            "from tutelage.experiments import compare",
-            "training imports experiments",
+            "from tutelage.runs import distill",
+            "training imports runs",
         ),
-        ("tutelage.experiments.compare", "from tutelage.cli import main", "experiments imports cli"),
+        ("tutelage.reproduction.compare", "from tutelage.cli import main", "reproduction imports cli"),
         ("tutelage.cli", "from tutelage import CurriculumTrainer", "cli imports tutelage.CurriculumTrainer"),
         ("tutelage.utils", "import torch", "tutelage.utils lies in no room"),
     ],
@@ -65,10 +65,10 @@ def test_an_arrow_up_is_detected(module: str, source: str, expected: str) -> Non
     [
         ("tutelage.core.blocks", "import math\nimport numpy as np\nimport torch.nn.functional as F", False),
         ("tutelage.core", "from .blocks import find_blocks\nfrom tutelage.core import blocks", True),
-        ("tutelage.teacher.live", "from tutelage.core.blocks import find_blocks\nimport transformers", False),
-        ("tutelage.tasks.text", "from ..core import blocks\nfrom ..teacher import live", False),
+        ("tutelage.targets.live", "from tutelage.core.blocks import find_blocks\nimport transformers", False),
+        ("tutelage.tasks.text", "from ..core import blocks\nfrom ..io import files", False),
         ("tutelage.training.trainer", "from tutelage.tasks import text\nfrom . import config", False),
-        ("tutelage.cli.main", "from tutelage import __version__, experiments, training", False),
+        ("tutelage.cli.main", "from tutelage import __version__, runs, training", False),
         ("tutelage", "from tutelage.training import CurriculumTrainer", True),
     ],
 )

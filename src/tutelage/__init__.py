@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from tutelage.core.blocks import find_blocks, forward_to
-from tutelage.core.curriculum import Curriculum, Stage, extraction, one_shot, progressive, scratch
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extraction, one_shot, progressive, scratch
 from tutelage.core.losses import embedding_loss, hidden_loss, output_loss
 from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
@@ -18,9 +18,11 @@ __all__ = [
     "Curriculum",
     "CurriculumConfig",
     "CurriculumTrainer",
+    "HiddenStage",
+    "OutputStage",
     "RandomProjection",
-    "Stage",
     "Standardizer",
+    "UserError",
     "embedding_loss",
     "extraction",
     "find_blocks",

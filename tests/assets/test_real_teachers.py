@@ -91,7 +91,7 @@ def test_distil_minilm_into_sentence_transformers_format(assets: Path, tmp_path:
         "teacher_model_name_or_path": str(assets / "minilm"),
         "student": "layers=3,hidden_size=96",
         "dataset": short_text(assets, tmp_path),
-        "layer_map": "head:head",
+        "layer_map": "final:final",
         "warm_start": "head",
         "max_length": "32",
         "max_steps": "6",

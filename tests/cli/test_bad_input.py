@@ -107,14 +107,14 @@ def test_the_sound_run_trains(
             {"blocks": "model.layer"},
             r"'model.layer' is not a list of blocks of LlamaForCausalLM; candidates: model.layers \(4 x LlamaDecoderLayer\)",
         ),
-        ({"layer_map": "1:5"}, "layer_map: the teacher has blocks 1 to 4 and 'head', not 5"),
-        ({"layer_map": "3:4"}, "layer_map: the student has blocks 1 to 2 and 'head', not 3"),
-        ({"layer_map": "0:1"}, "layer_map: the student has blocks 1 to 2 and 'head', not 0"),
+        ({"layer_map": "1:5"}, "layer_map: the teacher has blocks 1 to 4 and 'final', not 5"),
+        ({"layer_map": "3:4"}, "layer_map: the student has blocks 1 to 2 and 'final', not 3"),
+        ({"layer_map": "0:1"}, "layer_map: the student has blocks 1 to 2 and 'final', not 0"),
         ({"layer_map": "2:2,1:4"}, "layer_map 2:2,1:4 is not strictly increasing in both student and teacher"),
         ({"layer_map": "1:3,2:3"}, "layer_map 1:3,2:3 is not strictly increasing"),
-        ({"layer_map": "head:head,2:4"}, "layer_map head:head,2:4 is not strictly increasing"),
+        ({"layer_map": "final:final,2:4"}, "layer_map final:final,2:4 is not strictly increasing"),
         ({"layer_map": "1-2"}, "'1-2' is not a student:teacher pair such as 1:2"),
-        ({"layer_map": "one:2"}, "'one' is neither a block number nor 'head'"),
+        ({"layer_map": "one:2"}, "'one' is neither a block number nor 'final'"),
         (
             {"student": "layers=5"},
             "the student has 5 blocks, the teacher 4: the uniform layer map needs a student that is",
@@ -125,8 +125,8 @@ def test_the_sound_run_trains(
             r"budget too small for the stages: stage 1 \(hidden 1:2\) would get 0 steps; raise max_steps",
         ),
         ({"stage_steps": 4}, r"budget too small for the stages: stage 3 \(output\) would get 0 steps"),
-        ({"stage_fraction": 1.5}, "stage_fraction is a share between 0 and 1, got 1.5"),
-        ({"projection": "hash"}, "unknown projection 'hash': use one of gaussian, orthogonal, rademacher, pca, head"),
+        ({"stage_fraction": 1.5}, "stage_fraction must be a fraction between 0 and 1, got 1.5"),
+        ({"projection": "hash"}, "unknown projection 'hash': use one of gaussian, orthogonal, rademacher, pca, logits"),
         ({"normalize": "layer"}, "unknown normalize 'layer': use one of standardize, none"),
         ({"warm_start": "all"}, "unknown warm_start 'all': use one of none, head, embedding, head\\+embedding"),
         (
@@ -134,7 +134,7 @@ def test_the_sound_run_trains(
             "warm_start='head' needs a stage that pairs the places before the two output heads",
         ),
         ({"temperature": 0}, "temperature must be positive and finite, got 0"),
-        ({"label_weight": 2}, "label_weight is a share from 0 to 1, got 2"),
+        ({"label_weight": 2}, "label_weight must be a fraction from 0 to 1, got 2"),
         ({"embedding_loss": "dot"}, "unknown embedding_loss 'dot': use 'cosine' or 'mse'"),
         ({"task": "translation"}, "unknown task 'translation': use one of causal_lm, masked_lm"),
     ],
@@ -143,7 +143,7 @@ def test_settings_that_cannot_work(refused: Refused, flags: dict[str, Any], mess
     assert re.search(message, refused(**flags))
 
 
-@pytest.mark.parametrize("projection", ["orthogonal", "pca", "head"])
+@pytest.mark.parametrize("projection", ["orthogonal", "pca", "logits"])
 def test_a_projection_that_cannot_widen(refused: Refused, projection: str) -> None:
     line = refused(student="layers=2,hidden_size=64", projection=projection)
     assert f"projection='{projection}' cannot widen 32 to 64: use projection='gaussian' or a narrower student" in line
@@ -156,7 +156,7 @@ def test_a_warm_start_that_cannot_be_made(
         teacher_model_name_or_path=embedding_teacher,
         student=embedding_teacher,
         dataset=corpus / "text.jsonl",
-        layer_map="2:2,head:head",
+        layer_map="2:2,final:final",
         warm_start="head",
     )
     assert "warm_start='head' needs a student with a linear head on its embedding" in line
@@ -167,7 +167,7 @@ def test_a_warm_start_that_cannot_be_made(
     line = refused(
         teacher_model_name_or_path=tmp_path / "gemma",
         student="layers=1,final_logit_softcapping=20.0",
-        layer_map="head:head",
+        layer_map="final:final",
         warm_start="head",
     )
     assert "the teacher soft-caps its logits at 30.0, the student at 20.0: a head transplant needs both alike" in line

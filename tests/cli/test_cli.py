@@ -290,7 +290,7 @@ def test_masked_language_models(mlm_teacher: Path, corpus: Path, tmp_path: Path,
     assert "pipeline_tag: fill-mask" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("layer_map", ["1:2,2:4", "1:2,head:head"])
+@pytest.mark.parametrize("layer_map", ["1:2,2:4", "1:2,final:final"])
 def test_classifiers(classifier_teacher: Path, corpus: Path, tmp_path: Path, layer_map: str) -> None:
     result = _distill(classifier_teacher, corpus, tmp_path, layer_map=layer_map, label_weight=0.5)
     assert result["task"] == "sequence_classification"

@@ -14,8 +14,8 @@ import yaml
 
 from tests.conftest import make_tokenizer, save_llama
 from tutelage.cli import main
-from tutelage.experiments.recipes import RECIPES
-from tutelage.experiments.recipes.own import own_system
+from tutelage.reproduction.recipes import RECIPES
+from tutelage.reproduction.recipes.user_run import own_system
 from tutelage.tasks.parity import planted_teacher
 
 SMALL = {

@@ -42,7 +42,7 @@ def test_ngram_probes_of_a_teachers_layers(tmp_path: Path, causal_teacher: Path,
     ]
     assert main([*command, "--length", "2", "--output_dir", str(tmp_path)]) == 0
     layers = json.loads((tmp_path / "ngrams.json").read_text())["layers"]
-    assert list(layers) == ["0", "1", "2", "3", "4", "head"]
+    assert list(layers) == ["0", "1", "2", "3", "4", "final"]
     assert layers["0"][0] > 0.9  # an embedding is a function of its token
     assert all(len(scores) == 2 for scores in layers.values())
     assert (tmp_path / "ngrams.png").stat().st_size > 1000

@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from tutelage import find_blocks, forward_to
-from tutelage.core.blocks import HEAD, output_head
+from tutelage.core.blocks import FINAL, output_head
 from tutelage.core.heads import OutputHead
 
 BASE = {
@@ -169,19 +169,19 @@ def test_head_place_and_output_head_give_the_models_logits(name: str) -> None:
     model, inputs, _ = build(name)
     if name == "gemma2":
         assert OutputHead.of(model).softcap == 30.0
-    logits = OutputHead.of(model)(forward_to(model, HEAD, **inputs))
+    logits = OutputHead.of(model)(forward_to(model, FINAL, **inputs))
     torch.testing.assert_close(logits, model(**inputs).logits)
 
 
 def test_head_place_without_a_head_is_the_last_hidden_state() -> None:
     model, inputs, _ = build("t5_encoder")
-    torch.testing.assert_close(forward_to(model, HEAD, **inputs), model(**inputs).last_hidden_state, rtol=0, atol=0)
+    torch.testing.assert_close(forward_to(model, FINAL, **inputs), model(**inputs).last_hidden_state, rtol=0, atol=0)
     with pytest.raises(ValueError, match="T5EncoderModel has no linear output head"):
         OutputHead.of(model)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("place", [0, 1, 2, 3, HEAD])
+@pytest.mark.parametrize("place", [0, 1, 2, 3, FINAL])
 def test_nothing_deeper_is_executed(name: str, place: int | str) -> None:
     model, inputs, norm = build(name)
     counts = {module_name: 0 for module_name, _ in model.named_modules()}
@@ -198,17 +198,17 @@ def test_nothing_deeper_is_executed(name: str, place: int | str) -> None:
     forward_to(model, place, **inputs)
     for handle in handles:
         handle.remove()
-    deepest = 3 if place == HEAD else place
+    deepest = 3 if place == FINAL else place
     for number, block in enumerate(blocks.names, 1):
         inside = [counts[n] for n in counts if n == block or n.startswith(block + ".")]
         assert counts[block] == (1 if number <= deepest else 0)
         assert any(inside) == (number <= deepest)
     head = output_head(model)
-    assert norm is None or counts[norm] == (1 if place == HEAD else 0)
+    assert norm is None or counts[norm] == (1 if place == FINAL else 0)
     assert head is None or counts[head[0]] == 0
 
 
-@pytest.mark.parametrize("place", [0, 2, HEAD])
+@pytest.mark.parametrize("place", [0, 2, FINAL])
 def test_hooks_are_removed_even_after_an_error(place: int | str) -> None:
     model, inputs, _ = build("llama")
 
@@ -247,7 +247,7 @@ def test_sequential_and_the_users_own_module() -> None:
     assert find_blocks(own).names == ("parts.0", "parts.1", "parts.2")
     torch.testing.assert_close(forward_to(own, 0, x), own.stem(x))
     torch.testing.assert_close(forward_to(own, 2, x), own.parts[1](own.parts[0](own.stem(x)).tanh()))
-    torch.testing.assert_close(own.head(forward_to(own, HEAD, x)), own(x))
+    torch.testing.assert_close(own.head(forward_to(own, FINAL, x)), own(x))
 
 
 def test_ambiguous_and_missing_blocks_are_refused() -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tests.core.test_blocks import BASE
-from tutelage.core.blocks import HEAD, forward_to
+from tutelage.core.blocks import FINAL, forward_to
 from tutelage.core.heads import OutputHead
 
 IDS = torch.arange(5, 27).view(2, 11)
@@ -51,7 +51,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: Any, reentrant: bool) 
         if name.endswith("0.attention") or name.endswith("0.self_attn")
     )
     attention.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
-    for place in (0, 1, 2, 3, HEAD):
+    for place in (0, 1, 2, 3, FINAL):
         runs[0] = 0
         for model in (plain, recomputing):
             model.zero_grad(set_to_none=True)
@@ -77,7 +77,7 @@ def test_scaled_logits(kind: Any, config: Any, scale: float) -> None:
     head = OutputHead.of(model)
     assert (head.scale, head.softcap) == (scale, None)
     torch.testing.assert_close(
-        head(forward_to(model, HEAD, input_ids=IDS)), model(input_ids=IDS).logits, rtol=0, atol=0
+        head(forward_to(model, FINAL, input_ids=IDS)), model(input_ids=IDS).logits, rtol=0, atol=0
     )
 
 
@@ -85,5 +85,5 @@ def test_scaled_logits(kind: Any, config: Any, scale: float) -> None:
 def test_a_classifier_on_a_soft_capped_model_does_not_cap() -> None:
     torch.manual_seed(0)
     model = Gemma2ForSequenceClassification(Gemma2Config(**BASE, final_logit_softcapping=0.01, num_labels=3)).eval()
-    last = forward_to(model, HEAD, input_ids=IDS)[:, -1]  # no padding: the state that the model pools
+    last = forward_to(model, FINAL, input_ids=IDS)[:, -1]  # no padding: the state that the model pools
     torch.testing.assert_close(OutputHead.of(model)(last), model(input_ids=IDS).logits)

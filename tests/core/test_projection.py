@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tutelage import RandomProjection
-from tutelage.core.projection import RANDOM_KINDS, DataProjection, head_projection, pca_projection
+from tutelage.core.projection import RANDOM_KINDS, DataProjection, logits_projection, pca_projection
 
 PINNED = {"gaussian": "809ab18f98e9db74", "rademacher": "2405fd9062ef80de"}
 
@@ -87,7 +87,7 @@ def test_head_projection_has_the_least_logit_error() -> None:
         back = states @ projection.matrix().double() @ projection.decoder(moment).double()
         return ((states - back) @ weight.T).square().sum(-1).mean().item()
 
-    chosen = head_projection(moment, weight.T @ weight, rank)
+    chosen = logits_projection(moment, weight.T @ weight, rank)
     values = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment))
     assert error(chosen) == pytest.approx(values[rank:].square().sum().item(), rel=1e-3)
     assert error(chosen) < error(pca_projection(moment, rank)) < error(RandomProjection(12, rank, 0))
@@ -134,7 +134,7 @@ def test_head_projection_is_the_top_of_the_singular_values() -> None:
     states, rank = correlated(), 4
     moment = states.T @ states / len(states)
     weight = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).double()
-    chosen = head_projection(moment, weight.T @ weight, rank)
+    chosen = logits_projection(moment, weight.T @ weight, rank)
     # z = L^{-1/2} U^T M^{1/2} h is decoded by L^{1/2} U^T M^{-1/2}, with L and U of M^{1/2} C M^{1/2}
     values, vectors = torch.linalg.eigh(weight.T @ weight)
     root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
@@ -149,6 +149,6 @@ def test_head_projection_is_the_top_of_the_singular_values() -> None:
 def test_more_columns_than_directions_stay_finite() -> None:
     moment = torch.zeros(12, 12).double()
     moment[:3, :3] = torch.eye(3)
-    for projection in (pca_projection(moment, 6), head_projection(moment, torch.eye(12), 6)):
+    for projection in (pca_projection(moment, 6), logits_projection(moment, torch.eye(12), 6)):
         assert torch.isfinite(projection.matrix()).all()
         assert torch.isfinite(projection.decoder(moment)).all()

@@ -145,8 +145,8 @@ def test_sentence_transformers_gives_the_same_embeddings(
 def test_a_hub_name_reads_the_same_modules_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pooling, head and norm of a sentence encoder are read from the Hub too."""
     from tutelage.tasks import embedding as module
-    from tutelage.tasks.kinds import detect_task
-    from tutelage.teacher import loading
+    from tutelage.tasks import loading
+    from tutelage.tasks.base import detect_task
 
     model = make(embedding_size=12, pooling="cls", normalize=False)
     model.save_pretrained(tmp_path / "files")

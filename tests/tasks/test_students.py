@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from tests.conftest import bert_config, llama_config
+from tutelage.tasks.base import TASKS
 from tutelage.tasks.embedding import EmbeddingModel
-from tutelage.tasks.kinds import TASKS
 from tutelage.tasks.students import is_preset, make_student, student_config
 
 CAUSAL = TASKS["causal_lm"]

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import WORDS, make_tokenizer, sentences
-from tutelage.tasks.kinds import TASKS
+from tutelage.tasks.base import TASKS
 from tutelage.tasks.text import keep_rows, make_collator, read_dataset, split_dataset, stream_dataset, tokenize
 
 CAUSAL, MASKED, CLASSIFIER, EMBEDDING = (

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.training.conftest import llama
-from tutelage import CurriculumTrainer, Stage, one_shot
+from tutelage import CurriculumTrainer, HiddenStage, OutputStage, one_shot
 from tutelage.core.curriculum import Curriculum
 
 Make = Callable[..., CurriculumTrainer]
@@ -39,7 +39,7 @@ def checkpoint(folder: Path, seed: int) -> str:
 
 def stages(*counts: int, teachers: tuple[str | None, ...], continues: bool = True) -> Curriculum:
     made = tuple(
-        Stage("output", count, teacher_checkpoint=name, continues=continues and number > 0)
+        OutputStage(count, teacher_checkpoint=name, continues=continues and number > 0)
         for number, (count, name) in enumerate(zip(counts, teachers, strict=True))
     )
     return Curriculum("progressive", made)
@@ -101,8 +101,8 @@ def test_the_teacher_changes_where_stages_continue(make_trainer: Make, tmp_path:
 
 def test_a_hidden_stage_before_them_keeps_its_own_schedule(make_trainer: Make, tmp_path: Path) -> None:
     early = checkpoint(tmp_path / "early", seed=7)
-    hidden = Stage("hidden", 3, 1, 2)
-    outputs = (Stage("output", 2, teacher_checkpoint=early), Stage("output", 3, continues=True))
+    hidden = HiddenStage(3, 1, 2)
+    outputs = (OutputStage(2, teacher_checkpoint=early), OutputStage(3, continues=True))
     curriculum = Curriculum("extraction", (hidden, *outputs))
     assert [curriculum.schedule_steps(index) for index in range(3)] == [3, 5, 3]
     trainer = make_trainer(curriculum=curriculum, lr_scheduler_type="linear", warmup_steps=0)
@@ -135,15 +135,15 @@ def test_resume_equals_uninterrupted_bit_for_bit(make_trainer: Make, tmp_path: P
 @pytest.mark.parametrize(
     ("made", "number"),
     [
-        ((Stage("output", 2, continues=True),), 1),
-        ((Stage("output", 2, continues=True), Stage("output", 2)), 1),
-        ((Stage("hidden", 2, 1, 1), Stage("output", 2, continues=True)), 2),
-        ((Stage("hidden", 2, 1, 1), Stage("hidden", 2, 2, 2, continues=True)), 2),
-        ((Stage("output", 2), Stage("hidden", 2, 1, 1, continues=True)), 2),
-        ((Stage("output", 2), Stage("output", 2, continues=True), Stage("hidden", 2, 1, 1, continues=True)), 3),
+        ((OutputStage(2, continues=True),), 1),
+        ((OutputStage(2, continues=True), OutputStage(2)), 1),
+        ((HiddenStage(2, 1, 1), OutputStage(2, continues=True)), 2),
+        ((OutputStage(2), HiddenStage(2, 1, 1), OutputStage(2, continues=True)), 3),
     ],
 )
-def test_only_an_output_stage_continues_and_only_an_output_stage(made: tuple[Stage, ...], number: int) -> None:
+def test_only_an_output_stage_continues_and_only_an_output_stage(
+    made: tuple[HiddenStage | OutputStage, ...], number: int
+) -> None:
     with pytest.raises(
         ValueError, match=f"stage {number} cannot continue the one before it: both must be output stages"
     ):

@@ -23,7 +23,7 @@ output, batch, checkpointing = sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3
 args = CurriculumConfig(
     output_dir=output, max_steps=7, per_device_train_batch_size=batch, learning_rate=1e-2, logging_steps=1,
     save_strategy="no", disable_tqdm=True, use_cpu=True, calibration_samples=8, eval_with_teacher=True,
-    layer_map="1:2,head:head", stage_steps=[2, 2], warm_start="head", optim="sgd", max_grad_norm=0.5,
+    layer_map="1:2,final:final", stage_steps=[2, 2], warm_start="head", optim="sgd", max_grad_norm=0.5,
     gradient_checkpointing=checkpointing,
 )
 trainer = CurriculumTrainer(

@@ -14,10 +14,11 @@ from transformers import BertForSequenceClassification, BertModel, Trainer, Trai
 from tests.conftest import bert_config, save_llama, sentences
 from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.core.blocks import HEAD
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import HiddenStage
 from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.text import CausalCollator
-from tutelage.teacher.loading import load_tokenizer
 from tutelage.training.records import last_complete_checkpoint
 from tutelage.training.trainer import TrainingDiverged
 
@@ -203,8 +204,8 @@ def test_classifiers_get_the_papers_stages_by_default(classifier_teacher: Path, 
     student = BertForSequenceClassification(bert_config(num_hidden_layers=2, num_labels=3))
     trainer = CurriculumTrainer(student, str(classifier_teacher), args, rows)
     assert trainer.curriculum.warm_start == "none"
-    assert [stage.student_place for stage in trainer.curriculum.stages if stage.kind == "hidden"] == [1, 2]
-    assert HEAD not in [stage.teacher_place for stage in trainer.curriculum.stages]
+    assert [stage.student_place for stage in trainer.curriculum.stages if isinstance(stage, HiddenStage)] == [1, 2]
+    assert FINAL not in [stage.teacher_place for stage in trainer.curriculum.hidden_stages]
 
 
 def test_labels_alone_teach_no_encoder(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-from tutelage import CurriculumConfig, CurriculumTrainer, Stage
-from tutelage.core.curriculum import Curriculum, extraction
+from tutelage import CurriculumConfig, CurriculumTrainer
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extraction
 from tutelage.core.projection import RandomProjection, StackedProjection
-from tutelage.tasks.kinds import TASKS
+from tutelage.targets.live import LiveTeacher, calibrate, load_target_maps, random_projection, save_target_maps
+from tutelage.tasks.base import TASKS
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig
-from tutelage.teacher.targets import LiveTeacher, calibrate, load_target_maps, random_projection, save_target_maps
 from tutelage.training.evaluation import evaluate_batches
 from tutelage.training.objective import StageObjective
 
@@ -42,7 +42,7 @@ def batch_of(seeds: Sequence[int], count: int = BATCH) -> dict[str, torch.Tensor
 
 
 def hidden_then_output(pair: tuple[Any, Any] = (1, 2), label_weight: float = 0.0, **settings: Any) -> Curriculum:
-    stages = (Stage("hidden", 6, *pair, learning_rate=1.0), Stage("output", 6, label_weight=label_weight))
+    stages = (HiddenStage(6, *pair, learning_rate=1.0), OutputStage(6, label_weight=label_weight))
     return Curriculum("extraction", stages, **{"normalize": "none", **settings})
 
 
@@ -254,7 +254,7 @@ def test_evaluation_of_a_plain_network_has_no_replicas() -> None:
 
 
 def test_a_head_cannot_be_transplanted_into_replicas(tmp_path: Path) -> None:
-    curriculum = extraction(2, 2, 10, layer_map=[("head", "head")], warm_start="head")
+    curriculum = extraction(2, 2, 10, layer_map=[("final", "final")], warm_start="head")
     with pytest.raises(ValueError, match="warm_start='head' cannot be made for replicated students: use 'none'"):
         trainer_of(tmp_path, SEEDS, curriculum)
     assert not list(tmp_path.iterdir())
@@ -262,7 +262,7 @@ def test_a_head_cannot_be_transplanted_into_replicas(tmp_path: Path) -> None:
 
 def test_the_head_place_of_a_replicated_student_is_what_enters_its_head(tmp_path: Path) -> None:
     """As of a plain network, where the state before the head is block 2's."""
-    curriculum = extraction(2, 2, 4, layer_map=[("head", "head")], normalize="none")
+    curriculum = extraction(2, 2, 4, layer_map=[("final", "final")], normalize="none")
     together = trainer_of(tmp_path, SEEDS, curriculum)
     together.train()
     losses = [json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

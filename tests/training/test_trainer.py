@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.training.conftest import llama, token_rows
-from tutelage import CurriculumTrainer, Stage, forward_to, one_shot
-from tutelage.core.curriculum import Curriculum
+from tutelage import CurriculumTrainer, forward_to, one_shot
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.training.trainer import TrainingDiverged
 
 Make = Callable[..., CurriculumTrainer]
@@ -40,7 +40,7 @@ def records(trainer: CurriculumTrainer) -> list[dict]:
 
 def test_hidden_stage_equals_a_plain_loop(make_trainer: Make) -> None:
     """Two AdamW steps of one hidden stage, against full forwards with output_hidden_states and an explicit formula."""
-    stages = (Stage("hidden", 2, 1, 3), Stage("output", 1))
+    stages = (HiddenStage(2, 1, 3), OutputStage(1))
     curriculum = Curriculum("extraction", stages, normalize="standardize", projection_seed=5)
     settings = {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0}
     trainer = make_trainer(curriculum=curriculum, **settings)
@@ -110,7 +110,7 @@ def test_curriculum_of_one_output_stage_is_one_shot(make_trainer: Make) -> None:
     assert_equal(weights(named), weights(given))
 
 
-@pytest.mark.parametrize("settings", [{"num_stages": 1}, {"layer_map": "head:head", "warm_start": "head"}])
+@pytest.mark.parametrize("settings", [{"num_stages": 1}, {"layer_map": "final:final", "warm_start": "head"}])
 def test_accumulating_gradients_changes_nothing(make_trainer: Make, settings: dict) -> None:
     """Ragged rows: micro-batches hold different numbers of tokens."""
     whole = make_trainer("whole", ragged=True, per_device_train_batch_size=8, **settings)
@@ -123,7 +123,7 @@ def test_accumulating_gradients_changes_nothing(make_trainer: Make, settings: di
 
 
 @pytest.mark.parametrize("stop", [2, 4, 6])
-@pytest.mark.parametrize("projection", ["gaussian", "head"])
+@pytest.mark.parametrize("projection", ["gaussian", "logits"])
 def test_resume_equals_uninterrupted_bit_for_bit(make_trainer: Make, stop: int, projection: str) -> None:
     """Stopped in the middle of a hidden stage, at a stage's end, and in the output stage."""
 
@@ -132,7 +132,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(make_trainer: Make, stop: int, 
             control.should_training_stop = state.global_step == stop
 
     settings = {
-        "layer_map": "1:2,head:head",
+        "layer_map": "1:2,final:final",
         "stage_steps": [3, 1],
         "warm_start": "head+embedding",
         "projection": projection,
@@ -321,7 +321,7 @@ def test_metrics_account_for_samples_tokens_and_flops(make_trainer: Make, tmp_pa
 
 
 def test_bf16_trains(make_trainer: Make) -> None:
-    trainer = make_trainer(bf16=True, layer_map="1:2,head:head", warm_start="head")
+    trainer = make_trainer(bf16=True, layer_map="1:2,final:final", warm_start="head")
     trainer.train()
     assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in trainer.model.parameters())
     assert records(trainer)[-1]["loss"] < records(trainer)[4]["loss"] * 2
@@ -338,11 +338,11 @@ def test_hidden_state_approaches_its_target(make_trainer: Make) -> None:
 @pytest.mark.parametrize(
     ("settings", "warm_start", "stages"),
     [
-        ({}, "head", ["hidden head:head", "output"]),
-        ({"layer_map": "1:2,head:head"}, "head", ["hidden 1:2", "hidden head:head", "output"]),
+        ({}, "head", ["hidden final:final", "output"]),
+        ({"layer_map": "1:2,final:final"}, "head", ["hidden 1:2", "hidden final:final", "output"]),
         ({"layer_map": "1:2"}, "none", ["hidden 1:2", "output"]),
         ({"num_stages": 1}, "none", ["hidden 2:4", "output"]),
-        ({"num_stages": 1, "warm_start": "head"}, "head", ["hidden 2:4", "hidden head:head", "output"]),
+        ({"num_stages": 1, "warm_start": "head"}, "head", ["hidden 2:4", "hidden final:final", "output"]),
         ({"warm_start": "none"}, "none", ["hidden 1:2", "hidden 2:4", "output"]),
         ({"method": "one_shot"}, "none", ["output"]),
     ],

@@ -19,20 +19,20 @@ from transformers import (
 
 from tests.training.conftest import VOCAB, llama
 from tutelage import CurriculumTrainer, forward_to
-from tutelage.core.blocks import HEAD
-from tutelage.core.curriculum import Curriculum, Stage
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
+from tutelage.targets.live import LiveTeacher, TargetMap, calibrate
+from tutelage.tasks.base import detect_task
 from tutelage.tasks.embedding import EmbeddingModel
-from tutelage.tasks.kinds import detect_task
-from tutelage.teacher.targets import LiveTeacher, TargetMap, calibrate
 from tutelage.training import objective as objective_module
 from tutelage.training import warm_start
 from tutelage.training.objective import StageObjective
 from tutelage.training.warm_start import apply_before_output, apply_before_training, is_tied
 
 Make = Callable[..., CurriculumTrainer]
-STAGES = (Stage("hidden", 1, HEAD, HEAD), Stage("output", 1))
+STAGES = (HiddenStage(1, FINAL, FINAL), OutputStage(1))
 
 
 def bert(width: int, seed: int) -> BertForMaskedLM:
@@ -72,14 +72,14 @@ def objective_of(
 
 @pytest.fixture
 def perfect_student(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let the student's state at `head` be its target, plus noise if asked for."""
+    """Let the student's state at `final` be its target, plus noise if asked for."""
 
     def perfect(teacher: LiveTeacher, target_map: TargetMap, noise: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(7)
 
         def state(_network: nn.Module, place: str, blocks: Any = None, **inputs: torch.Tensor) -> torch.Tensor:
-            assert place == HEAD
-            target = target_map(teacher.hidden(HEAD, inputs))
+            assert place == FINAL
+            target = target_map(teacher.hidden(FINAL, inputs))
             return target + noise * target.std() * torch.randn(target.shape, generator=generator)
 
         monkeypatch.setattr(objective_module, "forward_to", state)
@@ -87,7 +87,7 @@ def perfect_student(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return perfect
 
 
-@pytest.mark.parametrize("projection", ["gaussian", "orthogonal", "rademacher", "pca", "head"])
+@pytest.mark.parametrize("projection", ["gaussian", "orthogonal", "rademacher", "pca", "logits"])
 @pytest.mark.parametrize("normalize", ["standardize", "none"])
 @pytest.mark.parametrize("kind", ["llama without bias", "bert with bias"])
 def test_full_width_transplant_gives_the_teachers_logits(
@@ -105,7 +105,7 @@ def test_full_width_transplant_gives_the_teachers_logits(
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student.double(), teacher, curriculum, target_map), batches)
     ids = batches()[0]["input_ids"]
-    state = target_map(teacher.hidden(HEAD, {"input_ids": ids}))
+    state = target_map(teacher.hidden(FINAL, {"input_ids": ids}))
     mine = OutputHead.of(student)(state.double())
     theirs = teacher_model(input_ids=ids).logits
     torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3 * theirs.abs().max().item())
@@ -119,7 +119,7 @@ def test_narrow_transplant_is_the_least_squares_head(perfect_student: Callable[.
     target_map = target_map_of(teacher, curriculum, 12, center=False)
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
-    states = torch.cat([teacher.hidden(HEAD, batch).flatten(0, 1) for batch in batches()])
+    states = torch.cat([teacher.hidden(FINAL, batch).flatten(0, 1) for batch in batches()])
     kept = states[target_map.standardizer.keep(states)]
     codes, logits = target_map(kept).double(), teacher_model.lm_head(kept).double()
     best = torch.linalg.lstsq(codes, logits).solution
@@ -149,9 +149,9 @@ def test_noise_in_a_student_of_full_width_is_not_magnified(perfect_student: Call
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
     batch = batches()[0]
     theirs = teacher_model(**batch).logits
-    mine = student.lm_head(objective_module.forward_to(student, HEAD, **batch))
+    mine = student.lm_head(objective_module.forward_to(student, FINAL, **batch))
     naive = target_map.projection.decoder() * target_map.standardizer.scale
-    inverted = objective_module.forward_to(student, HEAD, **batch) @ naive @ teacher_model.lm_head.weight.T
+    inverted = objective_module.forward_to(student, FINAL, **batch) @ naive @ teacher_model.lm_head.weight.T
     assert (mine - theirs).square().mean() < 2 * theirs.square().mean()
     assert (inverted - theirs).square().mean() > 10 * theirs.square().mean()
 
@@ -179,7 +179,7 @@ def test_embedding_head_is_the_way_back_to_the_teachers_width(perfect_student: C
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
     batch = batches()[0]
-    pooled_target = target_map(teacher.hidden(HEAD, batch)).mean(1)
+    pooled_target = target_map(teacher.hidden(FINAL, batch)).mean(1)
     assert student.head is not None
     embedding = torch.nn.functional.normalize(student.head(pooled_target), dim=-1)
     torch.testing.assert_close(embedding, teacher.output(batch), rtol=0, atol=1e-3)
@@ -189,7 +189,7 @@ def test_tied_student_keeps_its_shared_matrix_through_the_hidden_stage(make_trai
     student = llama(2, 16, seed=2, tie_word_embeddings=True)
     assert is_tied(student)
     before = student.lm_head.weight.clone()
-    trainer = make_trainer(student=student, layer_map="head:head", stage_steps=[6], warm_start="head", max_steps=9)
+    trainer = make_trainer(student=student, layer_map="final:final", stage_steps=[6], warm_start="head", max_steps=9)
     shared = []
     original = trainer.training_step
 
@@ -208,7 +208,7 @@ def test_tied_student_keeps_its_shared_matrix_through_the_hidden_stage(make_trai
 def test_untied_head_is_transplanted_when_the_output_stage_begins(
     make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(layer_map="head:head", stage_steps=[6], warm_start="head", max_steps=7)
+    trainer = make_trainer(layer_map="final:final", stage_steps=[6], warm_start="head", max_steps=7)
     heads = []
     original = trainer.training_step
 
@@ -236,7 +236,7 @@ def test_untied_head_is_transplanted_when_the_output_stage_begins(
 
 
 def test_none_leaves_the_students_own_start(make_trainer: Make) -> None:
-    trainer = make_trainer(layer_map="head:head", stage_steps=[6], max_steps=7)
+    trainer = make_trainer(layer_map="final:final", stage_steps=[6], max_steps=7)
     heads = []
     original = trainer.training_step
     trainer.training_step = lambda *a: (heads.append(trainer.model.lm_head.weight.clone()), original(*a))[1]  # type: ignore[method-assign]
@@ -257,7 +257,7 @@ def test_embedding_starts_as_a_projection_of_the_teachers() -> None:
 
 
 def test_warm_start_needs_a_head_stage(make_trainer: Make) -> None:
-    with pytest.raises(ValueError, match="head:head"):
+    with pytest.raises(ValueError, match="final:final"):
         make_trainer(layer_map="1:2", warm_start="head")
 
 
@@ -291,6 +291,6 @@ def test_padded_vocabulary_rows_are_left_alone(perfect_student: Callable[..., No
     apply_before_output(objective_of(student, teacher, curriculum, target_map, VOCAB), batches)
     assert torch.equal(student.lm_head.weight[VOCAB:], before[VOCAB:])
     ids = batches()[0]["input_ids"]
-    state = target_map(forward_to(teacher_model, HEAD, input_ids=ids))
+    state = target_map(forward_to(teacher_model, FINAL, input_ids=ids))
     theirs = teacher_model(input_ids=ids).logits
     torch.testing.assert_close(OutputHead.of(student, VOCAB)(state), theirs, rtol=0, atol=1e-2)

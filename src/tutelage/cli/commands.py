@@ -16,16 +16,17 @@ from transformers.utils import logging as transformers_logging
 from tutelage.cli.compare import compare_command, progress, report_command
 from tutelage.cli.diagnose import diagnose_command
 from tutelage.cli.parsing import Parser
-from tutelage.experiments.distill import describe, distill, quiet_unless_terminal
-from tutelage.experiments.evaluate import evaluate
-from tutelage.experiments.extract import DEFAULT_TOP_K, ExtractArguments, describe_extraction, extract
-from tutelage.experiments.options import ConfigParser, as_flags, read_options
-from tutelage.experiments.plan import describe_plan, plan
-from tutelage.experiments.plan_extraction import describe_extraction_plan, plan_extraction, read_count
-from tutelage.experiments.settings import DEFAULT_LENGTH, RunArguments
-from tutelage.tasks.default import DEFAULT_STUDENT, DEFAULT_TEACHER
-from tutelage.teacher.extracted import ExtractedCurriculum
-from tutelage.teacher.storage import MANIFEST_FILE
+from tutelage.core.errors import UserError
+from tutelage.runs.distill import describe, distill, quiet_unless_terminal
+from tutelage.runs.evaluate import evaluate
+from tutelage.runs.extract import DEFAULT_TOP_K, ExtractArguments, describe_extraction, extract
+from tutelage.runs.options import ConfigParser, as_flags, read_options
+from tutelage.runs.plan import describe_plan, plan
+from tutelage.runs.plan_extraction import describe_extraction_plan, plan_extraction, read_count
+from tutelage.runs.settings import DEFAULT_LENGTH, RunArguments
+from tutelage.targets.extracted import ExtractedCurriculum
+from tutelage.targets.manifest import MANIFEST_FILE
+from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.training.config import CurriculumConfig
 
 
@@ -42,7 +43,7 @@ def _parse_config(kinds: Sequence[Any], arguments: Sequence[str], prog: str, ext
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}: see {prog} --help")
+        raise UserError(f"unknown option {unknown[0]!r}: see {prog} --help")
     return (*values, rest)
 
 
@@ -51,7 +52,7 @@ def _flags(path: Path, known: set[str]) -> list[str]:
     options = read_options(path)
     for key in options:
         if key not in known:
-            raise ValueError(f"config {str(path)!r} has an unknown option {key!r}")
+            raise UserError(f"config {str(path)!r} has an unknown option {key!r}")
     return as_flags(options)
 
 
@@ -110,7 +111,7 @@ def _plan(arguments: Sequence[str]) -> None:
     teacher = rest.teacher or args.teacher_model_name_or_path or DEFAULT_TEACHER
     student = run.student or (DEFAULT_STUDENT if teacher == DEFAULT_TEACHER else None)
     if student is None:
-        raise ValueError("name a student, e.g. --student layers=3,hidden_size=192")
+        raise UserError("name a student, e.g. --student layers=3,hidden_size=192")
     tokens = None if rest.tokens is None else read_count(rest.tokens)
     length = run.max_length or DEFAULT_LENGTH
     planned = plan(teacher, student, args, length)

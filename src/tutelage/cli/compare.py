@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.cli.parsing import Parser
-from tutelage.experiments.compare import compare
-from tutelage.experiments.recipes import RECIPES, resolve
-from tutelage.experiments.recipes.own import own_system
-from tutelage.experiments.report import write_report
-from tutelage.experiments.runs import MATCHES
-from tutelage.experiments.scaling import SCALING_SIZES, run_scaling
+from tutelage.core.errors import UserError
+from tutelage.reproduction.compare import compare
+from tutelage.reproduction.recipes import RECIPES, resolve
+from tutelage.reproduction.recipes.user_run import own_system
+from tutelage.reproduction.report import write_report
+from tutelage.reproduction.runner import MATCHES
+from tutelage.reproduction.scaling import SCALING_SIZES, run_scaling
 
 
 def compare_command(arguments: Sequence[str]) -> None:
@@ -31,7 +32,7 @@ def compare_command(arguments: Sequence[str]) -> None:
     parser.add_argument("recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file with your own run")
     parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
     parser.add_argument(
-        "--methods", nargs="+", help="e.g. extraction one_shot extraction:projection=head,warm_start=head"
+        "--methods", nargs="+", help="e.g. extraction one_shot extraction:projection=logits,warm_start=head"
     )
     parser.add_argument("--match", choices=MATCHES, help="what every method gets as much of; samples if left out")
     parser.add_argument("--jobs", type=int, default=1, help="runs made side by side, each on its share of the cores")
@@ -42,13 +43,13 @@ def compare_command(arguments: Sequence[str]) -> None:
         print(_listing())
         return
     if options.recipe is None:
-        raise ValueError("name a recipe, e.g. tutelage compare parity-mlp/smoke; tutelage compare --list shows them")
+        raise UserError("name a recipe, e.g. tutelage compare parity-mlp/smoke; tutelage compare --list shows them")
     overrides = read_overrides(rest)
     name = options.recipe
     is_file = name.endswith((".yaml", ".yml"))
     scaling = not is_file and name.partition("/")[0] == "scaling"
     if scaling and (options.methods or options.match or options.teacher):
-        raise ValueError(
+        raise UserError(
             "scaling takes no --methods, --match or --teacher: its methods are fixed, its field is --teachers"
         )
     if options.teacher is not None:
@@ -61,7 +62,7 @@ def compare_command(arguments: Sequence[str]) -> None:
         result = run_scaling(name, overrides, folder, jobs=options.jobs, command=command, log=progress)
         print(result["verdict"])
         print(
-            f"\nfigures: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
+            f"\nmetrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
         )
         return
     system = own_system(Path(name), overrides) if is_file else resolve(name, overrides)
@@ -69,7 +70,7 @@ def compare_command(arguments: Sequence[str]) -> None:
     result = compare(system, folder, options.methods, match=match, jobs=options.jobs, command=command, log=progress)
     page = write_report(folder)
     print(result["verdict"])
-    print(f"\nfigures: {folder / 'comparison.json'}\nreport:  {page}")
+    print(f"\nmetrics: {folder / 'comparison.json'}\nreport:  {page}")
 
 
 def report_command(arguments: Sequence[str]) -> None:
@@ -78,7 +79,7 @@ def report_command(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", help="output_dir of tutelage compare, finished or still going")
     folder = Path(parser.parse_args(arguments).folder)
     if (folder / "scaling.json").exists():
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} holds a scaling experiment: its report.md and scaling.png are drawn after every comparison; to "
             "draw them again give its command again"
         )
@@ -107,12 +108,12 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
             current, equals, value = word[2:].partition("=")
             found[current] = [value] if equals else []
         elif current is None:
-            raise ValueError(f"unexpected argument {word!r}: fields are given as --field value")
+            raise UserError(f"unexpected argument {word!r}: fields are given as --field value")
         else:
             found[current].append(word)
     for key, values in found.items():
         if not values:
-            raise ValueError(f"--{key} needs a value")
+            raise UserError(f"--{key} needs a value")
     return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
 
 
@@ -129,7 +130,7 @@ def teacher_override(value: str) -> dict[str, str]:
     if value in ("trained", "planted"):
         return {"teacher": value}
     if not Path(value).is_dir():
-        raise ValueError(f"no teacher folder {value!r}: give a folder (or, for parity-mlp, trained or planted)")
+        raise UserError(f"no teacher folder {value!r}: give a folder (or, for parity-mlp, trained or planted)")
     return {"teacher_path": value}
 
 

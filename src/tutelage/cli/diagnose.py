@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tutelage.cli.compare import progress, read_overrides, teacher_override
 from tutelage.cli.parsing import Parser
-from tutelage.experiments.diagnose import diagnose_language, diagnose_parity
-from tutelage.experiments.recipes import resolve
-from tutelage.tasks.default import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
+from tutelage.core.errors import UserError
+from tutelage.reproduction.diagnose import diagnose_language, diagnose_parity
+from tutelage.reproduction.recipes import resolve
+from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
 
 
 def diagnose_command(arguments: Sequence[str]) -> None:
@@ -43,11 +44,11 @@ def diagnose_command(arguments: Sequence[str]) -> None:
         print(f"\ntable: {folder / 'fourier.md'}\nplot:  {folder / 'fourier.png'}")
         return
     if rest:
-        raise ValueError(f"unknown option {rest[0]!r}: see tutelage diagnose --help")
+        raise UserError(f"unknown option {rest[0]!r}: see tutelage diagnose --help")
     teacher = options.teacher or DEFAULT_TEACHER
     dataset = options.dataset or (DEFAULT_TEXT if teacher == DEFAULT_TEACHER else None)
     if dataset is None:
-        raise ValueError("name a text, e.g. --dataset corpus.txt")
+        raise UserError("name a text, e.g. --dataset corpus.txt")
     held_out = options.eval_dataset or (DEFAULT_EVAL_TEXT if dataset == DEFAULT_TEXT else None)
     found = diagnose_language(
         teacher,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from tutelage.experiments.options import OneLineErrors
+from tutelage.runs.options import OneLineErrors
 
 
 class Parser(OneLineErrors, argparse.ArgumentParser):

@@ -1,1 +1,4 @@
-"""Blocks, projections, standardisation, stages and losses: torch alone, no Hugging Face."""
+"""The method itself: blocks, projections, standardiser, stages and losses.
+
+Of third parties only torch and numpy are imported here.
+"""

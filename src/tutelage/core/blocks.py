@@ -1,9 +1,9 @@
 """The repeated blocks of a network, and running it only up to one of them.
 
-Public names: `find_blocks`, `Blocks`, `forward_to`, `output_head`, `head_module`, `HEAD`.
+Public names: `find_blocks`, `Blocks`, `forward_to`, `output_head`, `head_module`, `FINAL`.
 
-A *place* is an integer or `HEAD`. Place 0 is what enters the first block (the embedding output, as `hidden_states[0]`
-of transformers), place b the output of block b, and `HEAD` what enters the output head (after the final norm).
+A *place* is an integer or `FINAL`. Place 0 is what enters the first block (the embedding output, as `hidden_states[0]`
+of transformers), place b the output of block b, and `FINAL` what enters the output head (after the final norm).
 
 Shapes: B batch, T positions, D width.
 """
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-HEAD = "head"
+from tutelage.core.errors import UserError
+
+FINAL = "final"
 Place = int | str
 
 # Where a classifier's or a pooled encoder's last linear map usually lives; models with output embeddings say so themselves.
@@ -37,7 +39,7 @@ class Blocks:
     def module(self, model: nn.Module, block: int) -> nn.Module:
         """Block `block` (1-based) of `model`."""
         if not 1 <= block <= len(self):
-            raise ValueError(
+            raise UserError(
                 f"no block {block} in {type(model).__name__}: it has blocks 1 to {len(self)} "
                 f"({self.names[0]} to {self.names[-1]}); list them with `tutelage plan`"
             )
@@ -52,10 +54,10 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
         container: dotted name of the list of blocks, for a model where the search is ambiguous.
 
     Raises:
-        ValueError: no list of blocks, several candidates (they are listed), or `container` is not one.
+        UserError: no list of blocks, several candidates (they are listed), or `container` is not one.
     """
     if hasattr(model, "_first_module") and isinstance(model, nn.Sequential):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} is a pipeline of modules, not a network of blocks: pass its folder, or its transformer "
             "(model[0].auto_model)"
         )
@@ -66,7 +68,7 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
         except AttributeError:
             chosen = None
         if not isinstance(chosen, nn.ModuleList | nn.Sequential) or len(chosen) == 0:
-            raise ValueError(
+            raise UserError(
                 f"{container!r} is not a list of blocks of {type(model).__name__}; "
                 f"candidates: {_describe(candidates) or 'none'}"
             )
@@ -74,7 +76,7 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
     if isinstance(model, nn.Sequential) and len(model) > 0:
         return _names("", model)
     if not candidates:
-        raise ValueError(
+        raise UserError(
             f"found no blocks in {type(model).__name__}: it holds no nn.ModuleList or nn.Sequential of equal modules; "
             "name the list of blocks with `blocks=`"
         )
@@ -82,7 +84,7 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
         depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
         matching = {name: blocks for name, blocks in candidates.items() if len(blocks) == depth}
         if len(matching) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} has several lists of blocks: {_describe(candidates)}; "
                 "name one with `blocks=`, e.g. "
                 f"blocks={next(iter(candidates))!r}"
@@ -91,7 +93,7 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
     ((name, blocks),) = candidates.items()
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if isinstance(depth, int) and len(blocks) < depth and depth % len(blocks) == 0:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} runs its {len(blocks)} block(s) {name!r} {depth // len(blocks)} times over: blocks that "
             "share weights have no places of their own; name a list with `blocks=` if this is a mistake"
         )
@@ -124,27 +126,27 @@ def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None
     """Run `model` up to `place` and return the hidden state there; nothing deeper is executed.
 
     Block b's *raw* output is returned: some models (Llama, GPT-2) apply their final norm to the last entry of
-    `hidden_states`; `HEAD` is the place after that norm. Gradients flow as in a full forward.
+    `hidden_states`; `FINAL` is the place after that norm. Gradients flow as in a full forward.
 
     Args:
         model: the network.
-        place: 0 (embedding output) to the number of blocks, or `HEAD`.
+        place: 0 (embedding output) to the number of blocks, or `FINAL`.
         args, inputs: what the model's own forward takes.
         blocks: `find_blocks(model)`, if the caller has it already.
 
     Returns:
-        The hidden state, (B, T, D) for a transformer; for `HEAD` of a model with no output head, `last_hidden_state`.
+        The hidden state, (B, T, D) for a transformer; for `FINAL` of a model with no output head, `last_hidden_state`.
 
     Raises:
-        ValueError: no such place in this model.
+        UserError: no such place in this model.
     """
-    if place == HEAD:
+    if place == FINAL:
         head = head_module(model)
         if head is None:
             return _first(model(*args, **inputs))
         return _run_until(model, head, before=True, args=args, inputs=inputs)
     if not isinstance(place, int):
-        raise ValueError(f"no place {place!r} in {type(model).__name__}: use a block number or {HEAD!r}")
+        raise UserError(f"no place {place!r} in {type(model).__name__}: use a block number or {FINAL!r}")
     blocks = blocks or find_blocks(model)
     if place == 0:
         return _run_until(model, blocks.module(model, 1), before=True, args=args, inputs=inputs)
@@ -164,7 +166,7 @@ def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inp
             model(*args, **inputs)
         except _Reached as reached:
             return reached.hidden
-    raise ValueError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
+    raise UserError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Curricula: every method is a list of stages.
 
-Public names: `Stage`, `Curriculum`, `extraction`, `one_shot`, `progressive`, `scratch`, `uniform_layer_map`,
-`parse_layer_map`, `METHODS`, `WARM_STARTS`.
+Public names: `HiddenStage`, `OutputStage`, `Stage` (their base), `Curriculum`, `extraction`, `one_shot`, `progressive`,
+`scratch`, `uniform_layer_map`, `parse_layer_map`, `METHODS`, `WARM_STARTS`.
 
 Curriculum extraction is arXiv:2503.17494; progressive distillation and the experimental settings are arXiv:2410.05464.
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.core.blocks import HEAD, Place
+from tutelage.core.blocks import FINAL, Place
+from tutelage.core.errors import UserError
 from tutelage.core.projection import KINDS
 
 METHODS = ("extraction", "one_shot", "progressive", "scratch")
@@ -26,38 +28,98 @@ LayerMap = Sequence[tuple[Place, Place]]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(ABC):
     """One part of a curriculum: what the student matches, and for how many optimiser steps."""
 
-    kind: str
-    """`hidden` (match a projected hidden state) or `output` (match the teacher's output, and labels)."""
     steps: int
     """Optimiser steps."""
-    student_place: Place | None = None
-    """Hidden stages: the student's block (1-based) or `head`."""
-    teacher_place: Place | None = None
-    """Hidden stages: the teacher's block (1-based) or `head`."""
-    teacher_checkpoint: str | None = None
-    """Output stages of progressive distillation: folder of the teacher checkpoint; None is the finished teacher."""
-    label_weight: float = 0.0
-    """Output stages: share of label loss; 1 trains on labels alone and needs no teacher."""
-    learning_rate: float | None = None
-    """Peak learning rate; None takes the run's."""
-    continues: bool = False
-    """Output stages after the first: go on with the previous stage's optimiser and schedule, so that only the teacher's
-    weights change."""
 
     @property
+    @abstractmethod
+    def name(self) -> str:
+        """A short name for logs and plots."""
+
+    @property
+    @abstractmethod
     def needs_teacher(self) -> bool:
-        """Whether a step of this stage runs the teacher."""
-        return self.kind == "hidden" or self.label_weight < 1
+        """Whether a step of this stage needs targets from the teacher."""
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Peak learning rate; None takes the run's."""
+        return None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the stage keeps the optimiser and the schedule of the stage before it."""
+        return False
+
+
+@dataclass(frozen=True)
+class HiddenStage(Stage):
+    """The student matches projected hidden states of the teacher."""
+
+    student_place: Place
+    """The student's block (1-based) or `final`."""
+    teacher_place: Place
+    """The teacher's block (1-based) or `final`."""
+    learning_rate: float | None = None
+    """Peak learning rate; None takes the run's."""
 
     @property
     def name(self) -> str:
-        """A short name for logs and plots."""
-        if self.kind == "hidden":
-            return f"hidden {self.student_place}:{self.teacher_place}"
-        return "labels" if not self.needs_teacher else f"output {self.teacher_checkpoint or ''}".strip()
+        return f"hidden {self.student_place}:{self.teacher_place}"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def at_final(self) -> bool:
+        """Whether the stage pairs the places before the two output heads."""
+        return (self.student_place, self.teacher_place) == (FINAL, FINAL)
+
+
+@dataclass(frozen=True)
+class OutputStage(Stage):
+    """The student matches the teacher's output, and labels."""
+
+    teacher_checkpoint: str | None = None
+    """Progressive distillation: folder of the teacher checkpoint; None is the finished teacher."""
+    label_weight: float = 0.0
+    """Fraction of the loss that is label loss; 1 trains on labels alone and needs no teacher."""
+    learning_rate: float | None = None
+    """Peak learning rate; None takes the run's."""
+    continues: bool = False
+    """Keep the previous output stage's optimiser and schedule, so that only the teacher's weights change."""
+
+    @property
+    def name(self) -> str:
+        if not self.needs_teacher:
+            return "labels"
+        return f"output {self.teacher_checkpoint}" if self.teacher_checkpoint else "output"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.label_weight < 1
+
+
+_KINDS: dict[str, type[HiddenStage] | type[OutputStage]] = {"hidden": HiddenStage, "output": OutputStage}
+
+
+def stage_to_dict(stage: Stage) -> dict[str, Any]:
+    """A stage's fields and `kind`, which says which class it is."""
+    kind = next(kind for kind, cls in _KINDS.items() if type(stage) is cls)
+    return {"kind": kind, **dataclasses.asdict(stage)}
+
+
+def stage_from_dict(fields: Mapping[str, Any]) -> Stage:
+    """The inverse of `stage_to_dict`."""
+    values = dict(fields)
+    kind = values.pop("kind")
+    if kind not in _KINDS:
+        raise UserError(f"a stage has the unknown kind {kind!r}: expected one of {', '.join(_KINDS)}")
+    return _KINDS[kind](**values)
 
 
 @dataclass(frozen=True)
@@ -84,28 +146,16 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError(f"a curriculum needs at least one stage (method {self.method!r} has none)")
+            raise UserError(f"a curriculum needs at least one stage (method {self.method!r} has none)")
         for number, stage in enumerate(self.stages, 1):
-            if stage.kind not in ("hidden", "output"):
-                raise ValueError(f"stage {number} is of unknown kind {stage.kind!r}: use 'hidden' or 'output'")
-            if stage.kind == "hidden" and (stage.student_place is None or stage.teacher_place is None):
-                raise ValueError(f"hidden stage {number} needs both student_place and teacher_place")
-            if stage.steps < 1:
-                raise ValueError(
-                    f"budget too small for the stages: stage {number} ({stage.name}) would get {stage.steps} steps; "
-                    "raise max_steps, or lower stage_fraction, stage_steps or num_stages"
-                )
-            if stage.continues and (number == 1 or {stage.kind, self.stages[number - 2].kind} != {"output"}):
-                raise ValueError(f"stage {number} cannot continue the one before it: both must be output stages")
-            if not 0 <= stage.label_weight <= 1:
-                raise ValueError(f"label_weight is a share from 0 to 1, got {stage.label_weight}")
+            _check_stage(number, stage, self.stages[number - 2] if number > 1 else None)
         _check_choice("projection", self.projection, KINDS)
         _check_choice("normalize", self.normalize, NORMALIZE)
         _check_choice("warm_start", self.warm_start, WARM_STARTS)
         if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+            raise UserError(f"temperature must be positive, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 output, got {self.top_k}")
+            raise UserError(f"top_k must be at least 1 output, got {self.top_k}")
 
     @property
     def total_steps(self) -> int:
@@ -129,16 +179,59 @@ class Curriculum:
             steps += stage.steps
         return steps
 
+    @property
+    def hidden_stages(self) -> list[HiddenStage]:
+        """The stages that match hidden states."""
+        return [stage for stage in self.stages if isinstance(stage, HiddenStage)]
+
+    @property
+    def transplant_stage(self) -> int | None:
+        """Index of the stage after which the output head is transplanted; None without a head transplant.
+
+        Raises:
+            UserError: the warm start needs such a stage and there is none.
+        """
+        if "head" not in self.warm_start:
+            return None
+        for index, stage in enumerate(self.stages):
+            if isinstance(stage, HiddenStage) and stage.at_final:
+                return index
+        raise UserError(
+            f"warm_start={self.warm_start!r} needs a stage that pairs the places before the two output heads: "
+            "end the layer map with final:final, e.g. layer_map='final:final'"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything needed to build this value again, as JSON values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "stages": [stage_to_dict(stage) for stage in self.stages]}
+
     def to_json(self) -> str:
-        """Everything needed to build this value again, as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Curriculum:
+        """The inverse of `to_dict`."""
+        stages = tuple(stage_from_dict(stage) for stage in fields["stages"])
+        return cls(**{**fields, "stages": stages})
 
     @classmethod
     def from_json(cls, text: str) -> Curriculum:
         """The inverse of `to_json`."""
-        fields: dict[str, Any] = json.loads(text)
-        stages = tuple(Stage(**stage) for stage in fields.pop("stages"))
-        return cls(stages=stages, **fields)
+        return cls.from_dict(json.loads(text))
+
+
+def _check_stage(number: int, stage: Stage, before: Stage | None) -> None:
+    if stage.steps < 1:
+        raise UserError(
+            f"budget too small for the stages: stage {number} ({stage.name}) would get {stage.steps} steps; "
+            "raise max_steps, or lower stage_fraction, stage_steps or num_stages"
+        )
+    if stage.continues and not isinstance(before, OutputStage):
+        raise UserError(f"stage {number} cannot continue the one before it: both must be output stages")
+    if isinstance(stage, OutputStage) and not 0 <= stage.label_weight <= 1:
+        raise UserError(f"label_weight must be a fraction from 0 to 1, got {stage.label_weight}")
 
 
 def extraction(
@@ -146,10 +239,8 @@ def extraction(
     teacher_blocks: int,
     steps: int,
     *,
-    layer_map: LayerMap | None = None,
-    num_stages: int | None = None,
-    stage_fraction: float = 0.5,
-    stage_steps: int | Sequence[int] | None = None,
+    layer_map: LayerMap | int | None = None,
+    stage_steps: float | int | Sequence[int] = 0.5,
     stage_learning_rate: float | None = None,
     label_weight: float = 0.0,
     **settings: Any,
@@ -158,44 +249,50 @@ def extraction(
 
     Args:
         student_blocks, teacher_blocks: L_S and L_T.
-        steps: optimiser steps in all.
-        layer_map: pairs (student place, teacher place), both strictly increasing; None takes `uniform_layer_map`.
-        num_stages: number of hidden stages of the uniform map.
-        stage_fraction: share of `steps` given to the hidden stages together, split evenly.
-        stage_steps: steps of every hidden stage (one number) or of each; overrides `stage_fraction`.
+        steps: optimiser steps of the whole curriculum.
+        layer_map: pairs (student place, teacher place), both strictly increasing; a number is the number of hidden stages
+            of the uniform map; None is a hidden stage for every student block.
+        stage_steps: steps of every hidden stage (a whole number) or of each (a list); a number below 1 is the fraction of
+            `steps` that the hidden stages get together, split evenly.
         stage_learning_rate: peak learning rate of the hidden stages; None takes the run's.
-        label_weight: share of label loss in the output stage.
+        label_weight: fraction of label loss in the output stage.
         settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`.
 
     Raises:
-        ValueError: a layer map that is out of range or not increasing, or a budget too small for the stages.
+        UserError: a layer map that is out of range or not increasing, or a budget too small for the stages.
     """
-    if layer_map is not None and num_stages is not None:
-        raise ValueError("give layer_map or num_stages, not both")
-    if layer_map is not None and len(layer_map) == 0:
-        raise ValueError("layer_map is empty: give pairs such as '1:2,head:head', or None for the uniform map")
-    pairs = list(layer_map) if layer_map else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
-    _check_layer_map(pairs, student_blocks, teacher_blocks)
-    if stage_steps is None:
-        if not 0 < stage_fraction < 1:
-            raise ValueError(f"stage_fraction is a share between 0 and 1, got {stage_fraction}")
-        hidden_steps = [round(steps * stage_fraction) // len(pairs)] * len(pairs)
-        hidden_steps[-1] += round(steps * stage_fraction) - sum(hidden_steps)
+    if layer_map is None or isinstance(layer_map, int):
+        pairs = uniform_layer_map(student_blocks, teacher_blocks, layer_map)
     else:
-        hidden_steps = [stage_steps] * len(pairs) if isinstance(stage_steps, int) else list(stage_steps)
-        if len(hidden_steps) != len(pairs):
-            raise ValueError(f"stage_steps has {len(hidden_steps)} entries for {len(pairs)} hidden stages")
-    hidden = [
-        Stage("hidden", count, student, teacher, learning_rate=stage_learning_rate)
-        for count, (student, teacher) in zip(hidden_steps, pairs, strict=True)
-    ]
-    output = Stage("output", steps - sum(hidden_steps), label_weight=label_weight)
+        pairs = list(layer_map)
+    _check_layer_map(pairs, student_blocks, teacher_blocks)
+    counts = _hidden_steps(stage_steps, len(pairs), steps)
+    hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]
+    output = OutputStage(steps - sum(counts), label_weight=label_weight)
     return Curriculum("extraction", (*hidden, output), **settings)
+
+
+def _hidden_steps(stage_steps: float | int | Sequence[int], stages: int, steps: int) -> list[int]:
+    """Steps of each hidden stage."""
+    if isinstance(stage_steps, Sequence):
+        counts = list(stage_steps)
+        if len(counts) != stages:
+            raise UserError(
+                f"stage_steps has {len(counts)} entries for {stages} hidden stages: give one entry for each"
+            )
+        return counts
+    if isinstance(stage_steps, int):
+        return [stage_steps] * stages
+    if not 0 < stage_steps < 1:
+        raise UserError(f"stage_fraction must be a fraction between 0 and 1, got {stage_steps}")
+    counts = [round(steps * stage_steps) // stages] * stages
+    counts[-1] += round(steps * stage_steps) - sum(counts)
+    return counts
 
 
 def one_shot(steps: int, *, label_weight: float = 0.0, **settings: Any) -> Curriculum:
     """Plain distillation: the finished teacher's output alone."""
-    return Curriculum("one_shot", (Stage("output", steps, label_weight=label_weight),), **settings)
+    return Curriculum("one_shot", (OutputStage(steps, label_weight=label_weight),), **settings)
 
 
 def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float = 0.0, **settings: Any) -> Curriculum:
@@ -206,7 +303,7 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
         checkpoints: folders of intermediate teacher checkpoints, early to late.
     """
     if not checkpoints:
-        raise ValueError(
+        raise UserError(
             "progressive distillation needs the teacher's intermediate checkpoints: pass teacher_checkpoints, "
             "or use method='extraction', which needs the finished teacher alone"
         )
@@ -214,7 +311,7 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
     share = steps // len(teachers)
     counts = [share] * (len(teachers) - 1) + [steps - share * (len(teachers) - 1)]
     stages = tuple(
-        Stage("output", count, teacher_checkpoint=teacher, label_weight=label_weight)
+        OutputStage(count, teacher_checkpoint=teacher, label_weight=label_weight)
         for count, teacher in zip(counts, teachers, strict=True)
     )
     return Curriculum("progressive", stages, **settings)
@@ -222,7 +319,7 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
 
 def scratch(steps: int, **settings: Any) -> Curriculum:
     """No teacher: labels alone."""
-    return Curriculum("scratch", (Stage("output", steps, label_weight=1.0),), **settings)
+    return Curriculum("scratch", (OutputStage(steps, label_weight=1.0),), **settings)
 
 
 def uniform_layer_map(
@@ -230,54 +327,60 @@ def uniform_layer_map(
 ) -> list[tuple[Place, Place]]:
     """Student block s_i with teacher block round(s_i * L_T / L_S), for `num_stages` evenly spaced s_i (default: all)."""
     if student_blocks > teacher_blocks:
-        raise ValueError(
+        raise UserError(
             f"the student has {student_blocks} blocks, the teacher {teacher_blocks}: the uniform layer map needs a "
-            "student that is not deeper; give a layer_map such as '1:1,head:head' or a shallower student"
+            "student that is not deeper; give a layer_map such as '1:1,final:final' or a shallower student"
         )
     stages = student_blocks if num_stages is None else num_stages
     if not 1 <= stages <= student_blocks:
-        raise ValueError(f"num_stages must be from 1 to the student's {student_blocks} blocks, got {num_stages}")
+        raise UserError(f"num_stages must be from 1 to the student's {student_blocks} blocks, got {num_stages}")
     students = [round(i * student_blocks / stages) for i in range(1, stages + 1)]
     return [(s, round(s * teacher_blocks / student_blocks)) for s in students]
 
 
 def parse_layer_map(text: str) -> list[tuple[Place, Place]]:
-    """Parse `'1:2,2:4,head:head'` (student:teacher)."""
+    """Parse `'1:2,2:4,final:final'` (student:teacher)."""
 
     def place(word: str) -> Place:
         word = word.strip()
-        if word == HEAD:
-            return HEAD
+        if word == "head":
+            raise UserError(f"layer_map {text!r}: the place before the output head is called {FINAL!r}, not 'head'")
+        if word == FINAL:
+            return FINAL
         if not word.isdigit():
-            raise ValueError(f"layer_map {text!r}: {word!r} is neither a block number nor {HEAD!r}")
+            raise UserError(f"layer_map {text!r}: {word!r} is neither a block number nor {FINAL!r}")
         return int(word)
 
     pairs: list[tuple[Place, Place]] = []
     for pair in text.split(","):
         student, colon, teacher = pair.partition(":")
         if not colon:
-            raise ValueError(f"layer_map {text!r}: {pair!r} is not a student:teacher pair such as 1:2")
+            raise UserError(f"layer_map {text!r}: {pair!r} is not a student:teacher pair such as 1:2")
         pairs.append((place(student), place(teacher)))
     return pairs
 
 
 def _check_layer_map(pairs: LayerMap, student_blocks: int, teacher_blocks: int) -> None:
+    if not pairs:
+        raise UserError("layer_map is empty: give pairs such as '1:2,final:final', or None for the uniform map")
     ranks = []
     for student, teacher in pairs:
         for who, place, last in (("student", student, student_blocks), ("teacher", teacher, teacher_blocks)):
-            if place != HEAD and not (isinstance(place, int) and 1 <= place <= last):
-                raise ValueError(f"layer_map: the {who} has blocks 1 to {last} and {HEAD!r}, not {place!r}")
+            if place != FINAL and not (isinstance(place, int) and 1 <= place <= last):
+                raise UserError(f"layer_map: the {who} has blocks 1 to {last} and {FINAL!r}, not {place!r}")
         ranks.append((_rank(student, student_blocks), _rank(teacher, teacher_blocks)))
     for (s0, t0), (s1, t1) in itertools.pairwise(ranks):
         if s1 <= s0 or t1 <= t0:
             shown = ",".join(f"{s}:{t}" for s, t in pairs)
-            raise ValueError(f"layer_map {shown} is not strictly increasing in both student and teacher")
+            raise UserError(f"layer_map {shown} is not strictly increasing in both student and teacher")
 
 
 def _rank(place: Place, blocks: int) -> int:
-    return blocks + 1 if place == HEAD else int(place)
+    return blocks + 1 if place == FINAL else int(place)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if (name, value) == ("projection", "head"):
+        raise UserError("the projection 'head' is called 'logits': it keeps what the logits depend on")
     if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")
+        raise UserError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tutelage.core.blocks import head_module, output_head
+from tutelage.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class OutputHead:
         """The head of `model`.
 
         Raises:
-            ValueError: the model has no linear output head.
+            UserError: the model has no linear output head.
         """
         head = head_module(model)
         if not isinstance(head, nn.Linear):
             found = output_head(model)
             kind = "none" if found is None else f"{found[0]}, a {type(found[1]).__name__}"
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one: "
                 "load the model with a language-modelling or classification head"
             )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.core.topk import TopK, top_k, top_k_divergence
@@ -84,9 +85,9 @@ def output_loss(
         targets: the teacher's largest outputs at this temperature, in place of its hidden states and head.
     """
     if label_weight > 0 and labels_N is None:
-        raise ValueError("a label_weight above 0 needs labels in the batch")
+        raise UserError("a label_weight above 0 needs labels in the batch")
     if label_weight < 1 and targets is None and (teacher_hidden_NE is None or teacher_head is None):
-        raise ValueError("a label_weight below 1 needs the teacher's hidden states and head")
+        raise UserError("a label_weight below 1 needs the teacher's hidden states and head")
     spec = _OutputSpec(
         student_head, teacher_hidden_NE, teacher_head, labels_N, temperature, label_weight, top_k, targets
     )
@@ -215,9 +216,9 @@ def logits_loss(
 ) -> torch.Tensor:
     """The loss of `output_loss` from logits (..., V) and labels (...), where there are few outputs."""
     if label_weight > 0 and labels is None:
-        raise ValueError("a label_weight above 0 needs labels in the batch")
+        raise UserError("a label_weight above 0 needs labels in the batch")
     if label_weight < 1 and teacher is None:
-        raise ValueError("a label_weight below 1 needs the teacher's logits")
+        raise UserError("a label_weight below 1 needs the teacher's logits")
     loss = torch.zeros((), device=student.device)
     if label_weight < 1:
         assert teacher is not None
@@ -254,4 +255,4 @@ def embedding_loss(student_BE: torch.Tensor, teacher_BE: torch.Tensor, kind: str
         return (1 - F.cosine_similarity(student_BE.float(), teacher_BE.float(), dim=-1)).sum()
     if kind == "mse":
         return (student_BE.float() - teacher_BE.float()).square().mean(-1).sum()
-    raise ValueError(f"unknown embedding_loss {kind!r}: use 'cosine' or 'mse'")
+    raise UserError(f"unknown embedding_loss {kind!r}: use 'cosine' or 'mse'")

@@ -1,10 +1,10 @@
 """Fixed linear maps from the teacher's width to the student's.
 
 Public names: `Projection`, `RandomProjection`, `StackedProjection`, `DataProjection`, `pca_projection`,
-`head_projection`, `RANDOM_KINDS`, `KINDS`.
+`logits_projection`, `RANDOM_KINDS`, `KINDS`.
 
 The paper's projection (arXiv:2503.17494) is `gaussian`: i.i.d. N(0, 1/d_T), drawn from a seed, never trained and never
-stored. `pca` and `head` are contrasts of ours that are computed from calibration statistics and stored.
+stored. `pca` and `logits` are contrasts of ours that are computed from calibration statistics and stored.
 
 Shapes: D teacher width, R projected width; a projection is applied as `hidden @ matrix`, (..., D) -> (..., R).
 """
@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.core.errors import UserError
+
 RANDOM_KINDS = ("gaussian", "orthogonal", "rademacher")
-KINDS = (*RANDOM_KINDS, "pca", "head")
+KINDS = (*RANDOM_KINDS, "pca", "logits")
 
 
 class Projection(ABC):
@@ -87,16 +89,16 @@ class RandomProjection(Projection):
         kind: `gaussian` (entries N(0, 1/d_T), as in the paper), `orthogonal`, or `rademacher` (entries ±1/sqrt(d_T)).
 
     Raises:
-        ValueError: unknown kind, a width below 1, or `orthogonal` with out_features > in_features.
+        UserError: unknown kind, a width below 1, or `orthogonal` with out_features > in_features.
     """
 
     def __init__(self, in_features: int, out_features: int, seed: int | Sequence[int] = 0, kind: str = "gaussian"):
         if kind not in RANDOM_KINDS:
-            raise ValueError(f"unknown random projection {kind!r}: use one of {', '.join(RANDOM_KINDS)}")
+            raise UserError(f"unknown random projection {kind!r}: use one of {', '.join(RANDOM_KINDS)}")
         if in_features < 1 or out_features < 1:
-            raise ValueError(f"a projection needs widths of at least 1, got {in_features} -> {out_features}")
+            raise UserError(f"a projection needs widths of at least 1, got {in_features} -> {out_features}")
         if kind == "orthogonal" and out_features > in_features:
-            raise ValueError(
+            raise UserError(
                 f"an orthogonal projection cannot widen {in_features} to {out_features}: "
                 "use projection='gaussian' or a narrower student"
             )
@@ -150,7 +152,7 @@ def pca_projection(second_moment_DD: torch.Tensor, out_features: int) -> DataPro
     return _spectral(second_moment_DD, None, out_features, "pca")
 
 
-def head_projection(second_moment_DD: torch.Tensor, logit_gram_DD: torch.Tensor, out_features: int) -> DataProjection:
+def logits_projection(second_moment_DD: torch.Tensor, logit_gram_DD: torch.Tensor, out_features: int) -> DataProjection:
     """The directions of the final state that the teacher's logits depend on.
 
     With C the second moment of the standardised state and M = W^T W (W the output head, centred over the vocabulary, in
@@ -162,13 +164,13 @@ def head_projection(second_moment_DD: torch.Tensor, logit_gram_DD: torch.Tensor,
         logit_gram_DD: M.
         out_features: R.
     """
-    return _spectral(second_moment_DD, logit_gram_DD, out_features, "head")
+    return _spectral(second_moment_DD, logit_gram_DD, out_features, "logits")
 
 
 def _spectral(moment: torch.Tensor, gram: torch.Tensor | None, out_features: int, kind: str) -> DataProjection:
     width = len(moment)
     if out_features > width:
-        raise ValueError(
+        raise UserError(
             f"projection={kind!r} cannot widen {width} to {out_features}: use projection='gaussian' or a narrower student"
         )
     moment = moment.double().cpu()

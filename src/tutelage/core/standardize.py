@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tutelage.core.errors import UserError
+
 SINK_FACTOR = 4.0
 
 
@@ -31,7 +33,7 @@ class Standardizer:
     sink_norm: float = float("inf")
     """Positions whose state has a larger Euclidean norm are left out of statistics and loss."""
 
-    changes_nothing: bool = False
+    is_identity: bool = False
     """Whether this is the identity, so that steps need not compute it."""
 
     @classmethod
@@ -44,14 +46,14 @@ class Standardizer:
             sink_factor: multiple of the median norm above which a position is a sink.
 
         Raises:
-            ValueError: fewer than two positions, or states that are not finite.
+            UserError: fewer than two positions, or states that are not finite.
         """
         if len(states_ND) < 2:
-            raise ValueError(f"standardising needs at least 2 calibration positions, got {len(states_ND)}")
+            raise UserError(f"standardising needs at least 2 calibration positions, got {len(states_ND)}")
         states = states_ND.double()
         norms = states.norm(dim=-1)
         if not torch.isfinite(norms).all():
-            raise ValueError("the teacher's hidden states are not finite on the calibration text: check its dtype")
+            raise UserError("the teacher's hidden states are not finite on the calibration text: check its dtype")
         sink_norm = sink_factor * norms.median().item()
         kept = states[norms <= sink_norm]
         mean = kept.mean(0) if center else torch.zeros_like(kept[0])
@@ -63,15 +65,15 @@ class Standardizer:
     @classmethod
     def identity(cls, width: int) -> Standardizer:
         """Changes nothing and finds no sinks: the paper's setting (`normalize="none"`)."""
-        return cls(torch.zeros(width), torch.ones(width), changes_nothing=True)
+        return cls(torch.zeros(width), torch.ones(width), is_identity=True)
 
     def to(self, device: torch.device | str) -> Standardizer:
         """The same statistics on `device`."""
-        return Standardizer(self.mean.to(device), self.scale.to(device), self.sink_norm, self.changes_nothing)
+        return Standardizer(self.mean.to(device), self.scale.to(device), self.sink_norm, self.is_identity)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Standardise `hidden`, (..., D), in float32."""
-        if self.changes_nothing:
+        if self.is_identity:
             return hidden.float()
         return (hidden.float() - self.mean) / self.scale
 

@@ -1,1 +1,4 @@
-"""Tasks: text data, students, and the models of each task. Never imports training."""
+"""Tasks: one class each says how its models are loaded, fed, compared, measured and saved; also data and student presets.
+
+Nothing here trains.
+"""

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel
 
+from tutelage.core.errors import UserError
 from tutelage.core.inputs import usable_positions
-from tutelage.teacher.loading import check_weights, find_file, load_config, load_model
+from tutelage.tasks.loading import check_weights, find_file, load_config, load_model
 
 POOLINGS = ("mean", "cls")
 _DENSE = "2_Dense"
@@ -59,7 +60,7 @@ class EmbeddingModel(nn.Module):
     ):
         super().__init__()
         if pooling not in POOLINGS:
-            raise ValueError(f"unknown pooling {pooling!r}: use one of {', '.join(POOLINGS)}")
+            raise UserError(f"unknown pooling {pooling!r}: use one of {', '.join(POOLINGS)}")
         self.encoder = encoder
         self.pooling, self.normalize = pooling, normalize
         self.head = None if embedding_size is None else nn.Linear(encoder.config.hidden_size, embedding_size)
@@ -73,12 +74,12 @@ class EmbeddingModel(nn.Module):
         """Give an encoder without a head a new one to `embedding_size`, where its own width differs.
 
         Raises:
-            ValueError: it has a head to another width.
+            UserError: it has a head to another width.
         """
         if self.embedding_size == embedding_size:
             return
         if self.head is not None:
-            raise ValueError(
+            raise UserError(
                 f"the student's embeddings have {self.embedding_size} dimensions, the teacher's {embedding_size}: "
                 "use a student without a Dense module, it gets one of the right size"
             )
@@ -162,7 +163,7 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
     """Load an encoder, with pooling and head as its sentence-transformers files say (mean pooling if it has none).
 
     Raises:
-        ValueError: a module or pooling this class does not have.
+        UserError: a module or pooling this class does not have.
     """
     config = load_config(folder, what=what, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     # a T5 encoder is half of an encoder-decoder model
@@ -177,7 +178,7 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
     kinds = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in entries}
     unknown = set(kinds) - set(_MODULES)
     if unknown:
-        raise ValueError(f"{what} {folder!r} has a module of kind {sorted(unknown)[0]}; known: {', '.join(_MODULES)}")
+        raise UserError(f"{what} {folder!r} has a module of kind {sorted(unknown)[0]}; known: {', '.join(_MODULES)}")
     pooling = "mean"
     if "Pooling" in kinds:
         settings = json.loads(_part(folder, f"{kinds['Pooling']}/config.json", what).read_text(encoding="utf-8"))
@@ -186,7 +187,7 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
         if len(chosen) == 1 and chosen[0] in by_key:
             pooling = by_key[chosen[0]]
         elif chosen or settings.get("pooling_mode", "mean") not in POOLINGS:
-            raise ValueError(f"{what} {folder!r} pools by {chosen or settings['pooling_mode']}; known: mean, cls")
+            raise UserError(f"{what} {folder!r} pools by {chosen or settings['pooling_mode']}; known: mean, cls")
         else:
             pooling = settings.get("pooling_mode", "mean")
     weights = _dense_weights(folder, kinds["Dense"], what) if "Dense" in kinds else None
@@ -200,7 +201,7 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
 def _part(folder: str, name: str, what: str) -> Path:
     found = find_file(folder, name)
     if found is None:
-        raise ValueError(f"{what} {folder!r} names {name} in its modules.json but has no such file")
+        raise UserError(f"{what} {folder!r} names {name} in its modules.json but has no such file")
     return found
 
 
@@ -210,7 +211,7 @@ def _dense_weights(folder: str, part: str, what: str) -> dict[str, torch.Tensor]
     config = json.loads(_part(folder, f"{part}/config.json", what).read_text(encoding="utf-8"))
     activation = config.get("activation_function", "Tanh")
     if not activation.endswith("Identity"):
-        raise ValueError(f"{whose} has a Dense module with the activation {activation}; known: Identity (a linear map)")
+        raise UserError(f"{whose} has a Dense module with the activation {activation}; known: Identity (a linear map)")
     if Path(folder).is_dir():
         check_weights(str(Path(folder) / part), what=f"the Dense module of {whose}, folder")
     stored = load_file(_part(folder, f"{part}/model.safetensors", what))

@@ -21,6 +21,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from tutelage.core.errors import UserError
+
 _SPARSITY = 0.1  # of a sparse example's bits, how many are -1
 _CHUNK = 4096
 
@@ -29,21 +31,21 @@ def check_parity(d: int, k: int, support: Sequence[int] | None = None) -> tuple[
     """The support of a (d, k) parity: the one given, or the first k coordinates.
 
     Raises:
-        ValueError: k outside 1..d, or a support that is out of range, repeated, or not of k coordinates.
+        UserError: k outside 1..d, or a support that is out of range, repeated, or not of k coordinates.
     """
     if d < 1:
-        raise ValueError(f"a parity needs at least one bit, got d={d}")
+        raise UserError(f"a parity needs at least one bit, got d={d}")
     if not 1 <= k <= d:
-        raise ValueError(
+        raise UserError(
             f"a parity needs k from 1 to d={d} support coordinates, got k={k}"
             + (" (with k=0 the label is constant)" if k == 0 else "")
         )
     if support is None:
         return tuple(range(k))
     if len(support) != k or len(set(support)) != k:
-        raise ValueError(f"the support {list(support)} is not k={k} different coordinates")
+        raise UserError(f"the support {list(support)} is not k={k} different coordinates")
     if min(support) < 0 or max(support) >= d:
-        raise ValueError(f"the support {list(support)} is out of range: coordinates are 0 to {d - 1}")
+        raise UserError(f"the support {list(support)} is out of range: coordinates are 0 to {d - 1}")
     return tuple(support)
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import BertConfig, GPT2Config
 
+from tutelage.core.errors import UserError
 from tutelage.tasks.pcfg_grammar import Grammar, Strings, build_grammar, hash_words, is_member, sample
 
 __all__ = [
@@ -76,14 +77,14 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
             every string whole.
 
     Raises:
-        ValueError: no rows, a seed out of range, or a `max_length` that leaves nothing to predict.
+        UserError: no rows, a seed out of range, or a `max_length` that leaves nothing to predict.
     """
 
     def __init__(self, grammar: Grammar, count: int, seed: int, max_length: int | None = None):
         if count < 1:
-            raise ValueError(f"a dataset needs a count of at least 1, got {count}")
+            raise UserError(f"a dataset needs a count of at least 1, got {count}")
         if max_length is not None and max_length < 3:
-            raise ValueError(f"max_length {max_length} is too short: <bos> and two more tokens need 3")
+            raise UserError(f"max_length {max_length} is too short: <bos> and two more tokens need 3")
         sample(grammar, 0, seed)  # refuses a wrong seed now, not in a worker
         self.grammar, self.count, self.seed, self.max_length = grammar, count, seed, max_length
 
@@ -135,13 +136,13 @@ def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3, se
             masks depend on the seed and the row alone, whatever the batch: the same at every evaluation.
 
     Raises:
-        ValueError: another task, or a probability or a seed out of range.
+        UserError: another task, or a probability or a seed out of range.
     """
     _check_task(task)
     if not 0 < mask_probability <= 1:
-        raise ValueError(f"mask_probability must be above 0 and at most 1, got {mask_probability}")
+        raise UserError(f"mask_probability must be above 0 and at most 1, got {mask_probability}")
     if seed is not None and not 0 <= seed < 1 << 64:
-        raise ValueError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
+        raise UserError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
     return CausalCollator() if task == "causal_lm" else MaskingCollator(grammar.terminals, mask_probability, seed)
 
 
@@ -207,12 +208,12 @@ def pcfg_config(
         fields: more fields of the config, or other values for those set here.
 
     Raises:
-        ValueError: another task, or a size below 1.
+        UserError: another task, or a size below 1.
     """
     _check_task(task)
     for name, value in (("layers", layers), ("heads", heads), ("head_width", head_width), ("max_length", max_length)):
         if value is not None and value < 1:
-            raise ValueError(f"a model needs {name} of at least 1, got {value}")
+            raise UserError(f"a model needs {name} of at least 1, got {value}")
     width = heads * head_width
     shared = {
         "vocab_size": len(pcfg_tokens(grammar)),
@@ -249,4 +250,4 @@ def pcfg_config(
 
 def _check_task(task: str) -> None:
     if task not in ("masked_lm", "causal_lm"):
-        raise ValueError(f"no task {task!r} on a grammar: use masked_lm or causal_lm")
+        raise UserError(f"no task {task!r} on a grammar: use masked_lm or causal_lm")

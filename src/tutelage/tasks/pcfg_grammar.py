@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tutelage.core.errors import UserError
+
 LONGEST_RULE = 3
 NONE = -1  # fills the third place of a rule of two symbols
 _COVER_ATTEMPTS = 10_000
@@ -27,7 +29,7 @@ class Grammar:
     """A grammar whose symbols live on levels; each level's symbols are numbered from 0.
 
     Raises:
-        ValueError: fewer than two levels, more than one root, or rules that do not fit the levels.
+        UserError: fewer than two levels, more than one root, or rules that do not fit the levels.
     """
 
     levels: tuple[int, ...]
@@ -37,11 +39,11 @@ class Grammar:
 
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or self.levels[0] != 1 or min(self.levels) < 1:
-            raise ValueError(
+            raise UserError(
                 f"levels {self.levels} are no grammar's: they need a single root and at least one level below"
             )
         if len(self.rules) != len(self.levels) - 1:
-            raise ValueError(
+            raise UserError(
                 f"{len(self.levels)} levels need {len(self.levels) - 1} arrays of rules, got {len(self.rules)}"
             )
         frozen = []
@@ -53,13 +55,13 @@ class Grammar:
                 or 0 in table.shape
                 or table.shape[2] != LONGEST_RULE
             ):
-                raise ValueError(
+                raise UserError(
                     f"the rules of level {level} have shape {table.shape}: expected "
                     f"({self.levels[level]}, rules per symbol, {LONGEST_RULE}), rules of two symbols filled with {NONE}"
                 )
             lowest = np.array([0, 0, NONE])
             if (table < lowest).any() or table.max() >= below:
-                raise ValueError(
+                raise UserError(
                     f"a rule of level {level} has a symbol outside 0 to {below - 1}: use the numbers of level {level + 1} "
                     f"({NONE} in the third place only)"
                 )
@@ -108,22 +110,22 @@ def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int =
         rules: rules of each symbol.
 
     Raises:
-        ValueError: an argument out of range, more rules than there are right-hand sides, or too few to use all symbols.
+        UserError: an argument out of range, more rules than there are right-hand sides, or too few to use all symbols.
     """
     for name, value, least in (("levels", levels, 2), ("symbols", symbols, 1), ("rules", rules, 1)):
         if value < least:
-            raise ValueError(f"a grammar needs {name} of at least {least}, got {value}")
+            raise UserError(f"a grammar needs {name} of at least {least}, got {value}")
     _check_seed(seed)
     counts = (1, *[symbols] * (levels - 1))
     available = symbols**2 + symbols**3
     needed = max(counts[:-1]) * rules
     if needed > available:
-        raise ValueError(
+        raise UserError(
             f"{max(counts[:-1])} symbols with {rules} rules each need {needed} different right-hand sides, but {symbols} "
             f"symbols make {available} of length 2 or 3: ask for fewer rules or more symbols"
         )
     if LONGEST_RULE * rules < symbols:
-        raise ValueError(
+        raise UserError(
             f"the root's {rules} rule(s) hold at most {LONGEST_RULE * rules} symbols, level 1 has {symbols} to use: "
             "ask for more rules or fewer symbols"
         )
@@ -141,7 +143,7 @@ def _draw_level(draw: np.random.RandomState, parents: int, rules: int, symbols: 
         table = np.array(list(sides)).reshape(parents, rules, LONGEST_RULE)
         if len(np.setdiff1d(np.arange(symbols), table)) == 0:
             return table
-    raise ValueError(
+    raise UserError(
         f"no draw of {_COVER_ATTEMPTS} used all {symbols} symbols in {parents * rules} rules: ask for more rules or "
         "fewer symbols"
     )
@@ -203,7 +205,7 @@ def sample(grammar: Grammar, strings: int | Sequence[int] | np.ndarray, seed: in
         seed: 0 to 2^64 - 1.
 
     Raises:
-        ValueError: a negative count or number, or a seed out of range.
+        UserError: a negative count or number, or a seed out of range.
     """
     _check_seed(seed)
     if isinstance(strings, (int, np.integer)):
@@ -212,7 +214,7 @@ def sample(grammar: Grammar, strings: int | Sequence[int] | np.ndarray, seed: in
         numbers = np.asarray(strings, dtype=np.int64)
         lowest = numbers.min(initial=0)
     if lowest < 0:
-        raise ValueError(f"strings are counted and numbered from 0, got {lowest}")
+        raise UserError(f"strings are counted and numbered from 0, got {lowest}")
     keys_N = hash_words(hash_words(np.array([seed], dtype=np.uint64), 0), numbers)
     symbols_M = np.zeros(len(numbers), dtype=np.int64)
     offsets = np.arange(len(numbers) + 1)
@@ -239,7 +241,7 @@ def hash_words(keys: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 1 << 64:
-        raise ValueError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
+        raise UserError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
 
 
 # ---- Membership ----

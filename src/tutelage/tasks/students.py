@@ -13,9 +13,10 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from tutelage.core.errors import UserError
+from tutelage.tasks.base import Task, build_task_model, load_task_model, read_json
 from tutelage.tasks.embedding import EmbeddingModel, EmbeddingShape
-from tutelage.tasks.kinds import Task, build_task_model, load_task_model, read_json
-from tutelage.teacher.loading import has_weights, load_config
+from tutelage.tasks.loading import has_weights, load_config
 
 _ALIASES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
 # names of the feed-forward width, by architecture family
@@ -34,7 +35,7 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         teacher: the teacher's configuration.
 
     Raises:
-        ValueError: not a folder, file or preset; an unknown field; a width that does not fit the heads.
+        UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads.
     """
     if is_preset(student):
         return _preset(student, teacher)
@@ -42,7 +43,7 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     if path.is_file():
         fields = read_json(path)
         if not isinstance(fields, dict) or "model_type" not in fields:
-            raise ValueError(f"student config {student!r} has no model_type: it is not a transformers configuration")
+            raise UserError(f"student config {student!r} has no model_type: it is not a transformers configuration")
         return AutoConfig.for_model(**fields)
     return load_config(student, what="student")
 
@@ -71,7 +72,7 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise ValueError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
+            raise UserError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
         settings[_ALIASES.get(key, key)] = yaml.safe_load(value)
     config = copy.deepcopy(teacher)
     common = {own: name for name, own in config.attribute_map.items()}  # GPT-2's n_embd is hidden_size
@@ -79,10 +80,10 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     known = {*config.to_dict(), *config.attribute_map}
     for key in settings:
         if key not in known:
-            raise ValueError(f"student preset {text!r}: {type(config).__name__} has no field {key!r}")
+            raise UserError(f"student preset {text!r}: {type(config).__name__} has no field {key!r}")
     for key, value in settings.items():
         if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"student preset {text!r}: {key} must be a positive whole number, got {value!r}")
+            raise UserError(f"student preset {text!r}: {key} must be a positive whole number, got {value!r}")
     depth, width = config.num_hidden_layers, config.hidden_size
     new_depth = settings.setdefault("num_hidden_layers", depth)
     new_width = settings.setdefault("hidden_size", width)
@@ -96,9 +97,9 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         setattr(config, key, value)
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if new_width % heads and not getattr(config, "head_dim", None):
-        raise ValueError(f"student preset {text!r}: hidden_size {new_width} is not divisible by {heads} heads")
+        raise UserError(f"student preset {text!r}: hidden_size {new_width} is not divisible by {heads} heads")
     if groups and heads % groups:
-        raise ValueError(f"student preset {text!r}: {heads} heads are not divisible by {groups} key/value heads")
+        raise UserError(f"student preset {text!r}: {heads} heads are not divisible by {groups} key/value heads")
     config.name_or_path = ""
     for stale in ("quantization_config", "_name_or_path"):
         if hasattr(config, stale):

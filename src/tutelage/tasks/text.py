@@ -21,8 +21,9 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from tutelage.tasks.kinds import Task
-from tutelage.teacher.store import Store
+from tutelage.core.errors import UserError
+from tutelage.io.store import Store
+from tutelage.tasks.base import Task
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # Documents, or lines, whose tokens are packed as one text.
@@ -37,49 +38,49 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
     """Read a Hub dataset, a folder saved by `datasets`, or a .txt/.jsonl/.parquet file; the latter two also by fsspec URL.
 
     Raises:
-        ValueError: nothing there, another kind of file, a text file that is not UTF-8, or an empty dataset.
+        UserError: nothing there, another kind of file, a text file that is not UTF-8, or an empty dataset.
     """
     file = Path(path)
     if "://" in path:
         data = _read_url(path)
     elif file.is_file():
         if file.suffix not in _BUILDERS:
-            raise ValueError(f"dataset {path!r} ends in {file.suffix!r}: expected .txt, .jsonl or .parquet")
+            raise UserError(f"dataset {path!r} ends in {file.suffix!r}: expected .txt, .jsonl or .parquet")
         if file.stat().st_size == 0:
-            raise ValueError(f"dataset {path!r} is empty: it needs at least one example")
+            raise UserError(f"dataset {path!r} is empty: it needs at least one example")
         if file.suffix != ".parquet":
             _check_utf8(file)
         options: dict[str, Any] = {"keep_linebreaks": True} if file.suffix == ".txt" else {}
         try:
             data = load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train", **options)
         except Exception as error:  # each format has its own
-            raise ValueError(f"could not read {path!r} as {file.suffix}: {_reason(error)}") from error
+            raise UserError(f"could not read {path!r} as {file.suffix}: {_reason(error)}") from error
     elif file.is_dir():
         try:
             data = load_from_disk(path)
         except FileNotFoundError as error:
-            raise ValueError(
+            raise UserError(
                 f"dataset folder {path!r} was not written by datasets' save_to_disk; give a .txt, .jsonl or .parquet file"
             ) from error
         except IndexError as error:  # how `datasets` reads a folder saved without rows
-            raise ValueError(f"dataset {path!r} is empty: it needs at least one example") from error
+            raise UserError(f"dataset {path!r} is empty: it needs at least one example") from error
     elif file.suffix in _BUILDERS:
-        raise ValueError(f"no dataset file {path!r}")
+        raise UserError(f"no dataset file {path!r}")
     else:
         try:
             data = load_dataset(path)
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"no dataset {path!r}: no such file or folder, and the Hub gave none ({_reason(error)})"
             ) from error
     if split is not None:
         if not isinstance(data, DatasetDict) or split not in data:
             have = ", ".join(data) if isinstance(data, DatasetDict) else "no splits"
-            raise ValueError(f"dataset {path!r} has no split {split!r}: it has {have}")
+            raise UserError(f"dataset {path!r} has no split {split!r}: it has {have}")
         data = data[split]
     parts = data.values() if isinstance(data, DatasetDict) else [data]
     if not any(len(part) for part in parts):
-        raise ValueError(f"dataset {path!r} is empty: it needs at least one example")
+        raise UserError(f"dataset {path!r} is empty: it needs at least one example")
     return data
 
 
@@ -90,7 +91,7 @@ def _read_url(url: str) -> Dataset | DatasetDict:
     try:
         return read_dataset(str(store.fetch(name))) if Path(url).suffix in _BUILDERS else load_from_disk(url)
     except Exception as error:  # each file system has its own
-        raise ValueError(f"could not read dataset {url!r}: {_reason(error)}") from error
+        raise UserError(f"could not read dataset {url!r}: {_reason(error)}") from error
 
 
 def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
@@ -99,7 +100,7 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
     A URL may hold a `*`, for many files.
 
     Raises:
-        ValueError: nothing there, another kind of file, or no rows.
+        UserError: nothing there, another kind of file, or no rows.
     """
     suffix = Path(path).suffix
     options: dict[str, Any] = {"split": split or "train", "streaming": True}
@@ -118,9 +119,9 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
     try:
         stream = load_dataset(**{"path": path, **options})
         if next(iter(stream), None) is None:
-            raise ValueError("no file, or none with a row")
+            raise UserError("no file, or none with a row")
     except Exception as error:  # each file system has its own
-        raise ValueError(f"could not stream dataset {path!r}: {_reason(error)}") from error
+        raise UserError(f"could not stream dataset {path!r}: {_reason(error)}") from error
     return stream
 
 
@@ -133,7 +134,7 @@ def _saved_files(url: str, split: str | None) -> list[str]:
             store = Store(url)
         return [f"{url.rstrip('/')}/{file['filename']}" for file in json.loads(store.read("state.json"))["_data_files"]]
     except Exception as error:  # each file system has its own
-        raise ValueError(f"{url!r} is no folder that datasets' save_to_disk wrote: {_reason(error)}") from error
+        raise UserError(f"{url!r} is no folder that datasets' save_to_disk wrote: {_reason(error)}") from error
 
 
 def keep_rows(stream: IterableDataset, count: int) -> Dataset:
@@ -160,7 +161,7 @@ def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Da
         data = train
     count = max(1, round(len(data) * eval_fraction))
     if len(data) <= count:
-        raise ValueError(
+        raise UserError(
             f"the dataset has {len(data)} example(s), too few to hold {count} out for evaluation: "
             "give an --eval_dataset or more data"
         )
@@ -177,7 +178,7 @@ def tokenize(
     example a row. Datasets that have `input_ids` already pass through, checked for length.
 
     Raises:
-        ValueError: a column is missing or of another type, rows are longer than `max_length`, or there is too little
+        UserError: a column is missing or of another type, rows are longer than `max_length`, or there is too little
             text for one block.
     """
     streamed = isinstance(data, IterableDataset)
@@ -186,7 +187,7 @@ def tokenize(
     if "input_ids" in columns:
         longest = max(len(ids) for ids in sample["input_ids"])
         if longest > max_length:
-            raise ValueError(
+            raise UserError(
                 f"the dataset has a sequence of {longest} tokens, the model takes {max_length}: truncate it, "
                 "or pass text and let tutelage tokenise it"
             )
@@ -194,14 +195,14 @@ def tokenize(
     needed = [text_column, *(column for column in task.columns if column != "text")]
     for column in needed:
         if column not in columns:
-            raise ValueError(
+            raise UserError(
                 f"the dataset has no column {column!r} (it has {', '.join(columns)}); "
                 f"task {task.name} needs {' and '.join(needed)}: rename the column or set --text_column"
             )
     _check_column(sample, text_column, "str", "text")
     special = tokenizer.num_special_tokens_to_add() if not task.causal else 1  # a causal model predicts from 1 token on
     if max_length <= special:
-        raise ValueError(f"max_length {max_length} is too short: task {task.name} needs at least {special + 1} tokens")
+        raise UserError(f"max_length {max_length} is too short: task {task.name} needs at least {special + 1} tokens")
     if not task.per_position:
         if "label" in needed:
             _check_column(sample, "label", "int", "class numbers")
@@ -221,16 +222,16 @@ def tokenize(
         **({} if streamed else {"desc": "Packing"}),
     )
     if next(iter(packed), None) is None:
-        raise ValueError(f"the text is too short for one block of {max_length} tokens: lower --max_length or add text")
+        raise UserError(f"the text is too short for one block of {max_length} tokens: lower --max_length or add text")
     return packed
 
 
 def _check_column(data: Dataset, column: str, wanted: str, meaning: str) -> None:
     dtype = str(getattr(data.features[column], "dtype", data.features[column]))
     if wanted not in dtype or dtype.startswith("List"):
-        raise ValueError(f"column {column!r} of the dataset holds {dtype}: expected {meaning}")
+        raise UserError(f"column {column!r} of the dataset holds {dtype}: expected {meaning}")
     if data.data.column(column).null_count:
-        raise ValueError(f"column {column!r} of the dataset has rows without a value: drop them first")
+        raise UserError(f"column {column!r} of the dataset has rows without a value: drop them first")
 
 
 def _is_running_text(data: Dataset, text_column: str, builder: str | None) -> bool:
@@ -323,7 +324,7 @@ def _check_utf8(file: Path) -> None:
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                raise ValueError(
+                raise UserError(
                     f"{file} is not UTF-8: byte {error.object[error.start]:#04x} near offset {offset + error.start}; "
                     f"convert it, e.g. `iconv -f ISO-8859-1 -t UTF-8 {file}`"
                 ) from error

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.core.heads import OutputHead
-from tutelage.tasks.kinds import hidden_size, replica_seeds
-from tutelage.teacher.extracted import ExtractedCurriculum
-from tutelage.teacher.targets import calibrate, load_target_maps, save_target_maps
+from tutelage.targets.extracted import ExtractedCurriculum
+from tutelage.targets.live import calibrate, load_target_maps, save_target_maps
+from tutelage.tasks.base import hidden_size, replica_seeds
 from tutelage.training import warm_start
 from tutelage.training.objective import StageObjective
 
@@ -41,7 +41,7 @@ def prepare_targets(
         width: of the targets; None is the student's.
     """
     teacher, curriculum, student = objective.teacher, objective.curriculum, objective.student
-    if not any(stage.kind == "hidden" for stage in curriculum.stages):
+    if not curriculum.hidden_stages:
         return
     width = hidden_size(student) if width is None else width
     replicas = replica_seeds(student)

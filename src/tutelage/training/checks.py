@@ -19,10 +19,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.files import write_atomically
+from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import usable_positions
-from tutelage.tasks.kinds import Task
+from tutelage.io.files import write_atomically
+from tutelage.tasks.base import Task
 from tutelage.training.records import (
     CURRICULUM_FILE,
     METRICS_FILE,
@@ -39,7 +40,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTraine
     if mine == theirs:
         return
     differing = next((t for t in theirs if mine.get(t) != theirs[t]), None) or next(t for t in mine if t not in theirs)
-    raise ValueError(
+    raise UserError(
         f"student and teacher have different tokenizers ({len(mine)} and {len(theirs)} entries; {differing!r} is "
         f"{mine.get(differing)} in the student's and {theirs.get(differing)} in the teacher's): distillation compares them "
         "token by token; use the teacher's tokenizer for the student"
@@ -59,12 +60,12 @@ def shared_outputs(
     if mine == theirs:
         return None
     if not task.per_position:
-        raise ValueError(f"the student has {mine} classes, the teacher {theirs}: they must be the same classes")
+        raise UserError(f"the student has {mine} classes, the teacher {theirs}: they must be the same classes")
     if tokenizer is None or len(tokenizer) > min(mine, theirs):
         known = (
             "no tokenizer was given to check" if tokenizer is None else f"the tokenizer has {len(tokenizer)} entries"
         )
-        raise ValueError(
+        raise UserError(
             f"the student has {mine} vocabulary entries, the teacher {theirs}, and {known} that the ids they share mean "
             "the same: pass processing_class, and a student with the teacher's vocabulary"
         )
@@ -83,7 +84,7 @@ def check_outputs(model: nn.Module, task: Task) -> None:
     if task.name != "sequence_classification" or config is None:
         return
     if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has {config.num_labels} output(s) and problem_type {config.problem_type!r}: only "
             "classification into one of two or more classes can be distilled"
         )
@@ -94,11 +95,11 @@ def check_dataset(dataset: Any, config: Any, name: str) -> None:
     if dataset is None or not hasattr(dataset, "__len__"):
         return
     if len(dataset) == 0:
-        raise ValueError(f"the {name} dataset is empty: it needs at least one example")
+        raise UserError(f"the {name} dataset is empty: it needs at least one example")
     row = dataset[0]
     if not hasattr(row, "keys") or "input_ids" not in row:
         have = ", ".join(row.keys()) if hasattr(row, "keys") else type(row).__name__
-        raise ValueError(
+        raise UserError(
             f"the {name} dataset has no column 'input_ids' (it has {have}): tokenise it first, "
             "e.g. with tutelage.tasks.text.tokenize"
         )
@@ -115,7 +116,7 @@ def check_dataset(dataset: Any, config: Any, name: str) -> None:
     else:
         longest = max(len(dataset[index]["input_ids"]) for index in range(len(dataset)))
     if longest > positions:
-        raise ValueError(
+        raise UserError(
             f"the {name} dataset has a sequence of {longest} tokens, the model has {positions} positions: "
             "lower max_length"
         )
@@ -123,19 +124,19 @@ def check_dataset(dataset: Any, config: Any, name: str) -> None:
 
 def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:
     """Refuse a projection that cannot map the teacher's width to the student's."""
-    kind, hidden = curriculum.projection, any(stage.kind == "hidden" for stage in curriculum.stages)
+    kind, hidden = curriculum.projection, bool(curriculum.hidden_stages)
     if hidden and student > teacher and kind not in ("gaussian", "rademacher"):
-        raise ValueError(
+        raise UserError(
             f"projection={kind!r} cannot widen {teacher} to {student}: use projection='gaussian' or a narrower student"
         )
 
 
 def require_unused_search(args: Any, curriculum: Curriculum) -> None:
     """Let DDP look for unused parameters where a stage leaves some: those above its block."""
-    if args.world_size == 1 or all(stage.kind != "hidden" for stage in curriculum.stages):
+    if args.world_size == 1 or not curriculum.hidden_stages:
         return
     if args.ddp_find_unused_parameters is False:
-        raise ValueError(
+        raise UserError(
             "ddp_find_unused_parameters=False cannot work: a hidden stage leaves the parameters above it unused"
         )
     args.ddp_find_unused_parameters = True
@@ -144,14 +145,14 @@ def require_unused_search(args: Any, curriculum: Curriculum) -> None:
 def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
     """Refuse a folder that holds another run, or a model that is no run's."""
     if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir {str(output_dir)!r} is a file: choose a folder")
+        raise UserError(f"output_dir {str(output_dir)!r} is a file: choose a folder")
     ours = (output_dir / CURRICULUM_FILE).exists()
     if not ours and any(output_dir.glob("*.safetensors")):
-        raise ValueError(
+        raise UserError(
             f"output_dir {str(output_dir)!r} holds a model that is not from a run of tutelage: choose another folder"
         )
     if ours and not resuming and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"output_dir {str(output_dir)!r} holds another run: choose another folder, go on with it by "
             "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
         )
@@ -162,7 +163,7 @@ def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, o
     record = output_dir / CURRICULUM_FILE
     if record.exists() and resuming:
         if json.loads(record.read_text(encoding="utf-8")) != json.loads(curriculum.to_json()):
-            raise ValueError(
+            raise UserError(
                 f"{output_dir} was trained with another curriculum (see {record}): resume with the settings it began with, "
                 "or choose another output_dir"
             )
@@ -209,7 +210,7 @@ def check_same_run(was: dict[str, str], now: dict[str, str], checkpoint: str) ->
     """Refuse to resume a run from another run's checkpoint."""
     different = [name for name in was if was[name] != now.get(name)]
     if different:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {checkpoint!r} is of a run with another {' and '.join(different)}: resume with what it began with, "
             "or start a new run in another output_dir"
         )

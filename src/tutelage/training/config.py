@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.quantizers import AutoQuantizationConfig
 
-from tutelage.core.blocks import HEAD
+from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import (
     METHODS,
     Curriculum,
@@ -26,6 +26,7 @@ from tutelage.core.curriculum import (
     scratch,
     uniform_layer_map,
 )
+from tutelage.core.errors import UserError
 
 
 @dataclass
@@ -90,7 +91,7 @@ class CurriculumConfig(TrainingArguments):
     layer_map: str | None = field(
         default=None,
         metadata={
-            "help": "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'head:head'; unset is uniform, or head:head where "
+            "help": "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final'; unset is uniform, or final:final where "
             "warm_start transplants the head."
         },
     )
@@ -104,7 +105,7 @@ class CurriculumConfig(TrainingArguments):
         default=None, metadata={"help": "Peak learning rate of hidden stages; unset takes learning_rate."}
     )
     projection: str = field(
-        default="gaussian", metadata={"help": "gaussian (the paper), orthogonal, rademacher, pca or head."}
+        default="gaussian", metadata={"help": "gaussian (the paper), orthogonal, rademacher, pca or logits."}
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed of the random projections."})
     normalize: str = field(default="standardize", metadata={"help": "standardize, or none as in the paper."})
@@ -112,7 +113,7 @@ class CurriculumConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "none (the paper), head, embedding or head+embedding: start from the teacher's weights. Unset is head "
-            "where layer_map ends with head:head or neither layer_map nor num_stages is set, else none."
+            "where layer_map ends with final:final or neither layer_map nor num_stages is set, else none."
         },
     )
     calibration_samples: int = field(default=64, metadata={"help": "Training examples the calibration pass reads."})
@@ -138,23 +139,23 @@ class CurriculumConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+            raise UserError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.embedding_loss not in ("cosine", "mse"):
-            raise ValueError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
+            raise UserError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
         if self.teacher_dtype is not None and not isinstance(getattr(torch, self.teacher_dtype, None), torch.dtype):
-            raise ValueError(f"unknown teacher_dtype {self.teacher_dtype!r}: use a torch dtype such as bfloat16")
+            raise UserError(f"unknown teacher_dtype {self.teacher_dtype!r}: use a torch dtype such as bfloat16")
         if self.logits_chunk_size is not None and self.logits_chunk_size < 1:
-            raise ValueError(f"logits_chunk_size must be at least 1 position, got {self.logits_chunk_size}")
+            raise UserError(f"logits_chunk_size must be at least 1 position, got {self.logits_chunk_size}")
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+            raise UserError(f"temperature must be positive and finite, got {self.temperature}")
         for name in ("learning_rate", "stage_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < float("inf"):
-                raise ValueError(f"{name} must be a number from 0 up, got {rate}")
+                raise UserError(f"{name} must be a number from 0 up, got {rate}")
         if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor has no part in the losses here: use temperature or label_weight")
+            raise UserError("label_smoothing_factor has no part in the losses here: use temperature or label_weight")
         if self.calibration_samples < 1:
-            raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
+            raise UserError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
         # The trainer stops at a loss that is not finite; the filter would hide it.
@@ -173,7 +174,7 @@ class CurriculumConfig(TrainingArguments):
         """What `load_model` is told about the teacher.
 
         Raises:
-            ValueError: `teacher_quantization` is not JSON, or of a kind that transformers does not know.
+            UserError: `teacher_quantization` is not JSON, or of a kind that transformers does not know.
         """
         loading: dict[str, Any] = {"dtype": self.teacher_dtype, "trust_remote_code": self.trust_remote_code}
         if self.teacher_device_map is not None:
@@ -182,7 +183,7 @@ class CurriculumConfig(TrainingArguments):
             try:
                 loading["quantization_config"] = AutoQuantizationConfig.from_dict(json.loads(self.teacher_quantization))
             except (json.JSONDecodeError, ValueError, TypeError, AttributeError, ImportError) as error:
-                raise ValueError(
+                raise UserError(
                     f"teacher_quantization {self.teacher_quantization!r} cannot be used: {error}"
                 ) from error
         return loading
@@ -199,12 +200,12 @@ class CurriculumConfig(TrainingArguments):
             default_warm_start: of extraction with no blocks named, where `warm_start` is unset.
 
         Raises:
-            ValueError: whatever the builders refuse.
+            UserError: whatever the builders refuse.
         """
         layer_map = parse_layer_map(self.layer_map) if self.layer_map else None
         num_stages, warm_start = self.num_stages, self.warm_start
         if warm_start is None:
-            chosen_blocks = num_stages is not None or (layer_map is not None and (HEAD, HEAD) not in layer_map)
+            chosen_blocks = num_stages is not None or (layer_map is not None and (FINAL, FINAL) not in layer_map)
             warm_start = "none" if chosen_blocks else default_warm_start
         settings = {
             "projection": self.projection,
@@ -218,7 +219,7 @@ class CurriculumConfig(TrainingArguments):
         if self.method == "scratch":
             return scratch(steps, **settings)
         if teacher_blocks is None:
-            raise ValueError(f"method {self.method!r} needs a teacher: pass teacher_model (or use method='scratch')")
+            raise UserError(f"method {self.method!r} needs a teacher: pass teacher_model (or use method='scratch')")
         if self.method == "one_shot":
             return one_shot(steps, label_weight=self.label_weight, **settings)
         if self.method == "progressive":
@@ -226,16 +227,18 @@ class CurriculumConfig(TrainingArguments):
         if layer_map is None and "head" in warm_start:
             # a transplanted head needs the stage that teaches its input; uniform stages come before it if asked for
             uniform = [] if num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
-            layer_map, num_stages = [*uniform, (HEAD, HEAD)], None
-        stage_steps = self.stage_steps
+            layer_map, num_stages = [*uniform, (FINAL, FINAL)], None
+        if layer_map is not None and num_stages is not None:
+            raise UserError("give layer_map or num_stages, not both")
+        stage_steps: Any = self.stage_fraction if self.stage_steps is None else self.stage_steps
+        if isinstance(stage_steps, list) and len(stage_steps) == 1:
+            stage_steps = stage_steps[0]
         return extraction(
             student_blocks,
             teacher_blocks,
             steps,
-            layer_map=layer_map,
-            num_stages=num_stages,
-            stage_fraction=self.stage_fraction,
-            stage_steps=stage_steps[0] if stage_steps and len(stage_steps) == 1 else stage_steps,
+            layer_map=num_stages if layer_map is None else layer_map,
+            stage_steps=stage_steps,
             stage_learning_rate=self.stage_learning_rate,
             label_weight=self.label_weight,
             **settings,

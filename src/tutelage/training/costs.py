@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tutelage.core.blocks import HEAD
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import HiddenStage
 from tutelage.core.inputs import at_positions, batch_positions, label_positions
 from tutelage.training.objective import StageObjective
 
@@ -64,14 +65,14 @@ def _teacher_flops(objective: StageObjective, batch: dict[str, Any]) -> int:
         return 0
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        if stage.kind == "hidden":
+        if isinstance(stage, HiddenStage):
             target_map = objective.maps[objective.stage_index]
-            assert target_map is not None and stage.teacher_place is not None
+            assert target_map is not None
             target_map(teacher.hidden(stage.teacher_place, batch))
         elif objective.task.whole:
             teacher.output(batch)
         else:
-            state = teacher.hidden(HEAD, batch)
+            state = teacher.hidden(FINAL, batch)
             if objective.task.per_position:
                 state = at_positions(state, label_positions(batch, objective.task.causal)[0])
             head = objective.teacher_head

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tutelage.core.blocks import HEAD, forward_to
+from tutelage.core.blocks import FINAL, forward_to
+from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import label_positions, last_token, model_inputs, output_tensor
 from tutelage.core.losses import logits_metrics, output_metrics
-from tutelage.tasks.kinds import Task
-from tutelage.teacher.rows import OUTPUT
-from tutelage.teacher.targets import LiveTeacher
+from tutelage.targets.live import LiveTeacher
+from tutelage.targets.rows import OUTPUT
+from tutelage.tasks.base import Task
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,7 +53,7 @@ def evaluate_batches(
         pairs = []
         for batch in batches:
             if teacher is None and OUTPUT not in batch:
-                raise ValueError("an embedding model is measured against its teacher: give one")
+                raise UserError("an embedding model is measured against its teacher: give one")
             mine = student(**model_inputs(student, batch))
             theirs = batch[OUTPUT] if teacher is None else teacher.output(batch)
             pairs.append((gather(mine.float()).cpu(), gather(theirs.float()).cpu()))
@@ -67,7 +68,7 @@ def evaluate_batches(
         count += float(per_example[:, -1].sum())
         on_step()
     if count == 0:
-        raise ValueError("nothing to evaluate: the evaluation set has no labelled position")
+        raise UserError("nothing to evaluate: the evaluation set has no labelled position")
     metrics = _named(totals / count, teacher is not None)
     if task.per_position:
         metrics["perplexity"] = perplexity(metrics["loss"])
@@ -120,8 +121,8 @@ def _per_example(
 
     Kept by example so that gathering over devices can drop the rows that only fill up the last batch.
     """
-    state = forward_to(student, HEAD, **model_inputs(student, batch))
-    teacher_state = teacher.hidden(HEAD, batch) if teacher is not None else None
+    state = forward_to(student, FINAL, **model_inputs(student, batch))
+    teacher_state = teacher.hidden(FINAL, batch) if teacher is not None else None
     if task.per_position:
         mask, labels = label_positions(batch, task.causal)
         rows = mask.nonzero()[:, 0]
@@ -131,7 +132,7 @@ def _per_example(
         teacher_state = None if teacher_state is None else last_token(teacher_state, batch)
         rows = torch.arange(len(state), device=state.device)
     if labels is None:
-        raise ValueError("evaluation needs labels: the evaluation set has none")
+        raise UserError("evaluation needs labels: the evaluation set has none")
     head = OutputHead.of(student, outputs)
     teacher_head = None if teacher is None else OutputHead.of(teacher.model, outputs)
     values = output_metrics(state, head, labels, teacher_state, teacher_head, chunk_size)

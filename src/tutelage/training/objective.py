@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.core.blocks import HEAD, find_blocks, forward_to
-from tutelage.core.curriculum import Curriculum, Stage
+from tutelage.core.blocks import FINAL, find_blocks, forward_to
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import (
     at_positions,
@@ -27,9 +27,9 @@ from tutelage.core.inputs import (
 )
 from tutelage.core.losses import embedding_loss, hidden_loss, logits_loss, output_loss
 from tutelage.core.topk import TopK
-from tutelage.tasks.kinds import Task, hidden_size, trunk
-from tutelage.teacher import rows
-from tutelage.teacher.targets import LiveTeacher, TargetMap
+from tutelage.targets import rows
+from tutelage.targets.live import LiveTeacher, TargetMap
+from tutelage.tasks.base import Task, backbone, hidden_size
 
 
 class StageObjective(nn.Module):
@@ -37,7 +37,7 @@ class StageObjective(nn.Module):
 
     Args:
         student: the model that trains.
-        teacher: where targets come from; None if no stage needs one, or batches bring them along (`tutelage.teacher.rows`).
+        teacher: where targets come from; None if no stage needs one, or batches bring them along (`tutelage.targets.rows`).
         curriculum: the stages.
         task: what the models put out.
         maps: target map of each hidden stage.
@@ -67,7 +67,7 @@ class StageObjective(nn.Module):
         # a tuple hides the teacher and the maps from nn.Module's registration
         self._outside = (teacher, maps, teacher_head)
         self.curriculum, self.task = curriculum, task
-        self.blocks = find_blocks(trunk(student), container)
+        self.blocks = find_blocks(backbone(student), container)
         self.outputs, self.chunk_size, self.embedding_loss = outputs, chunk_size, embedding_loss
         self.stage_index = 0
 
@@ -101,20 +101,25 @@ class StageObjective(nn.Module):
         """The teacher's output head."""
         return self._outside[2] if self.teacher is None else OutputHead.of(self.teacher.model, self.outputs)
 
+    @property
+    def _label_weight(self) -> float:
+        assert isinstance(self.stage, OutputStage)
+        return self.stage.label_weight
+
     def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences."""
         ids = batch.get("input_ids")
         sequences = self.task.plain or self._pooled(self.stage)
-        if self.stage.kind == "hidden" and ids is not None and not sequences:
+        if isinstance(self.stage, HiddenStage) and ids is not None and not sequences:
             mask = batch.get("attention_mask")
             return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()
-        if self.stage.kind == "output" and self.task.per_position:
+        if isinstance(self.stage, OutputStage) and self.task.per_position:
             return label_positions(batch, self.task.causal)[0].sum()
         return torch.tensor(batch_size(batch), device=ids.device if ids is not None else None)
 
     def forward(self, num_items: torch.Tensor | int | None = None, **batch: Any) -> dict[str, torch.Tensor]:
         """Loss of the current stage over `batch`, as a sum divided by `num_items` (default: this batch's own count)."""
-        if self.stage.kind == "hidden":
+        if isinstance(self.stage, HiddenStage):
             loss = self._hidden_stage(batch)
         elif self.task.name == "embedding":
             loss = self._embedding_stage(batch)
@@ -126,13 +131,14 @@ class StageObjective(nn.Module):
         return {"loss": loss / count}
 
     def _pooled(self, stage: Stage) -> bool:
-        """A classifier's `head` place is one pooled state a sequence."""
-        return self.task.name == "sequence_classification" and stage.student_place == HEAD
+        """A classifier's `final` place is one pooled state a sequence."""
+        hidden = isinstance(stage, HiddenStage) and stage.student_place == FINAL
+        return self.task.name == "sequence_classification" and hidden
 
     def hidden_states(self, index: int, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What hidden stage `index` compares: the student's states and their targets, (..., R), and which count, (...)."""
-        stage, network = self.curriculum.stages[index], trunk(self.student)
-        assert stage.student_place is not None
+        stage, network = self.curriculum.stages[index], backbone(self.student)
+        assert isinstance(stage, HiddenStage)
         if rows.STATES in batch:
             target, keep = rows.dequantized(batch), batch[rows.KEEP]
         else:
@@ -143,7 +149,7 @@ class StageObjective(nn.Module):
     def live_states(self, index: int, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Targets of a hidden stage from the teacher, and which positions count."""
         stage, target_map = self.curriculum.stages[index], self.maps[index]
-        assert self.teacher is not None and target_map is not None and stage.teacher_place is not None
+        assert self.teacher is not None and target_map is not None and isinstance(stage, HiddenStage)
         with torch.inference_mode():
             hidden = self.teacher.hidden(stage.teacher_place, batch)
             if self._pooled(stage):
@@ -157,11 +163,11 @@ class StageObjective(nn.Module):
         return hidden_loss(*self.hidden_states(self.stage_index, batch))
 
     def _output_stage(self, batch: dict[str, Any]) -> torch.Tensor:
-        state = forward_to(self.student, HEAD, **model_inputs(self.student, batch))
+        state = forward_to(self.student, FINAL, **model_inputs(self.student, batch))
         teacher_state, teacher_head, stored = None, None, rows.TOP_IDS in batch
         if self.stage.needs_teacher and not stored:
             assert self.teacher is not None
-            teacher_state, teacher_head = self.teacher.hidden(HEAD, batch), self.teacher_head
+            teacher_state, teacher_head = self.teacher.hidden(FINAL, batch), self.teacher_head
         if self.task.per_position:
             mask, labels = label_positions(batch, self.task.causal)
             state = at_positions(state, mask)
@@ -177,7 +183,7 @@ class StageObjective(nn.Module):
             teacher_head,
             labels,
             temperature=self.curriculum.temperature,
-            label_weight=self.stage.label_weight,
+            label_weight=self._label_weight,
             chunk_size=self.chunk_size,
             top_k=self.curriculum.top_k,
             targets=TopK(batch[rows.TOP_IDS], batch[rows.LOG_PROBS], batch[rows.LOG_REST]) if stored else None,
@@ -200,5 +206,5 @@ class StageObjective(nn.Module):
             target,
             batch.get("labels"),
             temperature=self.curriculum.temperature,
-            label_weight=self.stage.label_weight,
+            label_weight=self._label_weight,
         )

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.files import write_atomically
+from tutelage.core.errors import UserError
+from tutelage.io.files import write_atomically
 
 CURRICULUM_FILE = "curriculum.json"
 TARGETS_FILE = "curriculum.safetensors"
@@ -118,17 +119,17 @@ def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means: a folder, True for the newest complete one, else none.
 
     Raises:
-        ValueError: there is none, or it was not written to its end.
+        UserError: there is none, or it was not written to its end.
     """
     if not asked:
         return None
     if asked is True:
         found = last_complete_checkpoint(output_dir)
         if found is None:
-            raise ValueError(f"no complete checkpoint in {str(output_dir)!r} to resume from")
+            raise UserError(f"no complete checkpoint in {str(output_dir)!r} to resume from")
         return found
     if not is_complete(Path(asked)):
-        raise ValueError(
+        raise UserError(
             f"checkpoint {asked!r} is missing or was not written to its end: "
             "resume from an earlier one, or with resume_from_checkpoint=True from the newest complete one"
         )

@@ -18,17 +18,19 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from tutelage.core.curriculum import Curriculum
+from tutelage.core.errors import UserError
 from tutelage.core.inputs import batch_positions, model_inputs
+from tutelage.targets.reading import StoredCollator
+from tutelage.targets.rows import OUTPUT
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
 from tutelage.tasks.text import make_collator
-from tutelage.teacher.rows import OUTPUT
-from tutelage.teacher.stored_rows import StoredCollator
 from tutelage.training import checks
 from tutelage.training.calibration import prepare_targets
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.evaluation import evaluate_batches
 from tutelage.training.meter import Meter
 from tutelage.training.objective import StageObjective
+from tutelage.training.preparation import prepare
 from tutelage.training.records import (
     METRICS_FILE,
     TARGETS_FILE,
@@ -37,11 +39,10 @@ from tutelage.training.records import (
     find_checkpoint,
     last_complete_checkpoint,
 )
-from tutelage.training.setup import prepare
-from tutelage.training.switch import StageSwitch
+from tutelage.training.transition import StageSwitch
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError):
     """The loss or the weights are no longer finite."""
 
 
@@ -57,7 +58,7 @@ class CurriculumTrainer(Trainer):
         curriculum: stages of your own; None builds them from `args`.
 
     Raises:
-        ValueError: anything that cannot work, before any compute is spent.
+        UserError: anything that cannot work, before any compute is spent.
     """
 
     loss_is_scaled_for_ga = True  # losses are divided by the items of the whole optimiser step
@@ -89,7 +90,7 @@ class CurriculumTrainer(Trainer):
             )
             args._n_gpu = 1
         if optimizers != (None, None):
-            raise ValueError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
+            raise UserError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
         setup = prepare(model, teacher_model, args, train_dataset, eval_dataset, processing_class, curriculum)
         self.task, self.teacher = setup.task, setup.teacher
         self.curriculum, self.objective, self.stored = setup.curriculum, setup.objective, setup.stored
@@ -116,7 +117,7 @@ class CurriculumTrainer(Trainer):
             callbacks=callbacks,
         )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
+            raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
         if self.teacher is not None and not hasattr(self.teacher.model, "hf_device_map"):
             self.teacher.model.to(args.device)
 

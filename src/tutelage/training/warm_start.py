@@ -2,7 +2,7 @@
 
 Public names: `transplant_head`, `project_embedding`, `apply_before_training`, `apply_before_output`.
 
-After a hidden stage that pairs `head` with `head`, the student's final state is about z = P^T (h - mean) / scale. With D
+After a hidden stage that pairs `final` with `final`, the student's final state is about z = P^T (h - mean) / scale. With D
 the linear map back from z to the standardised state (least squares over the calibration text; the pseudo-inverse of P
 where the standardised states are white), the teacher's logits W h + b are about W (scale * D^T z + mean) + b, so the
 student's head may start as W diag(scale) D^T with bias W mean + b. This is ours, beyond arXiv:2503.17494.
@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.core.blocks import HEAD
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
+from tutelage.targets.live import LiveTeacher, TargetMap
+from tutelage.tasks.base import backbone, replica_seeds
 from tutelage.tasks.embedding import EmbeddingModel
-from tutelage.tasks.kinds import replica_seeds, trunk
-from tutelage.teacher.targets import LiveTeacher, TargetMap
 from tutelage.training.objective import StageObjective
 
 # Before any training the noise of a student's state is unknown: half of its target's mean square is what the decoder is
@@ -56,7 +57,7 @@ def transplant_head(
 
     Args:
         student_linear: the student's head; rows beyond V (a padded vocabulary) are left alone.
-        standardizer: of the teacher's states at `head`.
+        standardizer: of the teacher's states at `final`.
         decoder_RD: from the student's state to the teacher's standardised one.
         weight_VD, bias_V: the teacher's head; None is the identity (embedding models).
         gain: teacher logit scale over student logit scale.
@@ -85,41 +86,41 @@ def project_embedding(student: nn.Module, teacher: nn.Module, curriculum: Curric
 
 
 def head_stage(curriculum: Curriculum) -> int | None:
-    """Index of the stage that pairs the two `head` places, if the curriculum transplants the head after one."""
+    """Index of the stage that pairs the two `final` places, if the curriculum transplants the head after one."""
     if "head" not in curriculum.warm_start:
         return None
     for index, stage in enumerate(curriculum.stages):
-        if stage.kind == "hidden" and stage.student_place == HEAD and stage.teacher_place == HEAD:
+        if isinstance(stage, HiddenStage) and stage.student_place == FINAL and stage.teacher_place == FINAL:
             return index
-    raise ValueError(
+    raise UserError(
         f"warm_start={curriculum.warm_start!r} needs a stage that pairs the places before the two output heads: "
-        "end the layer map with head:head, e.g. layer_map='head:head'"
+        "end the layer map with final:final, e.g. layer_map='final:final'"
     )
 
 
 def check(
     curriculum: Curriculum, student: nn.Module, teacher: LiveTeacher | None, stored_head: OutputHead | None = None
 ) -> None:
-    """Raise ValueError where the curriculum's warm start cannot be made."""
+    """Raise UserError where the curriculum's warm start cannot be made."""
     if head_stage(curriculum) is not None and (teacher is not None or stored_head is not None):
         if replica_seeds(student) is not None:
-            raise ValueError(f"warm_start={curriculum.warm_start!r} cannot be made for replicated students: use 'none'")
+            raise UserError(f"warm_start={curriculum.warm_start!r} cannot be made for replicated students: use 'none'")
         if not isinstance(student, EmbeddingModel):
             source = stored_head if teacher is None else OutputHead.of(teacher.model)
             assert source is not None
             _check_soft_caps(source, OutputHead.of(student))
         elif student.head is None:
-            raise ValueError(
+            raise UserError(
                 f"warm_start={curriculum.warm_start!r} needs a student with a linear head on its embedding: "
                 "give a student without weights, it gets one, or warm_start='none'"
             )
-    if "embedding" in curriculum.warm_start and not hasattr(trunk(student), "get_input_embeddings"):
-        raise ValueError(f"warm_start={curriculum.warm_start!r} needs a model with token embeddings")
+    if "embedding" in curriculum.warm_start and not hasattr(backbone(student), "get_input_embeddings"):
+        raise UserError(f"warm_start={curriculum.warm_start!r} needs a model with token embeddings")
 
 
 def _check_soft_caps(source: OutputHead, target: OutputHead) -> None:
     if source.softcap != target.softcap:
-        raise ValueError(
+        raise UserError(
             f"the teacher soft-caps its logits at {source.softcap}, the student at {target.softcap}: a head transplant "
             "needs both alike; set final_logit_softcapping in the student or warm_start='none'"
         )
@@ -150,7 +151,7 @@ def apply_before_training(objective: StageObjective) -> None:
     curriculum, student, teacher = objective.curriculum, objective.student, objective.teacher
     if "embedding" in curriculum.warm_start and not is_tied(student):
         assert teacher is not None
-        project_embedding(trunk(student), teacher.trunk, curriculum)
+        project_embedding(backbone(student), teacher.backbone, curriculum)
     if keeps_embedding_fixed(curriculum, student):
         _transplant(objective, _MAX_GAIN)
 

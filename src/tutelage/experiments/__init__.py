@@ -1,1 +1,0 @@
-"""Runs, plans, evaluation and plots."""

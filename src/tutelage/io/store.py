@@ -1,0 +1,156 @@
+"""A folder of files, on this machine or behind any fsspec URL (s3://, gs://, abfs://, ...).
+
+Public names: `Store`, `sha256_of`.
+
+Nothing is ever read half-written: local files are written beside their place, synced and renamed, objects appear when their
+upload is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from tutelage.io.files import replacing, write_atomically
+
+
+def sha256_of(handle: Any) -> str:
+    """SHA-256 of what an open binary file still holds."""
+    digest = hashlib.sha256()
+    while block := handle.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class Store:
+    """Files below a folder or URL.
+
+    Args:
+        url: the folder.
+        kept: fetched files that stay on this machine at a time, where the folder is elsewhere; the oldest goes first.
+    """
+
+    def __init__(self, url: str | Path, kept: int = 8):
+        self.url, self.kept = str(url).rstrip("/"), kept
+        self._fs, self.root = fsspec.core.url_to_fs(self.url)
+        self.local = Path(self.root) if isinstance(self._fs, LocalFileSystem) else None
+        self._fetched: OrderedDict[str, Path] = OrderedDict()
+        self._folder: Path | None = None
+        self._process = os.getpid()
+
+    @property
+    def fs(self) -> Any:
+        """The file system. A forked process, such as a data loader's worker, gets its own, and fetches its own files."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._fs, _ = fsspec.core.url_to_fs(self.url)
+            self._fetched = OrderedDict()
+            # inside the folder of the process that it was forked from, which deletes it
+            self._folder = None if self._folder is None else Path(tempfile.mkdtemp(dir=self._folder))
+        return self._fs
+
+    def __str__(self) -> str:
+        return self.url
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return bool(self.fs.isfile(self._path(name)))
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing at all."""
+        return not (self.fs.exists(self.root) and self.fs.find(self.root))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return int(self.fs.size(self._path(name)))
+
+    def files(self, folder: str) -> list[str]:
+        """Names of the files below a folder."""
+        start = len(self.root.rstrip("/")) + 1
+        if not self.fs.exists(self._path(folder)):
+            return []
+        return sorted(str(path)[start:] for path in self.fs.find(self._path(folder)))
+
+    def read(self, name: str) -> str:
+        """A text file."""
+        return str(self.fs.cat_file(self._path(name)).decode("utf-8"))
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file whole."""
+        if self.local is None:
+            self.fs.pipe_file(self._path(name), text.encode("utf-8"))
+            return
+        path = self.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write to; the file takes its name, whole, when the block ends well."""
+        if self.local is not None:
+            path = self.local / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                yield temporary
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / Path(name).name
+            yield temporary
+            self.fs.put_file(str(temporary), self._path(name))
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        if self.exists(name):
+            self.fs.rm_file(self._path(name))
+
+    def fetch(self, name: str) -> Path:
+        """A file as one on this machine: itself, or a copy that is kept for a while."""
+        if self.local is not None:
+            return self.local / name
+        fs = self.fs
+        if name in self._fetched:
+            self._fetched.move_to_end(name)
+            return self._fetched[name]
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="tutelage-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            fs.get_file(self._path(name), str(temporary))
+        self._fetched[name] = path
+        while len(self._fetched) > self.kept:
+            _, oldest = self._fetched.popitem(last=False)
+            oldest.unlink(missing_ok=True)  # what is mapped from it stays readable
+        return path
+
+    def fetch_folder(self, folder: str) -> Path:
+        """A small folder as one on this machine."""
+        paths = [self.fetch(name) for name in self.files(folder)]
+        return paths[0].parent if paths else Path(self.root) / folder
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a file."""
+        with self.fs.open(self._path(name), "rb") as handle:
+            return sha256_of(handle)
+
+    # a copy in another process fetches its own files
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "kept": self.kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["url"], state["kept"])  # type: ignore[misc]

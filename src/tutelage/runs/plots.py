@@ -1,0 +1,83 @@
+"""Plots of runs, drawn from their metrics files.
+
+Public names: `plot_run`, `plot_comparison`, `save_figure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from tutelage.io.files import replacing
+
+# colour-blind safe (Okabe and Ito)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+AXES = {
+    "tokens": "training tokens",
+    "flops": "training FLOPs, teacher included",
+    "seconds": "training seconds",
+}
+
+
+def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Training loss by stage (each stage has its own loss) and the held-out metric, against steps."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    training = [record for record in records if "loss" in record]
+    for number, stage in enumerate(dict.fromkeys(record["stage"] for record in training)):
+        part = [record for record in training if record["stage"] == stage]
+        axis.plot(
+            [record["step"] for record in part],
+            [record["loss"] for record in part],
+            color=COLORS[number % len(COLORS)],
+            label=f"stage {stage}: {part[0]['stage_name']}",
+        )
+    evaluated = [record for record in records if "eval_loss" in record]
+    if evaluated:
+        axis.plot(
+            [record["step"] for record in evaluated],
+            [record["eval_loss"] for record in evaluated],
+            "k--o",
+            markersize=3,
+            label="held-out loss",
+        )
+    axis.set(xlabel="optimiser steps", ylabel="loss of the stage", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(figure, path)
+
+
+def plot_comparison(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str, metric: str, label: str
+) -> None:
+    """One held-out metric of several runs against tokens and against FLOPs, side by side."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", sharey=True)
+    for axis, x in zip(axes, ("tokens", "flops"), strict=True):
+        for number, (name, records) in enumerate(runs.items()):
+            points = [record for record in records if metric in record]
+            axis.plot(
+                [record[x] for record in points],
+                [record[metric] for record in points],
+                "-o",
+                markersize=3,
+                color=COLORS[number % len(COLORS)],
+                label=name,
+            )
+        axis.set(xlabel=AXES[x])
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel=label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 130) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+    plt.close(figure)

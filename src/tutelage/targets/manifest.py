@@ -1,0 +1,306 @@
+"""An extracted curriculum on disk: shards written whole, a manifest written last, everything checked when read.
+
+Public names: `Manifest`, `Split`, `Shard`, `ShardWriter`, `finish`, `read_manifest`, `check_shards_exist`, `open_split`,
+`verify`, `MANIFEST_FILE`, `FORMAT`.
+
+The folder is a `datasets.DatasetDict` saved to disk (`datasets.load_from_disk` reads it, and so does anything that reads Arrow
+streams): a split for each stage, `calibration` and `evaluation`. Beside it lie `manifest.json`, the teacher's config and
+tokenizer, and what a head transplant needs. While it is being made, `extraction.json` says from what, and each shard has a
+receipt beside it; a shard with a receipt is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, Features, concatenate_datasets
+
+from tutelage.core.errors import UserError
+from tutelage.io.store import Store, sha256_of
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+PROGRESS_FILE = "extraction.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of rows."""
+
+    file: str
+    """Path below the curriculum's folder."""
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a stage, or of calibration or evaluation."""
+
+    name: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def rows(self) -> int:
+        """Examples."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding left out."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk."""
+        return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a curriculum was made from and what it holds."""
+
+    identity: dict[str, Any]
+    """Everything the rows depend on: teacher, tokenizer, data, curriculum, projection width, dtype."""
+    splits: tuple[Split, ...]
+    files: dict[str, str]
+    """SHA-256 of every other file that training reads, by path below the folder."""
+    format: int = FORMAT
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Versions it was made with."""
+
+    def split(self, name: str) -> Split:
+        """A split by name."""
+        for split in self.splits:
+            if split.name == name:
+                return split
+        raise UserError(f"the curriculum holds no {name!r}: it has {', '.join(split.name for split in self.splits)}")
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """The inverse of `dataclasses.asdict` and JSON."""
+        fields = json.loads(text)
+        splits = tuple(Split(s["name"], tuple(Shard(**shard) for shard in s["shards"])) for s in fields.pop("splits"))
+        return cls(splits=splits, **fields)
+
+
+# ---- Writing ----
+
+
+class ShardWriter:
+    """Writes the shards of one split, each whole or not at all; those that are there already are left alone."""
+
+    def __init__(self, store: Store, split: str, count: int, features: Features):
+        self.store, self.split, self.count, self.features = store, split, count, features
+
+    def file(self, number: int) -> str:
+        """Path of a shard below the root."""
+        return f"{self.split}/data-{number:05d}-of-{self.count:05d}.arrow"
+
+    def receipt(self, number: int) -> str:
+        """What says that a shard is whole."""
+        return _receipt_of(self.file(number))
+
+    def done(self, number: int) -> Shard | None:
+        """A shard that was written before."""
+        if not self.store.exists(self.receipt(number)):
+            return None
+        shard = Shard(**json.loads(self.store.read(self.receipt(number))))
+        return shard if is_there(self.store, shard) else None
+
+    def write(self, number: int, batches: Iterable[Mapping[str, pa.Array]]) -> Shard:
+        """Write a shard from column arrays.
+
+        Raises:
+            OSError: the disk is full, say; what was written before stays whole.
+        """
+        schema, rows, tokens = self.features.arrow_schema, 0, 0
+        with self.store.writing(self.file(number)) as path:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as out:
+                for columns in batches:
+                    arrays = [columns[name].cast(schema.field(name).type) for name in schema.names]
+                    batch = pa.record_batch(arrays, schema)
+                    out.write_batch(batch)
+                    rows += batch.num_rows
+                    tokens += len(columns["input_ids"].flatten())
+            with path.open("rb") as written:
+                shard = Shard(self.file(number), rows, tokens, path.stat().st_size, sha256_of(written))
+        self.store.write(self.receipt(number), json.dumps(dataclasses.asdict(shard)))
+        return shard
+
+
+def finish(store: Store, manifest: Manifest, features: Mapping[str, Features]) -> None:
+    """Make the folder a dataset on disk and write the manifest; receipts go."""
+    for split in manifest.splits:
+        state: dict[str, Any] = {
+            "_data_files": [{"filename": Path(shard.file).name} for shard in split.shards],
+            "_fingerprint": hashlib.sha256("".join(s.sha256 for s in split.shards).encode()).hexdigest()[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": split.name,
+        }
+        info = {
+            "features": features[split.name].to_dict(),
+            "description": "",
+            "citation": "",
+            "homepage": "",
+            "license": "",
+        }
+        store.write(f"{split.name}/state.json", json.dumps(state, indent=2))
+        store.write(f"{split.name}/dataset_info.json", json.dumps(info, indent=2))
+    store.write("dataset_dict.json", json.dumps({"splits": [split.name for split in manifest.splits]}))
+    store.write(MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    for split in manifest.splits:
+        for shard in split.shards:
+            store.remove(_receipt_of(shard.file))
+    store.remove(PROGRESS_FILE)
+
+
+def is_there(store: Store, shard: Shard) -> bool:
+    """Whether a shard's file is there, of the size it was written with."""
+    return store.exists(shard.file) and store.size(shard.file) == shard.bytes
+
+
+def reopen(store: Store, manifest: Manifest) -> bool:
+    """Make a finished extraction that has lost shards an unfinished one; False where it has lost none."""
+    shards = [shard for split in manifest.splits for shard in split.shards]
+    kept = [shard for shard in shards if is_there(store, shard)]
+    if len(kept) == len(shards):
+        return False
+    for shard in kept:
+        store.write(_receipt_of(shard.file), json.dumps(dataclasses.asdict(shard)))
+    store.write(PROGRESS_FILE, json.dumps(manifest.identity, indent=1))
+    store.remove(MANIFEST_FILE)
+    return True
+
+
+def _receipt_of(file: str) -> str:
+    return f"{file}.receipt.json"
+
+
+def claim(store: Store, identity: Mapping[str, Any]) -> bool:
+    """Make a folder this extraction's, or find it unfinished by the same one; True where it is finished already.
+
+    Raises:
+        UserError: the folder holds another extraction, or something else.
+    """
+    mine = json.loads(json.dumps(identity))
+    if store.exists(MANIFEST_FILE):
+        theirs, finished = read_manifest(store).identity, True
+    elif store.exists(PROGRESS_FILE):
+        try:
+            theirs, finished = json.loads(store.read(PROGRESS_FILE)), False
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{store}/{PROGRESS_FILE} is damaged ({error}): delete the folder, or choose another --output_dir"
+            ) from error
+    elif not store.is_empty():
+        raise UserError(f"{str(store)!r} is not empty and holds no curriculum: choose another --output_dir")
+    else:
+        store.write(PROGRESS_FILE, json.dumps(mine, indent=1))
+        return False
+    theirs, mine = _unnamed(theirs), _unnamed(mine)
+    if different := [key for key in mine if mine[key] != theirs.get(key)]:
+        raise UserError(
+            f"{str(store)!r} holds the curriculum of another extraction (another {', '.join(different)}): "
+            "give what it began with, or choose another --output_dir"
+        )
+    return finished
+
+
+def _unnamed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without the names of folders and files, which change nothing."""
+    parts = {key: {k: v for k, v in identity[key].items() if k != "name"} for key in ("teacher", "data")}
+    return {**identity, **parts}
+
+
+# ---- Reading ----
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a finished curriculum.
+
+    Raises:
+        UserError: there is none, it is unfinished, or its format is newer than this version reads.
+    """
+    if not store.exists(MANIFEST_FILE):
+        if store.exists(PROGRESS_FILE):
+            raise UserError(
+                f"the extraction in {str(store)!r} is unfinished: run the same `tutelage extract` again, it goes on with the "
+                "missing shards"
+            )
+        raise UserError(f"{str(store)!r} holds no curriculum (no {MANIFEST_FILE}): make one with `tutelage extract`")
+    try:
+        text = store.read(MANIFEST_FILE)
+        version = int(json.loads(text)["format"])
+        if version <= FORMAT:
+            return Manifest.from_json(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{store}/{MANIFEST_FILE} is not a curriculum's manifest ({type(error).__name__}: {error}): copy it again"
+        ) from error
+    raise UserError(
+        f"the curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade tutelage"
+    )
+
+
+def check_shards_exist(store: Store, split: Split) -> None:
+    """Raise UserError where a shard is missing."""
+    for shard in split.shards:
+        if not store.exists(shard.file):
+            raise UserError(
+                f"shard {shard.file} of the curriculum {str(store)!r} is missing: copy it there, or extract again"
+            )
+
+
+def open_split(store: Store, split: Split) -> Dataset:
+    """A split's rows, memory-mapped; what has to be fetched is compared with its checksum.
+
+    Raises:
+        UserError: a shard is missing, of another size than the manifest says, or was fetched and has another checksum.
+    """
+    check_shards_exist(store, split)
+    for shard in split.shards:
+        if store.size(shard.file) != shard.bytes:
+            raise UserError(
+                f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {store.size(shard.file):,} bytes, the "
+                f"manifest says {shard.bytes:,}; copy it again, or extract again"
+            )
+    parts = []
+    for shard in split.shards:
+        path = store.fetch(shard.file)
+        if store.local is None:
+            with path.open("rb") as fetched:
+                _compare(store, shard.file, sha256_of(fetched), shard.sha256)
+        parts.append(Dataset.from_file(str(path)))
+    return concatenate_datasets(parts)
+
+
+def verify(store: Store, manifest: Manifest, shards: bool = True) -> None:
+    """Raise UserError where a file's checksum is not the manifest's; without `shards`, of the small shared files alone."""
+    known = dict(manifest.files)
+    if shards:
+        known |= {shard.file: shard.sha256 for split in manifest.splits for shard in split.shards}
+    for name, expected in known.items():
+        if not store.exists(name):
+            raise UserError(f"{name} of the curriculum {str(store)!r} is missing: copy it there, or extract again")
+        _compare(store, name, store.sha256(name), expected)
+
+
+def _compare(store: Store, name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"{name} of the curriculum {str(store)!r} is damaged (its checksum is not the manifest's): copy it again, or "
+            "delete it and extract again"
+        )

@@ -1,0 +1,221 @@
+"""The rows of a curriculum on disk, in the order in which a run reads them.
+
+Public names: `StoredRows`, `StoredCollator`, `epoch_order`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+
+from tutelage.core.curriculum import Curriculum
+from tutelage.io.store import Store
+from tutelage.targets.extracted import ExtractedCurriculum, StoredBatch
+from tutelage.targets.manifest import Split, check_shards_exist, open_split
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a run reads: who reads which examples of an optimiser step."""
+
+    step_examples: int
+    """G, the examples of an optimiser step over all devices and micro-batches."""
+    batch_size: int
+    """Examples of a device's micro-batch."""
+    devices: int = 1
+    """Devices that take micro-batches in turn."""
+    seed: int = 0
+    """Of the order."""
+
+
+def epoch_order(count: int, seed: int, epoch: int, sequential: bool = False) -> np.ndarray:
+    """The order in which the trainer's sampler reads `count` examples in an epoch."""
+    if sequential:
+        return np.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
+
+
+class StoredRows(torch.utils.data.Dataset[Any]):
+    """The training data of a run from disk, one position for each example of each optimiser step.
+
+    Position p belongs to step p // G and so to a stage. A stage reads its own rows, each once before any comes again:
+
+    - as the trainer would read the data with the teacher at hand, in a run with the seed, stages and steps of the extraction
+      whose files are on this machine;
+    - else in an order drawn from (seed, stage, pass): over all rows where the files are on this machine, and where they are
+      not, shard after shard in a drawn order, each device its own shards, so that a shard is fetched once a pass.
+
+    Args:
+        source: the curriculum.
+        curriculum: the run's stages.
+        width: of the student.
+        reading: sizes and seed.
+    """
+
+    def __init__(self, source: ExtractedCurriculum, curriculum: Curriculum, width: int, reading: Reading):
+        self.source, self.width, self.reading = source, width, reading
+        self.splits = [source.split_of(index) for index in source.stages(curriculum)]
+        local = source.store.local is not None
+        kind = _MappedRows if local else _FetchedRows
+        self.tables = [kind(source.store, source.manifest.split(name)) for name in self.splits]
+        counts = [stage.steps * reading.step_examples for stage in curriculum.stages]
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self.planned = local and self._is_planned(curriculum)
+        self._kept: dict[str, tuple[Any, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.source.identity["longest"])
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Stage and row of a position."""
+        stage = int(np.searchsorted(self.starts, position, side="right")) - 1
+        if self.planned:
+            return stage, self._planned_row(stage, position)
+        passes, index = divmod(position - int(self.starts[stage]), len(self.tables[stage]))
+        order = self._once("pass", (stage, passes), lambda: self._order(stage, passes))
+        return stage, int(order[index])
+
+    def _once(self, name: str, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that is needed many times in a row, made when its key changes."""
+        if name not in self._kept or self._kept[name][0] != key:
+            self._kept[name] = (key, make())
+        return self._kept[name][1]
+
+    def _order(self, stage: int, passes: int) -> np.ndarray:
+        generator = np.random.RandomState([self.reading.seed % 2**32, stage, passes])
+        return self.tables[stage].order(generator, self.reading)
+
+    def _is_planned(self, curriculum: Curriculum) -> bool:
+        identity, extracted = self.source.identity, self.source.curriculum
+        same_steps = [s.steps for s in curriculum.stages] == [s.steps for s in extracted.stages]
+        mine = (self.reading.seed, self.reading.step_examples)
+        return same_steps and mine == (identity["seed"], identity["step_examples"])
+
+    def _planned_row(self, stage: int, position: int) -> int:
+        """Row of the example that the trainer's own sampler draws at a position."""
+        identity = self.source.identity
+        count = int(identity["data"]["rows"])
+        epoch, index = divmod(position, count)
+        order = self._once("epoch", epoch, lambda: epoch_order(count, self.reading.seed, epoch, identity["sequential"]))
+        table = self.tables[stage]
+        assert isinstance(table, _MappedRows), "a planned order is over rows on this machine"
+        row_of = self._once("rows", stage, lambda: _inverse(table.example_ids(), count))
+        return int(row_of[order[index]])
+
+    def __getitems__(self, positions: Sequence[int]) -> StoredBatch:
+        places = [self.place(position) for position in positions]
+        stages = {stage for stage, _ in places}
+        assert len(stages) == 1, "a batch never holds rows of two stages"
+        stage = stages.pop()
+        table = self.tables[stage].take([row for _, row in places])
+        return StoredBatch(table, self.source.form(self.splits[stage]), self.source, self.width)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {"input_ids": self.__getitems__([position]).tensors(0)["input_ids"][0]}
+
+
+def _inverse(values: np.ndarray, count: int) -> np.ndarray:
+    """Where each of `count` values stands."""
+    found = np.full(count, -1, dtype=np.int64)
+    found[values] = np.arange(len(values))
+    return found
+
+
+class _MappedRows:
+    """Rows of a split on this machine, memory-mapped."""
+
+    def __init__(self, store: Store, split: Split):
+        self.data = open_split(store, split).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, rows: list[int]) -> pa.Table:
+        """Some rows, copied."""
+        return self.data[rows]
+
+    def example_ids(self) -> np.ndarray:
+        """Of all rows."""
+        return self.data.data.column("example_id").to_numpy()
+
+    def order(self, generator: np.random.RandomState, reading: Reading) -> np.ndarray:
+        """Of a pass: any."""
+        return generator.permutation(len(self))
+
+
+class _FetchedRows:
+    """Rows of a split behind a URL: a shard is fetched when one of its rows is needed, and checked then."""
+
+    def __init__(self, store: Store, split: Split):
+        self.store, self.split = store, split
+        check_shards_exist(store, split)
+        rows = [shard.rows for shard in split.shards]
+        self.ends = np.cumsum(rows)
+        self.starts = self.ends - rows
+        self._open: OrderedDict[int, Dataset] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _shard(self, number: int) -> Dataset:
+        if number not in self._open:
+            while len(self._open) >= self.store.kept:
+                self._open.popitem(last=False)
+            shard = self.split.shards[number]
+            self._open[number] = open_split(self.store, Split(self.split.name, (shard,))).with_format("arrow")
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def take(self, rows: list[int]) -> pa.Table:
+        """Some rows, copied."""
+        numbers = np.searchsorted(self.ends, rows, side="right")
+        parts = [self._shard(int(n))[[int(row - self.starts[n])]] for n, row in zip(numbers, rows, strict=True)]
+        return pa.concat_tables(parts)
+
+    def order(self, generator: np.random.RandomState, reading: Reading) -> np.ndarray:
+        """Of a pass: shards in a drawn order, dealt to the devices; a device's micro-batches come from its own shards."""
+        shards = generator.permutation(len(self.split.shards))
+
+        def rows_of(numbers: Iterable[int]) -> np.ndarray:
+            parts = [self.starts[n] + generator.permutation(self.split.shards[n].rows) for n in numbers]
+            return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+        streams = _evened([rows_of(shards[device :: reading.devices]) for device in range(reading.devices)])
+        size = reading.batch_size
+        turns = range(0, max(len(stream) for stream in streams), size)
+        return np.concatenate([stream[start : start + size] for start in turns for stream in streams]).astype(np.int64)
+
+
+def _evened(streams: list[np.ndarray]) -> list[np.ndarray]:
+    """The streams with the ends of the longer ones given to the shorter ones."""
+    total = sum(len(stream) for stream in streams)
+    wanted = [total // len(streams) + (index < total % len(streams)) for index in range(len(streams))]
+    spare = np.concatenate([stream[size:] for stream, size in zip(streams, wanted, strict=True)])
+    evened = []
+    for stream, size in zip(streams, wanted, strict=True):
+        missing = max(0, size - len(stream))
+        evened.append(np.concatenate([stream[:size], spare[:missing]]))
+        spare = spare[missing:]
+    return evened
+
+
+class StoredCollator:
+    """Decodes stored batches; other rows go to the run's own collator."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], pad_id: int):
+        self.collator, self.pad_id = collator, pad_id
+
+    def __call__(self, batch: Any) -> dict[str, Any]:
+        return batch.tensors(self.pad_id) if isinstance(batch, StoredBatch) else self.collator(batch)

@@ -1,0 +1,137 @@
+"""Loading models and tokenizers safely.
+
+Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `find_file`, `has_weights`.
+
+Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from tutelage.core.errors import UserError
+
+_SAFE = ("model*.safetensors", "*.gguf")  # the names that `from_pretrained` looks for
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load a model's configuration from a folder or the Hub.
+
+    Raises:
+        UserError: no such folder and nothing on the Hub, or a folder without `config.json`.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"{what} folder {path!r} has no config.json: it is not a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise UserError(f"could not read the config of {what} {path!r}: {_first_line(error)}") from error
+        raise UserError(
+            f"no {what} at {path!r}: it is no folder here, and the Hub gave none ({_first_line(error)}); "
+            "give an existing folder or a Hub name such as org/model"
+        ) from error
+
+
+def check_weights(path: str, *, what: str = "teacher") -> None:
+    """Refuse a local folder whose weights are missing or stored as pickles only."""
+    folder = Path(path)
+    if not folder.is_dir() or _find(folder, _SAFE):
+        return
+    if pickles := _find(folder, _PICKLES):
+        raise UserError(
+            f"{what} {path!r} stores its weights as a pickle ({pickles[0]}), which can run code when loaded: convert it "
+            "with `model.save_pretrained(folder)` (safetensors) in an environment where you trust the file"
+        )
+    raise UserError(f"{what} folder {path!r} holds no weights: expected model.safetensors")
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """A file of a model, from its folder or from the Hub; None where there is none."""
+    if Path(path).exists():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    try:
+        found = cached_file(path, name)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a local folder holds weights in any format, pickles included."""
+    return bool(_find(folder, (*_SAFE, *_PICKLES)))
+
+
+def _find(folder: Path, patterns: Iterable[str]) -> list[str]:
+    return [file.name for pattern in patterns for file in folder.glob(pattern) if file.name != "training_args.bin"]
+
+
+def load_model(
+    path: str,
+    auto_class: Any,
+    *,
+    what: str = "teacher",
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a pretrained model from safetensors.
+
+    Args:
+        path: folder or Hub name.
+        auto_class: the `AutoModelFor...` to load with.
+        what: the model's part, for messages.
+        dtype: parameter dtype; None keeps the checkpoint's.
+        kwargs: further arguments of `from_pretrained` (`device_map`, `quantization_config`, `gguf_file`, ...).
+
+    Raises:
+        UserError: nothing there, a pickle, a folder without weights, weights that do not fit the config, or a teacher
+            whose weights are not all there.
+    """
+    load_config(path, what=what, trust_remote_code=trust_remote_code)
+    check_weights(path, what=what)
+    if "gguf_file" not in kwargs:
+        kwargs["use_safetensors"] = True
+    try:
+        model, info = auto_class.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"could not load {what} {path!r}: {_first_line(error)}") from error
+    # a student may start from an encoder and a new head, and no task reads a pooler that `AutoModel` adds
+    missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
+    if missing and what != "student":
+        raise UserError(
+            f"{what} {path!r} has no weights for {missing[0]}: it was saved without the part that {auto_class.__name__} "
+            "needs; set task to what it was trained for"
+        )
+    return model
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer stored at `path`, padding with its end token if it has no other; None where there is none."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        return None
+    if folder.is_file():
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,1 +1,0 @@
-"""Where targets come from: loading teachers, calibration, and live targets."""

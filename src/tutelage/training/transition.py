@@ -1,0 +1,135 @@
+"""Changing from one stage to the next: teacher weights, warm start, and the parameters that train.
+
+Public names: `StageSwitch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tutelage.core.curriculum import HiddenStage, OutputStage, Stage
+from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.training import warm_start
+from tutelage.training.costs import StageCost, measure_stage
+from tutelage.training.objective import StageObjective
+
+
+class StageSwitch:
+    """Puts objective, student and teacher in the state that a stage needs.
+
+    Args:
+        objective: the objective; the parameters of its student that require gradients now are those that may train.
+    """
+
+    def __init__(self, objective: StageObjective):
+        self.objective = objective
+        self.all = frozenset(name for name, p in objective.student.named_parameters() if p.requires_grad)
+        self.trainable: frozenset[str] = self.all
+        """Parameters that train in the current stage."""
+        self.costs: dict[int, StageCost] = {}
+        """Measured cost of the stages entered so far, by index."""
+        self.entered: int | None = None
+        """Index of the current stage; None before training."""
+        self._teacher_checkpoint: str | None = None
+        self._finished_teacher: dict[str, torch.Tensor] | None = None
+
+    def enter(
+        self,
+        index: int,
+        fresh: bool,
+        example: Callable[[int], dict[str, Any]],
+        calibration: Callable[[], Sequence[dict[str, Any]]],
+    ) -> None:
+        """Make stage `index` the current one.
+
+        Args:
+            index: which.
+            fresh: at its first step, where a warm start applies; False when resuming within it.
+            example: gives a one-row batch of a stage to measure it on.
+            calibration: gives the calibration batches.
+        """
+        objective = self.objective
+        stages = objective.curriculum.stages
+        if fresh and any(stage.needs_teacher for stage in stages):
+            if index == 0:
+                warm_start.apply_before_training(objective)
+            elif isinstance(stages[index], OutputStage) and isinstance(stages[index - 1], HiddenStage):
+                warm_start.apply_before_output(objective, calibration)
+        self._load_teacher(stages[index])
+        objective.stage_index = index
+        self.set_trainable(self.all)
+        self.measure(index, example)
+        self.trainable = self._parameters(index)
+        self.entered = index
+
+    def measure(self, index: int, example: Callable[[int], dict[str, Any]]) -> StageCost:
+        """Cost and reach of a stage, measured once."""
+        if index not in self.costs:
+            self.objective.student.train()
+            self.costs[index] = measure_stage(self.objective, index, example(index))
+        return self.costs[index]
+
+    def set_trainable(self, names: Collection[str]) -> None:
+        """Let exactly `names` require gradients."""
+        for name, parameter in self.objective.student.named_parameters():
+            parameter.requires_grad_(name in names)
+
+    def _load_teacher(self, stage: Stage) -> None:
+        """Progressive distillation: the stage's checkpoint, and at last the finished teacher again."""
+        teacher = self.objective.teacher
+        wanted = stage.teacher_checkpoint if isinstance(stage, OutputStage) else None
+        if teacher is None or wanted == self._teacher_checkpoint:
+            return
+        if self._finished_teacher is None:
+            self._finished_teacher = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+        if wanted is None:
+            teacher.model.load_state_dict(self._finished_teacher)
+            self._finished_teacher = None
+        else:
+            teacher.load_checkpoint(wanted)
+        self._teacher_checkpoint = wanted
+
+    @contextmanager
+    def finished_teacher(self) -> Iterator[None]:
+        """The finished teacher's weights in place, whatever checkpoint the stage learns from."""
+        teacher, finished = self.objective.teacher, self._finished_teacher
+        if teacher is None or finished is None:
+            yield
+            return
+        current = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+        teacher.model.load_state_dict(finished)
+        try:
+            yield
+        finally:
+            teacher.model.load_state_dict(current)
+
+    def _parameters(self, index: int) -> frozenset[str]:
+        """Parameters that train in a stage: those it reaches, less a tied head that must not move.
+
+        Inside the blocks the block number decides, since a part that one example leaves out (an expert) may serve
+        another.
+        """
+        objective = self.objective
+        student, stage, blocks = objective.student, objective.curriculum.stages[index], objective.blocks
+        prefix = "encoder." if isinstance(student, EmbeddingModel) else ""
+        depth = (
+            stage.student_place
+            if isinstance(stage, HiddenStage) and isinstance(stage.student_place, int)
+            else len(blocks)
+        )
+        frozen: set[str] = set()
+        if isinstance(stage, HiddenStage) and warm_start.keeps_embedding_fixed(objective.curriculum, student):
+            embedding = student.get_input_embeddings().weight  # type: ignore[operator]
+            frozen = {name for name, parameter in student.named_parameters() if parameter is embedding}
+
+        def reached(name: str) -> bool:
+            for number, block in enumerate(blocks.names, 1):
+                if name.startswith(f"{prefix}{block}."):
+                    return number <= depth
+            return name in self.costs[index].reached
+
+        return frozenset(name for name in self.all if reached(name) and name not in frozen)

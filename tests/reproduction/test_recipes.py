@@ -1,0 +1,418 @@
+"""Every recipe: its three sizes, its fields, and a comparison at the smallest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import save_llama
+from tutelage.reproduction import teachers
+from tutelage.reproduction.compare import compare
+from tutelage.reproduction.comparison_setting import RecipeFields, System
+from tutelage.reproduction.recipes import RECIPES, SIZES, resolve
+from tutelage.reproduction.recipes.fields import read_fields
+from tutelage.reproduction.recipes.parity import ParityMLPFields, ParityTransformerFields
+from tutelage.reproduction.scaling import SCALING_SIZES, fit_exponent, run_scaling
+from tutelage.tasks.base import TASKS
+
+NAMES = ("parity-mlp", "parity-transformer", "pcfg-mlm", "pcfg-clm", "text-mlm", "text-clm")
+EVERY = [(name, size) for name in NAMES for size in ("smoke", "laptop", "paper")]
+BEST = {
+    "pcfg": "extraction:normalize=standardize",
+    "text": "extraction:layer_map=final:final,warm_start=head,projection=logits,normalize=standardize",
+}
+
+# the smoke sizes, smaller still
+LANGUAGE: dict[str, Any] = {
+    "budget_samples": 96,
+    "eval_every": 48,
+    "eval_samples": 16,
+    "teacher_samples": 128,
+    "teacher_heads": 2,
+    "student_heads": 1,
+}
+SMALLER: dict[str, dict[str, Any]] = {
+    "parity-mlp": {
+        "d": 6,
+        "k": 2,
+        "teacher_width": 64,
+        "student_width": 16,
+        "budget_samples": 3_200,
+        "eval_every": 320,
+        "eval_samples": 128,
+        "stage_samples": 640,
+        "teacher_max_samples": 32_000,
+        "teacher_checkpoint_every": 320,
+    },
+    "parity-transformer": {
+        "d": 4,
+        "k": 2,
+        "teacher_heads": 2,
+        "student_heads": 1,
+        "tuning_seeds": (1000,),
+        "budget_samples": 3_200,
+        "eval_every": 640,
+        "eval_samples": 128,
+        "stage_samples": 320,
+        "teacher_learning_rate": 3e-3,
+        "learning_rates": (3e-3,),
+        "teacher_max_samples": 32_000,
+        "teacher_checkpoint_every": 640,
+    },
+    "pcfg-mlm": {**LANGUAGE, "levels": 3},
+    "pcfg-clm": {**LANGUAGE, "levels": 3},
+    "text-mlm": {**LANGUAGE, "max_length": 16},
+    "text-clm": {**LANGUAGE, "max_length": 16},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the user's teachers nor texts that were fetched."""
+    monkeypatch.setenv("TUTELAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TUTELAGE_ASSETS", str(tmp_path / "assets"))
+
+
+def smaller(name: str, **fields: Any) -> System:
+    return resolve(f"{name}/smoke", {**SMALLER[name], **fields})
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+# ---- Sizes and fields ----
+
+
+def test_all_recipes_are_tested() -> None:
+    assert tuple(RECIPES) == NAMES and SIZES == ("smoke", "laptop", "paper")
+
+
+@pytest.mark.parametrize(("name", "size"), EVERY)
+def test_every_size_has_the_same_fields_and_consistent_numbers(name: str, size: str) -> None:
+    recipe = RECIPES[name]
+    assert tuple(recipe.sizes) == SIZES and recipe.about
+    fields: Any = recipe.sizes[size]
+    assert isinstance(fields, RecipeFields) and type(fields) is type(recipe.sizes["laptop"])
+    assert fields.seeds and fields.learning_rates and not set(fields.seeds) & set(fields.tuning_seeds)
+    for key in ("budget_samples", "eval_every"):  # no example is left over
+        assert getattr(fields, key) % fields.batch_size == 0, key
+    if isinstance(fields, ParityMLPFields | ParityTransformerFields):
+        stages = fields.layers if isinstance(fields, ParityTransformerFields) else 1
+        assert stages * fields.stage_samples < fields.budget_samples
+        assert fields.stage_samples % fields.batch_size == 0
+        assert fields.teacher_factor > 1  # trained past convergence
+        if isinstance(fields, ParityMLPFields):
+            assert fields.student_width < fields.teacher_width
+    if hasattr(fields, "student_heads"):
+        assert fields.student_heads < fields.teacher_heads
+
+
+def test_published_settings_are_the_papers() -> None:
+    mlp, transformer = RECIPES["parity-mlp"].sizes["paper"], RECIPES["parity-transformer"].sizes["paper"]
+    assert (mlp.d, mlp.k, mlp.teacher_width, mlp.student_width) == (100, 6, 50_000, 1000)  # type: ignore[attr-defined]
+    assert (transformer.d, transformer.k, transformer.teacher_heads, transformer.student_heads) == (100, 6, 32, 4)  # type: ignore[attr-defined]
+    for name in ("pcfg-mlm", "text-mlm"):
+        fields: Any = RECIPES[name].sizes["paper"]
+        assert (fields.teacher_heads, fields.student_heads, fields.head_width, fields.batch_size) == (32, 8, 8, 512)
+        assert fields.mask_probability == 0.3
+
+
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name, size in EVERY if not name.startswith("text")])
+def test_every_size_is_a_system(name: str, size: str) -> None:
+    system = resolve(f"{name}/{size}")
+    assert (system.recipe, system.size) == (name, size)
+    assert system.task in TASKS and system.better in ("higher", "lower")
+    assert set(system.methods) <= {"extraction", "one_shot", "progressive", "scratch"}
+    assert {"extraction", "one_shot", "progressive", "scratch"} <= set(system.default_methods)
+    if size == "smoke":
+        seed = system.fields.seeds[0]
+        student = system.make_student([seed])
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(student.parameters(), system.make_student([seed]).parameters(), strict=True)
+        )
+        other = system.make_student([seed + 1])
+        assert not all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
+
+
+def test_the_size_is_laptop_unless_given() -> None:
+    assert resolve("parity-mlp").size == "laptop"
+    fields: Any = resolve("parity-mlp").fields
+    assert (fields.d, fields.k, fields.teacher_width, fields.student_width) == (64, 5, 5000, 100)
+    assert len(fields.seeds) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("parity", {}, "unknown recipe 'parity': there are parity-mlp, parity-transformer, pcfg-mlm, .*--list"),
+        ("parity-mlp/huge", {}, "unknown size 'huge' of parity-mlp: there are smoke, laptop, paper"),
+        ("parity-mlp/smoke", {"heads": 3}, "parity-mlp has no field 'heads': it has seeds, tuning_seeds"),
+        ("parity-mlp/smoke", {"d": "many"}, "cannot read d='many' as int"),
+        ("parity-mlp/smoke", {"d": "8.5"}, "cannot read d='8.5' as int"),
+        ("parity-mlp/smoke", {"d": "inf"}, "cannot read d='inf' as int"),
+        ("parity-mlp/smoke", {"d": "nan"}, "cannot read d='nan' as int"),
+        ("parity-mlp/smoke", {"d": ["8", "9"]}, r"cannot read d=\['8', '9'\] as int"),
+        ("parity-mlp/smoke", {"seeds": "0 x"}, "cannot read seeds='0 x'"),
+        ("parity-mlp/smoke", {"k": "17"}, "a parity needs k from 1 to d=16 support coordinates, got k=17"),
+        ("parity-mlp/smoke", {"k": "0"}, "got k=0"),
+        ("parity-mlp/smoke", {"support": "0 1 16"}, "out of range: coordinates are 0 to 15"),
+        ("parity-transformer/smoke", {"support": "1 1"}, "is not k=2 different coordinates"),
+        ("parity-mlp/smoke", {"teacher": "wise"}, "unknown teacher 'wise': use 'trained' or 'planted'"),
+        ("parity-mlp/smoke", {"match_activation": "both"}, "unknown match_activation 'both'"),
+        ("parity-mlp/smoke", {"batch_size": "0"}, "batch_size"),
+        ("parity-mlp/smoke", {"budget_samples": "-64"}, "budget_samples"),
+        ("parity-mlp/smoke", {"eval_samples": "0"}, "eval_samples"),
+        ("pcfg-mlm/smoke", {"teacher_checkpoints": "0"}, "teacher_checkpoints"),
+    ],
+)
+def test_bad_fields_are_refused(name: str, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(name, overrides)
+
+
+def test_fields_are_read_from_text() -> None:
+    read = read_fields(
+        ParityMLPFields(),
+        {
+            "budget_samples": "2e6",
+            "d": "1_000",
+            "k": 7,
+            "target": "0.95",
+            "seeds": ["3", "4"],
+            "tuning_seeds": "9",
+            "learning_rates": "0.1,1e-2 3",
+            "support": "0 1 2 3 4 5 6",
+            "teacher": "planted",
+        },
+        "parity-mlp",
+    )
+    assert (read.budget_samples, read.d, read.k, read.target) == (2_000_000, 1000, 7, 0.95)
+    assert (read.seeds, read.tuning_seeds, read.learning_rates) == ((3, 4), (9,), (0.1, 0.01, 3.0))
+    assert (read.support, read.teacher) == ((0, 1, 2, 3, 4, 5, 6), "planted")
+    assert all(type(value) is int for value in (read.budget_samples, read.d, *read.seeds, *read.support))
+    assert read.student_width == ParityMLPFields().student_width
+
+
+def test_an_unset_field_is_read_from_text() -> None:
+    assert read_fields(ParityMLPFields(support=(1, 2)), {"support": "none"}, "r").support is None
+    assert read_fields(ParityMLPFields(), {"teacher_path": "a folder"}, "r").teacher_path == "a folder"
+    assert read_fields(ParityMLPFields(), {"seeds": (1, 2), "teacher_path": None}, "r").teacher_path is None
+
+
+def test_every_field_of_every_recipe_is_read_back_from_its_own_text() -> None:
+    count = 0
+    for fields in (*(recipe.sizes["smoke"] for recipe in RECIPES.values()), SCALING_SIZES["smoke"]):
+        for field in dataclasses.fields(fields):
+            value = getattr(fields, field.name)
+            text = (
+                [str(part) for part in value] if isinstance(value, tuple) else "none" if value is None else str(value)
+            )
+            read = read_fields(fields, {field.name: text}, "recipe")
+            assert read == fields and type(getattr(read, field.name)) is type(value), field.name
+            count += 1
+    assert count > 140
+
+
+# ---- The smoke sizes ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_size_runs(name: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All default methods, with a trained teacher and its checkpoints; and once more without training any."""
+    text = {"dataset": str(corpus / "text.txt")} if name.startswith("text") else {}
+    result = compare(smaller(name, **text), tmp_path / "o", log=quiet)
+    assert result["complete"] is True
+    parity = name.startswith("parity")
+    best = () if parity else (BEST[name[:4]],)
+    assert list(result["methods"]) == [
+        "extraction",
+        *best,
+        "one_shot",
+        *(("scratch", "progressive") if name == "parity-mlp" else ("progressive", "scratch")),
+    ]
+    assert (result["metric"], result["better"]) == (("accuracy", "higher") if parity else ("loss", "lower"))
+    assert (
+        math.isfinite(result["teacher"][result["metric"]])
+        and "trained from labels for" in result["teacher"]["description"]
+    )
+    for method, entry in result["methods"].items():
+        assert [run["seed"] for run in entry["runs"]] == result["seeds"]
+        for run in entry["runs"]:
+            assert all(math.isfinite(value) for point in run["curve"] for value in point.values())
+            assert run["curve"][-1]["flops"] > 0
+            if not parity:
+                assert [point["samples"] for point in run["curve"]] == [0, 48, 96]
+                assert {"loss", "accuracy", "perplexity"} <= set(run["final"])
+        kinds = [stage["kind"] for stage in entry["curriculum"]["stages"]]
+        assert ("hidden" in kinds) == method.startswith("extraction")
+    checkpoints = [stage["teacher_checkpoint"] for stage in result["methods"]["progressive"]["curriculum"]["stages"]]
+    assert checkpoints[-1] is None and all(name.startswith("at-") for name in checkpoints[:-1])
+    if not parity:
+        paper, mine = (result["methods"][method]["curriculum"] for method in ("extraction", *best))
+        assert (paper["projection"], paper["normalize"], paper["warm_start"]) == ("gaussian", "none", "none")
+        assert len(paper["stages"]) == 3
+        assert mine["normalize"] == "standardize"
+        if name.startswith("text"):
+            assert [(s.get("student_place"), s.get("teacher_place")) for s in mine["stages"]] == [
+                ("final", "final"),
+                (None, None),
+            ]
+            assert (mine["projection"], mine["warm_start"]) == ("logits", "head")
+        finals = [run["final"]["loss"] for run in result["methods"]["one_shot"]["runs"]]
+        assert result["target"] == sorted(finals)[len(finals) // 2]
+
+    def no_training(*args: Any) -> None:
+        raise AssertionError("the teacher was trained again")
+
+    monkeypatch.setattr(teachers, "_train", no_training)
+    assert compare(smaller(name, **text), tmp_path / "o", log=quiet) == result  # also from a system made anew
+
+
+@pytest.mark.parametrize("name", ["pcfg-clm", "text-mlm"])
+def test_language_data_is_paired_by_seed(name: str) -> None:
+    system = smaller(name)
+    first, again, other = (system.train_data([seed], 96) for seed in (0, 0, 1))
+    rows = [[data[index]["input_ids"] for index in range(20)] for data in (first, again, other)]
+    rows = [[torch.as_tensor(row).tolist() for row in part] for part in rows]
+    assert rows[0] == rows[1] != rows[2]
+    held = {tuple(torch.as_tensor(row["input_ids"]).tolist()) for row in system.eval_data([0])}
+    again = {tuple(torch.as_tensor(row["input_ids"]).tolist()) for row in system.eval_data([1])}
+    assert held == again
+    if name.startswith("text"):  # short strings of a grammar may well repeat
+        assert not held & {tuple(row) for row in rows[0]}
+
+
+def test_text_of_ones_own(tmp_path: Path, corpus: Path) -> None:
+    assert len(smaller("text-clm").train_data([0], 1)) > 10_000  # the embedded text
+    system = smaller("text-clm", dataset=str(corpus / "text.txt"))
+    assert len(system.train_data([0], 1)) + len(system.eval_data([0])) < 500
+    with pytest.raises(ValueError, match="nowhere"):
+        smaller("text-clm", dataset=str(tmp_path / "nowhere.txt"))
+
+
+def test_texts_that_were_fetched_are_used(tmp_path: Path) -> None:
+    alone = len(smaller("text-clm").train_data([0], 1))
+    (tmp_path / "assets" / "wikipedia").mkdir(parents=True)
+    for name, count in (("train", 40), ("heldout", 4)):
+        lines = [json.dumps({"text": f"Number {index} is a number of {name}. " * 10}) for index in range(count)]
+        (tmp_path / "assets" / "wikipedia" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert len(smaller("text-clm").train_data([0], 1)) > alone
+
+
+@pytest.mark.parametrize(("name", "task"), [("pcfg-clm", "llama"), ("parity-transformer", "llama")])
+def test_a_teacher_that_disagrees_is_refused(name: str, task: str, tmp_path: Path) -> None:
+    """A Llama of another vocabulary is a teacher of neither."""
+    folder = save_llama(tmp_path / "llama")
+    with pytest.raises(ValueError, match=r"vocabulary entries|bits|could not load|no weights"):
+        compare(smaller(name, teacher_path=str(folder)), tmp_path / "o", ["one_shot"], log=quiet)
+
+
+def test_a_language_teacher_may_be_given(tmp_path: Path) -> None:
+    first = compare(smaller("pcfg-clm"), tmp_path / "o", ["one_shot"], log=quiet)
+    (trained,) = (tmp_path / "cache" / "teachers").glob("pcfg-clm-*/final")
+    given = compare(smaller("pcfg-clm", teacher_path=str(trained)), tmp_path / "o2", ["one_shot"], log=quiet)
+    assert given["methods"]["one_shot"]["runs"][0]["final"]["loss"] == first["target"]
+    assert "given" in given["teacher"]["description"]
+
+
+# ---- Scaling ----
+
+
+def test_exponent_is_the_slope_that_was_put_in() -> None:
+    points = [(d, [10.0 * d**1.5] * 3) for d in (8, 16, 32, 64)]
+    fit = fit_exponent(points)
+    assert fit["exponent"] == pytest.approx(1.5) and math.exp(fit["intercept"]) == pytest.approx(10.0)
+    assert fit["ci95"] == pytest.approx([1.5, 1.5]) and fit["unreached"] == 0
+
+
+def test_exponents_interval_grows_with_the_noise_and_holds_the_truth() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(scale: float) -> dict[str, Any]:
+        noise = (scale * torch.randn(4, 8, generator=generator)).exp().tolist()
+        return fit_exponent([(d, [d**0.7 * f for f in row]) for d, row in zip((8, 16, 32, 64), noise, strict=True)])
+
+    quiet_fit, loud_fit = noisy(0.02), noisy(0.3)
+    for fit in (quiet_fit, loud_fit):
+        low, high = fit["ci95"]
+        assert low < fit["exponent"] < high and low < 0.7 < high
+    width = [fit["ci95"][1] - fit["ci95"][0] for fit in (quiet_fit, loud_fit)]
+    assert width[0] < width[1] / 5
+
+
+def test_runs_beyond_the_budget_are_counted_not_fitted() -> None:
+    fit = fit_exponent([(8, [80, 80]), (16, [160, None]), (32, [None, None])])
+    assert fit["exponent"] == pytest.approx(1.0) and fit["unreached"] == 3
+    nothing = {"exponent": None, "ci95": [None, None], "intercept": None}
+    assert fit_exponent([(8, [80]), (16, [None])]) == {**nothing, "unreached": 1}
+    assert fit_exponent([]) == {**nothing, "unreached": 0}
+
+
+TINY_SCALING: dict[str, Any] = {
+    "ks": "2",
+    "ds": "6 12",
+    "teacher_width": 64,
+    "student_width": 16,
+    "seeds": "0 1",
+    "budget_samples": 6_400,
+    "eval_every": 640,
+    "stage_samples": 1_280,
+    "target": 0.9,
+}
+
+
+def test_scaling_runs_and_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "o"
+    lines: list[str] = []
+    result = run_scaling("scaling/smoke", TINY_SCALING, folder, log=lines.append)
+    assert json.loads((folder / "scaling.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    assert lines == ["k=2 d=6, planted teacher", "k=2 d=12, planted teacher"]
+    assert (result["recipe"], result["size"], result["settings"]["ds"]) == ("scaling", "smoke", (6, 12))
+    points = {(point["d"], point["method"]): point["samples"] for point in result["points"]}
+    assert set(points) == {(d, method) for d in (6, 12) for method in ("extraction", "one_shot", "scratch")}
+    for (d, method), samples in points.items():
+        alone = json.loads((folder / f"k2-planted-d{d}" / "comparison.json").read_text(encoding="utf-8"))
+        assert samples == [run["samples_to_target"] for run in alone["methods"][method]["runs"]]
+    for fit in result["fits"]:
+        assert (fit["k"], fit["teacher"]) == (2, "planted")
+        expected = fit_exponent([(d, points[d, fit["method"]]) for d in (6, 12)])
+        assert {key: fit[key] for key in expected} == expected
+        assert fit["method"] in result["verdict"]
+        if fit["method"] == "extraction":
+            after = [(d, [n - 1_280 if n and n > 1_280 else None for n in points[d, "extraction"]]) for d in (6, 12)]
+            assert fit["after_stage"] == fit_exponent(after)
+    assert (folder / "scaling.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| 2 | planted | extraction |" in (folder / "report.md").read_text(encoding="utf-8")
+    made = {file: file.stat().st_mtime_ns for file in folder.rglob("run.json")}
+    assert run_scaling("scaling/smoke", TINY_SCALING, folder, log=quiet) == result
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("run.json")} == made
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("scaling/huge", {}, "unknown size 'huge' of scaling: there are smoke, laptop, paper"),
+        ("scaling/smoke", {"ds": "8"}, r"an exponent needs at least two values of ds, got \[8\]"),
+        ("scaling/smoke", {"ds": "8 8"}, "ds"),
+        ("scaling/smoke", {"d": "8"}, "scaling has no field 'd': it has ks, ds"),
+        ("scaling/smoke", {"teachers": "wise"}, "unknown teacher 'wise'"),
+        ("scaling/smoke", {"ks": "9"}, "got k=9"),
+    ],
+)
+def test_bad_scaling_is_refused(name: str, overrides: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_scaling(name, {**TINY_SCALING, **overrides}, tmp_path / "o", log=quiet)
+
+
+def test_scaling_refuses_what_only_its_last_cell_cannot_do_before_the_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got k=7"):
+        run_scaling("scaling/smoke", {**TINY_SCALING, "ks": "2 7"}, tmp_path / "o", log=quiet)
+    assert not list(tmp_path.glob("o/**/run.json"))

@@ -1,0 +1,283 @@
+"""The live teacher, calibration, target maps on disk, and teacher checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
+
+from tests.conftest import VOCAB, bert_config, llama_config, save_llama
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extraction
+from tutelage.core.heads import OutputHead
+from tutelage.core.projection import RANDOM_KINDS, RandomProjection
+from tutelage.core.standardize import SINK_FACTOR
+from tutelage.targets.live import (
+    LiveTeacher,
+    TargetMap,
+    calibrate,
+    check_checkpoint,
+    load_target_maps,
+    save_target_maps,
+)
+from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
+
+WIDTH = 16
+
+
+@pytest.fixture
+def teacher(causal_teacher: Path) -> LiveTeacher:
+    return LiveTeacher(AutoModelForCausalLM.from_pretrained(causal_teacher).train())
+
+
+def batch(rows: int = 8, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tokens; row i is padded from position length - i."""
+    ids = torch.randint(6, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(length) < length - torch.arange(rows).unsqueeze(1)).long()
+    return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask}
+
+
+def maps_of(
+    teacher: LiveTeacher, layer_map: Any = ((1, 2), (FINAL, FINAL)), moment: bool = False, **settings: Any
+) -> tuple[Curriculum, Any]:
+    curriculum = extraction(2, 4, 30, layer_map=list(layer_map), **settings)
+    head = OutputHead.of(teacher.model)
+    return curriculum, calibrate(
+        teacher, curriculum, [batch(seed=1), batch(seed=2)], WIDTH, keep_moment=moment, head=head
+    )
+
+
+# ---- The live teacher ----
+
+
+def test_the_teacher_is_frozen_and_in_evaluation_mode(teacher: LiveTeacher) -> None:
+    assert not any(module.training for module in teacher.model.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not teacher.hidden(2, batch()).requires_grad
+
+
+def test_hidden_states_are_the_models_own(teacher: LiveTeacher) -> None:
+    inputs = batch()
+    with torch.no_grad():
+        states = teacher.model(**inputs, output_hidden_states=True).hidden_states
+    for place in range(4):  # the last entry of Llama's is after the final norm
+        torch.testing.assert_close(teacher.hidden(place, inputs), states[place], rtol=0, atol=0)
+    torch.testing.assert_close(teacher.hidden(FINAL, inputs), states[4], rtol=0, atol=0)
+
+
+def test_an_encoders_stages_run_in_the_encoder() -> None:
+    model = EmbeddingModel(BertModel(bert_config()), embedding_size=12)
+    teacher, inputs = LiveTeacher(model, model.encoder), batch()
+    assert teacher.blocks.names[0] == "encoder.layer.0"
+    assert teacher.hidden(4, inputs).shape == (8, 12, 32)
+    torch.testing.assert_close(teacher.output(inputs), model(**inputs), rtol=0, atol=0)
+
+
+# ---- Calibration ----
+
+
+def test_statistics_are_those_of_the_positions_that_are_no_padding(teacher: LiveTeacher) -> None:
+    _, maps = maps_of(teacher)
+    parts = [batch(seed=1), batch(seed=2)]
+    states = torch.cat([teacher.hidden(2, part)[part["attention_mask"].bool()] for part in parts])
+    assert len(states) == 2 * sum(range(5, 13))
+    expected = states[states.norm(dim=-1) <= SINK_FACTOR * states.norm(dim=-1).median()]
+    torch.testing.assert_close(maps[0].standardizer.mean, expected.mean(0))
+    torch.testing.assert_close(maps[0].standardizer.scale, expected.std(0, correction=0))
+
+
+def test_statistics_do_not_see_sinks(teacher: LiveTeacher) -> None:
+    """A token with a huge embedding makes sinks of its positions."""
+    sink = VOCAB - 1
+    parts = [batch(seed=1), batch(seed=2)]
+    for part in parts:
+        part["input_ids"][part["input_ids"] == sink] = sink - 1
+    curriculum = extraction(2, 4, 30, layer_map=[(1, 1)])
+    (before, _) = calibrate(teacher, curriculum, parts, WIDTH)
+    teacher.model.model.embed_tokens.weight[sink] = 1000.0
+    for part in parts:  # at the end of the first row, where no other position attends to it
+        part["input_ids"] = torch.cat([part["input_ids"], torch.zeros(8, 1, dtype=torch.long)], dim=1)
+        part["attention_mask"] = torch.cat([part["attention_mask"], torch.zeros(8, 1, dtype=torch.long)], dim=1)
+        part["input_ids"][0, -1], part["attention_mask"][0, -1] = sink, 1
+    (after, _) = calibrate(teacher, curriculum, parts, WIDTH)
+    torch.testing.assert_close(after.standardizer.mean, before.standardizer.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(after.standardizer.scale, before.standardizer.scale, rtol=1e-5, atol=1e-6)
+    keep = after.standardizer.keep(teacher.hidden(1, parts[0]))
+    assert not keep[0, -1]
+    assert keep[parts[0]["input_ids"] != sink].all()
+
+
+def test_normalize_none_leaves_states_as_they_are(teacher: LiveTeacher) -> None:
+    curriculum, maps = maps_of(teacher, normalize="none")
+    hidden = teacher.hidden(2, batch())
+    matrix = RandomProjection(32, WIDTH, (curriculum.projection_seed, 2)).matrix()
+    torch.testing.assert_close(maps[0](hidden), hidden @ matrix)
+    assert maps[0].standardizer.keep(1e6 * hidden).all()
+
+
+def test_each_place_has_its_own_random_projection(teacher: LiveTeacher) -> None:
+    for kind in RANDOM_KINDS:
+        curriculum, maps = maps_of(teacher, projection=kind, projection_seed=7)
+        for target_map, number in zip(maps[:2], (2, 5), strict=True):  # `final` is numbered L_T + 1
+            expected = RandomProjection(32, WIDTH, (7, number), kind).matrix()
+            torch.testing.assert_close(target_map.projection.matrix(), expected, rtol=0, atol=0)
+        assert isinstance(curriculum.stages[2], OutputStage)
+        assert maps[2] is None
+
+
+def _unit_directions(target_map: TargetMap) -> torch.Tensor:
+    """The subspace that a projection keeps, as an orthogonal projector, (D, D)."""
+    q, _ = torch.linalg.qr(target_map.projection.matrix().double())
+    return q @ q.T
+
+
+def test_pca_keeps_the_principal_directions(teacher: LiveTeacher) -> None:
+    _, maps = maps_of(teacher, projection="pca")
+    parts = [batch(seed=1), batch(seed=2)]
+    for target_map, place in zip(maps[:2], (2, FINAL), strict=True):
+        states = torch.cat([teacher.hidden(place, part)[part["attention_mask"].bool()] for part in parts])
+        states = target_map.standardizer(states[target_map.standardizer.keep(states)]).double()
+        _, _, v = torch.linalg.svd(states, full_matrices=False)
+        torch.testing.assert_close(_unit_directions(target_map), v[:WIDTH].T @ v[:WIDTH], rtol=1e-4, atol=1e-5)
+        unit = target_map.projection(states.float()).square().mean(0)
+        torch.testing.assert_close(unit, torch.ones(WIDTH), rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_projection_is_built_from_the_teachers_head(teacher: LiveTeacher) -> None:
+    """Of all codes of its width, it has the least squared error in the centred logits: that of a truncated SVD."""
+    _, maps = maps_of(teacher, projection="logits")
+    _, by_variance = maps_of(teacher, projection="pca")
+    standardizer = maps[1].standardizer
+    parts = [batch(seed=1), batch(seed=2)]
+    states = torch.cat([teacher.hidden(FINAL, part)[part["attention_mask"].bool()] for part in parts])
+    states = standardizer(states[standardizer.keep(states)]).double()
+    weight = teacher.model.lm_head.weight.double()
+    logits = states @ ((weight - weight.mean(0)) * standardizer.scale.double()).T
+
+    def error(target_map: TargetMap) -> float:
+        codes = states @ target_map.projection.matrix().double()
+        return (logits - codes @ torch.linalg.lstsq(codes, logits).solution).square().sum().item()
+
+    best = torch.linalg.svdvals(logits)[WIDTH:].square().sum().item()
+    assert error(maps[1]) == pytest.approx(best, rel=1e-4)
+    assert error(by_variance[1]) > 1.05 * best
+    torch.testing.assert_close(_unit_directions(maps[0]), _unit_directions(by_variance[0]))  # a block has no head above
+
+
+# ---- On disk ----
+
+
+@pytest.mark.parametrize("projection", [*RANDOM_KINDS, "pca", "logits"])
+@pytest.mark.parametrize("moment", [False, True])
+@pytest.mark.parametrize("normalize", ["standardize", "none"])
+def test_stored_maps_give_the_same_targets(
+    teacher: LiveTeacher, tmp_path: Path, projection: str, moment: bool, normalize: str
+) -> None:
+    curriculum, maps = maps_of(teacher, moment=moment, projection=projection, normalize=normalize)
+    save_target_maps(maps, tmp_path / "maps.safetensors")
+    loaded = load_target_maps(tmp_path / "maps.safetensors", curriculum, WIDTH, 4)
+    assert len(loaded) == len(maps) == 3
+    for stage, one, two in zip(curriculum.stages, maps, loaded, strict=True):
+        if isinstance(stage, OutputStage):
+            assert one is two is None
+            continue
+        hidden = teacher.hidden(stage.teacher_place, batch(seed=9))
+        torch.testing.assert_close(two(hidden), one(hidden), rtol=0, atol=0)
+        assert torch.equal(two.standardizer.keep(hidden), one.standardizer.keep(hidden))
+        assert (one.moment is None) == (two.moment is None) == (not moment or stage.teacher_place != FINAL)
+        if one.moment is not None:
+            torch.testing.assert_close(two.moment, one.moment, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("projection", [*RANDOM_KINDS, "pca", "logits"])
+def test_a_random_projection_is_never_stored(teacher: LiveTeacher, tmp_path: Path, projection: str) -> None:
+    _, maps = maps_of(teacher, projection=projection)
+    save_target_maps(maps, tmp_path / "maps.safetensors")
+    stored = load_file(tmp_path / "maps.safetensors")
+    matrices = [name for name, value in stored.items() if value.dim() == 2]
+    assert matrices == ([] if projection in RANDOM_KINDS else ["0.projection", "1.projection"])
+    assert [file.name for file in tmp_path.iterdir()] == ["maps.safetensors"]
+
+
+# ---- Checkpoints ----
+
+
+def test_another_checkpoint_is_loaded(teacher: LiveTeacher, tmp_path: Path) -> None:
+    early = save_llama(tmp_path / "early", seed=5)
+    check_checkpoint(teacher.model, str(early))
+    teacher.load_checkpoint(str(early))
+    torch.testing.assert_close(dict(teacher.model.state_dict()), load_file(early / "model.safetensors"), rtol=0, atol=0)
+
+
+def test_a_checkpoint_with_tied_embeddings(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "tied", seed=5, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    torch.manual_seed(0)
+    teacher = LiveTeacher(LlamaForCausalLM(llama_config(tie_word_embeddings=True)))
+    check_checkpoint(teacher.model, str(folder))
+    teacher.load_checkpoint(str(folder))
+    expected = AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
+    torch.testing.assert_close(teacher.model.lm_head.weight, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("embedding_size", [None, 12])
+def test_a_sentence_encoders_checkpoint(tmp_path: Path, embedding_size: int | None) -> None:
+    for seed, name in enumerate(("early", "late")):
+        torch.manual_seed(seed)
+        EmbeddingModel(BertModel(bert_config()), embedding_size).save_pretrained(tmp_path / name)
+    early, late = (load_embedding_model(str(tmp_path / name)) for name in ("early", "late"))
+    teacher = LiveTeacher(late, late.encoder)
+    assert not torch.equal(teacher.output(batch()), early.eval()(**batch()))
+    check_checkpoint(late, str(tmp_path / "early"))
+    teacher.load_checkpoint(str(tmp_path / "early"))
+    torch.testing.assert_close(teacher.output(batch()), early(**batch()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"it lacks model.layers.3\.[a-z_.]+$"),
+        ({"num_hidden_layers": 5}, r"the teacher lacks its model.layers.4\.[a-z_.]+$"),
+        ({"hidden_size": 16}, r"model.embed_tokens.weight has shape \[102, 16\] there and \[102, 32\] in the teacher"),
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+            "its num_attention_heads is 8, the teacher's 4",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_architecture(
+    teacher: LiveTeacher, tmp_path: Path, fields: dict[str, int], message: str
+) -> None:
+    folder = save_llama(tmp_path / "other", **fields)
+    for check in (lambda path: check_checkpoint(teacher.model, path), teacher.load_checkpoint):
+        with pytest.raises(ValueError, match=f"is of another architecture than the teacher: {message}"):
+            check(str(folder))
+
+
+def test_folders_that_are_no_checkpoint(teacher: LiveTeacher, causal_teacher: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"is not a folder with model.safetensors in it"):
+            check_checkpoint(teacher.model, str(folder))
+    damaged = Path(shutil.copytree(causal_teacher, tmp_path / "damaged"))
+    (damaged / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        check_checkpoint(teacher.model, str(damaged))
+
+
+def test_a_plain_module_can_teach() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    assert len(LiveTeacher(network).blocks) == 3
+
+
+def test_the_head_map_is_not_centred_where_the_student_has_no_bias(teacher: LiveTeacher) -> None:
+    curriculum = Curriculum("mine", (HiddenStage(5, FINAL, FINAL), HiddenStage(5, 1, 2)))
+    head, block = calibrate(teacher, curriculum, [batch()], WIDTH, center_head=False)
+    assert not head.standardizer.mean.any()
+    assert block.standardizer.mean.any()
