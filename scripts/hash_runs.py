@@ -38,7 +38,7 @@ from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig, plante
 FINAL = "final"
 LOGITS = "logits"
 STEPS = ["--max_steps=8", "--per_device_train_batch_size=4", "--max_length=24", "--use_cpu=true", "--logging_steps=4"]
-QUIET = ["--save_strategy=no", "--eval_samples=4", "--calibration_samples=8", "--report_to=none"]
+QUIET = ["--save_strategy=no", "--max_samples=4", "--calibration_samples=8", "--report_to=none"]
 
 
 def run(*arguments: Any) -> None:

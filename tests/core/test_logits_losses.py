@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tutelage.core.heads import OutputHead
-from tutelage.core.losses import logits_loss, logits_metrics, output_loss, output_metrics
+from tutelage.core.losses import OutputSettings, logits_loss, logits_metrics, output_loss, output_metrics
 
 N, G, D, V = 17, 3, 6, 5
 
@@ -36,7 +36,9 @@ def plain(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, t:
 @pytest.mark.parametrize(("temperature", "label_weight"), SETTINGS)
 def test_logits_loss_is_the_formula(temperature: float, label_weight: float) -> None:
     student, teacher, labels = logits(N, V), logits(N, V, seed=1), labels_of(N)
-    loss = logits_loss(student, teacher, labels, temperature=temperature, label_weight=label_weight)
+    loss = logits_loss(
+        student, teacher, labels, settings=OutputSettings(temperature=temperature, label_weight=label_weight)
+    )
     assert loss.item() == pytest.approx(plain(student, teacher, labels, temperature, label_weight), rel=1e-5)
 
 
@@ -49,8 +51,12 @@ def test_logits_loss_is_output_loss(temperature: float, label_weight: float) -> 
     labels[3] = -100  # has no label loss
     settings = {"temperature": temperature, "label_weight": label_weight}
     inputs = [hidden, *student_head.parameters]
-    mine = logits_loss(student_head(hidden), teacher_head(teacher_hidden).detach(), labels, **settings)
-    theirs = output_loss(hidden, student_head, teacher_hidden, teacher_head, labels, chunk_size=4, **settings)
+    mine = logits_loss(
+        student_head(hidden), teacher_head(teacher_hidden).detach(), labels, settings=OutputSettings(**settings)
+    )
+    theirs = output_loss(
+        hidden, student_head, teacher_hidden, teacher_head, labels, settings=OutputSettings(chunk_size=4, **settings)
+    )
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     for left, right in zip(torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
@@ -60,24 +66,30 @@ def test_logits_loss_is_output_loss(temperature: float, label_weight: float) -> 
 def test_loss_of_replicas_is_the_sum_of_theirs(temperature: float, label_weight: float) -> None:
     settings = {"temperature": temperature, "label_weight": label_weight}
     student, teacher, labels = logits(N, G, V), logits(N, G, V, seed=1), labels_of(N, G)
-    whole = logits_loss(student, teacher, labels, **settings)
-    parts = [logits_loss(student[:, g], teacher[:, g], labels[:, g], **settings) for g in range(G)]
+    whole = logits_loss(student, teacher, labels, settings=OutputSettings(**settings))
+    parts = [
+        logits_loss(student[:, g], teacher[:, g], labels[:, g], settings=OutputSettings(**settings)) for g in range(G)
+    ]
     torch.testing.assert_close(whole, torch.stack(parts).sum())
 
 
 def test_labels_alone_need_no_teacher_and_a_teacher_alone_no_labels() -> None:
     student, teacher, labels = logits(N, V), logits(N, V, seed=1), labels_of(N)
     cross_entropy = F.cross_entropy(student, labels, reduction="sum")
-    torch.testing.assert_close(logits_loss(student, labels=labels, label_weight=1.0), cross_entropy)
+    torch.testing.assert_close(
+        logits_loss(student, labels=labels, settings=OutputSettings(label_weight=1.0)), cross_entropy
+    )
     torch.testing.assert_close(logits_loss(student, teacher, None), logits_loss(student, teacher, labels))
     assert logits_loss(student, student).item() == pytest.approx(0.0, abs=1e-5)
 
 
 def test_loss_is_in_float32_whatever_comes_in() -> None:
     student, teacher, labels = logits(N, V).bfloat16(), logits(N, V, seed=1).bfloat16(), labels_of(N)
-    loss = logits_loss(student, teacher, labels, temperature=2.0, label_weight=0.5)
+    loss = logits_loss(student, teacher, labels, settings=OutputSettings(temperature=2.0, label_weight=0.5))
     assert loss.dtype == torch.float32
-    exact = logits_loss(student.float(), teacher.float(), labels, temperature=2.0, label_weight=0.5)
+    exact = logits_loss(
+        student.float(), teacher.float(), labels, settings=OutputSettings(temperature=2.0, label_weight=0.5)
+    )
     torch.testing.assert_close(loss, exact)
     assert logits_metrics(student, labels, teacher).dtype == torch.float32
 
@@ -85,9 +97,9 @@ def test_loss_is_in_float32_whatever_comes_in() -> None:
 def test_what_is_missing_is_named() -> None:
     student, teacher = logits(N, V), logits(N, V, seed=1)
     with pytest.raises(ValueError, match="a label_weight above 0 needs labels in the batch"):
-        logits_loss(student, teacher, label_weight=0.5)
+        logits_loss(student, teacher, settings=OutputSettings(label_weight=0.5))
     with pytest.raises(ValueError, match="a label_weight below 1 needs the teacher's logits"):
-        logits_loss(student, None, labels_of(N), label_weight=0.5)
+        logits_loss(student, None, labels_of(N), settings=OutputSettings(label_weight=0.5))
 
 
 def test_metrics_are_the_formulas() -> None:

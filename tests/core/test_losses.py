@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tutelage import embedding_loss, hidden_loss, output_loss
 from tutelage.core import losses
 from tutelage.core.heads import OutputHead
-from tutelage.core.losses import output_metrics
+from tutelage.core.losses import OutputSettings, output_metrics
 
 N, D, E, V = 23, 6, 9, 31
 
@@ -45,13 +45,22 @@ def test_output_loss_is_exact(
     hidden, head, teacher_hidden, teacher_head, labels = pieces(softcap)
     inputs = [hidden, *head.parameters]
     settings = {"temperature": temperature, "label_weight": label_weight}
-    mine = output_loss(hidden, head, teacher_hidden, teacher_head, labels, chunk_size=chunk_size, **settings)
+    mine = output_loss(
+        hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(chunk_size=chunk_size, **settings)
+    )
     theirs = plain(head(hidden), teacher_head(teacher_hidden).detach(), labels, **settings)
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
     for left, right in zip(torch.autograd.grad(3 * mine, inputs), torch.autograd.grad(3 * theirs, inputs), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-4)
     with torch.no_grad():
-        again = output_loss(hidden, head, teacher_hidden, teacher_head, labels, chunk_size=chunk_size, **settings)
+        again = output_loss(
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            settings=OutputSettings(chunk_size=chunk_size, **settings),
+        )
     torch.testing.assert_close(again, mine.detach())
 
 
@@ -69,7 +78,9 @@ def test_only_a_chunk_of_logits_exists_at_a_time() -> None:
             return out
 
     with Largest():
-        output_loss(hidden, head, teacher_hidden, teacher_head, labels, chunk_size=4).backward()
+        output_loss(
+            hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(chunk_size=4)
+        ).backward()
     assert 4 * V <= largest < N * V
 
 
@@ -102,7 +113,9 @@ def test_outputs_beyond_the_shared_vocabulary_get_no_gradient() -> None:
 def test_autocast_loss_stays_float32() -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = output_loss(hidden, head, teacher_hidden, teacher_head, labels, label_weight=0.5)
+        loss = output_loss(
+            hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(label_weight=0.5)
+        )
     loss.backward()
     assert loss.dtype == torch.float32
     assert hidden.grad is not None
@@ -113,7 +126,7 @@ def test_autocast_loss_stays_float32() -> None:
 def test_missing_ingredients_are_refused() -> None:
     hidden, head, teacher_hidden, teacher_head, _ = pieces()
     with pytest.raises(ValueError, match="needs labels in the batch"):
-        output_loss(hidden, head, teacher_hidden, teacher_head, label_weight=0.5)
+        output_loss(hidden, head, teacher_hidden, teacher_head, settings=OutputSettings(label_weight=0.5))
     for missing in ((None, None), (teacher_hidden, None), (None, teacher_head)):
         with pytest.raises(ValueError, match="needs the teacher's hidden states"):
             output_loss(hidden, head, *missing)
@@ -183,7 +196,12 @@ def test_positions_without_a_label_have_no_label_loss(label_weight: float, chunk
     labels[::3] = -100
     inputs = [hidden, *head.parameters]
     mine = output_loss(
-        hidden, head, teacher_hidden, teacher_head, labels, label_weight=label_weight, chunk_size=chunk_size
+        hidden,
+        head,
+        teacher_hidden,
+        teacher_head,
+        labels,
+        settings=OutputSettings(label_weight=label_weight, chunk_size=chunk_size),
     )
     theirs = plain(head(hidden), teacher_head(teacher_hidden).detach(), labels, 1.0, label_weight)
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
@@ -194,10 +212,22 @@ def test_positions_without_a_label_have_no_label_loss(label_weight: float, chunk
 def test_two_micro_batches_give_the_gradient_of_one_batch() -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
     inputs = [hidden, *head.parameters]
-    whole = output_loss(hidden, head, teacher_hidden, teacher_head, labels, label_weight=0.5) / N
+    whole = (
+        output_loss(hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(label_weight=0.5)) / N
+    )
     expected = torch.autograd.grad(whole, inputs)
     for rows in (slice(0, 9), slice(9, N)):
-        part = output_loss(hidden[rows], head, teacher_hidden[rows], teacher_head, labels[rows], label_weight=0.5) / N
+        part = (
+            output_loss(
+                hidden[rows],
+                head,
+                teacher_hidden[rows],
+                teacher_head,
+                labels[rows],
+                settings=OutputSettings(label_weight=0.5),
+            )
+            / N
+        )
         part.backward()
     for tensor, gradient in zip(inputs, expected, strict=True):
         torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-6)
@@ -222,12 +252,14 @@ def test_no_backward_pass_without_gradients(monkeypatch: pytest.MonkeyPatch) -> 
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was taken"))
     with torch.no_grad():
-        output_loss(hidden, head, teacher_hidden, teacher_head, labels, label_weight=0.5)
+        output_loss(hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(label_weight=0.5))
 
 
 def test_no_positions() -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
-    loss = output_loss(hidden[:0], head, teacher_hidden[:0], teacher_head, labels[:0], label_weight=0.5)
+    loss = output_loss(
+        hidden[:0], head, teacher_hidden[:0], teacher_head, labels[:0], settings=OutputSettings(label_weight=0.5)
+    )
     loss.backward()
     assert loss.item() == 0
     assert all(torch.equal(parameter.grad, torch.zeros_like(parameter)) for parameter in head.parameters)
@@ -239,7 +271,14 @@ def test_autocast_gradients_are_those_of_the_formula_under_autocast(chunk_size: 
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
     inputs = [hidden, *head.parameters]
     with torch.autocast("cpu", torch.bfloat16):
-        mine = output_loss(hidden, head, teacher_hidden, teacher_head, labels, label_weight=0.5, chunk_size=chunk_size)
+        mine = output_loss(
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            settings=OutputSettings(label_weight=0.5, chunk_size=chunk_size),
+        )
     expected = [torch.zeros_like(tensor) for tensor in inputs]
     for start in range(0, N, chunk_size or N):  # by chunks, each of which rounds its gradient to bfloat16
         rows = slice(start, start + (chunk_size or N))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tutelage.core.heads import OutputHead
-from tutelage.core.losses import output_loss
+from tutelage.core.losses import OutputSettings, output_loss
 from tutelage.core.topk import TopK, top_k, top_k_divergence
 
 
@@ -91,18 +91,19 @@ def test_kept_outputs_and_the_head_they_come_from_give_the_same_loss(temperature
     state, hidden = torch.randn(9, 8, requires_grad=True), torch.randn(9, 12)
     labels = torch.randint(40, (9,))
     settings = {"temperature": temperature, "label_weight": label_weight, "chunk_size": 4}
-    live = output_loss(state, student_head, hidden, teacher_head, labels, top_k=6, **settings)
+    live = output_loss(state, student_head, hidden, teacher_head, labels, settings=OutputSettings(top_k=6, **settings))
     (live_gradient,) = torch.autograd.grad(live, state)
     with torch.no_grad():
         parts = [top_k(teacher_head(hidden[rows]), 6, temperature) for rows in (slice(0, 4), slice(4, 8), slice(8, 9))]
     kept = TopK(
         *(torch.cat(columns) for columns in zip(*((p.ids, p.log_probs, p.log_rest) for p in parts), strict=True))
     )
-    stored = output_loss(state, student_head, labels_N=labels, targets=kept, **settings)
+    stored = output_loss(state, student_head, labels_N=labels, targets=kept, settings=OutputSettings(**settings))
     (stored_gradient,) = torch.autograd.grad(stored, state)
     assert torch.equal(live, stored) and torch.equal(live_gradient, stored_gradient)
-    complete = output_loss(state, student_head, hidden, teacher_head, labels, **settings)
+    complete = output_loss(state, student_head, hidden, teacher_head, labels, settings=OutputSettings(**settings))
     assert live < complete
     torch.testing.assert_close(
-        output_loss(state, student_head, hidden, teacher_head, labels, top_k=40, **settings), complete
+        output_loss(state, student_head, hidden, teacher_head, labels, settings=OutputSettings(top_k=40, **settings)),
+        complete,
     )

@@ -1,52 +1,65 @@
-"""The `tutelage` command.
+"""The `tutelage` command: parse, call, print.
 
-Public names: `main`.
+Everything that a command does is in `tutelage.runs` and `tutelage.reproduction`.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+
+from tutelage.core.errors import UserError
 
 _COMMANDS = ("plan", "distill", "extract", "inspect", "evaluate", "compare", "report", "diagnose")
 _HELP = """usage: tutelage COMMAND ...
 
   tutelage plan --teacher T --student S       blocks, stage map and predicted cost; trains nothing
-  tutelage distill [--config run.yaml] [...]  train a student; with no arguments, the embedded example
-  tutelage extract --output_dir C [...]       run the teacher once: its curriculum, on disk
-  tutelage inspect C                          what a curriculum on disk holds, and whether it is whole
+  tutelage distill [--config run.yaml] [...]  train a student
+  tutelage extract [...]                      run the teacher once and store its targets on disk
+  tutelage inspect C                          what an extracted curriculum contains, and whether it is whole
   tutelage evaluate --model M --dataset D     loss, perplexity, accuracy; with --teacher: KL and agreement
-  tutelage compare RECIPE[/SIZE] [...]        methods x seeds on a recipe or your own run.yaml; --list shows recipes
-  tutelage report FOLDER                      redraw a comparison's report
-  tutelage diagnose [parity-mlp] [...]        what is in a teacher's layers: Fourier weights, n-gram probes
+  tutelage compare RECIPE[/SIZE] [...]        methods x seeds on a recipe or on your own run.yaml; --list shows recipes
+  tutelage report FOLDER                      redraw the report of a comparison
+  tutelage diagnose [parity-mlp] [...]        what a teacher's layers contain: Fourier weights, n-gram probes
 
-`tutelage COMMAND --help` lists a command's options.
+Without options a command works on the teacher and text that come with tutelage.
+`tutelage COMMAND --help` lists the options of a command.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0; 2 for a user's mistake, which is one line on stderr; 1 for a bug of tutelage, with its traceback;
+        130 when interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0
-    if arguments[0] == "--version":
+    command = arguments[0]
+    if command == "--version":
         from tutelage import __version__
 
         print(f"tutelage {__version__}")
         return 0
-    if arguments[0] not in _COMMANDS:
-        print(f"tutelage: no command {arguments[0]!r}: use one of {', '.join(_COMMANDS)}", file=sys.stderr)
+    if command not in _COMMANDS:
+        print(f"tutelage: there is no command {command!r}: use one of {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
-    from tutelage.cli.commands import COMMANDS  # heavy imports only once the command is known
-    from tutelage.training.trainer import TrainingDiverged
-
     try:
-        COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, OSError, ImportError, TrainingDiverged) as error:
-        print(f"tutelage {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        from tutelage.cli.commands import run_command  # heavy imports only once the command is known
+
+        run_command(command, arguments[1:])
+    except UserError as error:
+        print(f"tutelage {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"tutelage {arguments[0]}: interrupted", file=sys.stderr)
+        print(f"tutelage {command}: interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        traceback.print_exc()
+        print(f"tutelage {command}: this is a bug of tutelage; please report it with the lines above", file=sys.stderr)
+        return 1
     return 0

@@ -1,6 +1,7 @@
 """The losses of the two kinds of stage.
 
-Public names: `hidden_loss`, `output_loss`, `logits_loss`, `output_metrics`, `logits_metrics`, `embedding_loss`.
+Public names: `hidden_loss`, `output_loss`, `OutputSettings`, `logits_loss`, `output_metrics`, `logits_metrics`,
+`embedding_loss`, `chunk_positions`.
 
 Every loss here is a *sum* over positions (or sequences): the caller divides by the number of items in the whole
 optimiser step, so that accumulating gradients over micro-batches changes nothing.
@@ -42,14 +43,28 @@ def hidden_loss(student: torch.Tensor, target: torch.Tensor, keep: torch.Tensor)
 
 
 @dataclass(frozen=True)
+class OutputSettings:
+    """Settings of the output loss."""
+
+    temperature: float = 1.0
+    """t, of both softmaxes."""
+    label_weight: float = 0.0
+    """a, the fraction of label loss."""
+    top_k: int | None = None
+    """Compare the k most likely teacher outputs and merge the rest into one bucket (`top_k_divergence`); None compares all."""
+    chunk_size: int | None = None
+    """Positions per chunk; None chooses it so that a chunk holds about 2^24 logits."""
+    embedding_loss: str = "cosine"
+    """Sentence encoders: `cosine` or `mse`."""
+
+
+@dataclass(frozen=True)
 class _OutputSpec:
     head: OutputHead
     teacher_hidden: torch.Tensor | None
     teacher_head: OutputHead | None
     labels: torch.Tensor | None
-    temperature: float
-    label_weight: float
-    top_k: int | None
+    settings: OutputSettings
     targets: TopK | None
 
 
@@ -60,10 +75,7 @@ def output_loss(
     teacher_head: OutputHead | None = None,
     labels_N: torch.Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    label_weight: float = 0.0,
-    chunk_size: int | None = None,
-    top_k: int | None = None,
+    settings: OutputSettings = OutputSettings(),
     targets: TopK | None = None,
 ) -> torch.Tensor:
     """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once.
@@ -77,25 +89,25 @@ def output_loss(
         student_head: the student's head.
         teacher_hidden_NE, teacher_head: the teacher's; None with label_weight 1.
         labels_N: target ids, needed if label_weight > 0; positions labelled -100 have no label loss.
-        temperature: t.
-        label_weight: a.
-        chunk_size: positions a chunk; None chooses it so that a chunk holds about 2^24 logits.
-        top_k: the divergence over so many of the teacher's outputs and the rest as one bucket (`top_k_divergence`); None is
-            over all outputs.
+        settings: temperature, label weight, top k and chunk size.
         targets: the teacher's largest outputs at this temperature, in place of its hidden states and head.
     """
-    if label_weight > 0 and labels_N is None:
-        raise UserError("a label_weight above 0 needs labels in the batch")
-    if label_weight < 1 and targets is None and (teacher_hidden_NE is None or teacher_head is None):
-        raise UserError("a label_weight below 1 needs the teacher's hidden states and head")
-    spec = _OutputSpec(
-        student_head, teacher_hidden_NE, teacher_head, labels_N, temperature, label_weight, top_k, targets
-    )
-    if chunk_size is None:
-        chunk_size = max(1, CHUNK_LOGITS // student_head.linear.out_features)
+    if settings.label_weight > 0 and labels_N is None:
+        raise UserError(
+            "a label_weight above 0 needs labels in the batch: add a labels column, or set label_weight to 0"
+        )
+    if settings.label_weight < 1 and targets is None and (teacher_hidden_NE is None or teacher_head is None):
+        raise UserError("a label_weight below 1 needs the teacher's hidden states and head: pass both, or set it to 1")
+    spec = _OutputSpec(student_head, teacher_hidden_NE, teacher_head, labels_N, settings, targets)
+    chunk_size = settings.chunk_size or chunk_positions(student_head)
     return _ChunkedOutputLoss.apply(
         student_hidden_ND, spec, chunk_size, torch.is_grad_enabled(), *student_head.parameters
     )
+
+
+def chunk_positions(head: OutputHead) -> int:
+    """Positions whose logits are held at a time."""
+    return max(1, CHUNK_LOGITS // head.linear.out_features)
 
 
 class _ChunkedOutputLoss(torch.autograd.Function):
@@ -143,21 +155,23 @@ def _loss_and_logit_grad(
     """Loss summed over a chunk and its gradient with respect to the logits (empty if not wanted)."""
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     gradient = logits.new_empty(0)
-    share, t = 1 - spec.label_weight, spec.temperature
+    share, t = 1 - spec.settings.label_weight, spec.settings.temperature
     if share > 0:
         log_q = torch.log_softmax(logits.float() / t if t != 1 else logits.float(), dim=-1)
         divergence, found = _divergence(log_q, spec, rows, with_grad)
         loss += share * t * t * divergence
         if found is not None:
             gradient = found.mul_(share * t)
-    if spec.label_weight > 0:
+    if spec.settings.label_weight > 0:
         assert spec.labels is not None
         labels = spec.labels[rows]
         log_q = torch.log_softmax(logits.float(), dim=-1)
-        loss += spec.label_weight * F.nll_loss(log_q, labels, reduction="sum")
+        loss += spec.settings.label_weight * F.nll_loss(log_q, labels, reduction="sum")
         if with_grad:
-            label_gradient = log_q.exp_().mul_(spec.label_weight)
-            label_gradient[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= spec.label_weight
+            label_gradient = log_q.exp_().mul_(spec.settings.label_weight)
+            label_gradient[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= (
+                spec.settings.label_weight
+            )
             label_gradient.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
             gradient = label_gradient if share == 0 else gradient.add_(label_gradient)
     return loss, gradient
@@ -170,10 +184,11 @@ def _divergence(
     if spec.targets is not None:
         return top_k_divergence(log_q, spec.targets[rows], with_grad)
     assert spec.teacher_hidden is not None and spec.teacher_head is not None
+    t = spec.settings.temperature
     teacher_logits = spec.teacher_head(spec.teacher_hidden[rows]).to(log_q.device).float()
-    if spec.top_k is not None:
-        return top_k_divergence(log_q, top_k(teacher_logits, spec.top_k, spec.temperature), with_grad)
-    log_p = torch.log_softmax(teacher_logits / spec.temperature if spec.temperature != 1 else teacher_logits, dim=-1)
+    if spec.settings.top_k is not None:
+        return top_k_divergence(log_q, top_k(teacher_logits, spec.settings.top_k, t), with_grad)
+    log_p = torch.log_softmax(teacher_logits / t if t != 1 else teacher_logits, dim=-1)
     del teacher_logits
     p = log_p.exp()
     divergence = (p * log_p.sub_(log_q)).sum()
@@ -194,8 +209,7 @@ def output_metrics(
     Columns: label loss (nats), top-1 correct, KL(teacher || student) (nats), top-1 agreement, and the teacher's own label
     loss and top-1 correct. Those that need a teacher are zero without one.
     """
-    if chunk_size is None:
-        chunk_size = max(1, CHUNK_LOGITS // student_head.linear.out_features)
+    chunk_size = chunk_size or chunk_positions(student_head)
     parts = []
     for start in range(0, len(student_hidden_ND), chunk_size):
         rows = slice(start, start + chunk_size)
@@ -210,25 +224,23 @@ def logits_loss(
     student: torch.Tensor,
     teacher: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    label_weight: float = 0.0,
+    settings: OutputSettings = OutputSettings(),
 ) -> torch.Tensor:
     """The loss of `output_loss` from logits (..., V) and labels (...), where there are few outputs."""
-    if label_weight > 0 and labels is None:
-        raise UserError("a label_weight above 0 needs labels in the batch")
-    if label_weight < 1 and teacher is None:
-        raise UserError("a label_weight below 1 needs the teacher's logits")
+    weight, t = settings.label_weight, settings.temperature
+    if weight > 0 and labels is None:
+        raise UserError(
+            "a label_weight above 0 needs labels in the batch: add a labels column, or set label_weight to 0"
+        )
+    if weight < 1 and teacher is None:
+        raise UserError("a label_weight below 1 needs the teacher's logits: pass them, or set label_weight to 1")
     loss = torch.zeros((), device=student.device)
-    if label_weight < 1:
-        assert teacher is not None
-        log_q = torch.log_softmax(student.float() / temperature, dim=-1)
-        log_p = torch.log_softmax(teacher.float() / temperature, dim=-1)
-        scale = (1 - label_weight) * temperature**2
-        loss = loss + scale * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    if label_weight > 0:
-        assert labels is not None
-        loss = loss + label_weight * F.cross_entropy(student.float().flatten(0, -2), labels.flatten(), reduction="sum")
+    if teacher is not None and weight < 1:
+        log_q = torch.log_softmax(student.float() / t, dim=-1)
+        log_p = torch.log_softmax(teacher.float() / t, dim=-1)
+        loss = loss + (1 - weight) * t**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    if labels is not None and weight > 0:
+        loss = loss + weight * F.cross_entropy(student.float().flatten(0, -2), labels.flatten(), reduction="sum")
     return loss
 
 

@@ -1,78 +1,130 @@
 """Evaluating a finished model from the outside.
 
-Public names: `evaluate`.
+Public names: `evaluate`, `EvaluateOptions`, `EvaluationResult`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from tutelage.core.errors import UserError
-from tutelage.core.heads import OutputHead
-from tutelage.runs.settings import sequence_length
-from tutelage.targets.live import LiveTeacher
-from tutelage.tasks.base import backbone, detect_task, get_task, load_task_model
+from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, sequence_length
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.source import NoTargets, TargetSource
+from tutelage.tasks.base import Task
+from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER
 from tutelage.tasks.loading import load_config, load_tokenizer
-from tutelage.tasks.text import make_collator, read_dataset, tokenize
+from tutelage.tasks.outputs import EvaluationTools
+from tutelage.tasks.registry import detect_task, get_task
+from tutelage.tasks.text import read_dataset, tokenize
 from tutelage.training.checks import check_tokenizers, shared_outputs
-from tutelage.training.evaluation import evaluate_batches
 
 
-def evaluate(
-    model: str,
-    dataset: str,
-    teacher: str | None = None,
-    *,
-    task: str | None = None,
-    split: str | None = None,
-    text_column: str = "text",
-    max_length: int | None = None,
-    max_samples: int | None = None,
-    batch_size: int = 16,
-    mlm_probability: float = 0.3,
-    blocks: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Metrics of a saved model on a dataset; see `tutelage.training.evaluation.evaluate_batches`.
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is evaluated, on which data. None means not given."""
 
-    Args:
-        model, teacher: folders or Hub names.
-        dataset: Hub name, `datasets` folder, or file.
-        max_length: tokens a sequence; None is the model's positions, at most 256.
-        max_samples: evaluate on the first so many sequences.
-        blocks: dotted name of the teacher's list of blocks, where several are found.
-        trust_remote_code: run model code that comes with a checkpoint.
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Model: folder or Hub name; default: the embedded teacher.", "aliases": ["--student"]},
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file; default: the embedded held-out text.",
+            "aliases": ["--eval_dataset"],
+        },
+    )
+    teacher: str | None = field(default=None, metadata={"help": "Also compare with this model: folder or Hub name."})
+    task: str | None = field(default=None, metadata={"help": "Task of the model; default: found from its class."})
+    split: str | None = field(default=None, metadata={"help": "Split of the dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Maximum tokens per sequence; default: the model's limit, capped at 256."}
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N sequences; default: all."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences per batch."})
+    mlm_probability: float | None = field(
+        default=None, metadata={"help": "Fraction of tokens masked (masked_lm); default: 0.3."}
+    )
+    blocks: str | None = field(
+        default=None, metadata={"help": "Dotted name of the teacher's list of blocks, where several are found."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics of a model on a dataset."""
+
+    model: str
+    dataset: str
+    teacher: str | None
+    sequences: int
+    metrics: dict[str, float]
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EvaluationResult:
+        """The inverse of `to_json`."""
+        return cls(**json.loads(text))
+
+
+def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
+    """Metrics of a saved model on a dataset; which ones, see `evaluate` of its task in `tutelage.tasks`.
+
+    Raises:
+        UserError: options that cannot work.
     """
-    config = load_config(model, what="model", trust_remote_code=trust_remote_code)
-    kind = get_task(task) if task else detect_task(model)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    model = options.model or DEFAULT_TEACHER
+    dataset = options.dataset or (DEFAULT_EVAL_TEXT if model == DEFAULT_TEACHER else None)
+    if dataset is None:
+        raise UserError("no dataset was given: name one, e.g. --dataset held-out.txt")
+    trust = options.trust_remote_code
+    config = load_config(model, what="model", trust_remote_code=trust)
+    task = get_task(options.task) if options.task else detect_task(model, trust)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust)
     if tokenizer is None:
         raise UserError(f"model {model!r} has no tokenizer in its folder: save one there")
-    if teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(teacher, trust_remote_code=trust_remote_code))
-    elif kind.name == "embedding":
+    if options.teacher is not None:
+        check_tokenizers(tokenizer, load_tokenizer(options.teacher, trust_remote_code=trust))
+    elif not task.learns_from_labels:
         raise UserError("an embedding model is measured against its teacher: name one with --teacher")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_task_model(kind, model, what="model", trust_remote_code=trust_remote_code).to(device)
-    source, outputs = None, None
-    if teacher is not None:
-        teacher_model = load_task_model(kind, teacher, trust_remote_code=trust_remote_code).to(device)
-        source = LiveTeacher(teacher_model, backbone(teacher_model), blocks)
-        if not kind.whole:
-            outputs = shared_outputs(student, OutputHead.of(teacher_model).linear.out_features, kind, tokenizer)
-    data = read_dataset(dataset, split)
+    student = task.load(model, what="model", trust_remote_code=trust).to(device)
+    source = _source(task, options, device)
+    rows = _rows(options, dataset, tokenizer, task, config)
+    collator = task.collator(tokenizer, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
+    loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=collator)
+    batches = ({key: value.to(device) for key, value in batch.items()} for batch in loader)
+    source.outputs = shared_outputs(student, source, tokenizer)
+    metrics = task.evaluate(student, batches, source.output, EvaluationTools(source.outputs))
+    return EvaluationResult(model, dataset, options.teacher, len(rows), metrics)
+
+
+def _source(task: Task, options: EvaluateOptions, device: str) -> TargetSource:
+    if options.teacher is None:
+        return NoTargets(task)
+    teacher: nn.Module = task.load(options.teacher, trust_remote_code=options.trust_remote_code).to(device)
+    return LiveTargets(teacher, task, options.blocks)
+
+
+def _rows(options: EvaluateOptions, dataset: str, tokenizer: Any, task: Task, config: Any) -> Any:
+    data = read_dataset(dataset, options.split)
     if isinstance(data, dict):
         held_out = [data[name] for name in ("test", "validation", "eval") if name in data]
         data = (held_out or list(data.values()))[0]
-    length = sequence_length(max_length, [config], tokenizer, data)
-    rows = tokenize(data, tokenizer, kind, length, text_column)
-    if max_samples is not None:
-        rows = rows.select(range(min(max_samples, len(rows))))
-    collator = make_collator(kind, tokenizer, mlm_probability)
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
-    batches = ({key: value.to(device) for key, value in batch.items()} for batch in loader)
-    metrics = evaluate_batches(student, batches, kind, source, outputs=outputs)
-    return {"model": model, "dataset": dataset, "teacher": teacher, "sequences": len(rows), **metrics}
+    length = sequence_length(options.max_length, [config], tokenizer, data)
+    rows = tokenize(data, tokenizer, task, length, options.text_column)
+    count = len(rows) if options.max_samples is None else min(options.max_samples, len(rows))
+    return rows.select(range(count)) if count < len(rows) else rows

@@ -10,44 +10,42 @@ from typing import Any
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.io.files import write_atomically
+from tutelage.runs.results import RunResult
+from tutelage.tasks.registry import get_task
 
 
-def write_card(folder: Path, result: dict[str, Any], curriculum: Curriculum) -> None:
+def write_card(folder: Path, result: RunResult, curriculum: Curriculum) -> None:
     """Write README.md: teacher, data, method, budget and metrics."""
-    budget, environment = result["budget"], result["environment"]
-    tags = {"embedding": "sentence-similarity", "causal_lm": "text-generation", "masked_lm": "fill-mask"}
-    pipeline = tags.get(result["task"], "text-classification")
-    library = "sentence-transformers" if result["task"] == "embedding" else "transformers"
+    budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
     stages = "\n".join(
         f"| {number} | {stage.name} | {stage.steps} |" for number, stage in enumerate(curriculum.stages, 1)
     )
-    rows = "\n".join(
-        f"| {name} | {_show(result['student'].get(name))} | {_show(result['teacher'].get(name))} |"
-        for name in result["student"]
-    )
+    rows = [("parameters", result.student.parameters, result.teacher.parameters)]
+    rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
+    metrics = "\n".join(f"| {name} | {_show(mine)} | {_show(theirs)} |" for name, mine, theirs in rows)
     text = f"""---
-library_name: {library}
-pipeline_tag: {pipeline}
+library_name: {task.library}
+pipeline_tag: {task.pipeline_tag}
 tags:
 - knowledge-distillation
 - curriculum-extraction
 - tutelage
 ---
 
-# Student of {Path(result["names"]["teacher"]).name}
+# Student of {teacher}
 
-Trained with [tutelage](https://arxiv.org/abs/2503.17494) {environment["tutelage"]}, method `{curriculum.method}`.
+Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["tutelage"]}, method `{curriculum.method}`.
 
 | | |
 |---|---|
-| Teacher | {Path(result["names"]["teacher"]).name} |
-| Student | `{result["names"]["student"]}` |
-| Data | {Path(result["names"]["dataset"]).name} |
+| Teacher | {teacher} |
+| Student | `{result.names["student"]}` |
+| Data | {Path(result.names["dataset"]).name} |
 | Method | {curriculum.method} |
 | Hidden stages | projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
-| Budget | {curriculum.total_steps:,} steps, {budget["samples"]:,} samples, {budget["tokens"]:,} tokens |
-| FLOPs | {budget["student_flops"]:.3g} student + {budget["teacher_flops"]:.3g} teacher |
-| Time | {budget["seconds"]:.0f} s on {environment["machine"]} |
+| Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |
+| FLOPs | {budget.student_flops:.3g} student + {budget.teacher_flops:.3g} teacher |
+| Time | {budget.seconds:.0f} s on {result.environment["machine"]} |
 
 ## Curriculum
 
@@ -59,7 +57,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {environment["tutelage
 
 | | student | teacher |
 |---|---|---|
-{rows}
+{metrics}
 
 ![Loss](loss.png)
 """

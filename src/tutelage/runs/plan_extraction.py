@@ -1,16 +1,21 @@
 """What an extraction would take: disk, teacher compute and time, against a live teacher in every run.
 
-Public names: `plan_extraction`, `describe_extraction_plan`, `read_count`.
+Public names: `plan_extraction`, `ExtractionRequest`, `ExtractionPlan`, `describe_extraction_plan`,
+`read_count`, `bytes_per_token`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tutelage.core.errors import UserError
 from tutelage.targets.rows import DTYPES, RowFormat
+
+if TYPE_CHECKING:
+    from tutelage.runs.plan import Plan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _BYTES = {"int8": 1, "uint16": 2, "float16": 2, "int32": 4, "float32": 4}
@@ -33,79 +38,96 @@ def read_count(text: str) -> int:
     return round(count)
 
 
-def plan_extraction(
-    planned: Mapping[str, Any],
-    tokens: int,
-    *,
-    vocabulary: int,
-    width: int,
-    top_k: int,
-    runs: int = 3,
-    tokens_per_second: float | None = None,
-    predicting: float = 1.0,
-) -> dict[str, Any]:
-    """Disk by stage and dtype, and teacher compute, for `tokens` tokens of training divided among the stages.
+@dataclass(frozen=True)
+class ExtractionRequest:
+    """What an extraction is planned for."""
 
-    Args:
-        planned: what `plan` returns.
-        tokens: of one run, all stages together.
-        vocabulary: of the teacher; decides how ids are stored.
-        width: R of the stored projections.
-        top_k: outputs kept.
-        runs: students to be trained.
-        tokens_per_second: of the whole teacher's forward pass, measured on the accelerator in mind; a truncated pass is taken
-            to be faster by its share of the FLOPs.
-        predicting: share of the tokens at which there is an output: all in a causal model, the masked ones, one a row.
+    tokens: int
+    """Of one run, all stages together."""
+    width: int
+    """R of the stored projections."""
+    top_k: int
+    """Outputs kept."""
+    runs: int = 3
+    """Students to be trained."""
+    tokens_per_second: float | None = None
+    """Of the whole teacher's forward pass, measured on the accelerator in mind; a truncated pass is taken to be faster in
+    proportion to its FLOPs."""
+    predicting: float = 1.0
+    """Fraction of the tokens at which there is an output: all in a causal model, the masked ones, one per row."""
 
-    Returns:
-        `stages` (name, tokens, `bytes` by dtype, teacher FLOPs and hours) and `total` (the same, `once` and `live`, the latter
-        for `runs` runs).
+    def __post_init__(self) -> None:
+        for name, value in (("projection_dim", self.width), ("top_k", self.top_k), ("runs", self.runs)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if self.tokens_per_second is not None and not 0 < self.tokens_per_second < math.inf:
+            raise UserError(f"tokens_per_second must be a positive number, got {self.tokens_per_second}")
 
-    Raises:
-        UserError: a number that makes no sense.
-    """
-    for name, value in (("projection_dim", width), ("top_k", top_k), ("runs", runs)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
-        raise UserError(f"tokens_per_second must be a positive number, got {tokens_per_second}")
-    steps = sum(stage["steps"] for stage in planned["stages"])
+
+@dataclass(frozen=True)
+class StageExtraction:
+    """What a stage takes: disk by dtype, teacher compute and time."""
+
+    name: str
+    tokens: float
+    bytes_per_token: dict[str, float]
+    bytes: dict[str, float]
+    teacher_flops: float
+    hours: float | None
+    """None where the teacher's pace is unknown."""
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """An extraction that was not run."""
+
+    tokens: int
+    width: int
+    top_k: int
+    runs: int
+    stages: tuple[StageExtraction, ...]
+
+    @property
+    def bytes(self) -> dict[str, float]:
+        """Of all stages, by dtype."""
+        return {dtype: sum(stage.bytes[dtype] for stage in self.stages) for dtype in DTYPES}
+
+    @property
+    def teacher_flops(self) -> float:
+        """Of the teacher, run once."""
+        return sum(stage.teacher_flops for stage in self.stages)
+
+    @property
+    def hours(self) -> float | None:
+        """Accelerator-hours of the teacher, run once; None where its pace is unknown."""
+        hours = [stage.hours for stage in self.stages if stage.hours is not None]
+        return sum(hours) if len(hours) == len(self.stages) else None
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ExtractionPlan:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**fields, "stages": tuple(StageExtraction(**stage) for stage in fields["stages"])})
+
+
+def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan:
+    """Disk by stage and dtype, and teacher compute, for tokens of training that are divided among the stages."""
+    steps = planned.curriculum.total_steps
     stages = []
-    for stage in planned["stages"]:
-        share = tokens * stage["steps"] / steps
+    for stage in planned.stages:
+        tokens = request.tokens * stage.steps / steps
+        width = request.width if stage.hidden else None
         per_token = {
-            dtype: bytes_per_token(dtype, vocabulary, width if stage["kind"] == "hidden" else None, top_k, predicting)
+            dtype: bytes_per_token(dtype, planned.vocabulary, width, request.top_k, request.predicting)
             for dtype in DTYPES
         }
-        flops = share * stage["teacher_flops_per_token"]
         hours = None
-        if tokens_per_second is not None:
-            whole = planned["teacher_forward_flops_per_token"]
-            hours = share * stage["teacher_flops_per_token"] / whole / tokens_per_second / 3600
-        stages.append(
-            {
-                "name": stage["name"],
-                "tokens": share,
-                "bytes_per_token": per_token,
-                "bytes": {dtype: share * size for dtype, size in per_token.items()},
-                "teacher_flops": flops,
-                "hours": hours,
-            }
-        )
-    flops = sum(stage["teacher_flops"] for stage in stages)
-    total_hours = None if tokens_per_second is None else sum(stage["hours"] for stage in stages)
-    return {
-        "tokens": tokens,
-        "width": width,
-        "top_k": top_k,
-        "runs": runs,
-        "stages": stages,
-        "total": {
-            "bytes": {dtype: sum(stage["bytes"][dtype] for stage in stages) for dtype in DTYPES},
-            "once": {"teacher_flops": flops, "hours": total_hours},
-            "live": {"teacher_flops": flops * runs, "hours": None if total_hours is None else total_hours * runs},
-        },
-    }
+        if request.tokens_per_second is not None:
+            depth = stage.teacher_flops_per_token / planned.teacher_forward_flops_per_token
+            hours = tokens * depth / request.tokens_per_second / 3600
+        sizes = {dtype: tokens * size for dtype, size in per_token.items()}
+        flops = tokens * stage.teacher_flops_per_token
+        stages.append(StageExtraction(stage.name, tokens, per_token, sizes, flops, hours))
+    return ExtractionPlan(request.tokens, request.width, request.top_k, request.runs, tuple(stages))
 
 
 def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, predicting: float = 1.0) -> float:
@@ -125,31 +147,34 @@ def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, 
     return ids + width * _BYTES[dtype] + (4 if dtype == "int8" else 0) + 1 / 8
 
 
-def describe_extraction_plan(found: Mapping[str, Any]) -> str:
+def describe_extraction_plan(found: ExtractionPlan) -> str:
     """The plan as text for the terminal."""
     lines = [
         "",
-        f"extraction of {_short(found['tokens'])} tokens, projections to {found['width']}, {found['top_k']} outputs kept:",
+        f"extraction of {_short(found.tokens)} tokens, projections to {found.width}, {found.top_k} outputs kept:",
         f"{'stage':<24}{'tokens':>10}"
         + "".join(f"{dtype:>12}" for dtype in DTYPES)
         + f"{'teacher FLOPs':>16}{'hours':>10}",
     ]
 
-    def row(name: str, tokens: float, sizes: Mapping[str, float], flops: float, hours: float | None) -> str:
-        shown = "-" if hours is None else f"{hours:,.1f}"
-        cells = "".join(f"{_short(sizes[dtype]) + 'B':>12}" for dtype in DTYPES)
-        return f"{name:<24}{_short(tokens):>10}{cells}{flops:>16.3g}{shown:>10}"
+    def row(name: str, tokens: float, part: StageExtraction | ExtractionPlan) -> str:
+        cells = "".join(f"{_short(part.bytes[dtype]) + 'B':>12}" for dtype in DTYPES)
+        return f"{name:<24}{_short(tokens):>10}{cells}{part.teacher_flops:>16.3g}{_hours(part.hours):>10}"
 
-    for stage in found["stages"]:
-        lines.append(row(stage["name"], stage["tokens"], stage["bytes"], stage["teacher_flops"], stage["hours"]))
-    total, runs = found["total"], found["runs"]
-    lines.append(row("once", found["tokens"], total["bytes"], total["once"]["teacher_flops"], total["once"]["hours"]))
-    live = total["live"]
-    hours = "-" if live["hours"] is None else f"{live['hours']:,.1f}"
-    lines.append(f"live teacher in {runs} runs: {live['teacher_flops']:.3g} teacher FLOPs, {hours} accelerator-hours")
-    if total["once"]["hours"] is None:
+    lines += [row(stage.name, stage.tokens, stage) for stage in found.stages]
+    lines.append(row("once", found.tokens, found))
+    live = None if found.hours is None else found.hours * found.runs
+    lines.append(
+        f"live teacher in {found.runs} runs: {found.teacher_flops * found.runs:.3g} teacher FLOPs, {_hours(live)} "
+        "accelerator-hours"
+    )
+    if found.hours is None:
         lines.append("hours: give --tokens_per_second, the teacher's forward pass measured on your accelerator")
     return "\n".join(lines)
+
+
+def _hours(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
 
 
 def _short(value: float) -> str:

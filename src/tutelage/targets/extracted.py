@@ -1,220 +1,154 @@
-"""A curriculum read back from disk: what a student trains from in the teacher's place.
+"""Targets from an extracted curriculum on disk, without a teacher.
 
-Public names: `ExtractedCurriculum`, `StoredBatch`.
-
-A curriculum extracted at width R serves students of width r <= R: the first r columns of a random projection are the
-projection to r, and the data-aware ones are sorted. It serves every increasing subset of its stages.
+Public names: `ExtractedTargets`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, final
 
-import pyarrow as pa
 import torch
-from datasets import Dataset
-from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, LayerMap, OutputStage, Stage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
-from tutelage.io.store import Store
+from tutelage.core.topk import TopK
 from tutelage.targets import rows
-from tutelage.targets.live import TargetMap, load_target_maps
-from tutelage.targets.manifest import Manifest, open_split, read_manifest, verify
-from tutelage.targets.rows import RowFormat
-from tutelage.tasks.loading import load_tokenizer
-
-TEACHER_FOLDER, TOKENIZER_FOLDER = "teacher", "tokenizer"
-MAPS_FILE, HEAD_FILE = "maps.safetensors", "head.safetensors"
-
-
-def _places(stage: Stage) -> Any:
-    return stage.teacher_place if isinstance(stage, HiddenStage) else None
+from tutelage.targets.folder import ExtractedCurriculum
+from tutelage.targets.maps import save_target_maps
+from tutelage.targets.order import Reading
+from tutelage.targets.source import FixedSettings, StatisticsFile, TargetSource
+from tutelage.targets.stored_rows import StoredCollator, StoredRows
+from tutelage.tasks.base import Batch
+from tutelage.tasks.outputs import OutputTarget
+from tutelage.tasks.registry import get_task
 
 
-class ExtractedCurriculum:
-    """A finished extraction.
+@final
+class ExtractedTargets(TargetSource):
+    """An extracted curriculum in the teacher's place; its rows bring their targets along.
 
     Args:
-        folder: its folder, or any fsspec URL.
-        check: compare every file with its checksum first, which reads all of them.
-
-    Raises:
-        UserError: unfinished, damaged, or of a newer format.
+        folder: the extracted curriculum.
     """
 
-    def __init__(self, folder: str | Path, check: bool = True):
-        self.store = Store(folder)
-        self.manifest: Manifest = read_manifest(self.store)
-        if check:
-            self.check()
-        self.curriculum = Curriculum.from_json(self.identity["curriculum"])
+    in_step_order = True
 
-    def check(self, shards: bool = True) -> None:
-        """Compare its files with their checksums; without `shards`, the small ones alone.
+    def __init__(self, folder: ExtractedCurriculum):
+        super().__init__(get_task(folder.identity.task))
+        self.folder = folder
+        self.blocks = folder.identity.teacher.blocks
+        self.tokenizer = folder.tokenizer
+        self._width = 0
 
-        Raises:
-            UserError: a file is missing or damaged.
-        """
-        verify(self.store, self.manifest, shards)
+    # ---- Settings ----
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What it was made from."""
-        return self.manifest.identity
+    def fixed_settings(self, student_blocks: int) -> FixedSettings:
+        identity = self.folder.identity
+        curriculum = identity.curriculum
+        hidden = curriculum.hidden_stages
+        return FixedSettings(
+            where=f"the extracted curriculum in {str(self.folder.store)!r}",
+            values={
+                **self.folder.settings,
+                "calibration_samples": identity.calibration_samples,
+            },
+            layer_map=self.folder.layer_map(student_blocks) if hidden else None,
+            hidden_steps={stage.teacher_place: stage.steps for stage in hidden},
+            output_steps=curriculum.total_steps - sum(stage.steps for stage in hidden),
+            warm_start=curriculum.warm_start,
+            step_examples=identity.step_examples,
+            rows=identity.data.rows,
+        )
 
-    @property
-    def width(self) -> int:
-        """R."""
-        return int(self.identity["width"])
-
-    @property
-    def teacher_blocks(self) -> int:
-        """L_T."""
-        return int(self.identity["teacher"]["blocks"])
-
-    def split_of(self, index: int) -> str:
-        """Name of the split of the extracted curriculum's stage `index`."""
-        return f"stage_{index + 1}"
-
-    def form(self, split: str) -> RowFormat:
-        """How a split's rows are stored."""
-        return RowFormat(**self.identity["forms"][split])
-
-    def stages(self, curriculum: Curriculum) -> list[int]:
-        """For each stage of `curriculum`, the index of the extracted stage that it reads.
-
-        Raises:
-            UserError: a stage that was not extracted, or other settings than those it was extracted with.
-        """
-        for name in ("projection", "projection_seed", "normalize", "temperature", "top_k"):
-            mine, theirs = getattr(self.curriculum, name), getattr(curriculum, name)
-            if mine != theirs and (name not in ("temperature", "top_k") or self._has_output):
-                raise UserError(
-                    f"the curriculum in {str(self.store)!r} was extracted with {name}={mine}, not {theirs}: leave {name} as "
-                    "it was, or extract again"
-                )
-        found = []
-        for stage in curriculum.stages:
-            for index, mine in enumerate(self.curriculum.stages):
-                if type(mine) is type(stage) and _places(mine) == _places(stage):
-                    found.append(index)
-                    break
-            else:
-                held = ", ".join(
-                    str(s.teacher_place) if isinstance(s, HiddenStage) else "output" for s in self.curriculum.stages
-                )
-                raise UserError(
-                    f"the curriculum in {str(self.store)!r} does not hold the stage {stage.name!r}: it has teacher places "
-                    f"{held}; choose from these with layer_map, or extract again"
-                )
-        return found
-
-    @property
-    def _has_output(self) -> bool:
-        return any(isinstance(stage, OutputStage) for stage in self.curriculum.stages)
-
-    def check_width(self, width: int) -> None:
-        """Raise UserError for a student wider than what was extracted."""
-        if width > self.width and bool(self.curriculum.hidden_stages):
+    def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
+        self.folder.stages(curriculum)
+        width, extracted = self.task.width(student), self.folder.identity.width
+        if width > extracted and self.folder.curriculum.hidden_stages:
             raise UserError(
-                f"the curriculum in {str(self.store)!r} holds projections to width {self.width}, the student is {width} wide: "
-                f"extract again with --projection_dim {width}, or choose a narrower student"
+                f"the extracted curriculum in {str(self.folder.store)!r} has projections of width {extracted}, but the student "
+                f"has width {width}: extract again with --projection_dim {width}, or choose a narrower student"
+            )
+        if curriculum.transplant_stage is not None:
+            self._check_transplant(student)
+        if "embedding" in curriculum.warm_start:
+            raise UserError(
+                f"warm_start={curriculum.warm_start!r} needs the teacher's embedding, which an extracted curriculum does not "
+                "contain: use 'head' or 'none', or train with the teacher itself"
+            )
+        super().attach(curriculum, student, outputs)
+        self._width = width
+
+    def _check_transplant(self, student: nn.Module) -> None:
+        if self.folder.identity.head is None:
+            raise UserError(
+                f"the extracted curriculum in {str(self.folder.store)!r} contains no output head to start from: extract it "
+                "with --warm_start head, or train with --warm_start none"
+            )
+        if self.folder.identity.centered and not self.task.head_has_bias(student):
+            raise UserError(
+                "the curriculum was extracted for a student whose output head has a bias, but this student's head has none: "
+                "use --warm_start none, or extract again with this student"
             )
 
-    def target_maps(self, curriculum: Curriculum, width: int) -> list[TargetMap | None]:
-        """The map of each stage of `curriculum`, to a student of `width`."""
-        mine = load_target_maps(self.store.fetch(MAPS_FILE), self.curriculum, width, self.teacher_blocks)
-        return [mine[index] for index in self.stages(curriculum)]
+    @property
+    def output_count(self) -> int | None:
+        return self.folder.identity.teacher.outputs or None
 
-    @cached_property
-    def head(self) -> OutputHead | None:
-        """The teacher's output head; None where it was not extracted."""
-        if not self.store.exists(HEAD_FILE):
-            return None
-        tensors = load_file(self.store.fetch(HEAD_FILE))
-        weight = tensors["weight"]
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors)
-        linear.load_state_dict({name: value for name, value in tensors.items() if name in ("weight", "bias")})
-        return OutputHead(linear.requires_grad_(False), **self.identity["head"])
+    def identity(self) -> dict[str, str]:
+        return {"extraction": self.folder.identity.digest}
 
-    def layer_map(self, student_blocks: int) -> LayerMap:
-        """Student place and teacher place of each hidden stage.
+    # ---- Targets ----
 
-        As extracted; where those do not fit, evenly spaced, and of stages that fall on one student block the deepest.
-        """
-        hidden = self.curriculum.hidden_stages
-        places = [stage.student_place for stage in hidden]
-        if all(not isinstance(place, int) or place <= student_blocks for place in places):
-            return [(stage.student_place, stage.teacher_place) for stage in hidden]
-        fitted: dict[Any, Any] = {}
-        for stage in hidden:
-            place: Any = stage.student_place
-            if isinstance(place, int):
-                assert isinstance(stage.teacher_place, int)
-                place = max(1, round(stage.teacher_place * student_blocks / self.teacher_blocks))
-            fitted[place] = stage.teacher_place
-        return list(fitted.items())
+    def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows.dequantized(batch), batch[rows.KEEP]
+
+    def output(self, batch: Batch) -> OutputTarget | None:
+        if rows.TOP_IDS in batch:
+            return OutputTarget(top_k=TopK(batch[rows.TOP_IDS], batch[rows.LOG_PROBS], batch[rows.LOG_REST]))
+        return OutputTarget(whole=batch[rows.OUTPUT]) if rows.OUTPUT in batch else None
+
+    def output_head(self) -> OutputHead | None:
+        head = self.folder.head
+        return head if head is None or self.outputs is None else replace(head, outputs=self.outputs)
+
+    def prepare(
+        self,
+        file: StatisticsFile,
+        batches: Callable[[], Sequence[Batch]],
+        device: torch.device | str,
+        width: int | None = None,
+    ) -> None:
+        assert self.curriculum is not None
+        if not self.curriculum.hidden_stages:
+            return
+        maps = self.folder.target_maps(self.curriculum, self._width if width is None else width)
+        if file.write:
+            save_target_maps(maps, file.path)
+        self.maps = [None if target_map is None else target_map.to(device) for target_map in maps]
+
+    # ---- Data ----
+
+    def training_rows(self, dataset: Any, reading: Reading) -> StoredRows:
+        assert self.curriculum is not None
+        return StoredRows(self.folder, self.curriculum, self._width, reading)
+
+    def evaluation_rows(self, dataset: Any) -> Any:
+        return self.folder.evaluation if dataset is None else dataset
+
+    def calibration_rows(self, dataset: Any, count: int, size: int) -> list[Any]:
+        """Those of the extraction."""
+        return list(self.folder.calibration(self._width, size))
+
+    def example_rows(self, dataset: StoredRows, index: int) -> Any:
+        return dataset.__getitems__([int(dataset.starts[index])])
+
+    def collate_with(self, collator: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
+        return StoredCollator(collator, getattr(self.tokenizer, "pad_token_id", None) or 0)
 
     @property
-    def digest(self) -> str:
-        """Of what it was made from."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
-
-    def calibration(self, width: int, batch_size: int) -> list[StoredBatch]:
-        """Rows of the calibration split in batches, decoded as those of the head stage."""
-        split = self.manifest.split("calibration")
-        table = open_split(self.store, split).with_format("arrow")
-        return [
-            StoredBatch(table[start : start + batch_size], self.form("calibration"), self, width)
-            for start in range(0, split.rows, batch_size)
-        ]
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that the data was encoded with."""
-        return load_tokenizer(str(self.store.fetch_folder(TOKENIZER_FOLDER)))
-
-    @property
-    def teacher_config(self) -> Path:
-        """Folder with the teacher's config."""
-        return self.store.fetch_folder(TEACHER_FOLDER)
-
-    @cached_property
-    def evaluation(self) -> Dataset:
-        """Held-out rows."""
-        return open_split(self.store, self.manifest.split("evaluation")).remove_columns(["example_id", "content_hash"])
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredBatch:
-    """Rows of one split, and how to read them."""
-
-    table: pa.Table
-    form: RowFormat
-    source: ExtractedCurriculum
-    width: int
-    """r of the student."""
-
-    def tensors(self, pad_id: int) -> dict[str, torch.Tensor]:
-        """Model inputs, labels and targets."""
-        identity = self.source.identity
-        batch = rows.decode_inputs(self.table, self.form, pad_id, identity["with_mask"])
-        if self.form.label == "none" and identity["causal"]:
-            labels = batch["input_ids"].clone()
-            if "attention_mask" in batch:
-                labels[batch["attention_mask"] == 0] = rows.IGNORED_LABEL
-            batch["labels"] = labels
-        if self.form.kind in ("states", "pooled"):
-            return batch | rows.decode_states(self.table, self.form, self.width, self.source.width)
-        if self.form.kind == "top_k":
-            return batch | rows.decode_outputs(self.table, int(identity["kept"]))
-        return batch | rows.decode_whole(self.table)
+    def columns(self) -> tuple[str, ...]:
+        return (rows.OUTPUT,)

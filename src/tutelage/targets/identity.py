@@ -1,45 +1,182 @@
-"""Hashes that say whether two models, tokenizers or datasets are the same.
+"""What an extraction depends on, and hashes that tell models, tokenizers and datasets apart.
 
-Public names: `model_hash`, `tokenizer_hash`, `data_fingerprint`.
+Public names: `ExtractionIdentity`, `TeacherIdentity`, `DataIdentity`, `HeadSettings`, `model_hash`, `tokenizer_hash`,
+`data_fingerprint`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.targets.rows import INPUT_COLUMNS, content_hash
+from tutelage.core.curriculum import Curriculum
+from tutelage.targets.rows import INPUT_COLUMNS, RowFormat, content_hash
 
 
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 over a model's config and weights, in the dtype they are held in; offloaded weights count by shape only."""
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """The teacher of an extraction."""
+
+    name: str
+    hash: str
+    """`model_hash`."""
+    dtype: str
+    """Dtype that its weights were held in."""
+    blocks: int
+    """L_T."""
+    shape: dict[str, Any] | None
+    """`Task.teacher_shape`."""
+    outputs: int
+    """Outputs of its head; 0 where none are shared."""
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """The training data of an extraction."""
+
+    name: str
+    rows: int
+    fingerprint: str
+    """`data_fingerprint`."""
+    streamed: bool
+    """Whether the rows are the first ones of a stream."""
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What a stored output head does after its linear map; see `tutelage.core.heads.OutputHead`."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+    outputs: int | None = None
+
+
+@dataclass(frozen=True)
+class ExtractionIdentity:
+    """Everything that the rows of an extracted curriculum depend on."""
+
+    task: str
+    teacher: TeacherIdentity
+    tokenizer: str
+    """`tokenizer_hash`."""
+    data: DataIdentity
+    evaluation: str
+    """`data_fingerprint` of the evaluation rows."""
+    curriculum: Curriculum
+    width: int
+    """R of the stored projections."""
+    forms: dict[str, RowFormat]
+    """How the rows of each split are stored."""
+    student: str
+    """The student that it was extracted for, as it was named."""
+    causal: bool
+    with_mask: bool
+    """Whether batches had an attention mask where no row was padded."""
+    mlm_probability: float | None
+    longest: int
+    """Tokens of the longest row."""
+    kept: int
+    """Outputs stored at each position."""
+    seed: int
+    """Of the data order."""
+    sequential: bool
+    batch_size: int
+    step_examples: int
+    """Examples of an optimiser step."""
+    calibration_samples: int
+    all_stages: bool
+    shard_tokens: int
+    centered: bool
+    """Whether the targets at `final` are centred, so that a transplanted head needs a bias."""
+    head: HeadSettings | None
+    """None where no head is transplanted."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("teacher", "data"):
+            fields[name] = dataclasses.asdict(fields[name])
+        fields["curriculum"] = self.curriculum.to_dict()
+        fields["forms"] = {name: dataclasses.asdict(form) for name, form in self.forms.items()}
+        fields["head"] = None if self.head is None else dataclasses.asdict(self.head)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ExtractionIdentity:
+        """The inverse of `to_dict`."""
+        values = dict(fields)
+        values["teacher"] = TeacherIdentity(**values["teacher"])
+        values["data"] = DataIdentity(**values["data"])
+        values["curriculum"] = Curriculum.from_dict(values["curriculum"])
+        values["forms"] = {name: RowFormat(**form) for name, form in values["forms"].items()}
+        values["head"] = None if values["head"] is None else HeadSettings(**values["head"])
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> ExtractionIdentity:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    def differences(self, other: ExtractionIdentity) -> list[str]:
+        """Names of the fields that differ; names of folders and files change nothing."""
+        mine, theirs = (identity._unnamed().to_dict() for identity in (self, other))
+        return [name for name in mine if mine[name] != theirs[name]]
+
+    def _unnamed(self) -> ExtractionIdentity:
+        return dataclasses.replace(
+            self,
+            teacher=dataclasses.replace(self.teacher, name=""),
+            data=dataclasses.replace(self.data, name=""),
+            student="",
+        )
+
+    @property
+    def digest(self) -> str:
+        """A short hash of everything."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_hash(model: nn.Module, values_per_tensor: int | None = None) -> str:
+    """SHA-256 over a model's config and weights, in the dtype they are held in; offloaded weights count by shape only.
+
+    Args:
+        model: the model.
+        values_per_tensor: read only so many values of each tensor, which is fast and tells apart models that were trained
+            differently; None reads all.
+    """
     digest = hashlib.sha256()
-    for part in _configs(model):
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(_config(model), sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         if isinstance(value, torch.Tensor) and value.device.type != "meta":
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            part = value.detach().flatten()[:values_per_tensor].cpu().contiguous()
+            digest.update(part.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _configs(model: nn.Module) -> list[dict[str, Any]]:
-    """What of the configs decides what the model computes."""
-    found = []
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What of a model's config decides what it computes."""
     for module in (model, *model.children()):
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "to_dict"):
-            fields = config.to_dict()
+            fields: dict[str, Any] = config.to_dict()
             # where it was loaded from, by which version and how attention is computed change nothing
             for name in ("_name_or_path", "transformers_version", "_attn_implementation_autoset", "use_cache"):
                 fields.pop(name, None)
-            found.append(fields)
-    return found[:1]
+            return fields
+    return {}
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

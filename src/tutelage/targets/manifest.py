@@ -24,6 +24,7 @@ from datasets import Dataset, Features, concatenate_datasets
 
 from tutelage.core.errors import UserError
 from tutelage.io.store import Store, sha256_of
+from tutelage.targets.identity import ExtractionIdentity
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -69,8 +70,8 @@ class Split:
 class Manifest:
     """What a curriculum was made from and what it holds."""
 
-    identity: dict[str, Any]
-    """Everything the rows depend on: teacher, tokenizer, data, curriculum, projection width, dtype."""
+    identity: ExtractionIdentity
+    """Everything that the rows depend on."""
     splits: tuple[Split, ...]
     files: dict[str, str]
     """SHA-256 of every other file that training reads, by path below the folder."""
@@ -85,12 +86,17 @@ class Manifest:
                 return split
         raise UserError(f"the curriculum holds no {name!r}: it has {', '.join(split.name for split in self.splits)}")
 
+    def to_json(self) -> str:
+        """As text."""
+        fields = {**dataclasses.asdict(self), "identity": self.identity.to_dict()}
+        return json.dumps(fields, indent=1)
+
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The inverse of `dataclasses.asdict` and JSON."""
+        """The inverse of `to_json`."""
         fields = json.loads(text)
         splits = tuple(Split(s["name"], tuple(Shard(**shard) for shard in s["shards"])) for s in fields.pop("splits"))
-        return cls(splits=splits, **fields)
+        return cls(ExtractionIdentity.from_dict(fields.pop("identity")), splits, **fields)
 
 
 # ---- Writing ----
@@ -160,7 +166,7 @@ def finish(store: Store, manifest: Manifest, features: Mapping[str, Features]) -
         store.write(f"{split.name}/state.json", json.dumps(state, indent=2))
         store.write(f"{split.name}/dataset_info.json", json.dumps(info, indent=2))
     store.write("dataset_dict.json", json.dumps({"splits": [split.name for split in manifest.splits]}))
-    store.write(MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    store.write(MANIFEST_FILE, manifest.to_json() + "\n")
     for split in manifest.splits:
         for shard in split.shards:
             store.remove(_receipt_of(shard.file))
@@ -180,7 +186,7 @@ def reopen(store: Store, manifest: Manifest) -> bool:
         return False
     for shard in kept:
         store.write(_receipt_of(shard.file), json.dumps(dataclasses.asdict(shard)))
-    store.write(PROGRESS_FILE, json.dumps(manifest.identity, indent=1))
+    store.write(PROGRESS_FILE, manifest.identity.to_json())
     store.remove(MANIFEST_FILE)
     return True
 
@@ -189,40 +195,35 @@ def _receipt_of(file: str) -> str:
     return f"{file}.receipt.json"
 
 
-def claim(store: Store, identity: Mapping[str, Any]) -> bool:
+def claim(store: Store, identity: ExtractionIdentity) -> bool:
     """Make a folder this extraction's, or find it unfinished by the same one; True where it is finished already.
 
     Raises:
-        UserError: the folder holds another extraction, or something else.
+        UserError: the folder holds a different extraction, or something else.
     """
-    mine = json.loads(json.dumps(identity))
-    if store.exists(MANIFEST_FILE):
-        theirs, finished = read_manifest(store).identity, True
+    finished = store.exists(MANIFEST_FILE)
+    if finished:
+        theirs = read_manifest(store).identity
     elif store.exists(PROGRESS_FILE):
         try:
-            theirs, finished = json.loads(store.read(PROGRESS_FILE)), False
-        except json.JSONDecodeError as error:
+            theirs = ExtractionIdentity.from_json(store.read(PROGRESS_FILE))
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{store}/{PROGRESS_FILE} is damaged ({error}): delete the folder, or choose another --output_dir"
+                f"{store}/{PROGRESS_FILE} is damaged ({error}): delete the folder, or choose a different --output_dir"
             ) from error
     elif not store.is_empty():
-        raise UserError(f"{str(store)!r} is not empty and holds no curriculum: choose another --output_dir")
-    else:
-        store.write(PROGRESS_FILE, json.dumps(mine, indent=1))
-        return False
-    theirs, mine = _unnamed(theirs), _unnamed(mine)
-    if different := [key for key in mine if mine[key] != theirs.get(key)]:
         raise UserError(
-            f"{str(store)!r} holds the curriculum of another extraction (another {', '.join(different)}): "
-            "give what it began with, or choose another --output_dir"
+            f"{str(store)!r} is not empty and does not contain an extracted curriculum: choose a different --output_dir"
+        )
+    else:
+        store.write(PROGRESS_FILE, identity.to_json())
+        return False
+    if different := identity.differences(theirs):
+        raise UserError(
+            f"{str(store)!r} contains an extracted curriculum with a different {', '.join(different)}: "
+            "give the original settings, or choose a different --output_dir"
         )
     return finished
-
-
-def _unnamed(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity without the names of folders and files, which change nothing."""
-    parts = {key: {k: v for k, v in identity[key].items() if k != "name"} for key in ("teacher", "data")}
-    return {**identity, **parts}
 
 
 # ---- Reading ----

@@ -48,7 +48,7 @@ class RowFormat:
     """`none` (labels follow from the ids), `tokens` (a list) or `class` (one number)."""
     token_types: bool
     """Whether rows have `token_type_ids`."""
-    kind: str
+    content: str
     """`states`, `pooled` (one state a row), `top_k`, `whole` (one output a row) or `inputs` (no targets)."""
 
     def __post_init__(self) -> None:
@@ -77,18 +77,18 @@ class RowFormat:
             columns["token_type_ids"] = List(Value("uint8"))
         if self.label != "none":
             columns["labels"] = List(Value("int32")) if self.label == "tokens" else Value("int64")
-        if self.kind in ("states", "pooled"):
+        if self.content in ("states", "pooled"):
             columns[STATES] = List(Value(self.dtype))
             if self.dtype == "int8":
                 columns[SCALE] = List(Value("float32"))
             columns[KEEP] = List(Value("bool"))
-        elif self.kind == "top_k":
+        elif self.content == "top_k":
             columns |= {
                 TOP_IDS: List(Value(self.ids)),
                 LOG_PROBS: List(Value(self.floats)),
                 LOG_REST: List(Value(self.floats)),
             }
-        elif self.kind == "whole":
+        elif self.content == "whole":
             columns[OUTPUT] = List(Value(self.floats))
         return Features(columns)
 
@@ -215,7 +215,7 @@ def decode_states(table: pa.Table, form: RowFormat, width: int, stored_width: in
     batch = {STATES: _padded(states, inside, 0), KEEP: _padded(keep, inside, False)}
     if form.dtype == "int8":
         batch[SCALE] = _padded(_flat(table, SCALE)[0], inside, 0)
-    if form.kind == "pooled":
+    if form.content == "pooled":
         batch = {name: value[:, 0] for name, value in batch.items()}
     return batch
 

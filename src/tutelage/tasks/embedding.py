@@ -8,7 +8,6 @@ Shapes: B batch, T positions, D encoder width, E embedding width.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,6 @@ _MODULES = {
     "Dense": "sentence_transformers.models.Dense",
     "Normalize": "sentence_transformers.models.Normalize",
 }
-
-
-@dataclass(frozen=True)
-class EmbeddingShape:
-    """What a student must know of an embedding teacher."""
-
-    embedding_size: int
-    pooling: str
-    normalize: bool
 
 
 class EmbeddingModel(nn.Module):

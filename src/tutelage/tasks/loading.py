@@ -1,6 +1,7 @@
 """Loading models and tokenizers safely.
 
-Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `find_file`, `has_weights`.
+Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `find_file`, `has_weights`,
+`count_parameters`.
 
 Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -131,6 +133,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _first_line(error: Exception) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import BertConfig, GPT2Config
 
 from tutelage.core.errors import UserError
+from tutelage.core.inputs import IGNORED_LABEL
+from tutelage.tasks.collators import CausalCollator
 from tutelage.tasks.pcfg_grammar import Grammar, Strings, build_grammar, hash_words, is_member, sample
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
 ]
 
 PAD, MASK, BOS, EOS, FIRST_TERMINAL = range(5)
-IGNORED = -100  # the label of positions that are not predicted
 
 
 def pcfg_tokens(grammar: Grammar) -> dict[str, int]:
@@ -143,27 +143,18 @@ def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3, se
         raise UserError(f"mask_probability must be above 0 and at most 1, got {mask_probability}")
     if seed is not None and not 0 <= seed < 1 << 64:
         raise UserError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
-    return CausalCollator() if task == "causal_lm" else MaskingCollator(grammar.terminals, mask_probability, seed)
-
-
-class CausalCollator:
-    """Pads; the labels are the ids."""
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        ids_NT = pad_sequence([torch.as_tensor(row["input_ids"]) for row in rows], batch_first=True, padding_value=PAD)
-        real_NT = torch.arange(ids_NT.shape[1]) < lengths.unsqueeze(1)
-        return {
-            "input_ids": ids_NT,
-            "attention_mask": real_NT.long(),
-            "labels": ids_NT.masked_fill(~real_NT, IGNORED),
-        }
+    return (
+        CausalCollator(PAD, always_mask=True)
+        if task == "causal_lm"
+        else MaskingCollator(grammar.terminals, mask_probability, seed)
+    )
 
 
 class MaskingCollator(CausalCollator):
     """Pads, and masks terminals as BERT does (80/10/10)."""
 
     def __init__(self, terminals: int, mask_probability: float, seed: int | None = None):
+        super().__init__(PAD, always_mask=True)
         self.terminals, self.mask_probability, self.seed = terminals, mask_probability, seed
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -174,7 +165,7 @@ class MaskingCollator(CausalCollator):
         random_NT = FIRST_TERMINAL + (terminal_NT * self.terminals).long()
         noised_NT = torch.where(fate_NT < 0.8, MASK, torch.where(fate_NT < 0.9, random_NT, ids_NT))
         batch["input_ids"] = torch.where(chosen_NT, noised_NT, ids_NT)
-        batch["labels"] = ids_NT.masked_fill(~chosen_NT, IGNORED)
+        batch["labels"] = ids_NT.masked_fill(~chosen_NT, IGNORED_LABEL)
         return batch
 
     def _uniform(self, ids_NT: torch.Tensor, real_NT: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ Public names: `student_config`, `make_student`, `is_preset`.
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from tutelage.core.errors import UserError
-from tutelage.tasks.base import Task, build_task_model, load_task_model, read_json
-from tutelage.tasks.embedding import EmbeddingModel, EmbeddingShape
+from tutelage.tasks.base import Task
 from tutelage.tasks.loading import has_weights, load_config
 
 _ALIASES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
@@ -41,7 +42,7 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         return _preset(student, teacher)
     path = Path(student)
     if path.is_file():
-        fields = read_json(path)
+        fields = _read_json(path)
         if not isinstance(fields, dict) or "model_type" not in fields:
             raise UserError(f"student config {student!r} has no model_type: it is not a transformers configuration")
         return AutoConfig.for_model(**fields)
@@ -54,16 +55,29 @@ def is_preset(student: str) -> bool:
 
 
 def make_student(
-    student: str, task: Task, config: PreTrainedConfig, teacher: nn.Module | EmbeddingShape | None = None
+    student: str, task: Task, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """The student model: loaded where `student` is a folder or Hub name with weights, else randomly initialised."""
+    """The student model: loaded where `student` is a folder or Hub name with weights, else randomly initialised.
+
+    Args:
+        student: as in `student_config`.
+        task: what it is for.
+        config: what `student_config` gave.
+        shape: `Task.teacher_shape` of the teacher.
+    """
     path = Path(student)
     if is_preset(student) or path.is_file() or (path.is_dir() and not has_weights(path)):
-        return build_task_model(task, config, teacher)
-    model = load_task_model(task, student, what="student")
-    if isinstance(model, EmbeddingModel) and isinstance(teacher, EmbeddingModel | EmbeddingShape):
-        model.fit_head(teacher.embedding_size)
+        return task.build(config, shape)
+    model = task.load(student, what="student")
+    task.fit_to_teacher(model, shape)
     return model
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:

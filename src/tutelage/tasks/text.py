@@ -1,13 +1,12 @@
 """Text in, model inputs out: reading, tokenising, packing and collating datasets.
 
-Public names: `read_dataset`, `stream_dataset`, `keep_rows`, `split_dataset`, `tokenize`, `make_collator`.
+Public names: `read_dataset`, `stream_dataset`, `keep_rows`, `split_dataset`, `tokenize`.
 """
 
 from __future__ import annotations
 
 import atexit
 import codecs
-import hashlib
 import itertools
 import json
 import shutil
@@ -17,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.errors import UserError
 from tutelage.io.store import Store
@@ -259,53 +257,6 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
     first, last = special.index(0), len(special) - special[::-1].index(0)
     return ids[:first], ids[last:]
-
-
-def make_collator(task: Task, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
-    """The data collator for a task."""
-    if task.name == "causal_lm":
-        return CausalCollator(tokenizer.pad_token_id)
-    if task.name == "masked_lm":
-        return StableMaskingCollator(tokenizer, mlm_probability=mlm_probability)
-    return DataCollatorWithPadding(tokenizer)
-
-
-class CausalCollator:
-    """Stacks packed blocks; pads ragged ones, with labels ignored there."""
-
-    def __init__(self, pad_token_id: int | None = None):
-        self.pad_token_id = pad_token_id or 0
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        lengths = {len(row["input_ids"]) for row in rows}
-        longest = max(lengths)
-
-        def stack(column: str, fill: int) -> torch.Tensor:
-            return torch.tensor([list(row[column]) + [fill] * (longest - len(row[column])) for row in rows])
-
-        batch = {"input_ids": stack("input_ids", self.pad_token_id)}
-        labelled = "labels" in rows[0]
-        batch["labels"] = stack("labels" if labelled else "input_ids", -100)
-        if "attention_mask" in rows[0]:  # rows that were padded before
-            batch["attention_mask"] = stack("attention_mask", 0)
-            batch["labels"][batch["attention_mask"] == 0] = -100
-        elif len(lengths) > 1:
-            batch["attention_mask"] = (
-                torch.arange(longest) < torch.tensor([len(row["input_ids"]) for row in rows]).unsqueeze(1)
-            ).long()
-        return batch
-
-
-class StableMaskingCollator(DataCollatorForLanguageModeling):
-    """Random masking (80/10/10) seeded by the batch's content.
-
-    The same batch is masked alike in every method and after a resume, whatever else has drawn random numbers.
-    """
-
-    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
-        content = hashlib.sha256(str([list(example["input_ids"]) for example in examples]).encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(content[:7], "little"))
-        return super().torch_call(examples)
 
 
 def _reason(error: BaseException) -> str:

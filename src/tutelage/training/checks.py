@@ -1,6 +1,6 @@
 """Checks made before any compute is spent.
 
-Public names: `check_tokenizers`, `shared_outputs`, `check_outputs`, `check_dataset`, `check_widths`, `check_output_dir`,
+Public names: `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_output_dir`,
 `claim_output_dir`, `require_unused_search`, `run_identity`, `check_same_run`.
 """
 
@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
-from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import usable_positions
 from tutelage.io.files import write_atomically
-from tutelage.tasks.base import Task
+from tutelage.targets.source import TargetSource
 from tutelage.training.records import (
     CURRICULUM_FILE,
     METRICS_FILE,
@@ -47,20 +46,20 @@ def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTraine
     )
 
 
-def shared_outputs(
-    student: nn.Module, theirs: int, task: Task, tokenizer: PreTrainedTokenizerBase | None
-) -> int | None:
-    """Number of outputs that the student's head shares with the teacher's, which has `theirs`; None where all are.
+def shared_outputs(student: nn.Module, source: TargetSource, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """Number of outputs that the student's head shares with the teacher's; None where all are shared.
 
     Vocabularies padded to different sizes are trimmed, with a warning, to the tokenizer's; anything else is refused.
     """
-    if task.whole:
+    theirs = source.output_count
+    mine = None if theirs is None else source.task.output_count(student)
+    if theirs is None or mine is None or mine == theirs:
         return None
-    mine = OutputHead.of(student).linear.out_features
-    if mine == theirs:
-        return None
-    if not task.per_position:
-        raise UserError(f"the student has {mine} classes, the teacher {theirs}: they must be the same classes")
+    if not source.task.per_position:
+        raise UserError(
+            f"the student has {mine} classes, the teacher {theirs}: they must be the same classes; give the student the "
+            "teacher's number of labels"
+        )
     if tokenizer is None or len(tokenizer) > min(mine, theirs):
         known = (
             "no tokenizer was given to check" if tokenizer is None else f"the tokenizer has {len(tokenizer)} entries"
@@ -76,18 +75,6 @@ def shared_outputs(
         stacklevel=3,
     )
     return len(tokenizer)
-
-
-def check_outputs(model: nn.Module, task: Task) -> None:
-    """Refuse classifiers whose outputs are not one class of several: a softmax over them means nothing."""
-    config = getattr(model, "config", None)
-    if task.name != "sequence_classification" or config is None:
-        return
-    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-        raise UserError(
-            f"{type(model).__name__} has {config.num_labels} output(s) and problem_type {config.problem_type!r}: only "
-            "classification into one of two or more classes can be distilled"
-        )
 
 
 def check_dataset(dataset: Any, config: Any, name: str) -> None:
@@ -122,15 +109,6 @@ def check_dataset(dataset: Any, config: Any, name: str) -> None:
         )
 
 
-def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:
-    """Refuse a projection that cannot map the teacher's width to the student's."""
-    kind, hidden = curriculum.projection, bool(curriculum.hidden_stages)
-    if hidden and student > teacher and kind not in ("gaussian", "rademacher"):
-        raise UserError(
-            f"projection={kind!r} cannot widen {teacher} to {student}: use projection='gaussian' or a narrower student"
-        )
-
-
 def require_unused_search(args: Any, curriculum: Curriculum) -> None:
     """Let DDP look for unused parameters where a stage leaves some: those above its block."""
     if args.world_size == 1 or not curriculum.hidden_stages:
@@ -149,11 +127,11 @@ def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
     ours = (output_dir / CURRICULUM_FILE).exists()
     if not ours and any(output_dir.glob("*.safetensors")):
         raise UserError(
-            f"output_dir {str(output_dir)!r} holds a model that is not from a run of tutelage: choose another folder"
+            f"output_dir {str(output_dir)!r} contains a model that was not made by a run of tutelage: choose another folder"
         )
     if ours and not resuming and not overwrite:
         raise UserError(
-            f"output_dir {str(output_dir)!r} holds another run: choose another folder, go on with it by "
+            f"output_dir {str(output_dir)!r} already contains a run. Choose another folder, resume the run with "
             "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
         )
 
@@ -164,8 +142,8 @@ def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, o
     if record.exists() and resuming:
         if json.loads(record.read_text(encoding="utf-8")) != json.loads(curriculum.to_json()):
             raise UserError(
-                f"{output_dir} was trained with another curriculum (see {record}): resume with the settings it began with, "
-                "or choose another output_dir"
+                f"{output_dir} was created with a different curriculum (see {record}). Resume with the original settings, or "
+                "choose another output_dir"
             )
         return
     check_output_dir(output_dir, resuming, overwrite)
@@ -179,31 +157,23 @@ def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, o
     write_atomically(record, curriculum.to_json() + "\n")
 
 
-def run_identity(args: Any, curriculum: Curriculum, teacher: Any, dataset: Any) -> dict[str, str]:
-    """What makes a run the same run when it is resumed: curriculum, teacher, data, rate and batch."""
+def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, dataset: Any) -> dict[str, str]:
+    """What makes a run the same run when it is resumed: curriculum, targets, data, rate and batch."""
     identity = {
-        "curriculum": _digest(curriculum.to_json().encode()),
+        "curriculum": _digest(curriculum.to_json()),
         "learning rate": str(args.learning_rate),
-        "batch size": str(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size),
+        "batch size": str(args.step_examples(args.world_size)),
         "seed": str(args.seed),
+        **source.identity(),
     }
-    if teacher is not None:
-        digest = hashlib.sha256()
-        for name, parameter in teacher.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            if parameter.device.type != "meta":  # offloaded
-                digest.update(str(parameter.detach().flatten()[:16].float().tolist()).encode())
-        identity["teacher"] = digest.hexdigest()[:16]
     if dataset is not None and hasattr(dataset, "__len__"):
         rows = [dataset[index] for index in sorted({0, len(dataset) // 2, len(dataset) - 1})]
-        identity["data"] = _digest(
-            f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}".encode()
-        )
+        identity["data"] = _digest(f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}")
     return identity
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def check_same_run(was: dict[str, str], now: dict[str, str], checkpoint: str) -> None:
@@ -211,6 +181,6 @@ def check_same_run(was: dict[str, str], now: dict[str, str], checkpoint: str) ->
     different = [name for name in was if was[name] != now.get(name)]
     if different:
         raise UserError(
-            f"checkpoint {checkpoint!r} is of a run with another {' and '.join(different)}: resume with what it began with, "
-            "or start a new run in another output_dir"
+            f"checkpoint {checkpoint!r} was created with a different {' and '.join(different)}. Resume with the original "
+            "settings, or start a new run in another output_dir"
         )

@@ -1,13 +1,11 @@
 """The settings of a run: `transformers.TrainingArguments` and what a curriculum adds.
 
-Public names: `CurriculumConfig`.
+Public names: `CurriculumConfig`, `DEFAULTS`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +13,19 @@ import torch
 from transformers import TrainingArguments
 from transformers.quantizers import AutoQuantizationConfig
 
-from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import (
-    METHODS,
-    Curriculum,
-    extraction,
-    one_shot,
-    parse_layer_map,
-    progressive,
-    scratch,
-    uniform_layer_map,
-)
+from tutelage.core.curriculum import METHODS
 from tutelage.core.errors import UserError
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 16,
+    "num_train_epochs": 3.0,
+    "stage_fraction": 0.5,
+    "projection": "gaussian",
+    "projection_seed": 0,
+    "normalize": "standardize",
+    "calibration_samples": 64,
+    "temperature": 1.0,
+}
 
 
 @dataclass
@@ -34,7 +33,9 @@ class CurriculumConfig(TrainingArguments):
     """Arguments of `CurriculumTrainer`; every `TrainingArguments` field keeps its meaning.
 
     `max_steps` (or `num_train_epochs`) is the budget of the *whole* curriculum. Warm-up and decay are counted within each
-    stage: `warmup_steps` below 1 is a share of the stage's steps.
+    stage: `warmup_steps` below 1 is a fraction of the stage's steps.
+
+    None means *not given*: the extracted curriculum decides where there is one, otherwise `DEFAULTS`.
     """
 
     # Other defaults than transformers', for small students trained from a random start.
@@ -42,7 +43,12 @@ class CurriculumConfig(TrainingArguments):
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of every stage."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Decay within each stage."})
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up of each stage: steps, or a share below 1."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a device and micro-step."})
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Examples per device and micro-step; default: 16."}
+    )
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Passes over the training data, where max_steps is not given; default: 3."}
+    )
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a device in evaluation."})
     logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between logs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
@@ -56,7 +62,7 @@ class CurriculumConfig(TrainingArguments):
     )
     teacher_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Teacher: folder or Hub name. The command line's default is the embedded one."},
+        metadata={"help": "Teacher: folder or Hub name; default: the embedded one.", "aliases": ["--teacher"]},
     )
     teacher_checkpoints: list[str] | None = field(
         default=None,
@@ -96,7 +102,9 @@ class CurriculumConfig(TrainingArguments):
         },
     )
     num_stages: int | None = field(default=None, metadata={"help": "Hidden stages of the uniform layer map."})
-    stage_fraction: float = field(default=0.5, metadata={"help": "Share of the steps given to hidden stages."})
+    stage_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of the steps that the hidden stages get together; default: 0.5."}
+    )
     stage_steps: list[int] | None = field(
         default=None,
         metadata={"help": "Steps of every hidden stage (one number) or of each; overrides stage_fraction."},
@@ -104,11 +112,11 @@ class CurriculumConfig(TrainingArguments):
     stage_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of hidden stages; unset takes learning_rate."}
     )
-    projection: str = field(
-        default="gaussian", metadata={"help": "gaussian (the paper), orthogonal, rademacher, pca or logits."}
+    projection: str | None = field(
+        default=None, metadata={"help": "gaussian (the paper, default), orthogonal, rademacher, pca or logits."}
     )
-    projection_seed: int = field(default=0, metadata={"help": "Seed of the random projections."})
-    normalize: str = field(default="standardize", metadata={"help": "standardize, or none as in the paper."})
+    projection_seed: int | None = field(default=None, metadata={"help": "Seed of the random projections; default: 0."})
+    normalize: str | None = field(default=None, metadata={"help": "standardize (default), or none as in the paper."})
     warm_start: str | None = field(
         default=None,
         metadata={
@@ -116,8 +124,12 @@ class CurriculumConfig(TrainingArguments):
             "where layer_map ends with final:final or neither layer_map nor num_stages is set, else none."
         },
     )
-    calibration_samples: int = field(default=64, metadata={"help": "Training examples the calibration pass reads."})
-    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of the output loss."})
+    calibration_samples: int | None = field(
+        default=None, metadata={"help": "Training examples that the calibration pass reads; default: 64."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Softmax temperature of the output loss; default: 1."}
+    )
     top_k: int | None = field(
         default=None,
         metadata={"help": "Language models: distil so many of the teacher's outputs, the rest as one; unset is all."},
@@ -137,7 +149,10 @@ class CurriculumConfig(TrainingArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over another run in output_dir."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(f"transformers refuses these training arguments: {error}") from error
         if self.method not in METHODS:
             raise UserError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.embedding_loss not in ("cosine", "mse"):
@@ -146,7 +161,7 @@ class CurriculumConfig(TrainingArguments):
             raise UserError(f"unknown teacher_dtype {self.teacher_dtype!r}: use a torch dtype such as bfloat16")
         if self.logits_chunk_size is not None and self.logits_chunk_size < 1:
             raise UserError(f"logits_chunk_size must be at least 1 position, got {self.logits_chunk_size}")
-        if not 0 < self.temperature < float("inf"):
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature must be positive and finite, got {self.temperature}")
         for name in ("learning_rate", "stage_learning_rate"):
             rate = getattr(self, name)
@@ -154,7 +169,7 @@ class CurriculumConfig(TrainingArguments):
                 raise UserError(f"{name} must be a number from 0 up, got {rate}")
         if self.label_smoothing_factor:
             raise UserError("label_smoothing_factor has no part in the losses here: use temperature or label_weight")
-        if self.calibration_samples < 1:
+        if self.calibration_samples is not None and self.calibration_samples < 1:
             raise UserError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
@@ -166,9 +181,14 @@ class CurriculumConfig(TrainingArguments):
         """Seed of the order in which data is read."""
         return self.data_seed if self.data_seed is not None else self.seed
 
+    def value(self, name: str) -> Any:
+        """A setting as given, or its default."""
+        given = getattr(self, name)
+        return DEFAULTS.get(name) if given is None else given
+
     def step_examples(self, devices: int) -> int:
         """Examples of an optimiser step over so many devices and their micro-batches."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * devices
+        return int(self.value("per_device_train_batch_size")) * self.gradient_accumulation_steps * devices
 
     def teacher_loading(self) -> dict[str, Any]:
         """What `load_model` is told about the teacher.
@@ -187,78 +207,3 @@ class CurriculumConfig(TrainingArguments):
                     f"teacher_quantization {self.teacher_quantization!r} cannot be used: {error}"
                 ) from error
         return loading
-
-    def build_curriculum(
-        self, student_blocks: int, teacher_blocks: int | None, steps: int, default_warm_start: str = "head"
-    ) -> Curriculum:
-        """The curriculum these settings describe.
-
-        Args:
-            student_blocks: L_S.
-            teacher_blocks: L_T; None without a teacher (scratch).
-            steps: optimiser steps of the whole curriculum.
-            default_warm_start: of extraction with no blocks named, where `warm_start` is unset.
-
-        Raises:
-            UserError: whatever the builders refuse.
-        """
-        layer_map = parse_layer_map(self.layer_map) if self.layer_map else None
-        num_stages, warm_start = self.num_stages, self.warm_start
-        if warm_start is None:
-            chosen_blocks = num_stages is not None or (layer_map is not None and (FINAL, FINAL) not in layer_map)
-            warm_start = "none" if chosen_blocks else default_warm_start
-        settings = {
-            "projection": self.projection,
-            "projection_seed": self.projection_seed,
-            "normalize": self.normalize,
-            "warm_start": warm_start if self.method == "extraction" else "none",
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-        }
-        self._warn_of_ignored()
-        if self.method == "scratch":
-            return scratch(steps, **settings)
-        if teacher_blocks is None:
-            raise UserError(f"method {self.method!r} needs a teacher: pass teacher_model (or use method='scratch')")
-        if self.method == "one_shot":
-            return one_shot(steps, label_weight=self.label_weight, **settings)
-        if self.method == "progressive":
-            return progressive(steps, self.teacher_checkpoints or [], label_weight=self.label_weight, **settings)
-        if layer_map is None and "head" in warm_start:
-            # a transplanted head needs the stage that teaches its input; uniform stages come before it if asked for
-            uniform = [] if num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
-            layer_map, num_stages = [*uniform, (FINAL, FINAL)], None
-        if layer_map is not None and num_stages is not None:
-            raise UserError("give layer_map or num_stages, not both")
-        stage_steps: Any = self.stage_fraction if self.stage_steps is None else self.stage_steps
-        if isinstance(stage_steps, list) and len(stage_steps) == 1:
-            stage_steps = stage_steps[0]
-        return extraction(
-            student_blocks,
-            teacher_blocks,
-            steps,
-            layer_map=num_stages if layer_map is None else layer_map,
-            stage_steps=stage_steps,
-            stage_learning_rate=self.stage_learning_rate,
-            label_weight=self.label_weight,
-            **settings,
-        )
-
-    def _warn_of_ignored(self) -> None:
-        """Warn of settings that the method does not read."""
-        readers = {
-            **dict.fromkeys(
-                ("layer_map", "num_stages", "stage_steps", "stage_learning_rate", "projection", "warm_start"),
-                ("extraction",),
-            ),
-            "teacher_checkpoints": ("progressive",),
-            "label_weight": ("extraction", "one_shot", "progressive"),
-        }
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        ignored = [
-            name
-            for name, methods in readers.items()
-            if self.method not in methods and getattr(self, name) not in (defaults[name], "none")
-        ]
-        if ignored:
-            warnings.warn(f"method {self.method!r} does not read {', '.join(ignored)}", UserWarning, stacklevel=2)

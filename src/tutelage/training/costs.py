@@ -11,26 +11,25 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage
-from tutelage.core.inputs import at_positions, batch_positions, label_positions
+from tutelage.core.inputs import batch_positions
 from tutelage.training.objective import StageObjective
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Floating-point operations of one training step of a stage, a position (padding included), and its reach."""
+    """Floating-point operations of one training step of a stage, per position (padding included), and its reach."""
 
     student_flops: float
-    """Student forward and backward, FLOPs a position."""
+    """Student forward and backward, FLOPs per position."""
     teacher_flops: float
-    """Teacher forward, FLOPs a position."""
+    """Teacher forward, FLOPs per position."""
     reached: frozenset[str]
     """Names of the student's parameters that the stage's loss depends on."""
 
     @property
     def flops(self) -> float:
-        """Student and teacher together, FLOPs a position."""
+        """Student and teacher together, FLOPs per position."""
         return self.student_flops + self.teacher_flops
 
 
@@ -60,22 +59,14 @@ def measure_stage(objective: StageObjective, index: int, batch: dict[str, Any]) 
 
 
 def _teacher_flops(objective: StageObjective, batch: dict[str, Any]) -> int:
-    stage, teacher = objective.stage, objective.teacher
-    if teacher is None or not stage.needs_teacher:
+    """Operations that a step's targets cost; none where the batch brings them along."""
+    source = objective.source
+    if not objective.stage.needs_teacher:
         return 0
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        if isinstance(stage, HiddenStage):
-            target_map = objective.maps[objective.stage_index]
-            assert target_map is not None
-            target_map(teacher.hidden(stage.teacher_place, batch))
-        elif objective.task.whole:
-            teacher.output(batch)
-        else:
-            state = teacher.hidden(FINAL, batch)
-            if objective.task.per_position:
-                state = at_positions(state, label_positions(batch, objective.task.causal)[0])
-            head = objective.teacher_head
-            assert head is not None
-            head(state)
+        if isinstance(objective.stage, HiddenStage):
+            source.hidden(objective.stage_index, batch)
+        elif (target := source.output(batch)) is not None:
+            source.task.teacher_outputs(target, batch)
     return counter.get_total_flops()

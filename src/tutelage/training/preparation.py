@@ -1,11 +1,10 @@
 """From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute.
 
-Public names: `Setup`, `prepare`, `total_steps`.
+Public names: `Prepared`, `Given`, `prepare`, `open_source`, `open_extracted`, `compare_given`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,183 +12,170 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.blocks import find_blocks
-from tutelage.core.curriculum import Curriculum, OutputStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
-from tutelage.core.heads import OutputHead
-from tutelage.targets.extracted import ExtractedCurriculum
-from tutelage.targets.live import LiveTeacher, check_checkpoint
-from tutelage.targets.reading import Reading, StoredRows
-from tutelage.tasks.base import Task, backbone, default_warm_start, detect_task, get_task, hidden_size, load_task_model
+from tutelage.targets.extracted import ExtractedTargets
+from tutelage.targets.folder import ExtractedCurriculum
+from tutelage.targets.identity import data_fingerprint, model_hash, tokenizer_hash
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.source import NoTargets, TargetSource
+from tutelage.tasks.base import Task
 from tutelage.tasks.loading import load_tokenizer
+from tutelage.tasks.registry import detect_task, get_task
 from tutelage.training import checks, warm_start
-from tutelage.training.adoption import adopt, check_given
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
+from tutelage.training.resolution import ResolvedRun, resolve
+
+Teacher = nn.Module | str | TargetSource | None
 
 
 @dataclass(frozen=True)
-class Setup:
+class Given:
+    """What a trainer was given."""
+
+    model: nn.Module | str
+    """The student."""
+    teacher: Teacher
+    train_dataset: Any
+    eval_dataset: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    curriculum: Curriculum | None
+
+
+@dataclass(frozen=True)
+class Prepared:
     """What a trainer trains, and by which stages."""
 
-    task: Task
     student: nn.Module
-    teacher: LiveTeacher | None
-    curriculum: Curriculum
+    source: TargetSource
+    run: ResolvedRun
     objective: StageObjective
-    stored: ExtractedCurriculum | None
-    """An extracted curriculum in the teacher's place."""
     train_dataset: Any
     eval_dataset: Any
     tokenizer: PreTrainedTokenizerBase | None
 
 
-def prepare(
-    model: nn.Module | str,
-    teacher_model: nn.Module | str | None,
-    args: CurriculumConfig,
-    train_dataset: Any,
-    eval_dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    curriculum: Curriculum | None,
-) -> Setup:
-    """Load what is given by name, build the curriculum, and check that everything fits together.
+def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) -> Prepared:
+    """Load what is given by name, decide what was left open, and check that everything fits together.
+
+    Args:
+        given: models and data.
+        args: the settings as given.
+        devices: that the student trains on; None is those of this run.
 
     Raises:
         UserError: anything that cannot work.
     """
-    teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-    if args.method == "scratch" and curriculum is None:
-        teacher_model = None
-    stored = None
-    if args.curriculum_dir is not None:
-        stored = ExtractedCurriculum(args.curriculum_dir, check=False)
-        # far shards are compared when they are fetched, those here by one process
-        stored.check(shards=args.check_curriculum and stored.store.local is not None and args.local_process_index == 0)
-        check_given(stored, teacher_model, tokenizer, train_dataset, args)
-        args.task, teacher_model = stored.identity["task"], None
-        tokenizer = tokenizer or stored.tokenizer
-        eval_dataset = stored.evaluation if eval_dataset is None else eval_dataset
-    task = get_task(args.task) if args.task else detect_task(teacher_model if teacher_model is not None else model)
-    loading: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    if task.name == "embedding" and teacher_model is None and stored is None:
-        raise UserError("an encoder's embedding has no labels to learn from: method 'scratch' needs another task")
-    if isinstance(teacher_model, str):
-        theirs = load_tokenizer(teacher_model, trust_remote_code=args.trust_remote_code)
-        checks.check_tokenizers(tokenizer, theirs)
-        if isinstance(model, str):
-            checks.check_tokenizers(load_tokenizer(model, trust_remote_code=args.trust_remote_code), theirs)
-        teacher_model = load_task_model(task, teacher_model, **args.teacher_loading())
-    student = load_task_model(task, model, what="student", **loading) if isinstance(model, str) else model
-    for part in (student, teacher_model):
-        if part is not None:
-            checks.check_outputs(part, task)
-            checks.check_dataset(train_dataset, backbone(part).config, "training")
-            checks.check_dataset(eval_dataset, backbone(part).config, "evaluation")
-    teacher = None if teacher_model is None else LiveTeacher(teacher_model, backbone(teacher_model), args.blocks)
-    outputs = _outputs(student, teacher, stored, task, tokenizer)
-    if stored is not None:
-        adopt(args, stored, len(find_blocks(backbone(student), args.blocks)))
-    curriculum = _curriculum(curriculum, args, task, student, teacher, stored, train_dataset)
-    if stored is not None:
-        train_dataset = _stored_rows(stored, curriculum, student, args)
-    if curriculum.top_k is not None and task.whole:
-        raise UserError(f"top_k is for tasks with an output head over many outputs, not for {task.name}: leave it out")
-    for stage in curriculum.stages:
-        if isinstance(stage, OutputStage) and stage.teacher_checkpoint is not None and teacher is not None:
-            check_checkpoint(teacher.model, stage.teacher_checkpoint)
-    if teacher is not None:
-        checks.check_widths(curriculum, hidden_size(student), hidden_size(teacher.model))
-    warm_start.check(curriculum, student, teacher, None if stored is None else stored.head)
+    source = open_source(given, args)
+    task = source.task
+    tokenizer = given.tokenizer or source.tokenizer
+    student = given.model
+    if isinstance(student, str):
+        student = task.load(student, what="student", trust_remote_code=args.trust_remote_code)
+    eval_dataset = source.evaluation_rows(given.eval_dataset)
+    for model in (student, getattr(source, "model", None)):
+        if model is not None:
+            task.check_model(model)
+            config = task.backbone(model).config
+            checks.check_dataset(given.train_dataset, config, "training")
+            checks.check_dataset(eval_dataset, config, "evaluation")
+    outputs = checks.shared_outputs(student, source, tokenizer)
+    student_blocks = len(find_blocks(task.backbone(student), args.blocks))
+    rows = len(given.train_dataset) if hasattr(given.train_dataset, "__len__") else None
+    fixed = source.fixed_settings(student_blocks)
+    blocks = (student_blocks, source.blocks)
+    run = resolve(args, blocks, fixed, rows, task.warm_start, given.curriculum, devices)
+    if run.curriculum.top_k is not None and not task.splits_head:
+        raise UserError(
+            f"top_k is for tasks with an output head over many outputs, but this task is {task.name}: leave top_k out"
+        )
+    source.attach(run.curriculum, student, outputs)
     objective = StageObjective(
-        student,
-        teacher,
-        curriculum,
-        task,
-        [None] * len(curriculum.stages),
-        outputs=outputs,
-        container=args.blocks,
-        chunk_size=args.logits_chunk_size,
-        embedding_loss=args.embedding_loss,
-        teacher_head=None if stored is None else stored.head,
+        student, source, container=args.blocks, chunk_size=args.logits_chunk_size, embedding_loss=args.embedding_loss
     )
-    return Setup(task, student, teacher, curriculum, objective, stored, train_dataset, eval_dataset, tokenizer)
+    warm_start.check(objective)
+    train_dataset = source.training_rows(given.train_dataset, run.reading)
+    return Prepared(student, source, run, objective, train_dataset, eval_dataset, tokenizer)
 
 
-def _outputs(
-    student: nn.Module,
-    teacher: LiveTeacher | None,
-    stored: ExtractedCurriculum | None,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> int | None:
-    if task.whole or (teacher is None and stored is None):
-        return None
-    if stored is not None:
-        theirs = int(stored.identity["teacher"]["outputs"])
-    else:
-        assert teacher is not None
-        theirs = OutputHead.of(teacher.model).linear.out_features
-    return checks.shared_outputs(student, theirs, task, tokenizer)
+def open_source(given: Given, args: CurriculumConfig) -> TargetSource:
+    """Where the targets of a run come from: an extracted curriculum, a teacher in memory or by name, or labels alone.
+
+    Raises:
+        UserError: an extracted curriculum is damaged or was made from something else than what was given.
+    """
+    if isinstance(given.teacher, TargetSource):
+        return given.teacher
+    if args.curriculum_dir is not None:
+        source = open_extracted(args.curriculum_dir, args)
+        compare_given(source, given, args)
+        return source
+    teacher = given.teacher if given.teacher is not None else args.teacher_model_name_or_path
+    if args.method == "scratch" and given.curriculum is None:
+        teacher = None
+    task = _task(args, given.model if teacher is None else teacher)
+    if teacher is None:
+        return NoTargets(task)
+    if isinstance(teacher, str):
+        theirs = load_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
+        checks.check_tokenizers(given.tokenizer, theirs)
+        if isinstance(given.model, str):
+            checks.check_tokenizers(load_tokenizer(given.model, trust_remote_code=args.trust_remote_code), theirs)
+        teacher = task.load(teacher, **args.teacher_loading())
+    return LiveTargets(teacher, task, args.blocks)
 
 
-def _stored_rows(
-    stored: ExtractedCurriculum, curriculum: Curriculum, student: nn.Module, args: CurriculumConfig
-) -> StoredRows:
-    width = hidden_size(student)
-    stored.check_width(width)
-    if warm_start.head_stage(curriculum) is not None:
-        check_transplant(stored, student)
-    if "embedding" in curriculum.warm_start:
+def _task(args: CurriculumConfig, reference: nn.Module | str) -> Task:
+    return get_task(args.task) if args.task else detect_task(reference, args.trust_remote_code)
+
+
+def open_extracted(folder: str, args: CurriculumConfig) -> ExtractedTargets:
+    """An extracted curriculum, after checking its files and whether it serves the method and task of `args`.
+
+    Raises:
+        UserError: it is damaged, or for a different method or task.
+    """
+    extracted = ExtractedCurriculum(folder, check=False)
+    # remote shards are compared when they are fetched, local ones by one process
+    extracted.check(
+        shards=args.check_curriculum and extracted.store.local is not None and args.local_process_index == 0
+    )
+    if args.method not in ("extraction", "one_shot"):
         raise UserError(
-            f"warm_start={curriculum.warm_start!r} needs the teacher's embedding, which a curriculum on disk does not hold: "
-            "use 'head' or 'none', or train with the teacher itself"
+            f"method {args.method!r} does not train from an extracted curriculum: leave curriculum_dir out, or choose "
+            "extraction or one_shot"
         )
-    size, devices = args.per_device_train_batch_size, args.world_size
-    return StoredRows(stored, curriculum, width, Reading(args.step_examples(devices), size, devices, args.order_seed))
-
-
-def check_transplant(stored: ExtractedCurriculum, student: nn.Module) -> None:
-    """Raise UserError where the head of this student cannot start from what was extracted."""
-    if stored.identity["head"] is None:
+    if args.task not in (None, extracted.identity.task):
         raise UserError(
-            f"the curriculum in {str(stored.store)!r} holds no output head to start from: extract it with "
-            "--warm_start head, or train with --warm_start none"
+            f"the extracted curriculum in {str(extracted.store)!r} is for task {extracted.identity.task}, not {args.task}: "
+            "leave task out"
         )
-    if stored.identity["centered"] and not warm_start.head_has_bias(student):
+    return ExtractedTargets(extracted)
+
+
+def compare_given(source: ExtractedTargets, given: Given, args: CurriculumConfig) -> None:
+    """Refuse a teacher, tokenizer or training set that the curriculum was not extracted from; what is not given is not
+    compared.
+
+    Raises:
+        UserError: one of them is different.
+    """
+    identity, where = source.folder.identity, f"the extracted curriculum in {str(source.folder.store)!r}"
+    if given.tokenizer is not None and tokenizer_hash(given.tokenizer) != identity.tokenizer:
+        checks.check_tokenizers(given.tokenizer, source.tokenizer)  # says in which entry
+        raise UserError(f"{where} was made with a different tokenizer: use the one in its folder")
+    teacher = given.teacher if given.teacher is not None else args.teacher_model_name_or_path
+    if isinstance(teacher, str):
+        teacher = source.task.load(teacher, **args.teacher_loading())
+    if isinstance(teacher, nn.Module) and model_hash(teacher) != identity.teacher.hash:
         raise UserError(
-            "the curriculum was extracted for a student whose output head has a bias, this one has none: use "
-            "--warm_start none, or extract again with this student"
+            f"{where} was made from a different teacher ({identity.teacher.name}), or from the same teacher loaded with a "
+            f"different dtype ({identity.teacher.dtype}): leave the teacher out, or extract again"
         )
-
-
-def _curriculum(
-    given: Curriculum | None,
-    args: CurriculumConfig,
-    task: Task,
-    student: nn.Module,
-    teacher: LiveTeacher | None,
-    stored: ExtractedCurriculum | None,
-    train_dataset: Any,
-) -> Curriculum:
-    if given is not None:
-        if teacher is None and stored is None and any(stage.needs_teacher for stage in given.stages):
-            raise UserError("this curriculum has stages that need a teacher: pass teacher_model")
-        return given
-    steps = total_steps(args, train_dataset, args.world_size)
-    if steps is None:
-        raise UserError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
-    student_blocks = find_blocks(backbone(student), args.blocks)
-    teacher_blocks = stored.teacher_blocks if stored is not None else None if teacher is None else len(teacher.blocks)
-    return args.build_curriculum(len(student_blocks), teacher_blocks, steps, default_warm_start(task))
-
-
-def total_steps(args: CurriculumConfig, dataset: Any, devices: int) -> int | None:
-    """Optimiser steps of the budget on so many devices: `max_steps`, else from epochs and the dataset's length."""
-    if args.max_steps > 0:
-        return args.max_steps
-    if dataset is None or not hasattr(dataset, "__len__"):
-        return None
-    size = args.per_device_train_batch_size * devices
-    batches = len(dataset) // size if args.dataloader_drop_last else math.ceil(len(dataset) / size)
-    # as transformers counts: an epoch's last step may have fewer micro-batches
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    if given.train_dataset is not None and data_fingerprint(given.train_dataset) != identity.data.fingerprint:
+        streamed = ", the first rows of a stream" if identity.data.streamed else ""
+        raise UserError(
+            f"{where} was made from different data ({identity.data.name}, {identity.data.rows:,} rows{streamed}): leave the "
+            "dataset out, since the extracted curriculum contains it, or extract again"
+        )

@@ -17,7 +17,7 @@ from tutelage.core.errors import UserError
 from tutelage.io.files import write_atomically
 
 CURRICULUM_FILE = "curriculum.json"
-TARGETS_FILE = "curriculum.safetensors"
+TARGETS_FILE = "target_stats.safetensors"
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
 

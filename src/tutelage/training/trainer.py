@@ -14,23 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, default_data_collator
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import batch_positions, model_inputs
-from tutelage.targets.reading import StoredCollator
-from tutelage.targets.rows import OUTPUT
-from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
-from tutelage.tasks.text import make_collator
+from tutelage.core.inputs import batch_positions
+from tutelage.targets.source import StatisticsFile
+from tutelage.tasks.outputs import EvaluationTools
 from tutelage.training import checks
-from tutelage.training.calibration import prepare_targets
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.evaluation import evaluate_batches
 from tutelage.training.meter import Meter
 from tutelage.training.objective import StageObjective
-from tutelage.training.preparation import prepare
+from tutelage.training.preparation import Given, Teacher, prepare
 from tutelage.training.records import (
     METRICS_FILE,
     TARGETS_FILE,
@@ -39,7 +35,7 @@ from tutelage.training.records import (
     find_checkpoint,
     last_complete_checkpoint,
 )
-from tutelage.training.transition import StageSwitch
+from tutelage.training.transition import StageTransition
 
 
 class TrainingDiverged(UserError):
@@ -51,7 +47,8 @@ class CurriculumTrainer(Trainer):
 
     Args:
         model: the student: a model, or a folder or Hub name.
-        teacher_model: the teacher: a model, or a folder or Hub name; None takes `args.teacher_model_name_or_path`.
+        teacher_model: the teacher: a model, a folder or Hub name, or a `TargetSource`; None takes
+            `args.teacher_model_name_or_path`, or the extracted curriculum in `args.curriculum_dir`.
         args: the settings.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers: as in
             `transformers.Trainer`. Datasets hold `input_ids` (and `labels` for classification).
@@ -71,7 +68,7 @@ class CurriculumTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module | str,
-        teacher_model: nn.Module | str | None = None,
+        teacher_model: Teacher = None,
         args: CurriculumConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -88,38 +85,37 @@ class CurriculumTrainer(Trainer):
                 f"using 1 of {args.n_gpu} GPUs: start with `accelerate launch -m tutelage ...` to use all",
                 stacklevel=2,
             )
-            args._n_gpu = 1
         if optimizers != (None, None):
             raise UserError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
-        setup = prepare(model, teacher_model, args, train_dataset, eval_dataset, processing_class, curriculum)
-        self.task, self.teacher = setup.task, setup.teacher
-        self.curriculum, self.objective, self.stored = setup.curriculum, setup.objective, setup.stored
-        train_dataset, eval_dataset, processing_class = setup.train_dataset, setup.eval_dataset, setup.tokenizer
-        self.switch = StageSwitch(self.objective)
-        checks.require_unused_search(args, self.curriculum)
-        args.max_steps = self.curriculum.total_steps
+        given = Given(model, teacher_model, train_dataset, eval_dataset, processing_class, curriculum)
+        prepared = prepare(given, args)
+        self.source, self.objective = prepared.source, prepared.objective
+        self.task, self.curriculum = self.source.task, prepared.run.curriculum
+        self.transition = StageTransition(self.objective)
+        resolved = prepared.run.arguments(args)
+        checks.require_unused_search(resolved, self.curriculum)
         self.meter = Meter(Progress(), args.world_size, self._sum_over_devices)
         self.metrics_file = MetricsFile(Path(args.output_dir or ".") / METRICS_FILE)
+        self.compares_with_teacher = args.eval_with_teacher or not self.task.learns_from_labels
         self._resumed_stage: int | None = None
-        if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase) and not setup.task.plain:
-            data_collator = make_collator(setup.task, processing_class)
-        if setup.stored is not None:
-            pad_id = getattr(processing_class, "pad_token_id", None) or 0
-            data_collator = StoredCollator(data_collator or default_data_collator, pad_id)
-        super().__init__(
-            model=setup.student,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-        )
+        if data_collator is None and prepared.tokenizer is not None and self.task.tokenized:
+            data_collator = self.task.collator(prepared.tokenizer)
+        try:
+            super().__init__(
+                model=prepared.student,
+                args=resolved,
+                data_collator=data_collator,
+                train_dataset=prepared.train_dataset,
+                eval_dataset=prepared.eval_dataset,
+                processing_class=prepared.tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+            )
+        except (ValueError, ImportError) as error:
+            raise UserError(f"transformers.Trainer refuses these arguments: {error}") from error
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
-        if self.teacher is not None and not hasattr(self.teacher.model, "hf_device_map"):
-            self.teacher.model.to(args.device)
+        self.source.to(args.device)
 
     @property
     def progress(self) -> Progress:
@@ -144,22 +140,20 @@ class CurriculumTrainer(Trainer):
             resuming = checkpoint is not None
             checks.claim_output_dir(output_dir, self.curriculum, resuming, self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
-        identity = checks.run_identity(self.args, self.curriculum, self.teacher, self.train_dataset)
-        if self.stored is not None:
-            identity["extraction"] = self.stored.digest
+        identity = checks.run_identity(self.args, self.curriculum, self.source, self.train_dataset)
         progress, self._resumed_stage = Progress(identity=identity), None
         if checkpoint is not None:
             progress = Progress.load(checkpoint)
             checks.check_same_run(progress.identity, identity, str(checkpoint))
             self._resumed_stage = progress.stage
         self.meter = Meter(progress, self.args.world_size, self._sum_over_devices)
-        self.switch.entered = None
+        self.transition.entered = None
         if checkpoint is not None and self._finished(checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
         try:
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         finally:
-            self.switch.set_trainable(self.switch.all)
+            self.transition.set_trainable(self.transition.all)
         self._check_weights()
         return output
 
@@ -170,7 +164,7 @@ class CurriculumTrainer(Trainer):
             return False
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
-        self.switch.entered = self.objective.stage_index = len(self.curriculum.stages) - 1
+        self.transition.entered = self.objective.stage_index = len(self.curriculum.stages) - 1
         return True
 
     def _check_weights(self) -> None:
@@ -182,20 +176,17 @@ class CurriculumTrainer(Trainer):
         if resume_from_checkpoint is not None and self.is_world_process_zero():
             self.metrics_file.keep_until(self.state.global_step)
         self.meter.start()
+        file = StatisticsFile(
+            Path(self.args.output_dir or ".") / TARGETS_FILE,
+            read=resume_from_checkpoint is not None,
+            write=self.is_world_process_zero(),
+        )
         with self.accelerator.autocast():
-            prepare_targets(
-                self.objective,
-                Path(self.args.output_dir or ".") / TARGETS_FILE,
-                self._calibration_batches,
-                self.args.device,
-                resuming=resume_from_checkpoint is not None,
-                write=self.is_world_process_zero(),
-                stored=self.stored,
-            )
+            self.source.prepare(file, self._calibration_batches, self.args.device)
         self._move_to_stage(self.state.global_step)
         student = self.model
         # Every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after.
-        self.switch.set_trainable(self.switch.all)
+        self.transition.set_trainable(self.transition.all)
         self.model = self.model_wrapped = self.objective
         try:
             wrapped, train_dataloader = super()._prepare_for_training(
@@ -203,21 +194,15 @@ class CurriculumTrainer(Trainer):
             )
         finally:
             self.model = student
-        self.switch.set_trainable(self.switch.trainable)
+        self.transition.set_trainable(self.transition.trainable)
         self.callback_handler.model = student
         return wrapped, train_dataloader
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
         """The first `calibration_samples` training examples (those of the extraction, where there is one), in batches."""
-        if self.stored is not None:
-            size = self.args.per_device_train_batch_size
-            return [self._collate(batch) for batch in self.stored.calibration(self.objective.student_width, size)]
-        count = min(self.args.calibration_samples, len(self.train_dataset))
-        size = self.args.per_device_train_batch_size
-        fetch = getattr(self.train_dataset, "__getitems__", None)
-        rows = fetch(list(range(count))) if fetch is not None else [self.train_dataset[i] for i in range(count)]
+        count, size = self.args.value("calibration_samples"), self.args.value("per_device_train_batch_size")
         with torch.random.fork_rng(devices=[]):  # masking collators may draw
-            return [self._collate(rows[start : start + size]) for start in range(0, count, size)]
+            return [self._collate(rows) for rows in self.source.calibration_rows(self.train_dataset, count, size)]
 
     def _collate(self, rows: Any) -> dict[str, Any]:
         collator = self._get_collator_with_removed_columns(self.data_collator)
@@ -228,7 +213,7 @@ class CurriculumTrainer(Trainer):
         index, local = self.curriculum.stage_at(step)
         fresh = local == 0 and self._resumed_stage != index
         with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
-            self.switch.enter(index, fresh, self._example, self._calibration_batches)
+            self.transition.enter(index, fresh, self._example, self._calibration_batches)
             if step == 0:
                 self._charge_calibration()
         if fresh and self.args.world_size > 1 and self.curriculum.warm_start != "none":
@@ -239,27 +224,23 @@ class CurriculumTrainer(Trainer):
 
     def _example(self, index: int) -> dict[str, Any]:
         """A batch of one training example, of stage `index` where examples belong to stages."""
-        if self.stored is not None:
-            return self._collate(self.train_dataset.__getitems__([int(self.train_dataset.starts[index])]))
-        return self._collate([self.train_dataset[0]])
+        return self._collate(self.source.example_rows(self.train_dataset, index))
 
     def _charge_calibration(self) -> None:
         """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
-        if self.teacher is None:
-            return
-        count = min(self.args.calibration_samples, len(self.train_dataset))
+        count = min(self.args.value("calibration_samples"), len(self.train_dataset))
         positions = count * batch_positions(self._example(0))
-        for index, target_map in enumerate(self.objective.maps):
+        for index, target_map in enumerate(self.source.maps):
             if target_map is not None:
-                cost = self.switch.measure(index, self._example)
+                cost = self.transition.measure(index, self._example)
                 self.progress.teacher_flops += cost.teacher_flops * positions
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
         index, _ = self.curriculum.stage_at(self.state.global_step)
-        if index != self.switch.entered:
+        if index != self.transition.entered:
             self._move_to_stage(self.state.global_step)
-            self.switch.set_trainable(self.switch.trainable)
+            self.transition.set_trainable(self.transition.trainable)
             if not self.objective.stage.continues:
                 self._renew_optimizer()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -279,12 +260,12 @@ class CurriculumTrainer(Trainer):
         run_rate, stage = self.args.learning_rate, self.objective.stage
         trainable = {name for name, p in self.objective.student.named_parameters() if p.requires_grad}
         self.args.learning_rate = stage.learning_rate if stage.learning_rate is not None else run_rate
-        self.switch.set_trainable(self.switch.trainable)
+        self.transition.set_trainable(self.transition.trainable)
         try:
             return super().create_optimizer(model)
         finally:
             self.args.learning_rate = run_rate
-            self.switch.set_trainable(trainable)
+            self.transition.set_trainable(trainable)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warm-up and decay of the current stage, over its own steps and those of the stages that continue it."""
@@ -328,7 +309,7 @@ class CurriculumTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self._stop_diverged(f"the loss is {loss.item()}")
-        self.meter.count(inputs, self.switch.costs[self.objective.stage_index])
+        self.meter.count(inputs, self.transition.costs[self.objective.stage_index])
         return loss
 
     def _stop_diverged(self, what: str) -> None:
@@ -342,35 +323,26 @@ class CurriculumTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Measured FLOPs of a micro-step, teacher included, for `total_flos`."""
-        if self.objective.stage_index not in self.switch.costs:
+        if self.objective.stage_index not in self.transition.costs:
             return 0
-        return int(self.switch.costs[self.objective.stage_index].flops * batch_positions(inputs))
+        return int(self.transition.costs[self.objective.stage_index].flops * batch_positions(inputs))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """As in transformers; a curriculum on disk is in the order of its steps already."""
-        return (
-            SequentialSampler(self.train_dataset)
-            if self.stored is not None
-            else super()._get_train_sampler(train_dataset)
-        )
+        """As in transformers; rows that are in the order of the steps already are not shuffled."""
+        if self.source.in_step_order:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(data_collator, StoredCollator):
-            return data_collator
-        return super()._get_collator_with_removed_columns(data_collator, *args, **kwargs)
+        return self.source.collate_with(super()._get_collator_with_removed_columns(data_collator, *args, **kwargs))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the labels, and the columns that student or teacher takes."""
         known = self._signature_columns is not None
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if not known and "labels" not in columns:
-            columns.append("labels")
-        if self.stored is not None and not known:
-            columns.append(OUTPUT)
-        if self.teacher is not None and not known:
-            extra = model_inputs(self.teacher.model, dict.fromkeys(["token_type_ids", "attention_mask"]))
-            columns += [name for name in extra if name not in columns]
+        if not known:
+            columns += [name for name in ("labels", *self.source.columns) if name not in columns]
 
     # ---- Logs, checkpoints, evaluation ----
 
@@ -378,7 +350,7 @@ class CurriculumTrainer(Trainer):
         """As in transformers; also appends to metrics.jsonl."""
         progress = self.meter.settle()
         super().log(logs, start_time)
-        if not self.is_world_process_zero() or self.switch.entered is None:
+        if not self.is_world_process_zero() or self.transition.entered is None:
             return
         record = {
             "method": self.curriculum.method,
@@ -401,19 +373,14 @@ class CurriculumTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the plain student; nothing of tutelage, and no pickle, beside it."""
-        folder = Path(output_dir or self.args.output_dir or ".")
-        if isinstance(self.model, EmbeddingModel):
-            if not self.args.should_save:
-                return
-            folder.mkdir(parents=True, exist_ok=True)
-            self.model.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+        """Write the plain student and its tokenizer; nothing of tutelage, and no pickle, beside it."""
+        if not self.args.should_save:
             return
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir or ".")
+        self.task.save(self.model, folder)
+        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processor is not None:
+            processor.save_pretrained(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, unless the folder has a card already (`tutelage distill` writes a fuller one)."""
@@ -421,16 +388,13 @@ class CurriculumTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.model, EmbeddingModel):
-            self.model.load_state_dict(load_embedding_model(resume_from_checkpoint).state_dict())
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        def standard() -> None:
+            super(CurriculumTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
+
+        self.task.restore(self.model, Path(resume_from_checkpoint), standard)
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, EmbeddingModel):
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
+        self.task.restore(self.model, Path(str(self.state.best_model_checkpoint)), super()._load_best_model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; its time does not count as training, and a collator that draws masks draws the same each time."""
@@ -460,18 +424,13 @@ class CurriculumTrainer(Trainer):
         def on_step() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        against = self.teacher if self.args.eval_with_teacher or self.task.name == "embedding" else None
-        with self.accelerator.autocast(), self.switch.finished_teacher():
-            metrics = evaluate_batches(
-                self.model,
-                (self._prepare_inputs(batch) for batch in dataloader),
-                self.task,
-                against,
-                outputs=self.objective.outputs,
-                chunk_size=self.args.logits_chunk_size,
-                gather=self.accelerator.gather_for_metrics,
-                on_step=on_step,
-            )
+        tools = EvaluationTools(
+            self.source.outputs, self.args.logits_chunk_size, self.accelerator.gather_for_metrics, on_step
+        )
+        with self.accelerator.autocast(), self.source.finished():
+            batches = (self._prepare_inputs(batch) for batch in dataloader)
+            targets = self.source.output if self.compares_with_teacher else lambda batch: None
+            metrics = self.task.evaluate(self.model, batches, targets, tools)
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -1,24 +1,20 @@
 """Changing from one stage to the next: teacher weights, warm start, and the parameters that train.
 
-Public names: `StageSwitch`.
+Public names: `StageTransition`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import torch
-
-from tutelage.core.curriculum import HiddenStage, OutputStage, Stage
-from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.core.curriculum import HiddenStage, OutputStage
 from tutelage.training import warm_start
 from tutelage.training.costs import StageCost, measure_stage
 from tutelage.training.objective import StageObjective
 
 
-class StageSwitch:
+class StageTransition:
     """Puts objective, student and teacher in the state that a stage needs.
 
     Args:
@@ -34,8 +30,6 @@ class StageSwitch:
         """Measured cost of the stages entered so far, by index."""
         self.entered: int | None = None
         """Index of the current stage; None before training."""
-        self._teacher_checkpoint: str | None = None
-        self._finished_teacher: dict[str, torch.Tensor] | None = None
 
     def enter(
         self,
@@ -59,7 +53,8 @@ class StageSwitch:
                 warm_start.apply_before_training(objective)
             elif isinstance(stages[index], OutputStage) and isinstance(stages[index - 1], HiddenStage):
                 warm_start.apply_before_output(objective, calibration)
-        self._load_teacher(stages[index])
+        stage = stages[index]
+        objective.source.use_checkpoint(stage.teacher_checkpoint if isinstance(stage, OutputStage) else None)
         objective.stage_index = index
         self.set_trainable(self.all)
         self.measure(index, example)
@@ -78,35 +73,6 @@ class StageSwitch:
         for name, parameter in self.objective.student.named_parameters():
             parameter.requires_grad_(name in names)
 
-    def _load_teacher(self, stage: Stage) -> None:
-        """Progressive distillation: the stage's checkpoint, and at last the finished teacher again."""
-        teacher = self.objective.teacher
-        wanted = stage.teacher_checkpoint if isinstance(stage, OutputStage) else None
-        if teacher is None or wanted == self._teacher_checkpoint:
-            return
-        if self._finished_teacher is None:
-            self._finished_teacher = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
-        if wanted is None:
-            teacher.model.load_state_dict(self._finished_teacher)
-            self._finished_teacher = None
-        else:
-            teacher.load_checkpoint(wanted)
-        self._teacher_checkpoint = wanted
-
-    @contextmanager
-    def finished_teacher(self) -> Iterator[None]:
-        """The finished teacher's weights in place, whatever checkpoint the stage learns from."""
-        teacher, finished = self.objective.teacher, self._finished_teacher
-        if teacher is None or finished is None:
-            yield
-            return
-        current = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
-        teacher.model.load_state_dict(finished)
-        try:
-            yield
-        finally:
-            teacher.model.load_state_dict(current)
-
     def _parameters(self, index: int) -> frozenset[str]:
         """Parameters that train in a stage: those it reaches, less a tied head that must not move.
 
@@ -115,7 +81,8 @@ class StageSwitch:
         """
         objective = self.objective
         student, stage, blocks = objective.student, objective.curriculum.stages[index], objective.blocks
-        prefix = "encoder." if isinstance(student, EmbeddingModel) else ""
+        backbone = objective.task.backbone(student)
+        prefix = next((f"{name}." for name, module in student.named_modules() if module is backbone and name), "")
         depth = (
             stage.student_place
             if isinstance(stage, HiddenStage) and isinstance(stage.student_place, int)

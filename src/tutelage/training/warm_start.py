@@ -28,15 +28,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
-from tutelage.targets.live import LiveTeacher, TargetMap
-from tutelage.tasks.base import backbone, replica_seeds
-from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.training.objective import StageObjective
 
 # Before any training the noise of a student's state is unknown: half of its target's mean square is what the decoder is
@@ -46,112 +42,83 @@ _MAX_GAIN = 2.0
 
 @torch.no_grad()
 def transplant_head(
-    student_linear: nn.Linear,
-    standardizer: Standardizer,
-    decoder_RD: torch.Tensor,
-    weight_VD: torch.Tensor | None,
-    bias_V: torch.Tensor | None,
-    gain: float = 1.0,
+    student: OutputHead, standardizer: Standardizer, decoder_RD: torch.Tensor, teacher: OutputHead | None
 ) -> None:
     """Write the teacher's head, composed with the way back from the student's state, into the student's.
 
     Args:
-        student_linear: the student's head; rows beyond V (a padded vocabulary) are left alone.
+        student: the student's head; rows beyond the teacher's outputs (a padded vocabulary) are left alone.
         standardizer: of the teacher's states at `final`.
         decoder_RD: from the student's state to the teacher's standardised one.
-        weight_VD, bias_V: the teacher's head; None is the identity (embedding models).
-        gain: teacher logit scale over student logit scale.
+        teacher: the teacher's head; None is the identity (sentence encoders).
     """
     scale, mean = standardizer.scale.double().cpu(), standardizer.mean.double().cpu()
-    back_DR = (decoder_RD.double().cpu() * scale).T
-    weight = back_DR if weight_VD is None else weight_VD.double().cpu() @ back_DR
-    bias = mean if weight_VD is None else weight_VD.double().cpu() @ mean
-    if bias_V is not None:
-        bias = bias + bias_V.double().cpu()
+    weight = (decoder_RD.double().cpu() * scale).T
+    bias, gain, linear = mean, 1.0 / student.scale, student.linear
+    if teacher is not None:
+        used = slice(0, teacher.outputs)
+        weight_VD = teacher.linear.weight[used].double().cpu()
+        weight, bias, gain = weight_VD @ weight, weight_VD @ mean, teacher.scale / student.scale
+        if teacher.linear.bias is not None:
+            bias = bias + teacher.linear.bias[used].double().cpu()
     rows = slice(0, len(weight))
-    student_linear.weight[rows] = (gain * weight).to(student_linear.weight)
-    if student_linear.bias is not None:
-        student_linear.bias[rows] = (gain * bias).to(student_linear.bias)
+    linear.weight[rows] = (gain * weight).to(linear.weight)
+    if linear.bias is not None:
+        linear.bias[rows] = (gain * bias).to(linear.bias)
 
 
 @torch.no_grad()
-def project_embedding(student: nn.Module, teacher: nn.Module, curriculum: Curriculum) -> None:
+def project_embedding(student: nn.Module, source_VD: torch.Tensor, projection_seed: int) -> None:
     """Start the token embedding as a random projection of the teacher's, scaled to the student's initial deviation."""
-    source: torch.Tensor = teacher.get_input_embeddings().weight  # type: ignore[operator]
     target: torch.Tensor = student.get_input_embeddings().weight  # type: ignore[operator]
-    rows = min(len(source), len(target))
-    projection = RandomProjection(source.shape[1], target.shape[1], (curriculum.projection_seed, 0), "gaussian")
-    projected = projection(source[:rows].detach().float().cpu())
+    rows = min(len(source_VD), len(target))
+    projection = RandomProjection(source_VD.shape[1], target.shape[1], (projection_seed, 0), "gaussian")
+    projected = projection(source_VD[:rows].detach().float().cpu())
     target[:rows] = (projected * (target.float().std().cpu() / projected.std())).to(target)
 
 
-def head_stage(curriculum: Curriculum) -> int | None:
-    """Index of the stage that pairs the two `final` places, if the curriculum transplants the head after one."""
-    if "head" not in curriculum.warm_start:
-        return None
-    for index, stage in enumerate(curriculum.stages):
-        if isinstance(stage, HiddenStage) and stage.student_place == FINAL and stage.teacher_place == FINAL:
-            return index
-    raise UserError(
-        f"warm_start={curriculum.warm_start!r} needs a stage that pairs the places before the two output heads: "
-        "end the layer map with final:final, e.g. layer_map='final:final'"
-    )
-
-
-def check(
-    curriculum: Curriculum, student: nn.Module, teacher: LiveTeacher | None, stored_head: OutputHead | None = None
-) -> None:
+def check(objective: StageObjective) -> None:
     """Raise UserError where the curriculum's warm start cannot be made."""
-    if head_stage(curriculum) is not None and (teacher is not None or stored_head is not None):
-        if replica_seeds(student) is not None:
+    curriculum, task, student = objective.curriculum, objective.task, objective.student
+    if curriculum.transplant_stage is not None:
+        if task.replica_seeds(student) is not None:
             raise UserError(f"warm_start={curriculum.warm_start!r} cannot be made for replicated students: use 'none'")
-        if not isinstance(student, EmbeddingModel):
-            source = stored_head if teacher is None else OutputHead.of(teacher.model)
-            assert source is not None
-            _check_soft_caps(source, OutputHead.of(student))
-        elif student.head is None:
+        target, source = task.output_head(student), objective.source.output_head()
+        if target is None:
             raise UserError(
                 f"warm_start={curriculum.warm_start!r} needs a student with a linear head on its embedding: "
                 "give a student without weights, it gets one, or warm_start='none'"
             )
-    if "embedding" in curriculum.warm_start and not hasattr(backbone(student), "get_input_embeddings"):
-        raise UserError(f"warm_start={curriculum.warm_start!r} needs a model with token embeddings")
-
-
-def _check_soft_caps(source: OutputHead, target: OutputHead) -> None:
-    if source.softcap != target.softcap:
+        if source is not None and source.softcap != target.softcap:
+            raise UserError(
+                f"the teacher soft-caps its logits at {source.softcap}, the student at {target.softcap}: a head transplant "
+                "needs both alike; set final_logit_softcapping in the student or warm_start='none'"
+            )
+    if "embedding" in curriculum.warm_start and not hasattr(task.backbone(student), "get_input_embeddings"):
         raise UserError(
-            f"the teacher soft-caps its logits at {source.softcap}, the student at {target.softcap}: a head transplant "
-            "needs both alike; set final_logit_softcapping in the student or warm_start='none'"
+            f"warm_start={curriculum.warm_start!r} needs a model with token embeddings: use 'head' or 'none'"
         )
 
 
 def keeps_embedding_fixed(curriculum: Curriculum, student: nn.Module) -> bool:
     """Whether hidden stages leave the embedding alone, since it is the transplanted head too."""
-    return head_stage(curriculum) is not None and is_tied(student)
+    return curriculum.transplant_stage is not None and is_tied(student)
 
 
 def is_tied(student: Any) -> bool:
     """Whether the student's output head and input embedding share one matrix."""
-    if isinstance(student, EmbeddingModel) or not hasattr(student, "get_input_embeddings"):
+    if not hasattr(student, "get_input_embeddings"):
         return False
     embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
     return head is not None and head.weight is embedding.weight
 
 
-def head_has_bias(student: nn.Module) -> bool:
-    """Whether the student's output head has a bias."""
-    if isinstance(student, EmbeddingModel):
-        return student.head is not None and student.head.bias is not None
-    return OutputHead.of(student).linear.bias is not None
-
-
 def apply_before_training(objective: StageObjective) -> None:
     """What must be in place before the first stage: a projected embedding, and the head of a tied student."""
-    curriculum, student, teacher = objective.curriculum, objective.student, objective.teacher
+    curriculum, student = objective.curriculum, objective.student
     if "embedding" in curriculum.warm_start and not is_tied(student):
-        assert teacher is not None
-        project_embedding(backbone(student), teacher.backbone, curriculum)
+        backbone = objective.task.backbone(student)
+        project_embedding(backbone, objective.source.embedding(), curriculum.projection_seed)
     if keeps_embedding_fixed(curriculum, student):
         _transplant(objective, _MAX_GAIN)
 
@@ -161,10 +128,10 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
     """The head transplant, when the first output stage begins.
 
     Args:
-        objective: student, teacher, maps.
+        objective: student and target source.
         batches: gives the calibration batches.
     """
-    index = head_stage(objective.curriculum)
+    index = objective.curriculum.transplant_stage
     if index is None or is_tied(objective.student):
         return
     student, was_training = objective.student, objective.student.training
@@ -179,35 +146,13 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
     _transplant(objective, size / distance if distance > 0 else None)
 
 
-def _head_map(objective: StageObjective) -> TargetMap:
-    index = head_stage(objective.curriculum)
-    assert index is not None
-    target_map = objective.maps[index]
-    assert target_map is not None
-    return target_map
-
-
-def embedding_head(objective: StageObjective) -> nn.Linear | None:
-    """The linear map that an embedding teacher puts on its pooled state, if it has one."""
-    if objective.teacher is None:
-        return None if objective.teacher_head is None else objective.teacher_head.linear
-    assert isinstance(objective.teacher.model, EmbeddingModel)
-    return objective.teacher.model.head
-
-
 def _transplant(objective: StageObjective, max_gain: float | None) -> None:
     """Compose the teacher's head with the way back, whose noise stays below `max_gain` (`Projection.decoder`)."""
-    student, outputs, target_map = objective.student, objective.outputs, _head_map(objective)
-    assert target_map.moment is not None, "the head stage was calibrated without its second moment"
-    way_back = (target_map.standardizer, target_map.projection.decoder(target_map.moment, max_gain))
-    if isinstance(student, EmbeddingModel):
-        assert student.head is not None
-        head = embedding_head(objective)
-        weight, bias = (None, None) if head is None else (head.weight, head.bias)
-        transplant_head(student.head, *way_back, weight, bias)
-        return
-    source, target = objective.teacher_head, OutputHead.of(student, outputs)
-    assert source is not None
-    linear = source.linear
-    used_bias = None if linear.bias is None else linear.bias[:outputs]
-    transplant_head(target.linear, *way_back, linear.weight[:outputs], used_bias, source.scale / target.scale)
+    source, index = objective.source, objective.curriculum.transplant_stage
+    assert index is not None
+    target_map = source.maps[index]
+    assert target_map is not None and target_map.moment is not None, "the final stage was calibrated without its moment"
+    decoder = target_map.projection.decoder(target_map.moment, max_gain)
+    target = objective.task.output_head(objective.student, source.outputs)
+    assert target is not None
+    transplant_head(target, target_map.standardizer, decoder, source.output_head())

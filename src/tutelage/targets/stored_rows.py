@@ -1,13 +1,12 @@
 """The rows of a curriculum on disk, in the order in which a run reads them.
 
-Public names: `StoredRows`, `StoredCollator`, `epoch_order`.
+Public names: `StoredRows`, `StoredCollator`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,29 +16,9 @@ from datasets import Dataset
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.io.store import Store
-from tutelage.targets.extracted import ExtractedCurriculum, StoredBatch
+from tutelage.targets.folder import ExtractedCurriculum, StoredBatch
 from tutelage.targets.manifest import Split, check_shards_exist, open_split
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a run reads: who reads which examples of an optimiser step."""
-
-    step_examples: int
-    """G, the examples of an optimiser step over all devices and micro-batches."""
-    batch_size: int
-    """Examples of a device's micro-batch."""
-    devices: int = 1
-    """Devices that take micro-batches in turn."""
-    seed: int = 0
-    """Of the order."""
-
-
-def epoch_order(count: int, seed: int, epoch: int, sequential: bool = False) -> np.ndarray:
-    """The order in which the trainer's sampler reads `count` examples in an epoch."""
-    if sequential:
-        return np.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
+from tutelage.targets.order import Reading, epoch_order
 
 
 class StoredRows(torch.utils.data.Dataset[Any]):
@@ -53,7 +32,7 @@ class StoredRows(torch.utils.data.Dataset[Any]):
       not, shard after shard in a drawn order, each device its own shards, so that a shard is fetched once a pass.
 
     Args:
-        source: the curriculum.
+        source: the extracted curriculum.
         curriculum: the run's stages.
         width: of the student.
         reading: sizes and seed.
@@ -76,7 +55,7 @@ class StoredRows(torch.utils.data.Dataset[Any]):
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return int(self.source.identity["longest"])
+        return self.source.identity.longest
 
     def place(self, position: int) -> tuple[int, int]:
         """Stage and row of a position."""
@@ -101,14 +80,14 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         identity, extracted = self.source.identity, self.source.curriculum
         same_steps = [s.steps for s in curriculum.stages] == [s.steps for s in extracted.stages]
         mine = (self.reading.seed, self.reading.step_examples)
-        return same_steps and mine == (identity["seed"], identity["step_examples"])
+        return same_steps and mine == (identity.seed, identity.step_examples)
 
     def _planned_row(self, stage: int, position: int) -> int:
         """Row of the example that the trainer's own sampler draws at a position."""
         identity = self.source.identity
-        count = int(identity["data"]["rows"])
+        count = identity.data.rows
         epoch, index = divmod(position, count)
-        order = self._once("epoch", epoch, lambda: epoch_order(count, self.reading.seed, epoch, identity["sequential"]))
+        order = self._once("epoch", epoch, lambda: epoch_order(count, self.reading.seed, epoch, identity.sequential))
         table = self.tables[stage]
         assert isinstance(table, _MappedRows), "a planned order is over rows on this machine"
         row_of = self._once("rows", stage, lambda: _inverse(table.example_ids(), count))

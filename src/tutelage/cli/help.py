@@ -1,0 +1,55 @@
+"""Help of a command: one screen with what people use, then the rest in groups.
+
+Public names: `CommandHelp`, `render_help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import textwrap
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+_WIDTH = 100
+_TRANSFORMERS = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+@dataclass(frozen=True)
+class CommandHelp:
+    """What the first screen of a command's help shows."""
+
+    summary: str
+    """What the command does, in a sentence or two."""
+    example: str
+    """A command to start from."""
+    main: tuple[str, ...]
+    """The options that people use."""
+
+
+def render_help(parser: argparse.ArgumentParser, shown: CommandHelp) -> str:
+    """The whole help text: the options people use first, the rest under groups."""
+    actions = {action.dest: action for action in parser._actions}
+    rest = [action for dest, action in actions.items() if dest not in shown.main and dest != "help"]
+    own = [action for action in rest if action.dest not in _TRANSFORMERS]
+    theirs = [action for action in rest if action.dest in _TRANSFORMERS]
+    lines = [f"usage: {parser.prog} [options]", "", *textwrap.wrap(shown.summary, _WIDTH), "", f"  {shown.example}", ""]
+    lines += [line for dest in shown.main for line in _describe(actions[dest])]
+    if own:
+        lines += ["", "More options:", *(line for action in own for line in _describe(action))]
+    if theirs:
+        names = ", ".join(_flag(action) for action in theirs)
+        lines += ["", "Options of transformers.TrainingArguments, with the meaning that they have there:"]
+        lines += textwrap.wrap(names, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def _flag(action: argparse.Action) -> str:
+    """The name by which an option is shown: its shortest one."""
+    return min(action.option_strings, key=len) if action.option_strings else action.dest.upper()
+
+
+def _describe(action: argparse.Action) -> list[str]:
+    text = " ".join(str(action.help or "").split()).replace("%(default)s", str(action.default))
+    return textwrap.wrap(f"{_flag(action):<24}{text}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 26)

@@ -1,0 +1,123 @@
+"""From the teacher to Arrow columns: what a shard's batches are written as.
+
+Public names: `Encoder`.
+
+Shapes: N positions that predict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tutelage.core.curriculum import HiddenStage, Stage
+from tutelage.core.losses import chunk_positions
+from tutelage.core.topk import TopK, top_k
+from tutelage.runs.extraction.schedule import Batches
+from tutelage.targets import rows
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.rows import RowFormat
+from tutelage.tasks.base import HeadTask
+from tutelage.tasks.outputs import OutputTarget
+
+Columns = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Runs the teacher over examples and encodes what comes out."""
+
+    source: LiveTargets
+    """The teacher, with a curriculum attached and its target maps prepared."""
+    data: Any
+    """Training rows."""
+    evaluation: Any
+    """Evaluation rows."""
+    collator: Any
+    vocabulary: int
+    """Ids of tokenizer and model."""
+    dtype: str
+    """Of stored states."""
+    device: torch.device | str = "cpu"
+    chunk_size: int | None = None
+    """Positions whose logits are held at a time."""
+
+    def batch(self, examples: Sequence[int]) -> dict[str, Any]:
+        """Training examples as a batch on the device."""
+        found = [self.data[int(example)] for example in examples]
+        batch = self.collator([{k: v for k, v in row.items() if k in rows.INPUT_COLUMNS} for row in found])
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    # ---- Formats ----
+
+    def form(self, stage: Stage, example: dict[str, Any]) -> RowFormat:
+        """How the rows of a stage are stored; `example` is a batch."""
+        label, task = "none", self.source.task
+        if "labels" in example and not (task.causal and "labels" not in self.data.column_names):
+            label = "tokens" if example["labels"].dim() == 2 else "class"
+        content = "top_k" if task.splits_head else "whole"
+        if isinstance(stage, HiddenStage):
+            content = "pooled" if task.pools(stage) else "states"
+        return RowFormat(self.dtype, self.vocabulary, label, "token_type_ids" in example, content)
+
+    def evaluation_form(self, form: RowFormat) -> RowFormat:
+        """How the evaluation rows are stored, after the form of a stage."""
+        label = "none"
+        if "labels" in self.evaluation.column_names:
+            label = "tokens" if isinstance(self.evaluation[0]["labels"], list) else "class"
+        content = "inputs" if self.source.task.learns_from_labels else "whole"
+        return dataclasses.replace(form, label=label, token_types=False, content=content)
+
+    # ---- Columns ----
+
+    def stage_columns(self, index: int, form: RowFormat, batches: Batches) -> Iterator[Columns]:
+        """Rows of stage `index`, batch by batch."""
+        hidden = isinstance(self.source.stage(index), HiddenStage)
+        for examples in batches:
+            batch = self.batch(examples)
+            columns = rows.encode_inputs(batch, examples, form)
+            if hidden:
+                states, keep = self.source.hidden(index, batch)
+                columns |= rows.encode_states(states, keep, rows.lengths_of(batch), form)
+            else:
+                columns |= self._output_columns(self.source.output(batch), batch, form)
+            yield columns
+
+    def evaluation_columns(self, form: RowFormat, batches: Batches) -> Iterator[Columns]:
+        """Evaluation rows, one by one."""
+        for example in (example for examples in batches for example in examples):
+            row = self.evaluation[example]
+            read = ("input_ids", "attention_mask", *(["labels"] if form.label != "none" else []))
+            batch = {name: torch.tensor([row[name]]) for name in read if name in row}
+            columns = rows.encode_inputs(batch, [example], form)
+            if form.content == "whole":
+                batch = {name: value.to(self.device) for name, value in batch.items()}
+                columns |= self._output_columns(self.source.output(batch), batch, form)
+            yield columns
+
+    def _output_columns(self, target: OutputTarget, batch: dict[str, Any], form: RowFormat) -> Columns:
+        if target.whole is not None:
+            return rows.encode_whole(target.whole, form)
+        kept, counts = self._largest(target, batch)
+        return rows.encode_outputs(kept, counts, form)
+
+    @torch.inference_mode()
+    def _largest(self, target: OutputTarget, batch: dict[str, Any]) -> tuple[TopK, list[int]]:
+        """The teacher's largest outputs at the positions that predict, and how many of these each row has."""
+        task, head, curriculum = self.source.task, target.head, self.source.curriculum
+        assert isinstance(task, HeadTask) and target.state is not None and head is not None
+        assert curriculum is not None and curriculum.top_k is not None
+        selected = task.select(target.state, batch)
+        size = self.chunk_size or chunk_positions(head)
+        parts = [
+            top_k(head(selected.state[start : start + size]), curriculum.top_k, curriculum.temperature)
+            for start in range(0, len(selected.state), size)
+        ]
+        names = ("ids", "log_probs", "log_rest")
+        kept = TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        counts = torch.bincount(selected.rows.cpu(), minlength=len(batch["input_ids"]))
+        return kept, counts.tolist()

@@ -1,0 +1,339 @@
+"""One extraction: claim the folder, write the missing shards, finish.
+
+Public names: `extract`, `ExtractionJob`, `describe_extraction`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from tutelage.core.errors import UserError
+from tutelage.core.heads import OutputHead
+from tutelage.io.store import Store
+from tutelage.runs.environment import environment, quiet_unless_terminal
+from tutelage.runs.extraction.encoder import Columns, Encoder
+from tutelage.runs.extraction.options import DEFAULT_TOP_K, ExtractOptions, check_options, choose_stages
+from tutelage.runs.extraction.schedule import Batches, Schedule, plan_shards
+from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
+from tutelage.targets.folder import HEAD_FILE, STATISTICS_FILE, STUDENT_FOLDER, TEACHER_FOLDER, TOKENIZER_FOLDER
+from tutelage.targets.identity import (
+    DataIdentity,
+    ExtractionIdentity,
+    HeadSettings,
+    TeacherIdentity,
+    data_fingerprint,
+    model_hash,
+    tokenizer_hash,
+)
+from tutelage.targets.live import LiveTargets, check_widths
+from tutelage.targets.manifest import Manifest, ShardWriter, Split, claim, finish, read_manifest, reopen
+from tutelage.targets.rows import RowFormat
+from tutelage.targets.source import StatisticsFile
+from tutelage.training.config import CurriculumConfig
+from tutelage.training.preparation import Given, prepare
+
+
+def extract(
+    run: RunOptions | None = None,
+    args: CurriculumConfig | None = None,
+    options: ExtractOptions = ExtractOptions(),  # noqa: B008 (frozen)
+    log: Callable[[str], None] = print,
+) -> Manifest:
+    """Make an extracted curriculum in `args.output_dir`, or resume one that was begun.
+
+    Args:
+        run, args: as for `distill`; the student is only looked at.
+        options: how it is stored.
+        log: called with a line of progress.
+
+    Raises:
+        UserError: settings that cannot work, or a folder that contains something else.
+        OSError: the disk is full; what was whole stays, and the same command resumes with it.
+    """
+    run, args = run or RunOptions(), args or CurriculumConfig()
+    check_options(args, options)
+    run, args = with_defaults(*choose_stages(run, args, options))
+    store = Store(args.output_dir or ".")
+    state = PartialState()
+    job = ExtractionJob(load_inputs(run, args, options.devices), args, options, state.device, run.streaming)
+    finished = True
+    if state.is_main_process:
+        finished = claim(store, job.identity)
+        if finished and reopen(store, read_manifest(store)):
+            log(f"{store} has lost shards, which are made again")
+            finished = False
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        finished = claim(store, job.identity)
+    if not finished:
+        job.write(store, state.process_index, state.num_processes, log)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            job.finish(store)
+        state.wait_for_everyone()
+    return read_manifest(store)
+
+
+@dataclass(frozen=True)
+class PlannedSplit:
+    """A split, its shards, and what makes their columns."""
+
+    name: str
+    form: RowFormat
+    shards: list[Batches]
+    columns: Callable[[RowFormat, Batches], Iterator[Columns]]
+
+
+class ExtractionJob:
+    """Teacher, schedule and encoder of one extraction.
+
+    Args:
+        inputs: models and data.
+        args: the settings as given.
+        options: how it is stored.
+        device: where the teacher runs.
+        streamed: whether the data are the first rows of a stream.
+    """
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        args: CurriculumConfig,
+        options: ExtractOptions,
+        device: Any,
+        streamed: bool = False,
+    ):
+        source = inputs.source
+        assert isinstance(source, LiveTargets)
+        if not source.task.tokenized:
+            raise UserError("an extraction needs tokens: plain networks train with the teacher itself")
+        args = copy.copy(args)
+        if source.task.splits_head:
+            args.top_k = args.top_k or DEFAULT_TOP_K
+        self.inputs, self.options, self.device, self.streamed = inputs, options, device, streamed
+        given = Given(inputs.student, source, inputs.train_dataset, inputs.eval_dataset, inputs.tokenizer, None)
+        self.run = prepare(given, args, options.devices).run
+        self.args, self.source, self.curriculum = args, source, self.run.curriculum
+        self.source.to(device)
+        self.width = options.projection_dim or source.task.width(inputs.student)
+        check_widths(self.curriculum, self.width, source.task.width(source.model))
+        data: Any = inputs.train_dataset
+        self.schedule = Schedule(
+            self.curriculum,
+            len(data),
+            self.run.reading,
+            args.train_sampling_strategy == "sequential",
+            options.all_stages,
+        )
+        config: Any = source.backbone.config
+        vocabulary = max(len(inputs.tokenizer), int(config.vocab_size))
+        self.encoder = Encoder(
+            source,
+            data,
+            inputs.eval_dataset,
+            inputs.collator,
+            vocabulary,
+            options.dtype,
+            device,
+            args.logits_chunk_size,
+        )
+        self.names = [f"stage_{index + 1}" for index in range(len(self.curriculum.stages))]
+        self.example = self.encoder.batch([0])
+
+    # ---- What it depends on ----
+
+    @functools.cached_property
+    def forms(self) -> dict[str, RowFormat]:
+        """How the rows of each split but the evaluation are stored."""
+        stages = zip(self.names, self.curriculum.stages, strict=True)
+        found = {name: self.encoder.form(stage, self.example) for name, stage in stages}
+        if (index := self.curriculum.transplant_stage) is not None:
+            found["calibration"] = found[self.names[index]]
+        return found
+
+    @functools.cached_property
+    def identity(self) -> ExtractionIdentity:
+        """Everything that the rows depend on."""
+        task, head = self.source.task, self.source.output_head()
+        transplants = self.curriculum.transplant_stage is not None
+        outputs = 0 if head is None or not task.splits_head else head.linear.out_features
+        reading, data = self.run.reading, self.encoder.data
+        return ExtractionIdentity(
+            task=task.name,
+            teacher=self._teacher_identity(),
+            tokenizer=tokenizer_hash(self.inputs.tokenizer),
+            data=DataIdentity(
+                Path(self.inputs.names["dataset"]).name, len(data), data_fingerprint(data), self.streamed
+            ),
+            evaluation=data_fingerprint(self.inputs.eval_dataset),
+            curriculum=self.curriculum,
+            width=self.width,
+            forms=self.forms,
+            student=self.inputs.names["student"],
+            causal=task.causal,
+            with_mask="attention_mask" in self.example,
+            mlm_probability=getattr(self.inputs.collator, "mlm_probability", None),
+            longest=max(len(ids) for ids in data["input_ids"]),
+            kept=min(self.curriculum.top_k or 0, self.source.outputs or outputs),
+            seed=reading.seed,
+            sequential=self.schedule.sequential,
+            batch_size=reading.batch_size,
+            step_examples=reading.step_examples,
+            calibration_samples=self.run.calibration_samples,
+            all_stages=self.options.all_stages,
+            shard_tokens=self.options.shard_tokens,
+            centered=transplants and task.head_has_bias(self.inputs.student),
+            head=_head_settings(head) if transplants else None,
+        )
+
+    def _teacher_identity(self) -> TeacherIdentity:
+        model = self.source.model
+        return TeacherIdentity(
+            name=Path(self.inputs.names["teacher"]).name,
+            hash=model_hash(model),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            blocks=len(self.source.block_names),
+            shape=self.source.task.teacher_shape(model),
+            outputs=self.source.output_count or 0,
+        )
+
+    # ---- Which shards ----
+
+    @functools.cached_property
+    def splits(self) -> list[PlannedSplit]:
+        """Every split with its shards."""
+        planned = [self._stage_split(index, name) for index, name in enumerate(self.names)]
+        if (index := self.curriculum.transplant_stage) is not None:
+            form = self.forms["calibration"]
+            columns = functools.partial(self.encoder.stage_columns, index)
+            planned.append(PlannedSplit("calibration", form, [self.calibration_examples], columns))
+        form = self.encoder.evaluation_form(self.forms[self.names[0]])
+        rows = [[list(range(len(self.inputs.eval_dataset)))]]
+        return [*planned, PlannedSplit("evaluation", form, rows, self.encoder.evaluation_columns)]
+
+    def _stage_split(self, index: int, name: str) -> PlannedSplit:
+        examples = self.schedule.examples(index)
+        lengths = [len(ids) for ids in self.encoder.data.select(examples)["input_ids"]]
+        shards = plan_shards(examples, lengths, self.run.reading.batch_size, self.options.shard_tokens)
+        return PlannedSplit(name, self.forms[name], shards, functools.partial(self.encoder.stage_columns, index))
+
+    @property
+    def calibration_examples(self) -> Batches:
+        """The first rows of the data, in batches."""
+        count, size = min(self.run.calibration_samples, len(self.encoder.data)), self.run.reading.batch_size
+        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+    # ---- Writing ----
+
+    def write(self, store: Store, rank: int, ranks: int, log: Callable[[str], None]) -> None:
+        """Write this process's part of the missing shards; the first process also what all of them need."""
+        with tempfile.TemporaryDirectory() as folder:
+            statistics = Path(folder) / STATISTICS_FILE
+            if rank == 0 and not store.exists(STATISTICS_FILE):
+                self.prepare_maps(StatisticsFile(statistics, read=False, write=True))
+                if statistics.exists():
+                    with store.writing(STATISTICS_FILE) as path:
+                        shutil.copyfile(statistics, path)
+            PartialState().wait_for_everyone()
+            # one set of statistics, whoever makes a shard and whenever
+            stored = store.fetch(STATISTICS_FILE) if store.exists(STATISTICS_FILE) else statistics
+            self.prepare_maps(StatisticsFile(stored, read=True, write=False))
+        if rank == 0:
+            self._write_shared(store)
+        numbered = [
+            (ShardWriter(store, split.name, len(split.shards), split.form.features), number, split)
+            for split in self.splits
+            for number in range(len(split.shards))
+        ]
+        mine = [planned for planned in numbered[rank::ranks] if planned[0].done(planned[1]) is None]
+        quiet = quiet_unless_terminal(self.args.disable_tqdm) or rank != 0
+        tokens, start = 0, time.perf_counter()
+        with tqdm(total=len(mine), desc="Extracting", unit="shard", disable=quiet) as bar:
+            for writer, number, split in mine:
+                tokens += writer.write(number, split.columns(split.form, split.shards[number])).tokens
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+                bar.update()
+        if rank == 0:
+            pace = f", {tokens:,} tokens at {tokens / (time.perf_counter() - start):,.0f} per second" if mine else ""
+            here = f" ({len(mine)} here{pace})" if mine else ""
+            log(f"{len(numbered)} shards in {store}{here}")
+
+    def prepare_maps(self, file: StatisticsFile) -> None:
+        """Make or read the target maps."""
+        self.source.prepare(file, self._calibration_batches, self.device, self.width)
+
+    def _calibration_batches(self) -> list[dict[str, Any]]:
+        with torch.random.fork_rng(devices=[]):
+            return [self.encoder.batch(examples) for examples in self.calibration_examples]
+
+    def _write_shared(self, store: Store) -> None:
+        """Configs of teacher and student, tokenizer and, for a transplant, the output head."""
+        with tempfile.TemporaryDirectory() as folder:
+            config: Any = self.source.backbone.config
+            config.save_pretrained(Path(folder) / TEACHER_FOLDER)
+            student: Any = self.source.task.backbone(self.inputs.student).config
+            student.save_pretrained(Path(folder) / STUDENT_FOLDER)
+            self.inputs.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
+            for file in Path(folder).rglob("*.*"):
+                with store.writing(file.relative_to(folder).as_posix()) as path:
+                    shutil.copyfile(file, path)
+        head = self.source.output_head()
+        if self.identity.head is None or head is None:
+            return
+        tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
+        with store.writing(HEAD_FILE) as path:
+            save_file(tensors, path)
+
+    def finish(self, store: Store) -> None:
+        """Check that every shard is there, then write what makes the folder an extracted curriculum."""
+        splits = []
+        for split in self.splits:
+            writer = ShardWriter(store, split.name, len(split.shards), split.form.features)
+            written = [writer.done(number) for number in range(len(split.shards))]
+            missing = [writer.file(number) for number, shard in enumerate(written) if shard is None]
+            if missing:
+                raise UserError(f"shard {missing[0]} was not written: run the same command again")
+            splits.append(Split(split.name, tuple(shard for shard in written if shard is not None)))
+        folders = (TEACHER_FOLDER, STUDENT_FOLDER, TOKENIZER_FOLDER)
+        shared = [STATISTICS_FILE, HEAD_FILE, *(name for folder in folders for name in store.files(folder))]
+        files = {name: store.sha256(name) for name in shared if store.exists(name)}
+        manifest = Manifest(self.identity, tuple(splits), files, environment=environment())
+        finish(store, manifest, {split.name: split.form.features for split in self.splits})
+
+
+def _head_settings(head: OutputHead | None) -> HeadSettings:
+    return HeadSettings() if head is None else HeadSettings(head.softcap, head.scale, head.outputs)
+
+
+def describe_extraction(root: str, manifest: Manifest) -> str:
+    """Splits, sizes and bytes per token, for the terminal."""
+    identity = manifest.identity
+    teacher, data = identity.teacher, identity.data
+    lines = [
+        f"extracted curriculum: {root} (format {manifest.format})",
+        f"teacher:              {teacher.name}, {teacher.blocks} blocks, hash {teacher.hash[:16]}",
+        f"data:                 {data.name}, {data.rows:,} rows",
+        "",
+        f"{'split':<14}{'what':<16}{'rows':>9}{'tokens':>12}{'bytes':>14}{'bytes/token':>13}",
+    ]
+    what = {f"stage_{index + 1}": stage.name for index, stage in enumerate(identity.curriculum.stages)}
+    for split in manifest.splits:
+        lines.append(
+            f"{split.name:<14}{what.get(split.name, ''):<16}{split.rows:>9,}{split.tokens:>12,}{split.bytes:>14,}"
+            f"{split.bytes / max(1, split.tokens):>13.1f}"
+        )
+    lines += ["", f"total: {sum(split.bytes for split in manifest.splits):,} bytes"]
+    return "\n".join(lines)

@@ -1,0 +1,86 @@
+"""Checkpoints of a teacher: checking and loading other weights of the same architecture.
+
+Public names: `check_checkpoint`, `load_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from tutelage.core.errors import UserError
+from tutelage.tasks.loading import load_config
+
+
+def load_checkpoint(model: nn.Module, folder: str) -> None:
+    """Take the weights of another checkpoint of the same architecture (safetensors)."""
+    check_checkpoint(model, folder)
+    for subfolder, part, prefix in _stored_parts(model):
+        state: dict[str, torch.Tensor] = {}
+        for file in sorted((Path(folder) / subfolder).glob("model*.safetensors")):
+            state.update(load_file(file))
+        part.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()}, strict=False)
+
+
+def check_checkpoint(model: nn.Module, folder: str) -> None:
+    """Raise UserError unless `folder` holds safetensors of `model`'s architecture; reads headers only."""
+    if hasattr(model, "config") and (Path(folder) / "config.json").is_file():
+        config = load_config(folder, what="teacher checkpoint")
+        for field in ("model_type", "num_attention_heads", "num_key_value_heads"):  # the shapes do not show these
+            theirs, ours = getattr(config, field, None), getattr(model.config, field, None)
+            if theirs != ours:
+                raise UserError(
+                    f"checkpoint {folder!r} is of another architecture than the teacher: its {field} is {theirs}, "
+                    f"the teacher's {ours}"
+                )
+    for subfolder, part, prefix in _stored_parts(model):
+        shapes = _stored_shapes(Path(folder) / subfolder, prefix)
+        if difference := _difference(part, shapes):
+            raise UserError(f"checkpoint {folder!r} is of another architecture than the teacher: {difference}")
+
+
+def _stored_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Folder below a checkpoint's, module stored there, and prefix of the names in the file."""
+    return model.stored_parts() if hasattr(model, "stored_parts") else [("", model, "")]  # type: ignore[operator]
+
+
+def _stored_shapes(folder: Path, prefix: str) -> dict[str, list[int]]:
+    files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
+    if not files:
+        raise UserError(f"teacher checkpoint {str(folder)!r} is not a folder with model.safetensors in it")
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as handle:
+                names = handle.keys()
+                shapes.update({n.removeprefix(prefix): list(handle.get_slice(n).get_shape()) for n in names})
+        except SafetensorError as error:
+            raise UserError(f"teacher checkpoint {str(file)!r} is not a safetensors file: {error}") from error
+    return shapes
+
+
+def _difference(model: nn.Module, shapes: Mapping[str, list[int]]) -> str | None:
+    """How stored tensors differ from the model's, in words; None where they do not."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if name not in shapes and not _is_tied(model, name):
+            return f"it lacks {name}"
+        if name in shapes and shapes[name] != list(value.shape):
+            return f"{name} has shape {shapes[name]} there and {list(value.shape)} in the teacher"
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    for name in shapes:
+        if name not in state and not any(re.search(pattern, name) for pattern in ignored):
+            return f"the teacher lacks its {name}"
+    return None
+
+
+def _is_tied(model: nn.Module, name: str) -> bool:
+    """Whether entry `name` shares its storage with another one, and so need not be stored."""
+    state = model.state_dict()
+    return any(other != name and value.data_ptr() == state[name].data_ptr() for other, value in state.items())

@@ -1,0 +1,207 @@
+"""An extracted curriculum read back from disk.
+
+Public names: `ExtractedCurriculum`, `StoredBatch`.
+
+A curriculum extracted at width R serves students of width r <= R: the first r columns of a random projection are the
+projection to r, and the data-aware ones are sorted. It serves every increasing subset of its stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tutelage.core.curriculum import Curriculum, HiddenStage, LayerMap, OutputStage, Stage
+from tutelage.core.errors import UserError
+from tutelage.core.heads import OutputHead
+from tutelage.io.store import Store
+from tutelage.targets import rows
+from tutelage.targets.identity import ExtractionIdentity
+from tutelage.targets.manifest import Manifest, open_split, read_manifest, verify
+from tutelage.targets.maps import TargetMap, load_target_maps
+from tutelage.targets.rows import RowFormat
+from tutelage.tasks.loading import load_tokenizer
+
+TEACHER_FOLDER, TOKENIZER_FOLDER, STUDENT_FOLDER = "teacher", "tokenizer", "student"
+STATISTICS_FILE, HEAD_FILE = "target_stats.safetensors", "head.safetensors"
+
+
+def _places(stage: Stage) -> Any:
+    return stage.teacher_place if isinstance(stage, HiddenStage) else None
+
+
+class ExtractedCurriculum:
+    """A finished extraction.
+
+    Args:
+        folder: its folder, or any fsspec URL.
+        check: compare every file with its checksum first, which reads all of them.
+
+    Raises:
+        UserError: unfinished, damaged, or of a newer format.
+    """
+
+    def __init__(self, folder: str | Path, check: bool = True):
+        self.store = Store(folder)
+        self.manifest: Manifest = read_manifest(self.store)
+        if check:
+            self.check()
+        self.curriculum = self.identity.curriculum
+
+    def check(self, shards: bool = True) -> None:
+        """Compare its files with their checksums; without `shards`, the small ones alone.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        verify(self.store, self.manifest, shards)
+
+    @property
+    def identity(self) -> ExtractionIdentity:
+        """What it was made from."""
+        return self.manifest.identity
+
+    def split_of(self, index: int) -> str:
+        """Name of the split of the extracted curriculum's stage `index`."""
+        return f"stage_{index + 1}"
+
+    def form(self, split: str) -> RowFormat:
+        """How a split's rows are stored."""
+        return self.identity.forms[split]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of `Curriculum` that a run from this folder must have."""
+        names = ["projection", "projection_seed", "normalize"] if self.curriculum.hidden_stages else []
+        if any(isinstance(stage, OutputStage) for stage in self.curriculum.stages):
+            names += ["temperature", "top_k"]
+        return {name: getattr(self.curriculum, name) for name in names}
+
+    def stages(self, curriculum: Curriculum) -> list[int]:
+        """For each stage of `curriculum`, the index of the extracted stage that it reads.
+
+        Raises:
+            UserError: a stage that was not extracted, or other settings than those it was extracted with.
+        """
+        for name, extracted in self.settings.items():
+            asked = getattr(curriculum, name)
+            if extracted != asked:
+                raise UserError(
+                    f"the extracted curriculum in {str(self.store)!r} was made with {name}={extracted}, not {asked}: leave "
+                    f"{name} out, or extract again"
+                )
+        found = []
+        for stage in curriculum.stages:
+            for index, mine in enumerate(self.curriculum.stages):
+                if type(mine) is type(stage) and _places(mine) == _places(stage):
+                    found.append(index)
+                    break
+            else:
+                held = ", ".join(
+                    str(s.teacher_place) if isinstance(s, HiddenStage) else "output" for s in self.curriculum.stages
+                )
+                raise UserError(
+                    f"the extracted curriculum in {str(self.store)!r} does not hold the stage {stage.name!r}: it has teacher "
+                    f"places {held}; choose from these with layer_map, or extract again"
+                )
+        return found
+
+    def target_maps(self, curriculum: Curriculum, width: int) -> list[TargetMap | None]:
+        """The map of each stage of `curriculum`, to a student of `width`."""
+        blocks = self.identity.teacher.blocks
+        mine = load_target_maps(self.store.fetch(STATISTICS_FILE), self.curriculum, width, blocks)
+        return [mine[index] for index in self.stages(curriculum)]
+
+    @cached_property
+    def head(self) -> OutputHead | None:
+        """The teacher's output head; None where it was not extracted."""
+        if not self.store.exists(HEAD_FILE):
+            return None
+        tensors = load_file(self.store.fetch(HEAD_FILE))
+        weight = tensors["weight"]
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors)
+        linear.load_state_dict({name: value for name, value in tensors.items() if name in ("weight", "bias")})
+        assert self.identity.head is not None
+        return OutputHead(linear.requires_grad_(False), **dataclasses.asdict(self.identity.head))
+
+    def layer_map(self, student_blocks: int) -> LayerMap:
+        """Student place and teacher place of each hidden stage.
+
+        As extracted; where those do not fit, evenly spaced, and of stages that fall on one student block the deepest.
+        """
+        hidden = self.curriculum.hidden_stages
+        places = [stage.student_place for stage in hidden]
+        if all(not isinstance(place, int) or place <= student_blocks for place in places):
+            return [(stage.student_place, stage.teacher_place) for stage in hidden]
+        fitted: dict[Any, Any] = {}
+        for stage in hidden:
+            place: Any = stage.student_place
+            if isinstance(place, int):
+                assert isinstance(stage.teacher_place, int)
+                place = max(1, round(stage.teacher_place * student_blocks / self.identity.teacher.blocks))
+            fitted[place] = stage.teacher_place
+        return list(fitted.items())
+
+    def calibration(self, width: int, batch_size: int) -> list[StoredBatch]:
+        """Rows of the calibration split in batches, decoded as those of the head stage."""
+        split = self.manifest.split("calibration")
+        table = open_split(self.store, split).with_format("arrow")
+        return [
+            StoredBatch(table[start : start + batch_size], self.form("calibration"), self, width)
+            for start in range(0, split.rows, batch_size)
+        ]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that the data was encoded with."""
+        return load_tokenizer(str(self.store.fetch_folder(TOKENIZER_FOLDER)))
+
+    @property
+    def teacher_config(self) -> Path:
+        """Folder with the teacher's config."""
+        return self.store.fetch_folder(TEACHER_FOLDER)
+
+    @property
+    def student_config(self) -> Path:
+        """Folder with the config of the student that was extracted for."""
+        return self.store.fetch_folder(STUDENT_FOLDER)
+
+    @cached_property
+    def evaluation(self) -> Dataset:
+        """Held-out rows."""
+        return open_split(self.store, self.manifest.split("evaluation")).remove_columns(["example_id", "content_hash"])
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredBatch:
+    """Rows of one split, and how to read them."""
+
+    table: pa.Table
+    form: RowFormat
+    source: ExtractedCurriculum
+    width: int
+    """r of the student."""
+
+    def tensors(self, pad_id: int) -> dict[str, torch.Tensor]:
+        """Model inputs, labels and targets."""
+        identity = self.source.identity
+        batch = rows.decode_inputs(self.table, self.form, pad_id, identity.with_mask)
+        if self.form.label == "none" and identity.causal:
+            labels = batch["input_ids"].clone()
+            if "attention_mask" in batch:
+                labels[batch["attention_mask"] == 0] = rows.IGNORED_LABEL
+            batch["labels"] = labels
+        if self.form.content in ("states", "pooled"):
+            return batch | rows.decode_states(self.table, self.form, self.width, identity.width)
+        if self.form.content == "top_k":
+            return batch | rows.decode_outputs(self.table, identity.kept)
+        return batch | rows.decode_whole(self.table)

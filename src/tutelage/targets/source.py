@@ -1,0 +1,209 @@
+"""Where a student's targets come from: one interface.
+
+Public names: `TargetSource`, `NoTargets`, `FixedSettings`, `StatisticsFile`.
+
+The objective, the trainer, evaluation and extraction use a source without knowing which one it is.
+
+Shapes: B batch, T positions, R projected width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tutelage.core.curriculum import Curriculum, LayerMap, Stage
+from tutelage.core.errors import UserError
+from tutelage.core.heads import OutputHead
+from tutelage.targets.maps import TargetMap
+from tutelage.targets.order import Reading
+from tutelage.tasks.base import Batch, Task
+from tutelage.tasks.outputs import OutputTarget
+
+
+@dataclass(frozen=True)
+class FixedSettings:
+    """Settings of a run that its source decides."""
+
+    where: str = ""
+    """The source, for messages."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """`CurriculumConfig` fields that must have these values."""
+    layer_map: LayerMap | None = None
+    """Hidden stages of extraction where nothing is given; None leaves the choice to the run."""
+    hidden_steps: dict[Any, int] = field(default_factory=dict)
+    """Steps of the hidden stages by teacher place."""
+    output_steps: int | None = None
+    """Steps of the output stages; None leaves the budget to the run."""
+    warm_start: str | None = None
+    """The `warm_start` that the source was made for."""
+    step_examples: int | None = None
+    """Examples of an optimiser step that the source was made for."""
+    rows: int | None = None
+    """Training examples; None where the run brings its own."""
+
+
+@dataclass(frozen=True)
+class StatisticsFile:
+    """Where the statistics of the target maps are kept."""
+
+    path: Path
+    read: bool
+    """Read them if they are there, instead of making them."""
+    write: bool
+    """Write them; one process does."""
+
+
+class TargetSource(ABC):
+    """Gives the targets of every stage of a curriculum.
+
+    `attach` comes first: it checks that source, curriculum and student fit together. `prepare` then makes the target maps.
+    """
+
+    task: Task
+    blocks: int | None = None
+    """L_T, the teacher's blocks; None without a teacher."""
+    parameters: int | None = None
+    """Parameters of a teacher in memory."""
+    in_step_order: ClassVar[bool] = False
+    """Whether training rows are in the order of the steps, so that they must not be shuffled."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Tokenizer that comes with the targets."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.curriculum: Curriculum | None = None
+        self.maps: list[TargetMap | None] = []
+        self.outputs: int | None = None
+
+    # ---- Settings ----
+
+    def fixed_settings(self, student_blocks: int) -> FixedSettings:
+        """What the source decides of a run whose student has so many blocks."""
+        return FixedSettings()
+
+    def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
+        """Serve `student` with the stages of `curriculum`.
+
+        Args:
+            curriculum: the stages.
+            student: the student.
+            outputs: outputs that student and teacher share; None for all.
+
+        Raises:
+            UserError: the source cannot serve this curriculum or this student.
+        """
+        self.curriculum, self.outputs = curriculum, outputs
+        self.maps = [None] * len(curriculum.stages)
+
+    def stage(self, index: int) -> Stage:
+        """A stage of the attached curriculum."""
+        assert self.curriculum is not None, "attach a curriculum first"
+        return self.curriculum.stages[index]
+
+    @property
+    def output_count(self) -> int | None:
+        """Outputs of the teacher's head; None where there is none to share."""
+        return None
+
+    def identity(self) -> dict[str, str]:
+        """What tells this source from others, for a run that is resumed."""
+        return {}
+
+    # ---- Targets ----
+
+    def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets of hidden stage `index`, (..., R), and which positions count, (...)."""
+        raise AssertionError("this source has no hidden states")
+
+    def output(self, batch: Batch) -> OutputTarget | None:
+        """The teacher's output; None where there is none for this batch."""
+        return None
+
+    def output_head(self) -> OutputHead | None:
+        """The teacher's output head, over the shared outputs; None where the output is the state itself."""
+        return None
+
+    def embedding(self) -> torch.Tensor:
+        """The teacher's token embedding, (V, D)."""
+        raise AssertionError("this source has no token embedding")
+
+    def prepare(
+        self,
+        file: StatisticsFile,
+        batches: Callable[[], Sequence[Batch]],
+        device: torch.device | str,
+        width: int | None = None,
+    ) -> None:
+        """Make the target maps of the hidden stages.
+
+        Args:
+            file: where their statistics are kept.
+            batches: gives the calibration batches, if they are needed.
+            device: where the statistics are wanted.
+            width: of the targets; None is the student's.
+        """
+
+    def use_checkpoint(self, folder: str | None) -> None:
+        """Progressive distillation: give the outputs of this checkpoint; None is the finished teacher."""
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """The finished teacher in place, whatever checkpoint a stage learns from."""
+        yield
+
+    def to(self, device: torch.device | str) -> None:
+        """Move what is in memory to `device`."""
+
+    # ---- Data ----
+
+    def training_rows(self, dataset: Any, reading: Reading) -> Any:
+        """The rows that the run trains on."""
+        return dataset
+
+    def evaluation_rows(self, dataset: Any) -> Any:
+        """The rows that the run is evaluated on."""
+        return dataset
+
+    def calibration_rows(self, dataset: Any, count: int, size: int) -> list[Any]:
+        """The first `count` training rows in lists of `size`."""
+        count = min(count, len(dataset))
+        fetch = getattr(dataset, "__getitems__", None)
+        rows = fetch(list(range(count))) if fetch is not None else [dataset[i] for i in range(count)]
+        return [rows[start : start + size] for start in range(0, count, size)]
+
+    def example_rows(self, dataset: Any, index: int) -> Any:
+        """One training row of stage `index`."""
+        return [dataset[0]]
+
+    def collate_with(self, collator: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
+        """`collator`, made to take the rows of this source."""
+        return collator
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the rows that must be kept for the teacher."""
+        return ()
+
+
+@final
+class NoTargets(TargetSource):
+    """No teacher: labels alone."""
+
+    def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
+        if any(stage.needs_teacher for stage in curriculum.stages):
+            raise UserError("this curriculum has stages that need a teacher: pass teacher_model")
+        if not self.task.learns_from_labels:
+            raise UserError(
+                f"task {self.task.name!r} has no labels to learn from, so method 'scratch' needs a different task: "
+                "pass a teacher and choose a method that uses it"
+            )
+        super().attach(curriculum, student, outputs)

@@ -1,0 +1,121 @@
+"""Classifiers: of token sequences, and of whatever a plain network reads.
+
+Public names: `SequenceClassification`, `PlainClassification`.
+
+Shapes: B batch, G replicas, V classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, final
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from tutelage.core.errors import UserError
+from tutelage.core.inputs import last_token, model_inputs, output_tensor
+from tutelage.core.losses import OutputSettings, logits_loss, logits_metrics
+from tutelage.tasks.base import Batch, HeadTask, Targets, Task
+from tutelage.tasks.metrics import name_metrics
+from tutelage.tasks.outputs import EvaluationTools, OutputTarget, Selected
+
+
+@final
+class SequenceClassification(HeadTask):
+    """One class per token sequence, read at the last token or from a pooled state.
+
+    Classifiers put a nonlinearity before their head, whose output range does not match the targets, so extraction uses the
+    paper's stages without a head transplant by default.
+    """
+
+    name = "sequence_classification"
+    auto_class = AutoModelForSequenceClassification
+    suffixes = ("ForSequenceClassification",)
+    columns = ("text", "label")
+    pools_final = True
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse classifiers whose outputs are not one class of several: a softmax over them means nothing."""
+        config: Any = getattr(model, "config", None)
+        if config is None:
+            return
+        if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+            raise UserError(
+                f"{type(model).__name__} has {config.num_labels} output(s) and problem_type {config.problem_type!r}: only "
+                "classification into one of two or more classes can be distilled"
+            )
+
+    def check_rows(self, rows: Any, config: PreTrainedConfig) -> None:
+        classes = int(config.num_labels or 0)
+        labels = rows["labels"] if "labels" in rows.column_names else []
+        wrong = next((label for label in labels if not 0 <= label < classes), None)
+        if wrong is not None:
+            raise UserError(
+                f"the dataset has the label {wrong}, but the teacher has the classes 0 to {classes - 1}: correct the labels"
+            )
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
+        return DataCollatorWithPadding(tokenizer)
+
+    def example(self, length: int) -> Batch:
+        return {**super().example(length), "labels": torch.zeros((1,), dtype=torch.long)}
+
+    def select(self, hidden: torch.Tensor, batch: Batch) -> Selected:
+        state = last_token(hidden, batch)
+        return Selected(state, batch.get("labels"), torch.arange(len(state), device=state.device))
+
+
+@final
+class PlainClassification(Task):
+    """Plain networks compared on their logits; replicated ones on those of every replica."""
+
+    name = "classification"
+    columns = ("input_ids", "labels")
+    tokenized = False
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
+        return default_data_collator
+
+    def output_loss(
+        self,
+        student: nn.Module,
+        batch: Batch,
+        target: OutputTarget | None,
+        settings: OutputSettings,
+        outputs: int | None,
+    ) -> torch.Tensor:
+        logits = output_tensor(student(**model_inputs(student, batch)))
+        return logits_loss(logits, None if target is None else target.whole, batch.get("labels"), settings)
+
+    def teacher_outputs(self, target: OutputTarget, batch: Batch) -> torch.Tensor:
+        assert target.whole is not None
+        return target.whole
+
+    @torch.inference_mode()
+    def evaluate(
+        self, student: nn.Module, batches: Iterable[Batch], targets: Targets, tools: EvaluationTools
+    ) -> dict[str, float]:
+        """Means over examples; for a replicated student over all replicas, and `loss_0`, `accuracy_0`... of each."""
+        student.eval()
+        parts, with_teacher = [], False
+        for batch in batches:
+            logits, target = output_tensor(student(**model_inputs(student, batch))), targets(batch)
+            with_teacher = target is not None
+            values = logits_metrics(logits, batch["labels"], None if target is None else target.whole)
+            parts.append(tools.gather(values).double().cpu())
+            tools.on_step()
+        means = torch.cat(parts).mean(0)  # (6,) or, replicated, (G, 6)
+        if means.dim() == 1:
+            return name_metrics(means, with_teacher)
+        metrics = name_metrics(means.mean(0), with_teacher)
+        for replica, own in enumerate(means):
+            metrics |= {f"{name}_{replica}": value for name, value in name_metrics(own, False).items()}
+        return metrics

@@ -1,0 +1,57 @@
+"""The tasks that tutelage knows, by name.
+
+Public names: `TASKS`, `register_task`, `get_task`, `detect_task`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from tutelage.core.errors import UserError
+from tutelage.tasks.base import Clues, Task
+from tutelage.tasks.classification import PlainClassification, SequenceClassification
+from tutelage.tasks.language import CausalLM, MaskedLM
+from tutelage.tasks.loading import find_file, load_config
+from tutelage.tasks.sentences import SentenceEmbedding
+
+TASKS: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> None:
+    """Make a task known by its name; registering a name again replaces its task."""
+    TASKS[task.name] = task
+
+
+for _task in (CausalLM(), MaskedLM(), SequenceClassification(), SentenceEmbedding(), PlainClassification()):
+    register_task(_task)
+
+
+def get_task(name: str) -> Task:
+    """Look a task up by name."""
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}: use one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def detect_task(model_or_config: nn.Module | PreTrainedConfig | str, trust_remote_code: bool = False) -> Task:
+    """The task of a model, from its class, its config's `architectures`, or sentence-transformers' `modules.json`.
+
+    Raises:
+        UserError: no task recognises it.
+    """
+    clues = _clues(model_or_config, trust_remote_code)
+    for task in TASKS.values():
+        if task.recognizes(clues):
+            return task
+    raise UserError(f"cannot tell the task of {clues.names[0] or 'this model'}: set task to one of {', '.join(TASKS)}")
+
+
+def _clues(source: nn.Module | PreTrainedConfig | str, trust_remote_code: bool) -> Clues:
+    if isinstance(source, nn.Module):
+        return Clues(tuple(cls.__name__ for cls in type(source).__mro__), model=source)
+    if isinstance(source, PreTrainedConfig):
+        return Clues(tuple(source.architectures or [""]))
+    if find_file(source, "modules.json") is not None:
+        return Clues(("SentenceTransformer",))
+    return _clues(load_config(source, trust_remote_code=trust_remote_code), trust_remote_code)

@@ -1,0 +1,230 @@
+"""From settings as given to one frozen run: curriculum, batch size and budget.
+
+Public names: `ResolvedRun`, `resolve`, `resolve_reading`, `build_curriculum`, `total_steps`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import (
+    Curriculum,
+    LayerMap,
+    extraction,
+    one_shot,
+    parse_layer_map,
+    progressive,
+    scratch,
+    uniform_layer_map,
+)
+from tutelage.core.errors import UserError
+from tutelage.targets.order import Reading
+from tutelage.targets.source import FixedSettings
+from tutelage.training.config import DEFAULTS, CurriculumConfig
+
+_SHARED = ("projection", "projection_seed", "normalize", "temperature", "top_k")
+# Settings that only some methods read; a setting that the method does not read gets a warning.
+_READERS = {
+    **dict.fromkeys(
+        ("layer_map", "num_stages", "stage_steps", "stage_learning_rate", "projection", "warm_start"), ("extraction",)
+    ),
+    "teacher_checkpoints": ("progressive",),
+    "label_weight": ("extraction", "one_shot", "progressive"),
+}
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a run does, with nothing left open."""
+
+    curriculum: Curriculum
+    reading: Reading
+    """Batch size, devices and data order."""
+    calibration_samples: int
+
+    def arguments(self, args: CurriculumConfig) -> CurriculumConfig:
+        """A copy of `args` with what was resolved filled in, for the trainer; `args` stays as it is."""
+        filled = copy.copy(args)
+        filled._n_gpu = min(1, args.n_gpu)
+        filled.per_device_train_batch_size = self.reading.batch_size
+        filled.max_steps = self.curriculum.total_steps
+        filled.num_train_epochs = args.value("num_train_epochs")
+        filled.calibration_samples = self.calibration_samples
+        return filled
+
+
+def resolve(
+    args: CurriculumConfig,
+    blocks: tuple[int, int | None],
+    fixed: FixedSettings,
+    rows: int | None,
+    warm_start: str,
+    curriculum: Curriculum | None = None,
+    devices: int | None = None,
+) -> ResolvedRun:
+    """Decide everything that was left open.
+
+    Args:
+        args: the settings as given.
+        blocks: L_S and L_T; None without a teacher.
+        fixed: what the target source decides.
+        rows: training examples; None where the number is unknown.
+        warm_start: `Task.warm_start`.
+        curriculum: stages of the user's own, instead of those of `args`.
+        devices: that the student trains on; None is those of this run.
+
+    Raises:
+        UserError: a setting that contradicts the source, or a curriculum that cannot be built.
+    """
+    check_contradictions(args, fixed)
+    reading = resolve_reading(args, fixed, devices)
+    if curriculum is None:
+        steps = _budget(args, fixed, reading, rows)
+        curriculum = build_curriculum(args, blocks, steps, warm_start, fixed)
+    samples = fixed.values.get("calibration_samples", args.value("calibration_samples"))
+    return ResolvedRun(curriculum, reading, samples)
+
+
+def check_contradictions(args: CurriculumConfig, fixed: FixedSettings) -> None:
+    """Refuse an explicit setting that contradicts the source, also where it equals the default."""
+    for name, value in fixed.values.items():
+        given = getattr(args, name)
+        if given is not None and given != value:
+            raise UserError(
+                f"{fixed.where} was made with {name}={value}, but {name}={given} was given: leave {name} out, or extract again"
+            )
+
+
+def resolve_reading(args: CurriculumConfig, fixed: FixedSettings, devices: int | None = None) -> Reading:
+    """Batch size, devices (None is those of this run) and data order."""
+    devices = devices or args.world_size
+    micro_batches = args.gradient_accumulation_steps * devices
+    size = args.value("per_device_train_batch_size")
+    if args.per_device_train_batch_size is None and fixed.step_examples is not None:
+        fitting, rest = divmod(fixed.step_examples, micro_batches)
+        size = size if rest else fitting  # as many examples per step as were counted when the data was divided
+    return Reading(size * micro_batches, size, devices, args.order_seed)
+
+
+def _budget(args: CurriculumConfig, fixed: FixedSettings, reading: Reading, rows: int | None) -> int:
+    """Optimiser steps of the whole curriculum."""
+    if args.max_steps <= 0 and args.num_train_epochs is None and fixed.output_steps is not None:
+        pairs = _fixed_layer_map(args, fixed)
+        places = [theirs for _, theirs in pairs] if pairs else list(fixed.hidden_steps)
+        return fixed.output_steps + sum(fixed.hidden_steps[place] for place in places)
+    steps = total_steps(args, rows if fixed.rows is None else fixed.rows, reading)
+    if steps is None:
+        raise UserError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
+    return steps
+
+
+def total_steps(args: CurriculumConfig, rows: int | None, reading: Reading) -> int | None:
+    """Optimiser steps of the budget: `max_steps`, else from epochs and the number of training examples."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if rows is None:
+        return None
+    size = reading.batch_size * reading.devices
+    batches = rows // size if args.dataloader_drop_last else math.ceil(rows / size)
+    # as transformers counts: an epoch's last step may have fewer micro-batches
+    steps_per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.value("num_train_epochs") * steps_per_epoch)
+
+
+def _fixed_layer_map(args: CurriculumConfig, fixed: FixedSettings) -> LayerMap | None:
+    """The source's layer map, where the run leaves the choice to it."""
+    open_choice = args.method == "extraction" and args.layer_map is None and args.num_stages is None
+    return fixed.layer_map if open_choice else None
+
+
+def build_curriculum(
+    args: CurriculumConfig,
+    blocks: tuple[int, int | None],
+    steps: int,
+    default_warm_start: str = "head",
+    fixed: FixedSettings = FixedSettings(),  # noqa: B008 (frozen)
+) -> Curriculum:
+    """The curriculum that settings describe.
+
+    Args:
+        args: the settings as given.
+        blocks: L_S and L_T; None without a teacher (scratch).
+        steps: optimiser steps of the whole curriculum.
+        default_warm_start: of extraction where neither blocks nor `warm_start` are given.
+        fixed: what the target source decides.
+
+    Raises:
+        UserError: whatever the builders refuse.
+    """
+    _warn_of_unread(args)
+    student_blocks, teacher_blocks = blocks
+    settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
+    if args.method == "scratch":
+        return scratch(steps, **settings)
+    if teacher_blocks is None:
+        raise UserError(f"method {args.method!r} needs a teacher: pass teacher_model (or use method='scratch')")
+    if args.method == "one_shot":
+        return one_shot(steps, label_weight=args.label_weight, **settings)
+    if args.method == "progressive":
+        return progressive(steps, args.teacher_checkpoints or [], label_weight=args.label_weight, **settings)
+    chosen = _fixed_layer_map(args, fixed)
+    layer_map = parse_layer_map(args.layer_map) if args.layer_map else chosen
+    warm_start = _warm_start(args, layer_map, default_warm_start, fixed)
+    num_stages = args.num_stages
+    if layer_map is not None and num_stages is not None:
+        raise UserError(
+            "layer_map and num_stages were both given, but each says which hidden stages there are: give one"
+        )
+    if layer_map is None and "head" in warm_start:
+        # a transplanted head needs the stage that teaches its input; uniform stages come before it if asked for
+        uniform = [] if num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
+        layer_map, num_stages = [*uniform, (FINAL, FINAL)], None
+    return extraction(
+        student_blocks,
+        teacher_blocks,
+        steps,
+        layer_map=num_stages if layer_map is None else layer_map,
+        stage_steps=_stage_steps(args, fixed, chosen),
+        stage_learning_rate=args.stage_learning_rate,
+        label_weight=args.label_weight,
+        **{**settings, "warm_start": warm_start},
+    )
+
+
+def _warm_start(
+    args: CurriculumConfig, layer_map: LayerMap | None, default_warm_start: str, fixed: FixedSettings
+) -> str:
+    if args.warm_start is not None:
+        return args.warm_start
+    if fixed.warm_start is not None:
+        ends_at_final = bool(layer_map) and tuple(layer_map[-1]) == (FINAL, FINAL)  # type: ignore[index]
+        return fixed.warm_start if ends_at_final else "none"
+    chosen_blocks = args.num_stages is not None or (layer_map is not None and (FINAL, FINAL) not in layer_map)
+    return "none" if chosen_blocks else default_warm_start
+
+
+def _stage_steps(args: CurriculumConfig, fixed: FixedSettings, chosen: LayerMap | None) -> float | int | Sequence[int]:
+    """Steps of the hidden stages: as given; those of the source where its stages and budget are taken; else a fraction."""
+    if args.stage_steps is not None:
+        return args.stage_steps[0] if len(args.stage_steps) == 1 else args.stage_steps
+    own_budget = args.max_steps > 0 or args.num_train_epochs is not None
+    if chosen and args.stage_fraction is None and not own_budget:
+        return [fixed.hidden_steps[place] for _, place in chosen]
+    fraction: float = args.value("stage_fraction")
+    return fraction
+
+
+def _warn_of_unread(args: CurriculumConfig) -> None:
+    """Warn of settings that the method does not read."""
+    unread = [
+        name
+        for name, methods in _READERS.items()
+        if args.method not in methods and getattr(args, name) not in (None, 0.0, "none", DEFAULTS.get(name))
+    ]
+    if unread:
+        warnings.warn(f"method {args.method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=3)
