@@ -34,10 +34,10 @@ from tutelage.core.curriculum import HiddenStage
 from tutelage.core.inputs import model_inputs
 from tutelage.io.store import Store
 from tutelage.runs.distill import environment
-from tutelage.runs.extract import ExtractArguments, _Work, extract
-from tutelage.runs.settings import RunArguments, fill_defaults, prepare_run
+from tutelage.runs.extraction.job import ExtractOptions, _Work, extract
+from tutelage.runs.inputs import RunOptions, fill_defaults, prepare_run
 from tutelage.targets import rows
-from tutelage.targets.extracted import ExtractedCurriculum
+from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.manifest import ShardWriter
 from tutelage.targets.reading import Reading, StoredRows
 from tutelage.training.config import CurriculumConfig
@@ -46,8 +46,8 @@ STUDENT = "layers=4,hidden_size=192"
 WIDTHS = (192, 128, 96)
 
 
-def settings(options: Any, folder: str, **fields: Any) -> tuple[RunArguments, CurriculumConfig]:
-    run = RunArguments(student=STUDENT, dataset=options.dataset, max_length=options.length, eval_samples=32)
+def settings(options: Any, folder: str, **fields: Any) -> tuple[RunOptions, CurriculumConfig]:
+    run = RunOptions(student=STUDENT, dataset=options.dataset, max_length=options.length, max_samples=32)
     args = CurriculumConfig(
         output_dir=folder,
         teacher_model_name_or_path=options.teacher,
@@ -67,8 +67,8 @@ def throughput(options: Any, folder: Path) -> dict[str, float]:
     """Tokens a second of extraction and of a bare loop, by stage."""
     run, args = settings(options, str(folder / "unused"))
     fill_defaults(run, args)
-    work = _Work(prepare_run(run, args), args, ExtractArguments(), torch.device("cpu"))
-    work._prepare_targets(folder / "maps.safetensors", resuming=False)
+    work = _Work(prepare_run(run, args), args, ExtractOptions(), torch.device("cpu"))
+    work._prepare_targets(folder / "target_stats.safetensors", resuming=False)
     model: Any = work.teacher.model
     found = {}
     for index, (name, stage) in enumerate(zip(work.names, work.curriculum.stages, strict=True)):
@@ -101,7 +101,7 @@ def throughput(options: Any, folder: Path) -> dict[str, float]:
 
 def step(options: Any, curriculum: Path) -> dict[str, Any]:
     """Milliseconds of a step from disk and from memory, by stage."""
-    from tutelage.tasks.base import get_task
+    from tutelage.tasks.registry import get_task
     from tutelage.tasks.loading import load_config
     from tutelage.tasks.students import make_student, student_config
     from tutelage.training.objective import StageObjective
@@ -180,7 +180,7 @@ def flags(options: Any, folder: Path, student: str) -> list[str]:
 
 
 def text_flags(options: Any) -> list[str]:
-    return [f"--dataset={options.dataset}", f"--max_length={options.length}", "--eval_samples=32"]
+    return [f"--dataset={options.dataset}", f"--max_length={options.length}", "--max_samples=32"]
 
 
 def main() -> None:
@@ -202,7 +202,7 @@ def main() -> None:
         curricula = {}
         for dtype in rows.DTYPES:
             run, args = settings(options, str(folder / dtype))
-            curricula[dtype] = extract(run, args, ExtractArguments(dtype=dtype), log=lambda line: None)
+            curricula[dtype] = extract(run, args, ExtractOptions(dtype=dtype), log=lambda line: None)
         found["step"] = step(options, folder / "int8")
         found["scale"] = scale_errors(options, folder / "float32")
         print(found["step"], found["scale"])

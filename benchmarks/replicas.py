@@ -20,8 +20,8 @@ import torch
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.reproduction.recipes import resolve
 from tutelage.runs.distill import environment
-from tutelage.targets.live import LiveTeacher, calibrate
-from tutelage.tasks.base import get_task, replica_seeds
+from tutelage.targets.live import LiveTargets, calibrate
+from tutelage.tasks.registry import get_task, replica_seeds
 from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
 from tutelage.training.objective import StageObjective
 
@@ -36,7 +36,7 @@ def stepper(stage: HiddenStage | OutputStage, replicas: int, fields: Any) -> Any
     """A function that makes one SGD step of a stage with so many students."""
     seeds = list(range(replicas))
     torch.manual_seed(0)
-    teacher = LiveTeacher(ParityMLP(ParityMLPConfig(fields.d, fields.teacher_width)))
+    teacher = LiveTargets(ParityMLP(ParityMLPConfig(fields.d, fields.teacher_width)))
     student = ParityMLP(ParityMLPConfig(fields.d, fields.student_width, replica_seeds=seeds))
     stages = (stage, OutputStage(1)) if isinstance(stage, HiddenStage) else (stage,)
     curriculum = Curriculum("benchmark", stages, normalize="none")

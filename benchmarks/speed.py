@@ -44,9 +44,9 @@ from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
 from tutelage.core.heads import OutputHead
 from tutelage.core.losses import output_loss
-from tutelage.targets.live import LiveTeacher, TargetMap, calibrate
-from tutelage.tasks.base import get_task
-from tutelage.tasks.text import CausalCollator
+from tutelage.targets.live import LiveTargets, TargetMap, calibrate
+from tutelage.tasks.registry import get_task
+from tutelage.tasks.collators import CausalCollator
 from tutelage.training.objective import StageObjective
 from tutelage.training.transition import StageSwitch
 
@@ -149,7 +149,7 @@ def step_of(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) 
 def make_objective(sizes: Sizes, curriculum: Curriculum | None = None) -> tuple[StageObjective, StageSwitch]:
     """Objective and switch of a curriculum (the pair's extraction), calibrated, as the trainer makes them."""
     student = llama(sizes, sizes.student_blocks, sizes.student_width, seed=1)
-    teacher = LiveTeacher(llama(sizes, sizes.teacher_blocks, sizes.teacher_width, seed=2))
+    teacher = LiveTargets(llama(sizes, sizes.teacher_blocks, sizes.teacher_width, seed=2))
     curriculum = curriculum or extraction(sizes.student_blocks, sizes.teacher_blocks, steps=20 * sizes.student_blocks)
     maps = calibrate(teacher, curriculum, [token_batch(sizes)], sizes.student_width)
     objective = StageObjective(student.train(), teacher, curriculum, get_task("causal_lm"), maps)

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tutelage.reproduction.recipes import resolve
 from tutelage.runs.distill import distill, environment
-from tutelage.runs.extract import DEFAULT_TOP_K, ExtractArguments, extract
-from tutelage.runs.settings import RunArguments
+from tutelage.runs.extraction.job import DEFAULT_TOP_K, ExtractOptions, extract
+from tutelage.runs.inputs import RunOptions
 from tutelage.tasks.pcfg import build_grammar, pcfg_tokens
 from tutelage.training.config import CurriculumConfig
 
@@ -66,7 +66,7 @@ def pcfg(folder: Path, rows: int) -> dict[str, Any]:
 
 def text(options: Any) -> dict[str, Any]:
     """The real teacher and text."""
-    run = {"student": "layers=4,hidden_size=192", "dataset": options.dataset, "max_length": 64, "eval_samples": 128}
+    run = {"student": "layers=4,hidden_size=192", "dataset": options.dataset, "max_length": 64, "max_samples": 128}
     args = {"max_steps": options.steps, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
     return {"teacher": options.teacher, "run": run, "args": args, "truncates": True}
 
@@ -85,16 +85,16 @@ def pair(system: dict[str, Any], seed: int, folder: Path) -> dict[str, float]:
             **{**system["args"], **fields},
         )
 
-    run = RunArguments(**system["run"])
+    run = RunOptions(**system["run"])
     teacher = {"teacher_model_name_or_path": system["teacher"]}
-    live = distill(RunArguments(**system["run"]), settings("live", **teacher))
+    live = distill(RunOptions(**system["run"]), settings("live", **teacher))
     stored = settings("stored", **teacher)
-    extract(RunArguments(**system["run"]), stored, ExtractArguments(), log=lambda line: None)
+    extract(RunOptions(**system["run"]), stored, ExtractOptions(), log=lambda line: None)
     disk = {"curriculum_dir": stored.output_dir, "max_steps": -1}
-    from_disk = distill(RunArguments(student=run.student), settings("student", **disk))
+    from_disk = distill(RunOptions(student=run.student), settings("student", **disk))
     found = {"live": live["student"]["loss"], "stored": from_disk["student"]["loss"]}
     if system["truncates"]:
-        top = distill(RunArguments(**system["run"]), settings("top", top_k=DEFAULT_TOP_K, **teacher))
+        top = distill(RunOptions(**system["run"]), settings("top", top_k=DEFAULT_TOP_K, **teacher))
         found["live_top_k"] = top["student"]["loss"]
     print(seed, found, flush=True)
     return found

@@ -6,10 +6,11 @@ from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.tasks.base import get_task
+from tutelage.tasks.registry import get_task
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
 from tutelage.tasks.students import student_config
-from tutelage.tasks.text import make_collator, tokenize
+from tutelage.tasks.registry import get_task
+from tutelage.tasks.text import tokenize
 
 output_dir = sys.argv[1] if len(sys.argv) > 1 else "example-output"
 max_steps = int(sys.argv[2]) if len(sys.argv) > 2 else 150

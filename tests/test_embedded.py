@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import run
 from tutelage.core.curriculum import Curriculum
-from tutelage.tasks.base import detect_task, load_task_model
+from tutelage.tasks.registry import detect_task, load_task_model
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
 from tutelage.tasks.text import read_dataset
 
@@ -80,7 +80,7 @@ def test_the_held_out_text_is_no_training_text() -> None:
 
 
 def test_distill_with_no_arguments_but_a_shorter_budget(tmp_path: Path) -> None:
-    printed = run("distill", "--output_dir", tmp_path, "--max_steps", 6, "--eval_samples", 4, "--use_cpu", "true")
+    printed = run("distill", "--output_dir", tmp_path, "--max_steps", 6, "--max_samples", 4, "--use_cpu", "true")
     assert "student" in printed
     assert "budget: 6 steps" in printed
     curriculum = Curriculum.from_json((tmp_path / "curriculum.json").read_text())

@@ -29,7 +29,7 @@ def budget(**changes: Any) -> list[str]:
         "logging_steps": 2,
         "save_strategy": "no",
         "calibration_samples": 8,
-        "eval_samples": 6,
+        "max_samples": 6,
         "use_cpu": "true",
         "warm_start": "none",
     }

@@ -139,7 +139,7 @@ def runs(
     checkpoint = save_llama(root / "early-teacher", seed=9)
     for method in METHODS:
         extra = ["--teacher_checkpoints", str(checkpoint)] if method == "progressive" else []
-        flags = ["--method", method, "--output_dir", root / method, *budget(eval_samples=1000), *extra]
+        flags = ["--method", method, "--output_dir", root / method, *budget(max_samples=1000), *extra]
         printed[method] = run("distill", "--config", config, *flags)
     return {method: root / method for method in METHODS}
 
@@ -150,7 +150,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_folder_holds_a_plain_student_and_records(runs: dict[str, Path], method: str) -> None:
-    statistics = {"curriculum.safetensors"} if method == "extraction" else set()  # what a resumed run needs
+    statistics = {"target_stats.safetensors"} if method == "extraction" else set()  # what a resumed run needs
     assert {file.name for file in runs[method].iterdir()} == STUDENT_FILES | RECORD_FILES | statistics
 
 
@@ -242,7 +242,7 @@ def test_figures_and_places_are_printed(runs: dict[str, Path], printed: dict[str
 
 def test_another_run_with_the_same_seed_gives_the_same_student(runs: dict[str, Path], tmp_path: Path) -> None:
     config = runs["extraction"].parent / "run.yaml"
-    flags = ["--method", "extraction", "--output_dir", tmp_path, *budget(eval_samples=1000)]
+    flags = ["--method", "extraction", "--output_dir", tmp_path, *budget(max_samples=1000)]
     run("distill", "--config", config, *flags)
     for name, value in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(value, load_file(runs["extraction"] / "model.safetensors")[name]), name

@@ -25,10 +25,10 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.projection import RandomProjection
 from tutelage.io.store import Store
 from tutelage.runs.distill import distill
-from tutelage.runs.extract import ExtractArguments, extract
-from tutelage.runs.settings import RunArguments
+from tutelage.runs.extraction.job import ExtractOptions, extract
+from tutelage.runs.inputs import RunOptions
 from tutelage.targets import manifest as storage
-from tutelage.targets.extracted import ExtractedCurriculum
+from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.reading import Reading, StoredRows
 from tutelage.tasks.text import read_dataset
 from tutelage.training.config import CurriculumConfig
@@ -60,9 +60,9 @@ def settings(folder: Path, teacher: Path | None, **fields: Any) -> CurriculumCon
     return CurriculumConfig(output_dir=str(folder), **{**defaults, **fields})
 
 
-def texts(corpus: Path, **fields: Any) -> RunArguments:
+def texts(corpus: Path, **fields: Any) -> RunOptions:
     defaults = {"student": STUDENT, "dataset": str(corpus / "text.jsonl"), "max_length": 16}
-    return RunArguments(**{**defaults, **fields})
+    return RunOptions(**{**defaults, **fields})
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def extracted(corpus: Path, causal_teacher: Path, tmp_path: Path) -> Callable[..
             for key in ("projection_dim", "dtype", "shard_tokens", "all_stages", "stages")
             if key in fields
         }
-        how = ExtractArguments(**{"dtype": "float32", "shard_tokens": 200, **stored})
+        how = ExtractOptions(**{"dtype": "float32", "shard_tokens": 200, **stored})
         extract(texts(corpus, **(run or {})), settings(tmp_path / name, teacher, **fields), how, log=lambda line: None)
         return tmp_path / name
 
@@ -83,11 +83,11 @@ def extracted(corpus: Path, causal_teacher: Path, tmp_path: Path) -> Callable[..
 
 
 def train(
-    folder: Path, curriculum: Path | str | None, run: RunArguments | None = None, **fields: Any
+    folder: Path, curriculum: Path | str | None, run: RunOptions | None = None, **fields: Any
 ) -> dict[str, Any]:
     teacher = fields.pop("teacher", None)
     args = settings(folder, teacher, curriculum_dir=None if curriculum is None else str(curriculum), **fields)
-    return distill(run or RunArguments(student=STUDENT), args)
+    return distill(run or RunOptions(student=STUDENT), args)
 
 
 # ---- Stored is live ----
@@ -122,7 +122,7 @@ def test_a_student_from_disk_is_the_student_from_the_teacher(
     top_k = {} if task == "embedding" else {"top_k": 64}
     live = train(tmp_path / "live", None, texts(corpus, **run), teacher=teachers[task], **fields, **top_k)
     unset = {"max_steps": -1} if "max_steps" not in fields else {}
-    stored = train(tmp_path / "stored", folder, RunArguments(student=STUDENT), **{**fields, **unset})
+    stored = train(tmp_path / "stored", folder, RunOptions(student=STUDENT), **{**fields, **unset})
     one, two = (load_file(next((tmp_path / name).glob("**/model.safetensors"))) for name in ("live", "stored"))
     assert one.keys() == two.keys()
     for key, value in one.items():
@@ -218,9 +218,9 @@ def test_labels_of_the_data_are_kept(extracted: Callable[..., Path], causal_teac
     ids = [generator.integers(6, 20, size=length).tolist() for length in (16, 12, 9, 16) * 8]
     labels = [[-100] * (len(row) // 2) + row[len(row) // 2 :] for row in ids]
     datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).save_to_disk(tmp_path / "data")
-    run = {"dataset": str(tmp_path / "data"), "eval_dataset": str(tmp_path / "data"), "eval_samples": 8}
+    run = {"dataset": str(tmp_path / "data"), "eval_dataset": str(tmp_path / "data"), "max_samples": 8}
     folder = extracted(run=run)
-    live = train(tmp_path / "live", None, RunArguments(student=STUDENT, **run), teacher=causal_teacher, top_k=64)
+    live = train(tmp_path / "live", None, RunOptions(student=STUDENT, **run), teacher=causal_teacher, top_k=64)
     stored = train(tmp_path / "stored", folder)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "stored"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -253,7 +253,7 @@ def test_statistics_are_made_once(extracted: Callable[..., Path], monkeypatch: p
     extracted()
 
 
-@pytest.mark.parametrize("changed", [{"mlm_probability": 0.05}, {"eval_samples": 2}])
+@pytest.mark.parametrize("changed", [{"mlm_probability": 0.05}, {"max_samples": 2}])
 def test_what_decides_the_rows_is_another_extraction(
     extracted: Callable[..., Path], teachers: dict[str, Path], changed: dict[str, Any]
 ) -> None:
@@ -277,7 +277,7 @@ def test_names_of_files_do_not_matter(
 def test_the_batch_of_the_extraction_is_taken(extracted: Callable[..., Path], tmp_path: Path) -> None:
     args = settings(tmp_path / "S", None, curriculum_dir=str(extracted()), max_steps=-1)
     args.per_device_train_batch_size = CurriculumConfig(output_dir="").per_device_train_batch_size
-    result = distill(RunArguments(student=STUDENT), args)
+    result = distill(RunOptions(student=STUDENT), args)
     assert args.per_device_train_batch_size == 4
     assert result["budget"]["samples"] == 8 * 4
 
@@ -285,12 +285,12 @@ def test_the_batch_of_the_extraction_is_taken(extracted: Callable[..., Path], tm
 def test_another_student_takes_what_it_needs(extracted: Callable[..., Path], tmp_path: Path) -> None:
     folder = extracted(layer_map="1:1,2:2,final:final", warm_start="none", projection_dim=32)
     deep = train(
-        tmp_path / "deep", folder, RunArguments(student="layers=4,hidden_size=32"), layer_map="2:1,final:final"
+        tmp_path / "deep", folder, RunOptions(student="layers=4,hidden_size=32"), layer_map="2:1,final:final"
     )
     curriculum = Curriculum.from_json((tmp_path / "deep" / "curriculum.json").read_text())
     assert [(s.student_place, s.teacher_place) for s in curriculum.stages[:-1]] == [(2, 1), (FINAL, FINAL)]
     assert deep["budget"]["steps"] == 8
-    shallow = train(tmp_path / "shallow", folder, RunArguments(student="layers=1,hidden_size=16"), layer_map="1:2")
+    shallow = train(tmp_path / "shallow", folder, RunOptions(student="layers=1,hidden_size=16"), layer_map="1:2")
     assert shallow["budget"]["teacher_flops"] == 0
     output = train(tmp_path / "output", folder, method="one_shot", max_steps=3)
     assert output["method"] == "one_shot"
@@ -308,7 +308,7 @@ def test_stages_that_no_student_asked_for(
         k: v for k, v in files_of(same).items() if "stage" in k
     }
     for layers in (1, 2, 4):  # fewer blocks than stages read the deepest that each stands for
-        train(tmp_path / f"S{layers}", folder, RunArguments(student=f"layers={layers},hidden_size=8"))
+        train(tmp_path / f"S{layers}", folder, RunOptions(student=f"layers={layers},hidden_size=8"))
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 1 / 127), ("float16", 1e-3)])
@@ -413,7 +413,7 @@ def spoil(folder: Path, what: str) -> None:
     elif what == "not JSON":
         (folder / "manifest.json").write_text("{")
     elif what == "maps":
-        (folder / "maps.safetensors").write_bytes(b"nothing")
+        (folder / "target_stats.safetensors").write_bytes(b"nothing")
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def spoil(folder: Path, what: str) -> None:
         ("newer", "has format 99, this version reads up to 1: upgrade"),
         ("no manifest", "holds no curriculum .no manifest.json.: make one with `tutelage extract`"),
         ("not JSON", "is not a curriculum's manifest"),
-        ("maps", "maps.safetensors.*is damaged"),
+        ("maps", "target_stats.safetensors.*is damaged"),
     ],
 )
 def test_a_spoilt_curriculum_is_refused(
@@ -463,7 +463,7 @@ def test_what_the_curriculum_cannot_serve_is_refused(
 ) -> None:
     folder = extracted()
     with pytest.raises(ValueError, match=message):
-        train(tmp_path / "student", folder, RunArguments(student=student), **fields)
+        train(tmp_path / "student", folder, RunOptions(student=student), **fields)
 
 
 def test_a_curriculum_without_a_head_transplants_none(extracted: Callable[..., Path], tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_what_is_given_must_be_what_it_was_made_from(
     student = save_llama(tmp_path / "student", hidden_size=16)
     make_tokenizer(words=tuple(reversed(WORDS))).save_pretrained(student)
     with pytest.raises(ValueError, match="different tokenizers"):
-        train(tmp_path / "c", folder, RunArguments(student=str(student)))
+        train(tmp_path / "c", folder, RunOptions(student=str(student)))
 
 
 @pytest.mark.parametrize(
@@ -633,7 +633,7 @@ def test_a_curriculum_may_lie_behind_a_url(
     folder = extracted(max_steps=24)
     args = settings(Path("unused"), causal_teacher, max_steps=24)
     args.output_dir = "memory://curricula/C"
-    how = ExtractArguments(dtype="float32", shard_tokens=200)
+    how = ExtractOptions(dtype="float32", shard_tokens=200)
     manifest = extract(texts(corpus), args, how, log=lambda line: None)
     assert manifest.splits == storage.read_manifest(Store(folder)).splits  # the same files, to the checksum
     far = {name.removeprefix("/curricula/C/"): bucket.cat(name) for name in bucket.find("/curricula/C")}
@@ -701,7 +701,7 @@ def test_a_streamed_run_reads_the_first_rows(corpus: Path, causal_teacher: Path,
     ("run", "fields", "message"),
     [
         ({}, {"max_steps": -1}, "a stream has no length to count epochs in: set --max_steps"),
-        ({"eval_samples": 1000}, {}, r"the stream has \d+ row\(s\), too few to hold 1000 out"),
+        ({"max_samples": 1000}, {}, r"the stream has \d+ row\(s\), too few to hold 1000 out"),
     ],
 )
 def test_a_stream_that_does_not_serve_is_refused(

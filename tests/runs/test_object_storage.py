@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs.test_extract import settings, texts, train
 from tutelage.cli import main
-from tutelage.runs.extract import ExtractArguments, extract
+from tutelage.runs.extraction.job import ExtractOptions, extract
 from tutelage.targets import manifest as storage
 
 moto_server = pytest.importorskip("moto.server", reason="needs moto[server] and s3fs")
@@ -48,7 +48,7 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> Any:
 def test_loader_processes_fetch_their_own(s3: Any, corpus: Path, causal_teacher: Path, tmp_path: Path) -> None:
     args = settings(Path("unused"), causal_teacher, max_steps=16)
     args.output_dir = "s3://bucket/workers"
-    extract(texts(corpus), args, ExtractArguments(shard_tokens=200), log=print)
+    extract(texts(corpus), args, ExtractOptions(shard_tokens=200), log=print)
     train(tmp_path / "one", args.output_dir)
     train(tmp_path / "two", args.output_dir, dataloader_num_workers=2)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
@@ -60,7 +60,7 @@ def test_a_far_shard_is_compared_when_it_is_fetched(
 ) -> None:
     args = settings(Path("unused"), causal_teacher, max_steps=16)
     args.output_dir = "s3://bucket/damaged"
-    extract(texts(corpus), args, ExtractArguments(shard_tokens=200), log=print)
+    extract(texts(corpus), args, ExtractOptions(shard_tokens=200), log=print)
     for name in s3.find("bucket/damaged/stage_2"):
         if name.endswith(".arrow"):
             content = bytearray(s3.cat(name))
@@ -75,7 +75,7 @@ def test_a_far_shard_is_compared_when_it_is_fetched(
 def test_text_and_curriculum_in_a_bucket(
     s3: Any, corpus: Path, causal_teacher: Path, tmp_path: Path, name: str
 ) -> None:
-    how = ExtractArguments(shard_tokens=200)
+    how = ExtractOptions(shard_tokens=200)
     near = extract(
         texts(corpus, streaming=True), settings(tmp_path / "near", causal_teacher, max_steps=16), how, log=print
     )
@@ -129,7 +129,7 @@ def test_a_bucket_that_cannot_be_reached(s3: Any, causal_teacher: Path, capsys: 
             extract(
                 texts(Path(), dataset=dataset, streaming=True),
                 settings(Path("unused"), causal_teacher),
-                ExtractArguments(),
+                ExtractOptions(),
             )
     assert main(["inspect", "s3://bucket/none"]) == 2
     assert "s3://bucket/none" in capsys.readouterr().err

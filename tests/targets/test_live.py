@@ -19,7 +19,7 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RANDOM_KINDS, RandomProjection
 from tutelage.core.standardize import SINK_FACTOR
 from tutelage.targets.live import (
-    LiveTeacher,
+    LiveTargets,
     TargetMap,
     calibrate,
     check_checkpoint,
@@ -32,8 +32,8 @@ WIDTH = 16
 
 
 @pytest.fixture
-def teacher(causal_teacher: Path) -> LiveTeacher:
-    return LiveTeacher(AutoModelForCausalLM.from_pretrained(causal_teacher).train())
+def teacher(causal_teacher: Path) -> LiveTargets:
+    return LiveTargets(AutoModelForCausalLM.from_pretrained(causal_teacher).train())
 
 
 def batch(rows: int = 8, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -44,7 +44,7 @@ def batch(rows: int = 8, length: int = 12, seed: int = 0) -> dict[str, torch.Ten
 
 
 def maps_of(
-    teacher: LiveTeacher, layer_map: Any = ((1, 2), (FINAL, FINAL)), moment: bool = False, **settings: Any
+    teacher: LiveTargets, layer_map: Any = ((1, 2), (FINAL, FINAL)), moment: bool = False, **settings: Any
 ) -> tuple[Curriculum, Any]:
     curriculum = extraction(2, 4, 30, layer_map=list(layer_map), **settings)
     head = OutputHead.of(teacher.model)
@@ -56,13 +56,13 @@ def maps_of(
 # ---- The live teacher ----
 
 
-def test_the_teacher_is_frozen_and_in_evaluation_mode(teacher: LiveTeacher) -> None:
+def test_the_teacher_is_frozen_and_in_evaluation_mode(teacher: LiveTargets) -> None:
     assert not any(module.training for module in teacher.model.modules())
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
     assert not teacher.hidden(2, batch()).requires_grad
 
 
-def test_hidden_states_are_the_models_own(teacher: LiveTeacher) -> None:
+def test_hidden_states_are_the_models_own(teacher: LiveTargets) -> None:
     inputs = batch()
     with torch.no_grad():
         states = teacher.model(**inputs, output_hidden_states=True).hidden_states
@@ -73,7 +73,7 @@ def test_hidden_states_are_the_models_own(teacher: LiveTeacher) -> None:
 
 def test_an_encoders_stages_run_in_the_encoder() -> None:
     model = EmbeddingModel(BertModel(bert_config()), embedding_size=12)
-    teacher, inputs = LiveTeacher(model, model.encoder), batch()
+    teacher, inputs = LiveTargets(model, model.encoder), batch()
     assert teacher.blocks.names[0] == "encoder.layer.0"
     assert teacher.hidden(4, inputs).shape == (8, 12, 32)
     torch.testing.assert_close(teacher.output(inputs), model(**inputs), rtol=0, atol=0)
@@ -82,7 +82,7 @@ def test_an_encoders_stages_run_in_the_encoder() -> None:
 # ---- Calibration ----
 
 
-def test_statistics_are_those_of_the_positions_that_are_no_padding(teacher: LiveTeacher) -> None:
+def test_statistics_are_those_of_the_positions_that_are_no_padding(teacher: LiveTargets) -> None:
     _, maps = maps_of(teacher)
     parts = [batch(seed=1), batch(seed=2)]
     states = torch.cat([teacher.hidden(2, part)[part["attention_mask"].bool()] for part in parts])
@@ -92,7 +92,7 @@ def test_statistics_are_those_of_the_positions_that_are_no_padding(teacher: Live
     torch.testing.assert_close(maps[0].standardizer.scale, expected.std(0, correction=0))
 
 
-def test_statistics_do_not_see_sinks(teacher: LiveTeacher) -> None:
+def test_statistics_do_not_see_sinks(teacher: LiveTargets) -> None:
     """A token with a huge embedding makes sinks of its positions."""
     sink = VOCAB - 1
     parts = [batch(seed=1), batch(seed=2)]
@@ -113,7 +113,7 @@ def test_statistics_do_not_see_sinks(teacher: LiveTeacher) -> None:
     assert keep[parts[0]["input_ids"] != sink].all()
 
 
-def test_normalize_none_leaves_states_as_they_are(teacher: LiveTeacher) -> None:
+def test_normalize_none_leaves_states_as_they_are(teacher: LiveTargets) -> None:
     curriculum, maps = maps_of(teacher, normalize="none")
     hidden = teacher.hidden(2, batch())
     matrix = RandomProjection(32, WIDTH, (curriculum.projection_seed, 2)).matrix()
@@ -121,7 +121,7 @@ def test_normalize_none_leaves_states_as_they_are(teacher: LiveTeacher) -> None:
     assert maps[0].standardizer.keep(1e6 * hidden).all()
 
 
-def test_each_place_has_its_own_random_projection(teacher: LiveTeacher) -> None:
+def test_each_place_has_its_own_random_projection(teacher: LiveTargets) -> None:
     for kind in RANDOM_KINDS:
         curriculum, maps = maps_of(teacher, projection=kind, projection_seed=7)
         for target_map, number in zip(maps[:2], (2, 5), strict=True):  # `final` is numbered L_T + 1
@@ -137,7 +137,7 @@ def _unit_directions(target_map: TargetMap) -> torch.Tensor:
     return q @ q.T
 
 
-def test_pca_keeps_the_principal_directions(teacher: LiveTeacher) -> None:
+def test_pca_keeps_the_principal_directions(teacher: LiveTargets) -> None:
     _, maps = maps_of(teacher, projection="pca")
     parts = [batch(seed=1), batch(seed=2)]
     for target_map, place in zip(maps[:2], (2, FINAL), strict=True):
@@ -149,7 +149,7 @@ def test_pca_keeps_the_principal_directions(teacher: LiveTeacher) -> None:
         torch.testing.assert_close(unit, torch.ones(WIDTH), rtol=1e-4, atol=1e-4)
 
 
-def test_the_head_projection_is_built_from_the_teachers_head(teacher: LiveTeacher) -> None:
+def test_the_head_projection_is_built_from_the_teachers_head(teacher: LiveTargets) -> None:
     """Of all codes of its width, it has the least squared error in the centred logits: that of a truncated SVD."""
     _, maps = maps_of(teacher, projection="logits")
     _, by_variance = maps_of(teacher, projection="pca")
@@ -177,11 +177,11 @@ def test_the_head_projection_is_built_from_the_teachers_head(teacher: LiveTeache
 @pytest.mark.parametrize("moment", [False, True])
 @pytest.mark.parametrize("normalize", ["standardize", "none"])
 def test_stored_maps_give_the_same_targets(
-    teacher: LiveTeacher, tmp_path: Path, projection: str, moment: bool, normalize: str
+    teacher: LiveTargets, tmp_path: Path, projection: str, moment: bool, normalize: str
 ) -> None:
     curriculum, maps = maps_of(teacher, moment=moment, projection=projection, normalize=normalize)
-    save_target_maps(maps, tmp_path / "maps.safetensors")
-    loaded = load_target_maps(tmp_path / "maps.safetensors", curriculum, WIDTH, 4)
+    save_target_maps(maps, tmp_path / "target_stats.safetensors")
+    loaded = load_target_maps(tmp_path / "target_stats.safetensors", curriculum, WIDTH, 4)
     assert len(loaded) == len(maps) == 3
     for stage, one, two in zip(curriculum.stages, maps, loaded, strict=True):
         if isinstance(stage, OutputStage):
@@ -196,19 +196,19 @@ def test_stored_maps_give_the_same_targets(
 
 
 @pytest.mark.parametrize("projection", [*RANDOM_KINDS, "pca", "logits"])
-def test_a_random_projection_is_never_stored(teacher: LiveTeacher, tmp_path: Path, projection: str) -> None:
+def test_a_random_projection_is_never_stored(teacher: LiveTargets, tmp_path: Path, projection: str) -> None:
     _, maps = maps_of(teacher, projection=projection)
-    save_target_maps(maps, tmp_path / "maps.safetensors")
-    stored = load_file(tmp_path / "maps.safetensors")
+    save_target_maps(maps, tmp_path / "target_stats.safetensors")
+    stored = load_file(tmp_path / "target_stats.safetensors")
     matrices = [name for name, value in stored.items() if value.dim() == 2]
     assert matrices == ([] if projection in RANDOM_KINDS else ["0.projection", "1.projection"])
-    assert [file.name for file in tmp_path.iterdir()] == ["maps.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["target_stats.safetensors"]
 
 
 # ---- Checkpoints ----
 
 
-def test_another_checkpoint_is_loaded(teacher: LiveTeacher, tmp_path: Path) -> None:
+def test_another_checkpoint_is_loaded(teacher: LiveTargets, tmp_path: Path) -> None:
     early = save_llama(tmp_path / "early", seed=5)
     check_checkpoint(teacher.model, str(early))
     teacher.load_checkpoint(str(early))
@@ -219,7 +219,7 @@ def test_a_checkpoint_with_tied_embeddings(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "tied", seed=5, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     torch.manual_seed(0)
-    teacher = LiveTeacher(LlamaForCausalLM(llama_config(tie_word_embeddings=True)))
+    teacher = LiveTargets(LlamaForCausalLM(llama_config(tie_word_embeddings=True)))
     check_checkpoint(teacher.model, str(folder))
     teacher.load_checkpoint(str(folder))
     expected = AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
@@ -232,7 +232,7 @@ def test_a_sentence_encoders_checkpoint(tmp_path: Path, embedding_size: int | No
         torch.manual_seed(seed)
         EmbeddingModel(BertModel(bert_config()), embedding_size).save_pretrained(tmp_path / name)
     early, late = (load_embedding_model(str(tmp_path / name)) for name in ("early", "late"))
-    teacher = LiveTeacher(late, late.encoder)
+    teacher = LiveTargets(late, late.encoder)
     assert not torch.equal(teacher.output(batch()), early.eval()(**batch()))
     check_checkpoint(late, str(tmp_path / "early"))
     teacher.load_checkpoint(str(tmp_path / "early"))
@@ -252,7 +252,7 @@ def test_a_sentence_encoders_checkpoint(tmp_path: Path, embedding_size: int | No
     ],
 )
 def test_a_checkpoint_of_another_architecture(
-    teacher: LiveTeacher, tmp_path: Path, fields: dict[str, int], message: str
+    teacher: LiveTargets, tmp_path: Path, fields: dict[str, int], message: str
 ) -> None:
     folder = save_llama(tmp_path / "other", **fields)
     for check in (lambda path: check_checkpoint(teacher.model, path), teacher.load_checkpoint):
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_another_architecture(
             check(str(folder))
 
 
-def test_folders_that_are_no_checkpoint(teacher: LiveTeacher, causal_teacher: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_checkpoint(teacher: LiveTargets, causal_teacher: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"is not a folder with model.safetensors in it"):
             check_checkpoint(teacher.model, str(folder))
@@ -273,10 +273,10 @@ def test_folders_that_are_no_checkpoint(teacher: LiveTeacher, causal_teacher: Pa
 def test_a_plain_module_can_teach() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    assert len(LiveTeacher(network).blocks) == 3
+    assert len(LiveTargets(network).blocks) == 3
 
 
-def test_the_head_map_is_not_centred_where_the_student_has_no_bias(teacher: LiveTeacher) -> None:
+def test_the_head_map_is_not_centred_where_the_student_has_no_bias(teacher: LiveTargets) -> None:
     curriculum = Curriculum("mine", (HiddenStage(5, FINAL, FINAL), HiddenStage(5, 1, 2)))
     head, block = calibrate(teacher, curriculum, [batch()], WIDTH, center_head=False)
     assert not head.standardizer.mean.any()

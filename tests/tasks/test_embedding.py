@@ -146,7 +146,7 @@ def test_a_hub_name_reads_the_same_modules_as_a_folder(tmp_path: Path, monkeypat
     """Pooling, head and norm of a sentence encoder are read from the Hub too."""
     from tutelage.tasks import embedding as module
     from tutelage.tasks import loading
-    from tutelage.tasks.base import detect_task
+    from tutelage.tasks.registry import detect_task
 
     model = make(embedding_size=12, pooling="cls", normalize=False)
     model.save_pretrained(tmp_path / "files")

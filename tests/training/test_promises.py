@@ -18,7 +18,7 @@ from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.loading import load_tokenizer
-from tutelage.tasks.text import CausalCollator
+from tutelage.tasks.collators import CausalCollator
 from tutelage.training.records import last_complete_checkpoint
 from tutelage.training.trainer import TrainingDiverged
 

@@ -14,7 +14,7 @@ from transformers import default_data_collator
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extraction
 from tutelage.core.projection import RandomProjection, StackedProjection
-from tutelage.targets.live import LiveTeacher, calibrate, load_target_maps, random_projection, save_target_maps
+from tutelage.targets.live import LiveTargets, calibrate, load_target_maps, random_projection, save_target_maps
 from tutelage.tasks.base import TASKS
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig
 from tutelage.training.evaluation import evaluate_batches
@@ -48,7 +48,7 @@ def hidden_then_output(pair: tuple[Any, Any] = (1, 2), label_weight: float = 0.0
 
 def gradients(seeds: Sequence[int], curriculum: Curriculum, stage: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one batch of the seeds' own data; calibrated on the same text for all."""
-    model, live = student(seeds), LiveTeacher(teacher())
+    model, live = student(seeds), LiveTargets(teacher())
     maps = calibrate(live, curriculum, [batch_of((77,), 64)], WIDTH, replicas=list(seeds))
     objective = StageObjective(model, live, curriculum, TASK, maps)
     objective.stage_index = stage
@@ -205,9 +205,9 @@ def test_a_replicas_projection_is_drawn_from_its_own_seed() -> None:
 
 def test_stored_maps_of_replicas_are_read_back(tmp_path: Path) -> None:
     curriculum = hidden_then_output(normalize="standardize")
-    maps = calibrate(LiveTeacher(teacher()), curriculum, [batch_of((77,), 64)], WIDTH, replicas=list(SEEDS))
-    save_target_maps(maps, tmp_path / "maps.safetensors")
-    again = load_target_maps(tmp_path / "maps.safetensors", curriculum, WIDTH, 2, list(SEEDS))
+    maps = calibrate(LiveTargets(teacher()), curriculum, [batch_of((77,), 64)], WIDTH, replicas=list(SEEDS))
+    save_target_maps(maps, tmp_path / "target_stats.safetensors")
+    again = load_target_maps(tmp_path / "target_stats.safetensors", curriculum, WIDTH, 2, list(SEEDS))
     hidden = torch.randn(6, len(SEEDS), 40, generator=torch.Generator().manual_seed(0))
     assert torch.equal(maps[0](hidden), again[0](hidden))  # type: ignore[misc]
     assert again[1] is None
@@ -215,7 +215,7 @@ def test_stored_maps_of_replicas_are_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_evaluation_is_the_average_and_each_replicas_own(with_teacher: bool) -> None:
-    model, live = student(SEEDS), LiveTeacher(teacher()) if with_teacher else None
+    model, live = student(SEEDS), LiveTargets(teacher()) if with_teacher else None
     data = batch_of(SEEDS, 50)
     batches = [{key: value[start : start + 16] for key, value in data.items()} for start in range(0, 50, 16)]
     metrics = evaluate_batches(model, batches, TASK, live)

@@ -23,8 +23,8 @@ from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
-from tutelage.targets.live import LiveTeacher, TargetMap, calibrate
-from tutelage.tasks.base import detect_task
+from tutelage.targets.live import LiveTargets, TargetMap, calibrate
+from tutelage.tasks.registry import detect_task
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.training import objective as objective_module
 from tutelage.training import warm_start
@@ -53,7 +53,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(1, VOCAB, (8, 12), generator=generator)} for _ in range(4)]
 
 
-def target_map_of(teacher: LiveTeacher, curriculum: Curriculum, width: int, center: bool) -> TargetMap:
+def target_map_of(teacher: LiveTargets, curriculum: Curriculum, width: int, center: bool) -> TargetMap:
     head = None if isinstance(teacher.model, EmbeddingModel) else OutputHead.of(teacher.model)
     target_map = calibrate(teacher, curriculum, batches(), width, center_head=center, keep_moment=True, head=head)[0]
     assert target_map is not None
@@ -62,7 +62,7 @@ def target_map_of(teacher: LiveTeacher, curriculum: Curriculum, width: int, cent
 
 def objective_of(
     student: nn.Module,
-    teacher: LiveTeacher,
+    teacher: LiveTargets,
     curriculum: Curriculum,
     target_map: TargetMap | None = None,
     outputs: int | None = None,
@@ -74,7 +74,7 @@ def objective_of(
 def perfect_student(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the student's state at `final` be its target, plus noise if asked for."""
 
-    def perfect(teacher: LiveTeacher, target_map: TargetMap, noise: float = 0.0) -> None:
+    def perfect(teacher: LiveTargets, target_map: TargetMap, noise: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(7)
 
         def state(_network: nn.Module, place: str, blocks: Any = None, **inputs: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_full_width_transplant_gives_the_teachers_logits(
     else:
         teacher_model, student, center = llama(3, 24, seed=1).eval(), llama(2, 24, seed=2), False
     curriculum = Curriculum("extraction", STAGES, projection, normalize=normalize, warm_start="head")
-    teacher = LiveTeacher(teacher_model.double())
+    teacher = LiveTargets(teacher_model.double())
     target_map = target_map_of(teacher, curriculum, 24, center)
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student.double(), teacher, curriculum, target_map), batches)
@@ -115,7 +115,7 @@ def test_narrow_transplant_is_the_least_squares_head(perfect_student: Callable[.
     """With r < d_T no other linear head predicts the calibration logits better from the targets."""
     teacher_model, student = llama(3, 24, seed=1).eval(), llama(2, 12, seed=2)
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
-    teacher = LiveTeacher(teacher_model)
+    teacher = LiveTargets(teacher_model)
     target_map = target_map_of(teacher, curriculum, 12, center=False)
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
@@ -129,7 +129,7 @@ def test_narrow_transplant_is_the_least_squares_head(perfect_student: Callable[.
 def test_noise_within_bounds_leaves_the_transplant_as_it_is(perfect_student: Callable[..., None]) -> None:
     """A narrow projection's way back magnifies little, so a student that has learnt half is treated like a perfect one."""
     teacher_model, curriculum = llama(3, 24, seed=1).eval(), Curriculum("extraction", STAGES, warm_start="head")
-    teacher, heads = LiveTeacher(teacher_model), []
+    teacher, heads = LiveTargets(teacher_model), []
     target_map = target_map_of(teacher, curriculum, 6, center=False)
     for noise in (0.0, 0.7):
         student = llama(2, 6, seed=2)
@@ -143,7 +143,7 @@ def test_noise_in_a_student_of_full_width_is_not_magnified(perfect_student: Call
     """The pseudo-inverse of a square gaussian matrix magnifies what the student has not learnt a hundredfold."""
     teacher_model, student = llama(3, 24, seed=1).eval(), llama(2, 24, seed=2)
     curriculum = Curriculum("extraction", STAGES, "gaussian", warm_start="head")
-    teacher = LiveTeacher(teacher_model)
+    teacher = LiveTargets(teacher_model)
     target_map = target_map_of(teacher, curriculum, 24, center=False)
     perfect_student(teacher, target_map, noise=0.5)
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
@@ -174,7 +174,7 @@ def test_embedding_head_is_the_way_back_to_the_teachers_width(perfect_student: C
     teacher_model = EmbeddingModel(BertModel(config)).eval()
     student = EmbeddingModel(BertModel(config), embedding_size=24)
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
-    teacher = LiveTeacher(teacher_model, teacher_model.encoder)
+    teacher = LiveTargets(teacher_model, teacher_model.encoder)
     target_map = target_map_of(teacher, curriculum, 24, center=True)
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
@@ -248,7 +248,7 @@ def test_embedding_starts_as_a_projection_of_the_teachers() -> None:
     teacher_model, student = llama(3, 24, seed=1), llama(2, 16, seed=2)
     deviation = student.model.embed_tokens.weight.std()
     curriculum = Curriculum("extraction", STAGES, warm_start="embedding")
-    apply_before_training(objective_of(student, LiveTeacher(teacher_model), curriculum))
+    apply_before_training(objective_of(student, LiveTargets(teacher_model), curriculum))
     mine = student.model.embed_tokens.weight
     torch.testing.assert_close(mine.std(), deviation)
     coefficients = torch.linalg.lstsq(teacher_model.model.embed_tokens.weight, mine)
@@ -274,7 +274,7 @@ def test_different_soft_caps_are_refused() -> None:
         return Gemma2ForCausalLM(config)
 
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
-    teacher = LiveTeacher(gemma(30.0))
+    teacher = LiveTargets(gemma(30.0))
     with pytest.raises(ValueError, match="soft-caps"):
         warm_start.check(curriculum, gemma(None), teacher)
 
@@ -285,7 +285,7 @@ def test_padded_vocabulary_rows_are_left_alone(perfect_student: Callable[..., No
     student.resize_token_embeddings(VOCAB + 3)
     before = student.lm_head.weight.detach().clone()
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
-    teacher = LiveTeacher(teacher_model)
+    teacher = LiveTargets(teacher_model)
     target_map = target_map_of(teacher, curriculum, 24, center=False)
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student, teacher, curriculum, target_map, VOCAB), batches)
