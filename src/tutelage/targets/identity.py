@@ -129,18 +129,14 @@ class ExtractionIdentity:
         """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
 
-    def differences(self, other: ExtractionIdentity) -> list[str]:
-        """Names of the fields that differ; names of folders and files change nothing."""
-        mine, theirs = (identity._unnamed().to_dict() for identity in (self, other))
-        return [name for name in mine if mine[name] != theirs[name]]
-
-    def _unnamed(self) -> ExtractionIdentity:
+    def unnamed(self) -> dict[str, Any]:
+        """As JSON values without the names of folders and files, which change nothing."""
         return dataclasses.replace(
             self,
             teacher=dataclasses.replace(self.teacher, name=""),
             data=dataclasses.replace(self.data, name=""),
             student="",
-        )
+        ).to_dict()
 
     @property
     def digest(self) -> str:

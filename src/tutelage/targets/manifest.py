@@ -23,6 +23,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, concatenate_datasets
 
 from tutelage.core.errors import UserError
+from tutelage.io.claim import Claim, check_same
+from tutelage.io.claim import claim as claim_folder
 from tutelage.io.store import Store, sha256_of
 from tutelage.targets.identity import ExtractionIdentity
 
@@ -186,7 +188,7 @@ def reopen(store: Store, manifest: Manifest) -> bool:
         return False
     for shard in kept:
         store.write(_receipt_of(shard.file), json.dumps(dataclasses.asdict(shard)))
-    store.write(PROGRESS_FILE, manifest.identity.to_json())
+    store.write(PROGRESS_FILE, json.dumps(manifest.identity.unnamed(), indent=1))
     store.remove(MANIFEST_FILE)
     return True
 
@@ -201,29 +203,12 @@ def claim(store: Store, identity: ExtractionIdentity) -> bool:
     Raises:
         UserError: the folder holds a different extraction, or something else.
     """
-    finished = store.exists(MANIFEST_FILE)
-    if finished:
-        theirs = read_manifest(store).identity
-    elif store.exists(PROGRESS_FILE):
-        try:
-            theirs = ExtractionIdentity.from_json(store.read(PROGRESS_FILE))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{store}/{PROGRESS_FILE} is damaged ({error}): delete the folder, or choose a different --output_dir"
-            ) from error
-    elif not store.is_empty():
-        raise UserError(
-            f"{str(store)!r} is not empty and does not contain an extracted curriculum: choose a different --output_dir"
-        )
-    else:
-        store.write(PROGRESS_FILE, identity.to_json())
+    whose = Claim(PROGRESS_FILE, identity.unnamed(), "an extracted curriculum")
+    if not store.exists(MANIFEST_FILE):
+        claim_folder(store, whose)
         return False
-    if different := identity.differences(theirs):
-        raise UserError(
-            f"{str(store)!r} contains an extracted curriculum with a different {', '.join(different)}: "
-            "give the original settings, or choose a different --output_dir"
-        )
-    return finished
+    check_same(store, whose, read_manifest(store).identity.unnamed())
+    return True
 
 
 # ---- Reading ----
