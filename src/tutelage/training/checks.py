@@ -1,6 +1,6 @@
 """Checks made before any compute is spent.
 
-Public names: `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_output_dir`,
+Public names: `TrainingDiverged`, `diverged`, `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_output_dir`,
 `claim_output_dir`, `require_unused_search`, `run_identity`, `check_same_run`.
 """
 
@@ -28,7 +28,19 @@ from tutelage.training.records import (
     METRICS_FILE,
     TARGETS_FILE,
     checkpoints,
+    last_complete_checkpoint,
 )
+
+
+class TrainingDiverged(UserError):
+    """The loss or the weights are no longer finite."""
+
+
+def diverged(what: str, where: str, output_dir: Path) -> TrainingDiverged:
+    """The error of a run that has diverged, with the checkpoint to return to."""
+    last = last_complete_checkpoint(output_dir)
+    kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+    return TrainingDiverged(f"{what} at {where}; {kept}; lower learning_rate, or raise warmup_steps")
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> None:
