@@ -17,7 +17,7 @@ from tutelage.io.files import write_atomically
 from tutelage.reproduction.comparison_setting import System, Teacher
 from tutelage.reproduction.runner import MATCHES, Runner
 from tutelage.reproduction.statistics import median_interval, paired_ratio, reached_at
-from tutelage.reproduction.variants import Variant, candidates, parse_variant
+from tutelage.reproduction.variants import Variant, candidates, plain_variant
 from tutelage.reproduction.verdict import verdict
 from tutelage.reproduction.workers import Workers
 from tutelage.runs.distill import environment
@@ -28,7 +28,7 @@ COMPARISON_FILE = "comparison.json"
 def compare(
     system: System,
     output_dir: Path,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str | Variant] | None = None,
     *,
     match: str = "samples",
     jobs: int | Workers = 1,
@@ -40,7 +40,7 @@ def compare(
     Args:
         system: what is compared on.
         output_dir: the comparison's folder; one that holds the same comparison is continued.
-        methods: names as `parse_variant` takes them; None is the system's own list.
+        methods: names as `plain_variant` takes them; None is the system's own list.
         match: what every method gets as much of as one-shot: `samples`, `flops` or `seconds`.
         jobs: runs made side by side, each in a process of its own (1: here, one by one), or the processes themselves.
         command: how to make it again, for the record.
@@ -59,7 +59,9 @@ def compare(
         raise UserError(f"jobs must be at least 1, got {jobs}")
     if match == "seconds" and jobs != 1:
         raise UserError("seconds of runs made side by side are not those of runs alone: --match seconds needs --jobs 1")
-    variants = [parse_variant(name) for name in methods or system.default_methods]
+    variants = [
+        name if isinstance(name, Variant) else plain_variant(name) for name in methods or system.default_methods
+    ]
     _check(system, variants)
     if system.sketch_teacher is not None:  # what cannot work with a teacher of its shape is refused before training it
         sketch = Runner(system, Teacher(system.sketch_teacher(), {}), output_dir, match)

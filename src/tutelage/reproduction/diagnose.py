@@ -26,7 +26,7 @@ from tutelage.io.files import write_atomically
 from tutelage.reproduction.comparison_setting import System
 from tutelage.reproduction.probes import ngram_explained, weights_by_degree
 from tutelage.reproduction.runner import Runner, StopAtTarget
-from tutelage.reproduction.variants import Candidate, parse_variant
+from tutelage.reproduction.variants import Candidate, plain_variant
 from tutelage.runs.distill import environment
 from tutelage.runs.plots import COLORS, save_figure
 from tutelage.targets.live import LiveTeacher
@@ -80,7 +80,7 @@ def diagnose_parity(system: System, folder: Path, log: Callable[[str], None] = p
     runner = Runner(system, teacher, folder, "samples")
     log("training a student by extraction")
     stop = StopAtTarget(system, fields.seeds[:1], None)
-    runner.train(parse_variant("extraction"), Candidate(rate), fields.seeds[:1], folder / "student", [Watch(), stop])
+    runner.train(plain_variant("extraction"), Candidate(rate), fields.seeds[:1], folder / "student", [Watch(), stop])
     result = {
         "d": fields.d,
         "k": fields.k,

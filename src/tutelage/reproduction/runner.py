@@ -29,7 +29,7 @@ from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.io.files import write_atomically
 from tutelage.reproduction.comparison_setting import System, Teacher
 from tutelage.reproduction.statistics import median_interval, reached_at
-from tutelage.reproduction.variants import Candidate, Variant, build_curriculum, candidates, parse_variant
+from tutelage.reproduction.variants import Candidate, Variant, build_curriculum, candidates, plain_variant
 from tutelage.targets.live import LiveTeacher
 from tutelage.tasks.base import backbone, hidden_size
 from tutelage.training import checks, warm_start
@@ -74,7 +74,7 @@ class Runner:
         if len(tried) == 1:
             return tried[0], {}
         share = self.system.fields.tuning_share
-        tuned = dataclasses.replace(variant, budget_share=variant.budget_share * share)
+        tuned = dataclasses.replace(variant, budget_fraction=variant.budget_fraction * share)
         grid: dict[str, Any] = {}
         best: tuple[tuple[float, float], Candidate] | None = None
         best_rate = tried[0].learning_rate
@@ -175,7 +175,7 @@ class Runner:
         """Curriculum of a run: `steps`, or its share of the budget, equal in what `match` says."""
         system, batch = self.system, self.system.fields.batch_size
         args = self.arguments(variant, candidate, self.root, 0)
-        whole = steps or max(1, int(system.fields.budget_samples * variant.budget_share) // batch)
+        whole = steps or max(1, int(system.fields.budget_samples * variant.budget_fraction) // batch)
         made = build_curriculum(
             args, candidate, self._blocks, self.teacher, whole, batch, min(1.0, whole / self._budget_steps)
         )
@@ -185,7 +185,7 @@ class Runner:
 
     def _equalise(self, variant: Variant, candidate: Candidate, made: Curriculum, steps: int) -> Curriculum:
         """Lengthen (or shorten) the last stage until the cost is that of `steps` one-shot steps."""
-        reference = self._step_cost(parse_variant("one_shot"), candidate)["output"]
+        reference = self._step_cost(plain_variant("one_shot"), candidate)["output"]
         cost = self._step_cost(variant, candidate)
         kinds = [stage.name if isinstance(stage, HiddenStage) else "output" for stage in made.stages]
         spent = cost["calibration"]
