@@ -16,11 +16,12 @@ from typing import Any
 from tutelage.core.curriculum import Curriculum, OutputStage
 from tutelage.core.errors import UserError
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.recipe import Recipe, Teacher
-from tutelage.reproduction.results import COMPARISON_FILE, COSTS, Comparison, MethodResult
+from tutelage.reproduction.recipe import Recipe
+from tutelage.reproduction.results import COMPARISON_FILE, COSTS, Comparison, MethodResult, TeacherRecord
 from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.runner import Runner
 from tutelage.reproduction.summary import summarise
+from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.tuning import tune
 from tutelage.reproduction.variants import Variant, candidates, plain_variant
 from tutelage.reproduction.workers import Workers
@@ -65,7 +66,7 @@ def compare(
     _check(recipe, variants)
     sketch = recipe.sketch_teacher()
     if sketch is not None:  # what cannot work with a teacher of its shape is refused before training it
-        _check_variants(RunBuilder(recipe, Teacher(sketch, {}), output_dir), variants, with_checkpoints=False)
+        _check_variants(RunBuilder(recipe, Teacher(sketch, "untrained"), output_dir), variants, with_checkpoints=False)
     _claim(output_dir, recipe, match)
     log(f"teacher of {recipe.name}/{recipe.size}")
     teacher = recipe.make_teacher(output_dir)
@@ -156,7 +157,9 @@ def _check_budget(match: str, jobs: int | Workers) -> None:
     if isinstance(jobs, int) and jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
     if match == "seconds" and jobs != 1:
-        raise UserError("runs made side by side slow each other down, so their seconds mean little: --match seconds needs --jobs 1")
+        raise UserError(
+            "runs made side by side slow each other down, so their seconds mean little: --match seconds needs --jobs 1"
+        )
 
 
 def _check(recipe: Recipe, variants: Sequence[Variant]) -> None:
@@ -224,8 +227,7 @@ def _claim(output_dir: Path, recipe: Recipe, match: str) -> None:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Everything that the runs depend on, as JSON values."""
-    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    whole = {**fields, **recipe.identity(), "metric": recipe.metric, "target": recipe.target}
+    whole = {**recipe.settings(), **recipe.identity(), "metric": recipe.metric, "target": recipe.target}
     made: dict[str, Any] = json.loads(json.dumps(whole, default=str))
     return made
 
@@ -244,7 +246,7 @@ def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) ->
         target=recipe.target,
         seeds=tuple(recipe.seeds),
         settings=_settings(recipe),
-        teacher=json.loads(json.dumps(teacher.metrics)),
+        teacher=TeacherRecord(teacher.description, teacher.metrics, teacher.samples, teacher.converged_at),
         environment=environment(),
     )
 

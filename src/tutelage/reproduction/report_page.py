@@ -78,7 +78,9 @@ def _html_folded(report: Report) -> Iterable[str]:
     yield from (_fold(table.title, _html_table(table)) for table in report.tables)
     if report.curricula:
         yield _fold("Curricula", _curricula(report.curricula))
-    yield _fold("How to read this report", f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in report.reading)}</ul>")
+    yield _fold(
+        "How to read this report", f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in report.reading)}</ul>"
+    )
 
 
 def _plot_data(report: Report) -> dict[str, Any]:

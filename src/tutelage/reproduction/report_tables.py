@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tutelage.reproduction.report_curves import MethodCurves
 from tutelage.reproduction.display import Table, show_number
+from tutelage.reproduction.report_curves import MethodCurves
 from tutelage.reproduction.results import Comparison, MethodResult, Ratio, Trial
 from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, Estimate
 
@@ -51,7 +51,7 @@ def detail_tables(comparison: Comparison, curves: Sequence[MethodCurves]) -> lis
         _every_run(comparison),
         _values(curves, comparison.metric),
         _pairs("Settings", {**comparison.settings, "command": comparison.command}),
-        _pairs("Teacher", comparison.teacher),
+        _teacher(comparison),
         _pairs("Environment", comparison.environment),
     ]
     return [table for table in tables if table.rows]
@@ -188,6 +188,12 @@ def _pairs(title: str, values: Mapping[str, Any]) -> Table:
         if value is not None
     ]
     return Table(title, ("what", "value"), rows)
+
+
+def _teacher(comparison: Comparison) -> Table:
+    teacher = comparison.teacher
+    known = {"description": teacher.description, "samples": teacher.samples, "converged at": teacher.converged_at}
+    return _pairs("Teacher", {**known, **teacher.metrics})
 
 
 def _values(curves: Sequence[MethodCurves], metric: str) -> Table:

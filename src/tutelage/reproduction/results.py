@@ -1,7 +1,7 @@
 """What a comparison found, as values that are written to disk and read back.
 
-Public names: `Comparison`, `MethodResult`, `RunRecord`, `CurvePoint`, `Trial`, `Ratio`, `read_runs`, `write_runs`,
-`COMPARISON_FILE`, `COSTS`.
+Public names: `Comparison`, `MethodResult`, `RunRecord`, `CurvePoint`, `Trial`, `Ratio`, `TeacherRecord`, `read_runs`,
+`write_runs`, `COMPARISON_FILE`, `COSTS`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.statistics import Estimate, PairedRatio
+from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedRatio
 from tutelage.reproduction.variants import Candidate, Variant
 
 COMPARISON_FILE = "comparison.json"
@@ -98,7 +98,7 @@ class MethodResult:
     curriculum: Curriculum | None = None
     """Checkpoints of a teacher by name, without their folder."""
     runs: tuple[RunRecord, ...] = ()
-    samples_to_target: Estimate = Estimate()
+    samples_to_target: Estimate = NO_ESTIMATE
     """Median over the runs; a run that never reached the target counts as beyond the budget."""
 
     @property
@@ -133,6 +133,20 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class TeacherRecord:
+    """What is known of the teacher."""
+
+    description: str
+    """How it came to be, and by what rule its training was stopped."""
+    metrics: Mapping[str, float]
+    """On held-out data."""
+    samples: int | None = None
+    """Examples that it was trained on."""
+    converged_at: int | None = None
+    """Examples after which it had converged."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that a comparison found and how it was made: `comparison.json`."""
 
@@ -153,8 +167,7 @@ class Comparison:
     seeds: tuple[int, ...]
     settings: Mapping[str, Any]
     """Fields of the recipe, as JSON values."""
-    teacher: Mapping[str, Any]
-    """Description and metrics of the teacher, as JSON values."""
+    teacher: TeacherRecord
     environment: Mapping[str, Any]
     """Versions and machine, as JSON values."""
     methods: tuple[MethodResult, ...] = ()

@@ -18,7 +18,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum, OutputStage
-from tutelage.reproduction.recipe import Recipe, Teacher
+from tutelage.reproduction.recipe import Recipe
+from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, build_curriculum, candidates
 from tutelage.targets.live import LiveTeacher
 from tutelage.tasks.base import backbone, hidden_size

@@ -21,9 +21,10 @@ from transformers import TrainerCallback
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.reproduction.equal_cost import at_equal_cost
-from tutelage.reproduction.recipe import Recipe, Teacher
+from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import CurvePoint, RunRecord, read_runs, write_runs
 from tutelage.reproduction.run_builder import RunBuilder
+from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant
 from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics, last_complete_checkpoint
 from tutelage.training.trainer import CurriculumTrainer, TrainingDiverged

@@ -1,6 +1,6 @@
 """Medians, intervals and ratios of runs that may never reach their target.
 
-Public names: `Estimate`, `PairedRatio`, `median_interval`, `paired_ratio`, `FEWEST_FOR_INTERVAL`.
+Public names: `Estimate`, `NO_ESTIMATE`, `PairedRatio`, `median_interval`, `paired_ratio`, `FEWEST_FOR_INTERVAL`.
 
 A run that never reaches its target is *beyond the budget*: infinity in sorting, None in results.
 """
@@ -27,6 +27,9 @@ class Estimate:
     high: float | None = None
 
 
+NO_ESTIMATE = Estimate()
+
+
 @dataclass(frozen=True)
 class PairedRatio:
     """The median over seeds of the cost of one method divided by that of another one."""
@@ -46,7 +49,7 @@ class PairedRatio:
 def median_interval(values: Sequence[float | None]) -> Estimate:
     """The median of values and its interval; None stands for beyond the budget."""
     if not values:
-        return Estimate()
+        return NO_ESTIMATE
     numbers = np.array([math.inf if value is None else value for value in values])
     draws = np.random.default_rng(0).integers(0, len(numbers), (_DRAWS, len(numbers)))
     medians = np.sort(_medians(numbers[draws]))

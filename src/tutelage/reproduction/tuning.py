@@ -72,5 +72,7 @@ def _score(recipe: Recipe, candidate: Candidate, runs: Sequence[RunRecord]) -> t
 def _samples_to_target(recipe: Recipe, run: RunRecord) -> int | None:
     target = recipe.target
     assert target is not None
-    reached = (p.samples for p in run.curve if recipe.metric in p.metrics and recipe.reached(p.metrics[recipe.metric], target))
+    reached = (
+        p.samples for p in run.curve if recipe.metric in p.metrics and recipe.reached(p.metrics[recipe.metric], target)
+    )
     return next(reached, None)
