@@ -280,7 +280,7 @@ def test_schedules_have_rows_of_their_own(tmp_path: Path) -> None:
         (PairedRatio(Estimate(0.08, 0.07, 0.1), 5, unreached=1), "at most 0.08"),
         (PairedRatio(Estimate(None, 8.5, None), 5), "at least 8.5"),
         (PairedRatio(Estimate(None, 0.5, None), 5, unreached=1), "unknown"),
-        (PairedRatio(Estimate(None, None, None), 5), "unknown"),
+        (PairedRatio(Estimate(None, None, None), 5), "not reached"),
         (PairedRatio(Estimate(None, None, None), 0), "-"),
         (None, "-"),
     ],

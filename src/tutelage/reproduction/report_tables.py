@@ -69,8 +69,9 @@ def _facts(comparison: Comparison) -> str:
     goal = "there is no target, so the final values are compared"
     if comparison.target is not None:
         goal = f"the target is {show_number(comparison.target)}"
-    seeds = f" Medians over seeds {', '.join(map(str, comparison.seeds))}." if comparison.seeds else ""
-    return f"{budget} {direction}; {goal}.{seeds}"
+    seeds = ", ".join(map(str, comparison.seeds))
+    over = f"Medians over seeds {seeds}." if len(comparison.seeds) > 1 else f"Seed {seeds}."
+    return f"{budget} {direction}; {goal}. {over}"
 
 
 def _legend(comparison: Comparison) -> Table:
@@ -137,7 +138,9 @@ def _ratio(ratio: Ratio | None) -> str:
     estimate, bound = ratio.paired.estimate, ratio.paired.is_bound
     if estimate.median is not None:
         return f"{'at most ' if bound else ''}{show_number(estimate.median)}"
-    return "unknown" if bound or estimate.low is None else f"at least {show_number(estimate.low)}"
+    if bound:
+        return "unknown"
+    return "not reached" if estimate.low is None else f"at least {show_number(estimate.low)}"
 
 
 def _learning_rates(comparison: Comparison) -> Table:

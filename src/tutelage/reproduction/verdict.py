@@ -68,8 +68,8 @@ def _reached(method: MethodResult, comparison: Comparison) -> str:
         return f"{method.name} reached {target} on {seeds}, after {median:,.0f} samples (median)."
     most = max((run.curve[-1].samples for run in method.runs if run.curve), default=0)
     finals = method.finals(comparison.metric)
-    ended = f"; its final {comparison.metric} was {statistics.median(finals):.4g}, median" if finals else ""
-    return f"{method.name} did not reach {target} within {most:,} samples (median; {seeds} reached it{ended})."
+    ended = f"; median final {comparison.metric}: {statistics.median(finals):.4g}" if finals else ""
+    return f"{method.name} did not reach {target} within {most:,} samples ({seeds} reached it{ended})."
 
 
 def _compared(over: MethodResult, under: MethodResult, comparison: Comparison) -> str:
@@ -102,7 +102,7 @@ def _spread(paired: PairedRatio) -> str:
     seeds = f"{paired.pairs} seed{'s' if paired.pairs > 1 else ''}"
     upper = "beyond the budget" if high is None else f"{high:.2g}"
     lower = "beyond the budget" if low is None else f"{low:.2g}"
-    return f"{kind} over {seeds}: {lower} to {upper}"
+    return f"{kind} over {seeds}: {lower} to {upper}" if paired.pairs > 1 else seeds
 
 
 def _judged(ratio: Ratio) -> str:
