@@ -70,9 +70,9 @@ def test_progressive_tries_every_schedule_at_every_rate(monkeypatch: pytest.Monk
         good = (candidate.schedule, candidate.learning_rate) == ("pace-4", 0.3)
         yield [run_of(100, good)]
 
-    monkeypatch.setattr(runs.Runner, "runs", runs_of)
+    monkeypatch.setattr(Runner, "runs", runs_of)
     recipe = tiny(learning_rates=(0.1, 0.3))
-    runner = runs.Runner(recipe, recipe.make_teacher(tmp_path), tmp_path, "samples")
+    runner = Runner(recipe, recipe.make_teacher(tmp_path), tmp_path, "samples")
     best, trials = tune(runner, plain_variant("progressive"), silent)
     assert best is not None and (best.schedule, best.learning_rate) == ("pace-4", 0.3)
     assert len(tried) == len(set(tried)) == len(trials) == 8

@@ -170,10 +170,10 @@ def _is_number(word: str) -> bool:
 def _listing() -> str:
     """The recipes, their sizes and fields."""
     lines = ["recipes (tutelage compare RECIPE/SIZE; the default size is laptop):", ""]
-    for name, recipe in RECIPES.items():
-        lines.append(f"  {name:<20} {recipe.about}")
-        lines.append(f"  {'':<20} sizes: {', '.join(recipe.sizes)}")
-        lines.append(f"  {'':<20} fields: {', '.join(vars(recipe.sizes['laptop']))}")
+    for name, sizes in RECIPES.items():
+        lines.append(f"  {name:<20} {sizes['laptop'].about}")
+        lines.append(f"  {'':<20} sizes: {', '.join(sizes)}")
+        lines.append(f"  {'':<20} fields: {', '.join(sizes['laptop'].settings())}")
         lines.append("")
     lines.append(f"  {'scaling':<20} samples to solve a parity against its dimension; exponents with intervals")
     lines.append(f"  {'':<20} sizes: {', '.join(SCALING_SIZES)}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from tutelage.core.curriculum import METHODS, Curriculum, OutputStage, Stage
 from tutelage.core.errors import UserError
-from tutelage.reproduction.comparison_setting import Teacher
+from tutelage.reproduction.teachers import Teacher
 from tutelage.training.config import CurriculumConfig
 
 # How progressive distillation uses the teacher's checkpoints: at the teacher's own pace, faster, or one checkpoint from
@@ -232,7 +232,7 @@ def build_curriculum(
     if not teacher.checkpoints:
         raise UserError(
             "progressive distillation needs checkpoints of the teacher's training, and this teacher has none "
-            f"({teacher.metrics.get('description', 'given')}): leave progressive out of --methods"
+            f"({teacher.description}): leave progressive out of --methods"
         )
     assert candidate.schedule is not None
     uses = _schedule(candidate.schedule, teacher, batch_size / fraction)
