@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -18,8 +17,9 @@ from tests.conftest import save_llama
 from tutelage.reproduction import runner as runs
 from tutelage.reproduction import teachers
 from tutelage.reproduction.compare import COMPARISON_FILE, compare
-from tutelage.reproduction.comparison_setting import System
+from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.recipes import resolve
+from tutelage.reproduction.recipes.parity import ParityMLPRecipe
 from tutelage.reproduction.report import write_report
 from tutelage.reproduction.verdict import verdict
 from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
@@ -47,16 +47,23 @@ TRAINED = {**TINY, "d": 6, "teacher": "trained", "teacher_max_samples": 32_000, 
 METHODS = ("extraction", "one_shot", "scratch")
 
 
+class WithoutData(ParityMLPRecipe):
+    """Its runs fail, wherever they are made."""
+
+    def train_data(self, seeds: Sequence[int], count: int) -> Any:
+        raise ValueError("no data here")
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTELAGE_CACHE", str(tmp_path / "cache"))
 
 
-def tiny(**fields: Any) -> System:
+def tiny(**fields: Any) -> Recipe:
     return resolve("parity-mlp/smoke", {**TINY, **fields})
 
 
-def made(system: System, folder: Path, methods: Sequence[str] | None = METHODS, **settings: Any) -> dict[str, Any]:
+def made(system: Recipe, folder: Path, methods: Sequence[str] | None = METHODS, **settings: Any) -> dict[str, Any]:
     """A comparison, after checking that what is returned is what is on disk."""
     result = compare(system, folder, methods, log=lambda line: None, **settings)
     assert json.loads((folder / COMPARISON_FILE).read_text(encoding="utf-8")) == json.loads(json.dumps(result))
@@ -68,6 +75,18 @@ def timeless(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: timeless(inner) for key, inner in value.items() if "seconds" not in key}
     return [timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def whole_budgets(monkeypatch: pytest.MonkeyPatch, stages: dict[str, Any]) -> None:
+    """Runs go on beyond the target; the hidden stage is changed."""
+    monkeypatch.setattr(ParityMLPRecipe, "stop_at_target", False)
+    arguments = ParityMLPRecipe.method_arguments
+
+    def changed(self: Any, method: str) -> dict[str, Any]:
+        made = arguments(self, method)
+        return {**made, **stages} if made else made
+
+    monkeypatch.setattr(ParityMLPRecipe, "method_arguments", changed)
 
 
 @pytest.fixture
@@ -169,10 +188,10 @@ def test_methods_are_named_as_they_were_asked_for(tmp_path: Path) -> None:
     assert f"{names[1]}/{names[2]}" in result["ratios"] and f"{names[0]}/{names[1]}" in result["ratios"]
 
 
-def test_without_a_target_one_shots_median_is_it(tmp_path: Path) -> None:
-    system = dataclasses.replace(
-        tiny(seeds=(0, 1, 2)), metric="loss", better="lower", target=None, stop_at_target=False
-    )
+def test_without_a_target_one_shots_median_is_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"metric": "loss", "better": "lower", "stop_at_target": False}.items():
+        monkeypatch.setattr(ParityMLPRecipe, name, value)
+    system: Any = dataclasses.replace(tiny(seeds=(0, 1, 2)), target=None)  # type: ignore[call-arg]
     result = made(system, tmp_path / "o", ["extraction", "one_shot"])
     finals = [run["final"]["loss"] for run in result["methods"]["one_shot"]["runs"]]
     assert result["target"] == sorted(finals)[1]
@@ -194,9 +213,11 @@ def test_an_easy_target_holds_before_training(tmp_path: Path) -> None:
 # ---- Fairness ----
 
 
-def test_all_methods_of_a_seed_share_student_and_data(tmp_path: Path, trainers: list[dict[str, Any]]) -> None:
-    system = dataclasses.replace(tiny(), replicated=False)
-    made(system, tmp_path / "o")
+def test_all_methods_of_a_seed_share_student_and_data(
+    tmp_path: Path, trainers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ParityMLPRecipe, "replicated", False)
+    made(tiny(), tmp_path / "o")
     by_seed: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for given in trainers:
         by_seed.setdefault(tuple(given["train_dataset"].seed), []).append(given)
@@ -219,9 +240,10 @@ def test_all_methods_of_a_seed_share_student_and_data(tmp_path: Path, trainers: 
     assert not torch.equal(zero["train_dataset"].arrays()[0][:64], zero["eval_dataset"].arrays()[0])
 
 
-def test_replicas_say_what_single_runs_say(tmp_path: Path) -> None:
+def test_replicas_say_what_single_runs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = made(tiny(target=0.8), tmp_path / "together")
-    apart = made(dataclasses.replace(tiny(target=0.8), replicated=False), tmp_path / "apart")
+    monkeypatch.setattr(ParityMLPRecipe, "replicated", False)
+    apart = made(tiny(target=0.8), tmp_path / "apart")
     for method in METHODS:
         for mine, theirs in zip(together["methods"][method]["runs"], apart["methods"][method]["runs"], strict=True):
             assert mine["seed"] == theirs["seed"]
@@ -256,8 +278,9 @@ def test_tuning_may_take_a_share_of_the_budget(tmp_path: Path, trainers: list[di
     assert steps == [30, 30, 60]
 
 
-def test_budgets_are_equal_in_samples(tmp_path: Path) -> None:
-    result = made(dataclasses.replace(tiny(), stop_at_target=False), tmp_path / "o")
+def test_budgets_are_equal_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ParityMLPRecipe, "stop_at_target", False)
+    result = made(tiny(), tmp_path / "o")
     assert {run["curve"][-1]["samples"] for entry in result["methods"].values() for run in entry["runs"]} == {960}
 
 
@@ -269,14 +292,16 @@ def test_budgets_are_equal_in_samples(tmp_path: Path) -> None:
         ({}, {"stage_steps": None, "stage_fraction": 0.4}),
     ],
 )
-def test_budgets_may_be_equal_in_flops(tmp_path: Path, fields: dict[str, Any], stages: dict[str, Any]) -> None:
+def test_budgets_may_be_equal_in_flops(
+    tmp_path: Path, fields: dict[str, Any], stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hidden stages of so many examples, as the recipe has them (many, few), or of a share of the steps."""
-    system = dataclasses.replace(tiny(**fields), stop_at_target=False)
-    system.methods["extraction"].update(stages)
+    system = tiny(**fields)
+    whole_budgets(monkeypatch, stages)
     result = made(system, tmp_path / "o", match="flops")
     assert result["match"] == "flops"
     spent = {name: entry["runs"][0]["curve"][-1] for name, entry in result["methods"].items()}
-    budget = system.fields.budget_samples
+    budget = system.budget_samples
     assert spent["one_shot"]["samples"] == budget
     for name in ("extraction", "scratch"):
         assert spent[name]["flops"] == pytest.approx(spent["one_shot"]["flops"], rel=0.05), name
@@ -285,11 +310,11 @@ def test_budgets_may_be_equal_in_flops(tmp_path: Path, fields: dict[str, Any], s
 
 
 def test_a_comparison_at_equal_seconds_goes_on_with_its_own_steps(
-    tmp_path: Path, kill: Callable[[str, int], None]
+    tmp_path: Path, kill: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock says something else after a restart: a run that had begun keeps the stages it began with."""
-    system = dataclasses.replace(tiny(eval_every=16), stop_at_target=False)  # a checkpoint each 20 steps
-    system.methods["extraction"].update({"stage_steps": None, "stage_fraction": 0.4})
+    system = tiny(eval_every=16)  # a checkpoint each 20 steps
+    whole_budgets(monkeypatch, {"stage_steps": None, "stage_fraction": 0.4})
     kill("extraction", 22)
     with pytest.raises(KeyboardInterrupt):
         made(system, tmp_path / "o", ["extraction"], match="seconds")
@@ -325,8 +350,11 @@ def test_a_method_more_keeps_those_that_were_there(tmp_path: Path, trainers: lis
     assert "extraction/one_shot" in more["ratios"]
 
 
-def test_only_a_missing_run_is_made_again(tmp_path: Path, trainers: list[dict[str, Any]]) -> None:
-    system = dataclasses.replace(tiny(), replicated=False)
+def test_only_a_missing_run_is_made_again(
+    tmp_path: Path, trainers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ParityMLPRecipe, "replicated", False)
+    system = tiny()
     folder = tmp_path / "o"
     first = made(system, folder)
     (lost,) = folder.glob("runs/one_shot-*/*seed-1/run.json")
@@ -455,7 +483,7 @@ def given_teacher(tmp_path: Path) -> str:
 
 def test_a_teacher_may_be_given(tmp_path: Path, given_teacher: str) -> None:
     planted = made(tiny(), tmp_path / "planted")
-    given = made(tiny(teacher_path=given_teacher), tmp_path / "o", METHODS)
+    given = made(tiny(teacher=given_teacher), tmp_path / "o", METHODS)
     assert given["teacher"]["description"] == "given: given"
     assert given["teacher"]["accuracy"] == planted["teacher"]["accuracy"]
     for method in METHODS:
@@ -463,7 +491,7 @@ def test_a_teacher_may_be_given(tmp_path: Path, given_teacher: str) -> None:
 
 
 def test_a_given_teacher_has_no_checkpoints_so_progressive_is_no_default(tmp_path: Path, given_teacher: str) -> None:
-    system = tiny(teacher="trained", teacher_path=given_teacher)
+    system = tiny(teacher=given_teacher)
     result = made(system, tmp_path / "o", None)
     assert list(result["methods"]) == list(METHODS)
 
@@ -473,19 +501,19 @@ def test_a_given_teacher_has_no_checkpoints_so_progressive_is_no_default(tmp_pat
     [
         ({"d": 9}, "the teacher takes 8 bits, the recipe has d=9: give the one or change the other"),
         ({"support": (4, 5)}, r"accuracy on this parity \(d=8, k=2, support \[4, 5\]\) is 0\.\d+, which is chance"),
-        ({"k": 3}, "which is chance: it was made for another one"),
+        ({"k": 3}, "which is chance: it was made for a different parity"),
     ],
 )
 def test_a_teacher_that_disagrees_with_the_recipe_is_refused(
     tmp_path: Path, given_teacher: str, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        compare(tiny(teacher_path=given_teacher, eval_samples=1024, **fields), tmp_path / "o", log=lambda line: None)
+        compare(tiny(teacher=given_teacher, eval_samples=1024, **fields), tmp_path / "o", log=lambda line: None)
 
 
 def test_a_folder_without_such_a_teacher_is_refused(tmp_path: Path) -> None:
     def refused(folder: str, message: str) -> None:
-        system = tiny(teacher_path=str(tmp_path / folder))
+        system = tiny(teacher=str(tmp_path / folder))
         with pytest.raises((ValueError, OSError), match=message):
             compare(system, tmp_path / f"o-{folder}", METHODS, log=lambda line: None)
 
@@ -684,12 +712,14 @@ def test_runs_side_by_side_say_what_runs_one_by_one_say(tmp_path: Path) -> None:
 
 
 def test_side_by_side_an_error_of_a_run_ends_the_comparison(tmp_path: Path) -> None:
-    system = tiny(support=(0, 1))
-    broken = dataclasses.replace(system, again=functools.partial(resolve, "parity-mlp/none"))
-    with pytest.raises(ValueError, match="unknown size 'none'"):
-        compare(broken, tmp_path / "o", METHODS, jobs=2, log=lambda line: None)
-    with pytest.raises(ValueError, match="made by resolve or own_system"):
-        compare(dataclasses.replace(system, again=None), tmp_path / "o", METHODS, jobs=2, log=lambda line: None)
+    with pytest.raises(ValueError, match="no data here"):
+        compare(
+            WithoutData(**tiny(support=(0, 1)).settings()),
+            tmp_path / "o",
+            METHODS,
+            jobs=2,
+            log=lambda line: None,
+        )
 
 
 @pytest.mark.parametrize(
@@ -723,7 +753,7 @@ def test_a_method_that_diverges_at_every_rate_is_said_so(tmp_path: Path) -> None
 
 
 def test_a_refused_comparison_leaves_its_folder_free(tmp_path: Path, given_teacher: str) -> None:
-    fields = {"teacher_path": given_teacher, "eval_samples": 1024}
+    fields = {"teacher": given_teacher, "eval_samples": 1024}
     with pytest.raises(ValueError, match="is beyond the teacher"):
         compare(tiny(target=1.01, **fields), tmp_path / "o", ["scratch"], log=lambda line: None)
     made(tiny(target=0.6, **fields), tmp_path / "o", ["scratch"])

@@ -17,7 +17,7 @@ from tutelage.cli.parsing import Parser
 from tutelage.core.errors import UserError
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipes import RECIPES, resolve
-from tutelage.reproduction.recipes.user_run import own_system
+from tutelage.reproduction.recipes.user_run import user_recipe
 from tutelage.reproduction.report import write_report
 from tutelage.reproduction.runner import MATCHES
 from tutelage.reproduction.scaling import SCALING_SIZES, run_scaling
@@ -65,7 +65,7 @@ def compare_command(arguments: Sequence[str]) -> None:
             f"\nmetrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
         )
         return
-    system = own_system(Path(name), overrides) if is_file else resolve(name, overrides)
+    system = user_recipe(Path(name), overrides) if is_file else resolve(name, overrides)
     match = options.match or "samples"
     result = compare(system, folder, options.methods, match=match, jobs=options.jobs, command=command, log=progress)
     page = write_report(folder)
@@ -131,15 +131,15 @@ def teacher_override(value: str) -> dict[str, str]:
         return {"teacher": value}
     if not Path(value).is_dir():
         raise UserError(f"no teacher folder {value!r}: give a folder (or, for parity-mlp, trained or planted)")
-    return {"teacher_path": value}
+    return {"teacher": value}
 
 
 def _listing() -> str:
     lines = ["recipes (tutelage compare RECIPE/SIZE; the size is laptop if left out):", ""]
-    for name, recipe in RECIPES.items():
-        lines.append(f"  {name:<20} {recipe.about}")
-        lines.append(f"  {'':<20} sizes: {', '.join(recipe.sizes)}")
-        lines.append(f"  {'':<20} fields: {', '.join(vars(recipe.sizes['laptop']))}")
+    for name, sizes in RECIPES.items():
+        lines.append(f"  {name:<20} {sizes['laptop'].about}")
+        lines.append(f"  {'':<20} sizes: {', '.join(sizes)}")
+        lines.append(f"  {'':<20} fields: {', '.join(sizes['laptop'].settings())}")
         lines.append("")
     lines.append(f"  {'scaling':<20} samples to solve a parity against its dimension; exponents with intervals")
     lines.append(f"  {'':<20} sizes: {', '.join(SCALING_SIZES)}")

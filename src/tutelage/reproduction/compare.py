@@ -14,9 +14,10 @@ from typing import Any
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.comparison_setting import System, Teacher
+from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.runner import MATCHES, Runner
 from tutelage.reproduction.statistics import median_interval, paired_ratio, reached_at
+from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Variant, candidates, parse_variant
 from tutelage.reproduction.verdict import verdict
 from tutelage.reproduction.workers import Workers
@@ -26,7 +27,7 @@ COMPARISON_FILE = "comparison.json"
 
 
 def compare(
-    system: System,
+    system: Recipe,
     output_dir: Path,
     methods: Sequence[str] | None = None,
     *,
@@ -59,15 +60,16 @@ def compare(
         raise UserError(f"jobs must be at least 1, got {jobs}")
     if match == "seconds" and jobs != 1:
         raise UserError("seconds of runs made side by side are not those of runs alone: --match seconds needs --jobs 1")
-    variants = [parse_variant(name) for name in methods or system.default_methods]
+    variants = [parse_variant(name) for name in methods] if methods else list(system.default_methods)
     _check(system, variants)
-    if system.sketch_teacher is not None:  # what cannot work with a teacher of its shape is refused before training it
-        sketch = Runner(system, Teacher(system.sketch_teacher(), {}), output_dir, match)
+    sketched = system.sketch_teacher()
+    if sketched is not None:  # what cannot work with a teacher of its shape is refused before training it
+        sketch = Runner(system, Teacher(sketched, "untrained"), output_dir, match)
         for variant in variants:
             if variant.method != "progressive":  # needs the finished teacher's checkpoints
                 sketch.check(variant)
     _claim(output_dir, system, match)
-    log(f"teacher of {system.recipe}/{system.size}")
+    log(f"teacher of {system.name}/{system.size}")
     teacher = system.make_teacher(output_dir)
     _check_target(system, teacher)
     runner = Runner(system, teacher, output_dir, match)
@@ -128,38 +130,36 @@ def _run_method(runner: Runner, variant: Variant, result: dict[str, Any], log: A
             "runs": [],
         }
         result["methods"][variant.name] = entry
-    log(f"{variant.name}: learning rate {best.label}, seeds {', '.join(map(str, runner.system.fields.seeds))}")
-    for records in runner.runs(variant, best, runner.system.fields.seeds):
+    log(f"{variant.name}: learning rate {best.label}, seeds {', '.join(map(str, runner.system.seeds))}")
+    for records in runner.runs(variant, best, runner.system.seeds):
         with runner.lock:
             entry["runs"] += records
             _summarise(runner.system, result)
             write_atomically(runner.root / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
 
 
-def _check(system: System, variants: Sequence[Variant]) -> None:
+def _check(system: Recipe, variants: Sequence[Variant]) -> None:
     names = [variant.name for variant in variants]
     if len(set(names)) != len(names):
         raise UserError(f"methods are repeated: {', '.join(names)}")
-    seeds, tuning = system.fields.seeds, system.fields.tuning_seeds
+    seeds, tuning = system.seeds, system.tuning_seeds
     if not seeds:
         raise UserError("seeds are empty: give at least one")
     if min((*seeds, *tuning)) < 0:
         raise UserError(f"seeds must not be negative: {', '.join(map(str, (*seeds, *tuning)))}")
-    if not system.fields.learning_rates:
+    if not system.learning_rates:
         raise UserError("learning_rates are empty: give at least one")
     if len(set(seeds)) != len(seeds):
         raise UserError(f"seeds are repeated: {', '.join(map(str, seeds))}")
     for name in ("tuning_seeds", "learning_rates"):
-        values = getattr(system.fields, name)
+        values = getattr(system, name)
         if len(set(values)) != len(values):
             raise UserError(f"{name} are repeated: {', '.join(map(str, values))}")
-    if not all(0 < rate < float("inf") for rate in system.fields.learning_rates):
-        raise UserError(
-            f"learning_rates must be positive and finite: {', '.join(map(str, system.fields.learning_rates))}"
-        )
+    if not all(0 < rate < float("inf") for rate in system.learning_rates):
+        raise UserError(f"learning_rates must be positive and finite: {', '.join(map(str, system.learning_rates))}")
     if shared := set(seeds) & set(tuning):
         raise UserError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
-    if not tuning and any(len(candidates(v, system.fields.learning_rates)) > 1 for v in variants):
+    if not tuning and any(len(candidates(v, system.learning_rates)) > 1 for v in variants):
         raise UserError(
             "tuning_seeds are empty: give some, or a single learning rate and, to progressive, a schedule "
             "(progressive:schedule=two)"
@@ -175,7 +175,7 @@ def _portable(curriculum: Curriculum) -> dict[str, Any]:
     return made
 
 
-def _check_target(system: System, teacher: Teacher) -> None:
+def _check_target(system: Recipe, teacher: Teacher) -> None:
     if system.target is None or system.metric not in teacher.metrics:
         return
     reaches = float(teacher.metrics[system.metric])
@@ -186,9 +186,9 @@ def _check_target(system: System, teacher: Teacher) -> None:
         )
 
 
-def _claim(output_dir: Path, system: System, match: str) -> None:
+def _claim(output_dir: Path, system: Recipe, match: str) -> None:
     """Refuse a folder that holds another comparison."""
-    mine = {"recipe": system.recipe, "size": system.size, "match": match, **_settings(system)}
+    mine = {"recipe": system.name, "size": system.size, "match": match, **_settings(system)}
     mine = json.loads(json.dumps(mine, default=str))
     file = output_dir / "settings.json"
     begun = any((output_dir / name).exists() for name in ("runs", "tuning", COMPARISON_FILE))
@@ -213,25 +213,30 @@ def _earlier_methods(output_dir: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))["methods"] if file.exists() else {}
 
 
-def _settings(system: System) -> dict[str, Any]:
-    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(system.fields).items()}
-    return {**fields, **system.identity, "metric": system.metric, "target": system.target}
+def _settings(system: Recipe) -> dict[str, Any]:
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in system.settings().items()}
+    return {**fields, **system.identity(), "metric": system.metric, "target": system.target}
 
 
-def _skeleton(system: System, teacher: Teacher, match: str, command: str | None) -> dict[str, Any]:
+def _skeleton(system: Recipe, teacher: Teacher, match: str, command: str | None) -> dict[str, Any]:
     return {
-        "recipe": system.recipe,
+        "recipe": system.name,
         "size": system.size,
         "command": command,
         "complete": False,
         "match": match,
-        "budget": system.fields.budget_samples,
+        "budget": system.budget_samples,
         "metric": system.metric,
         "better": system.better,
         "target": system.target,
-        "seeds": list(system.fields.seeds),
+        "seeds": list(system.seeds),
         "settings": _settings(system),
-        "teacher": teacher.metrics,
+        "teacher": {
+            "description": teacher.description,
+            **({} if teacher.samples is None else {"samples": teacher.samples, "converged_at": teacher.converged_at}),
+            **teacher.metrics,
+            **({} if teacher.transition is None else {"transition": teacher.transition}),
+        },
         "environment": environment(),
         "methods": {},
         "ratios": {},
@@ -239,7 +244,7 @@ def _skeleton(system: System, teacher: Teacher, match: str, command: str | None)
     }
 
 
-def _summarise(system: System, result: dict[str, Any]) -> None:
+def _summarise(system: Recipe, result: dict[str, Any]) -> None:
     """Fill in targets, medians, ratios and the verdict from the runs."""
     metric, methods = system.metric, result["methods"]
     if system.target is None and methods.get("one_shot", {}).get("runs"):

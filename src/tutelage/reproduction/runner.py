@@ -27,8 +27,9 @@ from transformers import PrinterCallback, TrainerCallback
 from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.comparison_setting import System, Teacher
+from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.statistics import median_interval, reached_at
+from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, build_curriculum, candidates, parse_variant
 from tutelage.targets.live import LiveTeacher
 from tutelage.tasks.base import backbone, hidden_size
@@ -45,7 +46,7 @@ MATCHES = ("samples", "flops", "seconds")
 class Runner:
     """Makes runs of one comparison."""
 
-    system: System
+    system: Recipe
     teacher: Teacher
     root: Path
     match: str
@@ -70,10 +71,10 @@ class Runner:
         Progressive distillation tries every schedule at every rate where a run ends at the target, since losers end soon;
         else every rate on the first schedule, and the other schedules at the best rate.
         """
-        tried = candidates(variant, self.system.fields.learning_rates)
+        tried = candidates(variant, self.system.learning_rates)
         if len(tried) == 1:
             return tried[0], {}
-        share = self.system.fields.tuning_share
+        share = self.system.tuning_share
         tuned = dataclasses.replace(variant, budget_share=variant.budget_share * share)
         grid: dict[str, Any] = {}
         best: tuple[tuple[float, float], Candidate] | None = None
@@ -86,11 +87,9 @@ class Runner:
             if best is not None and self.system.stop_at_target:
                 # One that can no longer win need not go on. The median of an even number of seeds is the mean of the middle
                 # two, so a slow one loses for certain only at twice the best.
-                limit = best[0][0] * (1 if len(self.system.fields.tuning_seeds) % 2 else 2)
-            log(
-                f"{variant.name}: tuning {candidate.label}, seeds {', '.join(map(str, self.system.fields.tuning_seeds))}"
-            )
-            made = self.runs(tuned, candidate, self.system.fields.tuning_seeds, "tuning", limit)
+                limit = best[0][0] * (1 if len(self.system.tuning_seeds) % 2 else 2)
+            log(f"{variant.name}: tuning {candidate.label}, seeds {', '.join(map(str, self.system.tuning_seeds))}")
+            made = self.runs(tuned, candidate, self.system.tuning_seeds, "tuning", limit)
             score, shown = self._score([record for records in made for record in records])
             grid[candidate.label] = shown
             if best is None or score < best[0]:
@@ -123,7 +122,7 @@ class Runner:
     def arguments(self, variant: Variant, candidate: Candidate, folder: Path, seed: int) -> CurriculumConfig:
         """Settings of a run."""
         system = self.system
-        evaluate_every = max(1, system.fields.eval_every // system.fields.batch_size)
+        evaluate_every = max(1, system.eval_every // system.batch_size)
         fields = {
             "output_dir": str(folder),
             "method": variant.method,
@@ -131,7 +130,7 @@ class Runner:
             "learning_rate": candidate.learning_rate,
             "seed": seed,
             "data_seed": seed,
-            "per_device_train_batch_size": system.fields.batch_size,
+            "per_device_train_batch_size": system.batch_size,
             "eval_strategy": "steps",
             "eval_steps": evaluate_every,
             "eval_on_start": True,
@@ -142,8 +141,8 @@ class Runner:
             "disable_tqdm": True,
             "report_to": "none",
             "train_sampling_strategy": "sequential",
-            **system.arguments,
-            **system.methods.get(variant.method, {}),
+            **system.arguments(),
+            **system.method_arguments(variant.method),
             **{key: value for key, value in variant.overrides.items() if key != "schedule"},
         }
         if "layer_map" in variant.overrides:  # a map of one's own takes the place of the recipe's uniform one
@@ -154,9 +153,9 @@ class Runner:
 
     def check(self, variant: Variant) -> None:
         """Raise UserError where a variant has no curriculum on this system, before anything is run."""
-        student, teacher = self.system.make_student(self.system.fields.seeds[:1]), self.teacher.model
+        student, teacher = self.system.make_student(self.system.seeds[:1]), self.teacher.model
         live = LiveTeacher(teacher, backbone(teacher))
-        for candidate in candidates(variant, self.system.fields.learning_rates):
+        for candidate in candidates(variant, self.system.learning_rates):
             made = self.curriculum(variant, candidate, steps=self._budget_steps)
             checks.check_widths(made, hidden_size(student), hidden_size(teacher))
             warm_start.check(made, student, live)
@@ -164,18 +163,18 @@ class Runner:
     @functools.cached_property
     def _blocks(self) -> tuple[int, int]:
         """Numbers of blocks of student and teacher."""
-        student = self.system.make_student(self.system.fields.seeds[:1])
+        student = self.system.make_student(self.system.seeds[:1])
         return len(find_blocks(backbone(student))), len(find_blocks(backbone(self.teacher.model)))
 
     @property
     def _budget_steps(self) -> int:
-        return max(1, self.system.fields.budget_samples // self.system.fields.batch_size)
+        return max(1, self.system.budget_samples // self.system.batch_size)
 
     def curriculum(self, variant: Variant, candidate: Candidate, steps: int | None = None) -> Curriculum:
         """Curriculum of a run: `steps`, or its share of the budget, equal in what `match` says."""
-        system, batch = self.system, self.system.fields.batch_size
+        system, batch = self.system, self.system.batch_size
         args = self.arguments(variant, candidate, self.root, 0)
-        whole = steps or max(1, int(system.fields.budget_samples * variant.budget_share) // batch)
+        whole = steps or max(1, int(system.budget_samples * variant.budget_share) // batch)
         made = build_curriculum(
             args, candidate, self._blocks, self.teacher, whole, batch, min(1.0, whole / self._budget_steps)
         )
@@ -209,7 +208,7 @@ class Runner:
             made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages)
         )
         folder = self.root / "pilot" / name
-        seeds = self.system.fields.seeds if self.system.replicated else self.system.fields.seeds[:1]
+        seeds = self.system.seeds if self.system.replicated else self.system.seeds[:1]
         args = self.arguments(variant, candidate, folder, seeds[0])
         args.logging_steps, args.eval_on_start, args.overwrite_output_dir = 1, False, True
         args.eval_strategy, args.save_strategy = "no", "no"
@@ -238,7 +237,7 @@ class Runner:
         teacher = self.teacher.model
         if any(isinstance(stage, OutputStage) and stage.teacher_checkpoint for stage in curriculum.stages):
             teacher = copy.deepcopy(teacher)
-        count = curriculum.total_steps * system.fields.batch_size
+        count = curriculum.total_steps * system.batch_size
         needs_teacher = any(stage.needs_teacher for stage in curriculum.stages)
         trainer = CurriculumTrainer(
             model=system.make_student(seeds),
@@ -329,7 +328,7 @@ class Runner:
 class StopAtTarget(TrainerCallback):
     """Ends a run when all seeds have reached the target, or at a limit; evaluates at the end."""
 
-    def __init__(self, system: System, seeds: Sequence[int], limit: float | None):
+    def __init__(self, system: Recipe, seeds: Sequence[int], limit: float | None):
         self.system, self.seeds, self.limit = system, seeds, limit
         self.waiting = set(range(len(seeds)))
 
@@ -353,7 +352,7 @@ class StopAtTarget(TrainerCallback):
         if not self.system.stop_at_target or self.system.target is None:
             return
         self._note(kwargs["metrics"])
-        samples = state.global_step * self.system.fields.batch_size
+        samples = state.global_step * self.system.batch_size
         if not self.waiting or (self.limit is not None and samples >= self.limit):
             control.should_training_stop = True
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tutelage.core.curriculum import METHODS, Curriculum, OutputStage, Stage
 from tutelage.core.errors import UserError
-from tutelage.reproduction.comparison_setting import Teacher
+from tutelage.reproduction.teachers import Teacher
 from tutelage.training.config import CurriculumConfig
 
 # How progressive distillation uses the teacher's checkpoints: at the teacher's own pace, faster, or one checkpoint from
@@ -162,7 +162,7 @@ def build_curriculum(
     if not teacher.checkpoints:
         raise UserError(
             "progressive distillation needs checkpoints of the teacher's training, and this teacher has none "
-            f"({teacher.metrics.get('description', 'given')}): leave progressive out of --methods"
+            f"({teacher.description}): leave progressive out of --methods"
         )
     assert candidate.schedule is not None
     uses = _schedule(candidate.schedule, teacher, batch_size / share)
@@ -186,13 +186,13 @@ def build_curriculum(
 
 def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:
     """Steps on each checkpoint, early to late."""
-    times = [samples for samples, _ in teacher.checkpoints]
+    times = [checkpoint.samples for checkpoint in teacher.checkpoints]
     if name == "two":
-        samples, folder = teacher.checkpoints[int(teacher.metrics.get("transition", len(times) // 2))]
-        return [(max(1, int(samples // 2 // batch_size)), folder)]
+        middle = teacher.checkpoints[len(times) // 2 if teacher.transition is None else teacher.transition]
+        return [(max(1, int(middle.samples // 2 // batch_size)), middle.folder)]
     pace = int(name.removeprefix("pace-"))
     spans = [after - before for before, after in zip([0, *times], times, strict=False)]
     return [
-        (max(1, int(span // (pace * batch_size))), folder)
-        for span, (_, folder) in zip(spans, teacher.checkpoints, strict=True)
+        (max(1, int(span // (pace * batch_size))), checkpoint.folder)
+        for span, checkpoint in zip(spans, teacher.checkpoints, strict=True)
     ]

@@ -10,15 +10,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tutelage.core.errors import UserError
-from tutelage.reproduction.comparison_setting import System
+from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.runner import Runner
 from tutelage.reproduction.variants import Candidate, Variant
 from tutelage.runs.distill import quiet_unless_terminal
@@ -55,10 +54,9 @@ class Workers:
         limit: float | None,
     ) -> Future[list[dict[str, Any]]]:
         """`Runner.run` in a process of the pool."""
-        again = runner.system.again
-        if again is None:
-            raise UserError("runs side by side need a system made by resolve or own_system: leave jobs out")
-        return self._pool.submit(_run, again, runner.root, runner.match, variant, candidate, list(seeds), folder, limit)
+        return self._pool.submit(
+            _run, runner.system, runner.root, runner.match, variant, candidate, list(seeds), folder, limit
+        )
 
 
 def _start(threads: int) -> None:
@@ -78,16 +76,15 @@ def _follow_parent() -> None:
 _kept: dict[tuple[Path, str], Runner] = {}  # of the comparison at hand, which its folder and budget tell from others
 
 
-def _runner(again: Callable[[], System], root: Path, match: str) -> Runner:
+def _runner(system: Recipe, root: Path, match: str) -> Runner:
     if (root, match) not in _kept:
         _kept.clear()
-        made = again()
-        _kept[root, match] = Runner(made, made.make_teacher(root), root, match)
+        _kept[root, match] = Runner(system, system.make_teacher(root), root, match)
     return _kept[root, match]
 
 
 def _run(
-    again: Callable[[], System],
+    system: Recipe,
     root: Path,
     match: str,
     variant: Variant,
@@ -96,4 +93,4 @@ def _run(
     folder: Path,
     limit: float | None,
 ) -> list[dict[str, Any]]:
-    return _runner(again, root, match).run(variant, candidate, seeds, folder, limit)
+    return _runner(system, root, match).run(variant, candidate, seeds, folder, limit)
