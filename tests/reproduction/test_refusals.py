@@ -18,7 +18,9 @@ from tutelage.reproduction.variants import Variant, parse_variant
 def test_a_folder_of_a_different_comparison_is_refused(tmp_path: Path) -> None:
     made(tiny(), tmp_path / "o", ["scratch"])
     before = (tmp_path / "o" / COMPARISON_FILE).read_bytes()
-    with pytest.raises(ValueError, match=r"holds a different comparison \(different d\): choose a different --output_dir"):
+    with pytest.raises(
+        ValueError, match=r"holds a different comparison \(different d\): choose a different --output_dir"
+    ):
         compare(tiny(d=9), tmp_path / "o", ["scratch"], log=silent)
     with pytest.raises(ValueError, match=r"holds a different comparison \(different match\)"):
         compare(tiny(), tmp_path / "o", ["scratch"], match="flops", log=silent)

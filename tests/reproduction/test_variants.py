@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tutelage.core.curriculum import HiddenStage, OutputStage
-from tutelage.reproduction.comparison_setting import Teacher
+from tutelage.reproduction.teachers import Checkpoint, Teacher
 from tutelage.reproduction.variants import (
     SCHEDULES,
     Candidate,
@@ -24,8 +24,8 @@ from tutelage.training.config import CurriculumConfig
 
 RATES = (0.1, 0.3)
 # kept after 640, 1,280, 2,560 and 6,400 examples; at a batch of 64: 10, 10, 20 and 60 steps apart
-CHECKPOINTS = ((640, "a"), (1_280, "b"), (2_560, "c"), (6_400, "d"))
-TEACHER = Teacher(nn.Identity(), {"transition": 2}, CHECKPOINTS)
+CHECKPOINTS = (Checkpoint(640, "a"), Checkpoint(1_280, "b"), Checkpoint(2_560, "c"), Checkpoint(6_400, "d"))
+TEACHER = Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS, transition=2)
 
 
 def built(schedule: str, steps: int, teacher: Teacher = TEACHER, batch_size: int = 64, **settings: Any) -> Any:
@@ -212,8 +212,11 @@ def test_checkpoints_closer_than_a_step_get_one_each() -> None:
 
 
 def test_the_middle_checkpoint_stands_in_for_an_unknown_transition() -> None:
-    assert shape(built("two", 50, Teacher(nn.Identity(), {}, CHECKPOINTS)))[0] == (20, "c")
-    assert shape(built("two", 50, Teacher(nn.Identity(), {"transition": 0}, CHECKPOINTS)))[0] == (5, "a")
+    assert shape(built("two", 50, Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS)))[0] == (20, "c")
+    assert shape(built("two", 50, Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS, transition=0)))[0] == (
+        5,
+        "a",
+    )
 
 
 def test_progressive_keeps_the_settings_of_the_output_loss() -> None:
@@ -224,7 +227,7 @@ def test_progressive_keeps_the_settings_of_the_output_loss() -> None:
 
 def test_progressive_without_checkpoints_is_refused() -> None:
     with pytest.raises(ValueError, match=r"this teacher has none \(given: x\): leave progressive out of --methods"):
-        built("two", 50, Teacher(nn.Identity(), {"description": "given: x"}))
+        built("two", 50, Teacher(nn.Identity(), "given: x"))
 
 
 def test_other_methods_are_built_by_their_settings() -> None:
@@ -247,7 +250,12 @@ def test_no_variant_changes_what_the_comparison_sets(field: str) -> None:
 def test_a_shortened_budget_shortens_the_schedule_alike() -> None:
     """What tuning sees is the curriculum that is reported, in small."""
     model = torch.nn.Linear(1, 1)
-    teacher = Teacher(model, {"transition": 1}, tuple((8_000 * n, f"at-{8_000 * n}") for n in range(1, 9)))
+    teacher = Teacher(
+        model,
+        "trained",
+        checkpoints=tuple(Checkpoint(8_000 * n, f"at-{8_000 * n}") for n in range(1, 9)),
+        transition=1,
+    )
     for schedule in SCHEDULES:
         made = [
             build_curriculum(

@@ -125,7 +125,9 @@ def test_verdict_does_not_speak_for_seeds_that_did_not_arrive() -> None:
     few = PairedRatio(Estimate(0.5, 0.5, 0.6), 2)
     assert verdict(compared([100] * 2, [200] * 2, few)).endswith("too few seeds to decide.")
     many = PairedRatio(Estimate(0.5, 0.5, 0.6), 5)
-    assert "(95% interval over 5 seeds: 0.5 to 0.6): extraction is better" in verdict(compared([100] * 5, [200] * 5, many))
+    assert "(95% interval over 5 seeds: 0.5 to 0.6): extraction is better" in verdict(
+        compared([100] * 5, [200] * 5, many)
+    )
     none = PairedRatio(Estimate(None, None, None), 0)
     assert "Neither" not in verdict(compared([100], [200], none, seeds=0))
 

@@ -17,6 +17,7 @@ from typing import Any
 from tutelage.cli.parsing import Parser
 from tutelage.core.errors import UserError
 from tutelage.reproduction.compare import compare
+from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.recipes import RECIPES, resolve
 from tutelage.reproduction.recipes.user_run import user_recipe
 from tutelage.reproduction.report import write_report
@@ -56,16 +57,19 @@ def compare_command(arguments: Sequence[str]) -> None:
     if name is not None and name.partition("/")[0] == "scaling" and not _is_file(name):
         _scaling(options, overrides, folder, command)
         return
-    if name is None or _is_file(name):
-        recipe = user_recipe(None if name is None else Path(name), overrides)
-    else:
-        recipe = resolve(name, overrides)
+    recipe = _recipe(name, overrides)
     methods = _methods(options, recipe.default_methods)
     match = options.match or "samples"
     result = compare(recipe, folder, methods, match=match, jobs=options.jobs, command=command, log=progress)
     page = write_report(folder)
     print(result.verdict)
     print(f"\nmetrics: {folder / 'comparison.json'}\nreport:  {page}")
+
+
+def _recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    if name is None:
+        return user_recipe(None, overrides)
+    return user_recipe(Path(name), overrides) if _is_file(name) else resolve(name, overrides)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -79,6 +79,7 @@ def _how_to_read(comparison: Comparison) -> list[str]:
         "samples, so the true number is larger by an unknown amount.",
         "A ratio of 0.1 to B means that the method needed a tenth of the samples of B; below 1 is better. "
         "'at most': B did not reach the target on some seeds, and its budget stands in for its samples. "
-        "'at least', 'not reached' and 'unbounded': the method itself did not reach the target on some or all seeds. 'unknown': neither bound holds.",
+        "'at least', 'not reached' and 'unbounded': the method itself did not reach the target on some or all seeds. "
+        "'unknown': neither bound holds.",
         *lines[2:],
     ]

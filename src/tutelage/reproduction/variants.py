@@ -256,13 +256,13 @@ def build_curriculum(
 
 def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:
     """Steps on each checkpoint, early to late."""
-    times = [samples for samples, _ in teacher.checkpoints]
+    times = [checkpoint.samples for checkpoint in teacher.checkpoints]
     if name == "two":
-        samples, folder = teacher.checkpoints[int(teacher.metrics.get("transition", len(times) // 2))]
-        return [(max(1, int(samples // 2 // batch_size)), folder)]
+        middle = teacher.checkpoints[len(times) // 2 if teacher.transition is None else teacher.transition]
+        return [(max(1, int(middle.samples // 2 // batch_size)), middle.folder)]
     pace = int(name.removeprefix("pace-"))
     spans = [after - before for before, after in zip([0, *times], times, strict=False)]
     return [
-        (max(1, int(span // (pace * batch_size))), folder)
-        for span, (_, folder) in zip(spans, teacher.checkpoints, strict=True)
+        (max(1, int(span // (pace * batch_size))), checkpoint.folder)
+        for span, checkpoint in zip(spans, teacher.checkpoints, strict=True)
     ]

@@ -55,8 +55,8 @@ def _final_values(comparison: Comparison, methods: list[MethodResult]) -> str:
     if not finals:
         return f"No run has a final {comparison.metric}."
     best = (max if comparison.better == "higher" else min)(finals, key=lambda name: finals[name])
-    values = ", ".join(f"{name} {value:.4g}" for name, value in finals.items())
-    return f"{best} ended best. Final {comparison.metric}, median over seeds: {values}."
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in finals.items())
+    return f"{best} ended best. Final {comparison.metric}, median over seeds: {listed}."
 
 
 def _reached(method: MethodResult, comparison: Comparison) -> str:
