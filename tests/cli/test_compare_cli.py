@@ -15,7 +15,7 @@ import yaml
 from tests.conftest import make_tokenizer, save_llama
 from tutelage.cli import main
 from tutelage.reproduction.recipes import RECIPES
-from tutelage.reproduction.recipes.user_run import own_system
+from tutelage.reproduction.recipes.user_run import user_recipe
 from tutelage.tasks.parity import planted_teacher
 
 SMALL = {
@@ -106,9 +106,9 @@ def read(folder: Path) -> dict[str, Any]:
 def test_list_shows_recipes_sizes_and_fields(succeeds: Callable[..., tuple[str, str]]) -> None:
     out, err = succeeds("compare", "--list")
     assert err == ""
-    for name, recipe in RECIPES.items():
-        assert name in out and recipe.about in out
-        for field in vars(recipe.sizes["laptop"]):
+    for name, sizes in RECIPES.items():
+        assert name in out and sizes["laptop"].about in out
+        for field in sizes["laptop"].settings():
             assert field in out
     assert "scaling" in out and "sizes: smoke, laptop, paper" in out
     assert not list(Path().iterdir())
@@ -234,7 +234,10 @@ def test_report_redraws_what_is_there(succeeds: Callable[..., tuple[str, str]], 
             ["parity-mlp/smoke", "--target", "1.5", "--teacher", "planted"],
             "is beyond the teacher, which reaches 1.0000",
         ),
-        (["parity-transformer/smoke", "--teacher", "planted"], "parity-transformer has no field 'teacher'"),
+        (
+            ["parity-transformer/smoke", "--teacher", "planted"],
+            "unknown teacher 'planted': use 'trained', or the folder of a finished teacher",
+        ),
         (["scaling/big"], "unknown size 'big' of scaling"),
         (["scaling/smoke", "--ds", "8"], "at least two values of ds"),
         (["scaling/smoke", "--methods", "extraction"], "methods"),
@@ -384,7 +387,7 @@ def test_an_own_student_with_weights_starts_from_them(tmp_path: Path, corpus: Pa
     teacher = save_llama(tmp_path / "llama")
     make_tokenizer().save_pretrained(save_llama(tmp_path / "student", seed=5, num_hidden_layers=2))
     options = {"teacher": str(teacher), "student": str(tmp_path / "student"), "dataset": str(corpus / "text.jsonl")}
-    system = own_system(own_file(tmp_path, **options), {})
+    system = user_recipe(own_file(tmp_path, **options), {})
     one, two = system.make_student([0]), system.make_student([1])
     for name, value in one.state_dict().items():
         assert value.equal(two.state_dict()[name])

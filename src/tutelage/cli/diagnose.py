@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tutelage.cli.compare import progress, read_overrides, teacher_override
+from tutelage.cli.compare import progress, read_overrides
 from tutelage.cli.parsing import Parser
 from tutelage.core.errors import UserError
 from tutelage.reproduction.diagnose import diagnose_language, diagnose_parity
@@ -37,7 +37,7 @@ def diagnose_command(arguments: Sequence[str]) -> None:
     if options.recipe is not None:
         overrides = read_overrides(rest)
         if options.teacher is not None:
-            overrides |= teacher_override(options.teacher)
+            overrides["teacher"] = options.teacher
         result = diagnose_parity(resolve(options.recipe, overrides), folder, progress)
         for name, weights in result["teacher"].items():
             print(f"{name}: " + ", ".join(f"degree {degree} {w:.3f}" for degree, w in weights["support"].items()))

@@ -23,10 +23,10 @@ from tutelage.core.errors import UserError
 from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.projection import RandomProjection
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.comparison_setting import System
 from tutelage.reproduction.probes import ngram_explained, weights_by_degree
-from tutelage.reproduction.runner import Runner, StopAtTarget
-from tutelage.reproduction.variants import Candidate, parse_variant
+from tutelage.reproduction.recipe import Recipe
+from tutelage.reproduction.runner import PlannedRun, Runner, StopAtTarget
+from tutelage.reproduction.variants import Candidate, plain_variant
 from tutelage.runs.distill import environment
 from tutelage.runs.plots import COLORS, save_figure
 from tutelage.targets.live import LiveTeacher
@@ -38,7 +38,7 @@ from tutelage.tasks.text import make_collator, read_dataset, split_dataset, toke
 _EXAMPLES = 20_000
 
 
-def diagnose_parity(system: System, folder: Path, log: Callable[[str], None] = print) -> dict[str, Any]:
+def diagnose_parity(system: Recipe, folder: Path, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Fourier weights of a parity teacher's output, of its projected hidden layer, and of a student over extraction.
 
     Writes fourier.json, fourier.png and fourier.md to `folder`.
@@ -46,16 +46,16 @@ def diagnose_parity(system: System, folder: Path, log: Callable[[str], None] = p
     Args:
         system: of the `parity-mlp` recipe; its first seed and the middle one of its learning rates are used.
     """
-    fields: Any = system.fields
-    if system.recipe != "parity-mlp":
-        raise UserError(f"Fourier weights are for parity-mlp, not {system.recipe}")
+    fields: Any = system
+    if system.name != "parity-mlp":
+        raise UserError(f"Fourier weights are for parity-mlp, not {system.name}")
     if not fields.seeds or not fields.learning_rates:
         raise UserError("a diagnosis needs a seed and a learning rate: give --seeds 0 and --learning_rates 0.3, say")
     if fields.k > len(COLORS):
         raise UserError(f"k={fields.k} is beyond the {len(COLORS)} degrees that the plot can tell apart")
     teacher = system.make_teacher(folder)
     model: Any = teacher.model
-    support = fields.support or tuple(range(fields.k))
+    support = fields.coordinates
     bits, _ = ParityData(fields.d, fields.k, _EXAMPLES, 9_999_991, support).arrays()
     with torch.inference_mode():
         hidden = forward_to(model, 2, input_ids=bits)
@@ -80,11 +80,12 @@ def diagnose_parity(system: System, folder: Path, log: Callable[[str], None] = p
     runner = Runner(system, teacher, folder, "samples")
     log("training a student by extraction")
     stop = StopAtTarget(system, fields.seeds[:1], None)
-    runner.train(parse_variant("extraction"), Candidate(rate), fields.seeds[:1], folder / "student", [Watch(), stop])
+    planned = PlannedRun(plain_variant("extraction"), Candidate(rate), tuple(fields.seeds[:1]), folder / "student")
+    runner.train(planned, [Watch(), stop])
     result = {
         "d": fields.d,
         "k": fields.k,
-        "teacher_description": teacher.metrics["description"],
+        "teacher_description": teacher.description,
         "examples": _EXAMPLES,
         "environment": environment(),
         "teacher": teacher_weights,

@@ -25,8 +25,8 @@ import numpy as np
 from tutelage.core.errors import UserError
 from tutelage.io.files import write_atomically
 from tutelage.reproduction.compare import compare
+from tutelage.reproduction.recipe import change_fields
 from tutelage.reproduction.recipes import resolve
-from tutelage.reproduction.recipes.fields import read_fields
 from tutelage.reproduction.workers import Workers
 from tutelage.runs.distill import environment
 from tutelage.runs.plots import COLORS, save_figure
@@ -106,7 +106,7 @@ def run_scaling(
     size = name.partition("/")[2] or "laptop"
     if size not in SCALING_SIZES:
         raise UserError(f"unknown size {size!r} of scaling: there are {', '.join(SCALING_SIZES)}")
-    fields: ScalingFields = read_fields(SCALING_SIZES[size], overrides, "scaling")
+    fields: ScalingFields = change_fields(SCALING_SIZES[size], overrides, "scaling")
     for field in ("ks", "ds", "teachers"):
         values = getattr(fields, field)
         if len(set(values)) != len(values):
@@ -141,15 +141,15 @@ def run_scaling(
             log(f"k={k} d={d}, {teacher} teacher")
             cell = folder / f"k{k}-{teacher}-d{d}"
             result = compare(system, cell, METHODS, jobs=workers, command=None, log=lambda line: None)
-            for method, entry in result["methods"].items():
+            for method in result.methods:
                 points.append(
                     {
                         "k": k,
                         "teacher": teacher,
                         "d": d,
-                        "method": method,
-                        "learning_rate": entry["learning_rate"],
-                        "samples": [run["samples_to_target"] for run in entry["runs"]],
+                        "method": method.name,
+                        "learning_rate": None if method.candidate is None else method.candidate.learning_rate,
+                        "samples": [run.to_target("samples") for run in method.runs],
                     }
                 )
             written = _write(folder, name, command, fields, points)
