@@ -25,7 +25,7 @@ from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.tuning import tune
 from tutelage.reproduction.variants import Variant, candidates, plain_variant
 from tutelage.reproduction.workers import Workers
-from tutelage.runs.distill import environment
+from tutelage.runs.environment import environment
 
 _SETTINGS_FILE = "settings.json"
 

@@ -27,13 +27,13 @@ from tutelage.reproduction.probes import ngram_explained, weights_by_degree
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.runner import PlannedRun, Runner, StopAtTarget
 from tutelage.reproduction.variants import Candidate, plain_variant
-from tutelage.runs.distill import environment
+from tutelage.runs.environment import environment
 from tutelage.runs.plots import COLORS, save_figure
-from tutelage.targets.live import LiveTeacher
-from tutelage.tasks.base import backbone, detect_task, load_task_model
+from tutelage.targets.live import LiveTargets
 from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.parity import ParityData, ParityMLP
-from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
+from tutelage.tasks.registry import detect_task
+from tutelage.tasks.text import read_dataset, split_dataset, tokenize
 
 _EXAMPLES = 20_000
 
@@ -176,15 +176,15 @@ def diagnose_language(
     tokenizer = load_tokenizer(teacher)
     if tokenizer is None:
         raise UserError(f"found no tokenizer with {teacher!r}: save one into its folder")
-    model = load_task_model(task, teacher)
-    source = LiveTeacher(model, backbone(model), blocks)
+    model = task.load(teacher)
+    source = LiveTargets(model, task, blocks)
     data = read_dataset(dataset)
     if eval_dataset is None:
         parts = split_dataset(data, 0.3)
     else:
         held_out = read_dataset(eval_dataset)
         parts = tuple(next(iter(p.values())) if isinstance(p, dict) else p for p in (data, held_out))
-    collator = make_collator(task, tokenizer)
+    collator = task.collator(tokenizer)
     sides = []
     for part in parts:
         rows = tokenize(part, tokenizer, task, max_length, text_column)
@@ -209,13 +209,13 @@ def diagnose_language(
 
 @torch.inference_mode()
 def _states_and_contexts(
-    source: LiveTeacher, rows: Any, collator: Any, length: int
+    source: LiveTargets, rows: Any, collator: Any, length: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """States of every layer at positions with a whole context, and the last tokens there (newest first).
 
     A masked model's input is left unmasked.
     """
-    places: list[Any] = [*range(len(source.blocks) + 1), FINAL]
+    places: list[Any] = [*range(len(source.block_names) + 1), FINAL]
     states: dict[str, list[torch.Tensor]] = {str(place): [] for place in places}
     contexts = []
     device = next(source.model.parameters()).device
@@ -240,23 +240,23 @@ def _states_and_contexts(
     return {place: torch.cat(parts) for place, parts in states.items()}, torch.cat(contexts)
 
 
-def _all_states(source: LiveTeacher, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _all_states(source: LiveTargets, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """States at every place, from one forward."""
     found: dict[str, torch.Tensor] = {}
     handles = []
-    first = source.blocks.module(source.backbone, 1)
+    first = source.block_names.module(source.backbone, 1)
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else next(iter(kwargs.values()))
         found["0"] = value
 
     handles.append(first.register_forward_pre_hook(before, with_kwargs=True))
-    for number in range(1, len(source.blocks) + 1):
+    for number in range(1, len(source.block_names) + 1):
 
         def after(_module: Any, _args: Any, output: Any, number: int = number) -> None:
             found[str(number)] = output if isinstance(output, torch.Tensor) else output[0]
 
-        handles.append(source.blocks.module(source.backbone, number).register_forward_hook(after))
+        handles.append(source.block_names.module(source.backbone, number).register_forward_hook(after))
     try:
         found[FINAL] = forward_to(source.backbone, FINAL, **model_inputs(source.backbone, inputs))
     finally:

@@ -120,7 +120,7 @@ class Recipe(ABC):
         """What the runs depend on besides `settings()`: for the record, and to tell two comparisons apart."""
         return {}
 
-    def check(self) -> None:  # noqa: B027 - nothing to check is the default
+    def check(self) -> None:
         """Raise UserError where the data cannot be used; reads them if need be."""
 
     # What a run is made of

@@ -20,11 +20,7 @@ from tutelage.reproduction.display import show_number
 from tutelage.reproduction.results import Comparison, MethodResult, RunRecord
 from tutelage.runs import plots
 
-AXES = {
-    "samples": "training samples",
-    "flops": plots.AXES["flops"],
-    "seconds": plots.AXES["seconds"],
-}
+AXES = {"samples": "training samples", "flops": plots.AXES["flops"], "seconds": plots.AXES["seconds"]}
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}  # plotly's name: matplotlib's
 _BAND_POINTS = 400  # points of a median in the page, at most
 _WIDE_LEGEND = 45  # characters of a name; the legend of longer ones has one column

@@ -21,10 +21,11 @@ from tutelage.core.curriculum import Curriculum, OutputStage
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, build_curriculum, candidates
-from tutelage.targets.live import LiveTeacher
-from tutelage.tasks.base import backbone, hidden_size
-from tutelage.training import checks, warm_start
+from tutelage.targets.live import LiveTargets
+from tutelage.tasks.registry import get_task
+from tutelage.training import warm_start
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.objective import StageObjective
 from tutelage.training.trainer import CurriculumTrainer
 
 
@@ -80,11 +81,11 @@ class RunBuilder:
     def check(self, variant: Variant) -> None:
         """Raise UserError where a variant has no curriculum on this recipe, before anything is run."""
         student, teacher = self.recipe.make_student(self.recipe.seeds[:1]), self.teacher.model
-        live = LiveTeacher(teacher, backbone(teacher))
+        source = LiveTargets(teacher, get_task(self.recipe.task))
         for candidate in candidates(variant, self.recipe.learning_rates):
             made = self.curriculum(variant, candidate, self.budget_steps)
-            checks.check_widths(made, hidden_size(student), hidden_size(teacher))
-            warm_start.check(made, student, live)
+            source.attach(made, student)
+            warm_start.check(StageObjective(student, source))
 
     @property
     def budget_steps(self) -> int:
@@ -105,7 +106,10 @@ class RunBuilder:
     def _blocks(self) -> tuple[int, int]:
         """Numbers of blocks of student and teacher."""
         student = self.recipe.make_student(self.recipe.seeds[:1])
+        backbone = get_task(self.recipe.task).backbone
         return len(find_blocks(backbone(student))), len(find_blocks(backbone(self.teacher.model)))
+            find_blocks(get_task(self.recipe.task).backbone(self.teacher.model))
+        )
 
     def trainer(
         self,

@@ -26,8 +26,9 @@ from tutelage.reproduction.results import CurvePoint, RunRecord, read_runs, writ
 from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant
+from tutelage.training.checks import TrainingDiverged
 from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics, last_complete_checkpoint
-from tutelage.training.trainer import CurriculumTrainer, TrainingDiverged
+from tutelage.training.trainer import CurriculumTrainer
 
 _RUN_FILE = "run.json"
 

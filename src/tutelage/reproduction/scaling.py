@@ -28,7 +28,7 @@ from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipe import change_fields
 from tutelage.reproduction.recipes import resolve
 from tutelage.reproduction.workers import Workers
-from tutelage.runs.distill import environment
+from tutelage.runs.environment import environment
 from tutelage.runs.plots import COLORS, save_figure
 
 METHODS = ("extraction", "one_shot", "scratch")

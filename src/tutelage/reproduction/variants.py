@@ -16,6 +16,7 @@ from tutelage.core.curriculum import METHODS, Curriculum, OutputStage, Stage
 from tutelage.core.errors import UserError
 from tutelage.reproduction.teachers import Teacher
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.resolution import build_curriculum as method_curriculum
 
 # How progressive distillation uses the teacher's checkpoints: at the teacher's own pace, faster, or one checkpoint from
 # the middle of its transition and then the finished teacher (arXiv:2410.05464). All are searched.
@@ -228,7 +229,7 @@ def build_curriculum(
         UserError: progressive without checkpoints, or what the builders refuse.
     """
     if args.method != "progressive":
-        return args.build_curriculum(*blocks, steps)
+        return method_curriculum(args, blocks, steps)
     if not teacher.checkpoints:
         raise UserError(
             "progressive distillation needs checkpoints of the teacher's training, and this teacher has none "
@@ -250,7 +251,11 @@ def build_curriculum(
         left -= count
     stages.append(stage(left, None))
     return Curriculum(
-        "progressive", tuple(stages), normalize=args.normalize, temperature=args.temperature, top_k=args.top_k
+        "progressive",
+        tuple(stages),
+        normalize=args.value("normalize"),
+        temperature=args.value("temperature"),
+        top_k=args.top_k,
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import RunRecord
 from tutelage.reproduction.runner import PlannedRun, Runner
-from tutelage.runs.distill import quiet_unless_terminal
+from tutelage.runs.environment import quiet_unless_terminal
 
 
 class Workers:

@@ -28,13 +28,13 @@ from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, PaperRecipe, at_least_one
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
-from tutelage.tasks.base import get_task
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
 from tutelage.tasks.loading import load_model, load_tokenizer
+from tutelage.tasks.outputs import EvaluationTools
 from tutelage.tasks.pcfg import PcfgDataset, pcfg_collator, pcfg_config
 from tutelage.tasks.pcfg_grammar import Grammar, build_grammar
-from tutelage.tasks.text import make_collator, read_dataset, split_dataset, tokenize
-from tutelage.training.evaluation import evaluate_batches
+from tutelage.tasks.registry import get_task
+from tutelage.tasks.text import read_dataset, split_dataset, tokenize
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class LanguageRecipe(PaperRecipe):
             )
         with torch.random.fork_rng(devices=[]):
             batches = DataLoader(self.held_out(), batch_size=64, collate_fn=self.collator)
-            metrics = evaluate_batches(model, batches, get_task(self.task))
+            metrics = get_task(self.task).evaluate(model, batches, lambda batch: None, EvaluationTools())
         if metrics["loss"] > math.log(entries):
             raise UserError(
                 f"teacher {name!r} has a held-out loss of {metrics['loss']:.3f} on this recipe's text, worse than chance: "
@@ -264,7 +264,7 @@ class TextRecipe(LanguageRecipe):
 
     @cached_property
     def collator(self) -> Any:
-        return make_collator(get_task(self.task), self.tokenizer, self.mlm_probability)
+        return get_task(self.task).collator(self.tokenizer, self.mlm_probability)
 
     def check(self) -> None:
         self._rows  # noqa: B018 - reads the texts

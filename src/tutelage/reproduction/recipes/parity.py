@@ -22,10 +22,10 @@ from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, plain_variant
-from tutelage.tasks.base import get_task
 from tutelage.tasks.loading import load_model
+from tutelage.tasks.outputs import EvaluationTools
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig, check_parity, planted_teacher
-from tutelage.training.evaluation import evaluate_batches
+from tutelage.tasks.registry import get_task
 
 PLANTED = "planted"
 # Below this held-out accuracy a teacher was made for a different parity.
@@ -133,7 +133,9 @@ class ParityRecipe(PaperRecipe):
         support = self.coordinates
         data = ParityData(self.d, self.k, self.eval_samples, EVAL_SEED + TEACHER_SEED + 1, support)
         batches = DataLoader(data, batch_size=512, collate_fn=self.collator)
-        accuracy = evaluate_batches(teacher.model, batches, get_task(self.task))["accuracy"]
+        accuracy = get_task(self.task).evaluate(teacher.model, batches, lambda batch: None, EvaluationTools())[
+            "accuracy"
+        ]
         if accuracy < _ABOVE_CHANCE:
             raise UserError(
                 f"the teacher's accuracy on this parity (d={self.d}, k={self.k}, support {list(support)}) is "

@@ -20,8 +20,9 @@ from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import FIXED, Recipe, change_fields
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import CONTROLLED, Variant, plain_variant, read_methods
-from tutelage.runs.options import ConfigParser, as_flags, read_options
-from tutelage.runs.settings import Run, RunArguments, fill_defaults, prepare_run
+from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
+from tutelage.runs.options import OptionParser, as_flags, read_options
+from tutelage.targets.live import LiveTargets
 from tutelage.tasks.loading import load_config
 from tutelage.tasks.students import make_student, student_config
 from tutelage.training.config import CurriculumConfig
@@ -64,11 +65,11 @@ class UserRecipe(Recipe):
 
     @property
     def metric(self) -> str:
-        return "cosine" if self.task == "embedding" else "loss"
+        return self._run.task.metric
 
     @property
     def better(self) -> str:
-        return "higher" if self.metric == "cosine" else "lower"
+        return self._run.task.better
 
     @property
     def default_methods(self) -> tuple[Variant, ...]:
@@ -81,26 +82,32 @@ class UserRecipe(Recipe):
         self._run  # noqa: B018 - loads models and data
 
     @cached_property
-    def _given(self) -> tuple[RunArguments, CurriculumConfig]:
+    def _given(self) -> tuple[RunOptions, CurriculumConfig]:
         return _parse(self.options, self.eval_samples)
 
     @cached_property
-    def _run(self) -> Run:
-        return prepare_run(*self._given)
+    def _run(self) -> RunInputs:
+        return load_inputs(*self._given)
 
     def arguments(self) -> dict[str, Any]:
         names = {part.name for part in dataclasses.fields(CurriculumConfig)} - {"teacher_model_name_or_path"}
         return {key: getattr(self._given[1], key) for key in self.options if key in names}
 
     def make_teacher(self, folder: Path) -> Teacher:
-        assert self._run.teacher is not None
-        return Teacher(self._run.teacher, f"given: {self._run.names['teacher']}")
+        return Teacher(self._teacher, f"given: {self._run.names['teacher']}")
+
+    @property
+    def _teacher(self) -> nn.Module:
+        source = self._run.source
+        assert isinstance(source, LiveTargets), "a comparison has a teacher"
+        return source.model
 
     def make_student(self, seeds: Sequence[int]) -> nn.Module:
         run, config = self._given
         shape = student_config(str(run.student), load_config(str(config.teacher_model_name_or_path)))
         set_seed(31 + seeds[0])
-        return make_student(str(run.student), self._run.task, shape, self._run.teacher).float()
+        task = self._run.task
+        return make_student(str(run.student), task, shape, task.teacher_shape(self._teacher)).float()
 
     def train_data(self, seeds: Sequence[int], count: int) -> Any:
         assert self._run.train_dataset is not None
@@ -137,7 +144,7 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
         if value is not None and key != "methods"
     }
     numbers = {part.name for part in dataclasses.fields(UserRecipe) if part.metadata != FIXED}
-    run_options = {part.name for part in (*dataclasses.fields(RunArguments), *dataclasses.fields(CurriculumConfig))}
+    run_options = {part.name for part in (*dataclasses.fields(RunOptions), *dataclasses.fields(CurriculumConfig))}
     for key in options:
         if key not in numbers | run_options:
             raise UserError(f"{where} has an unknown option {key!r}")
@@ -162,11 +169,9 @@ def _methods(file: Path | None) -> tuple[Variant, ...]:
     return read_methods(yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)["methods"])
 
 
-def _parse(options: Mapping[str, Any], eval_samples: int) -> tuple[RunArguments, CurriculumConfig]:
+def _parse(options: Mapping[str, Any], eval_samples: int) -> tuple[RunOptions, CurriculumConfig]:
     """Options as `tutelage distill` parses its flags, with its defaults."""
-    kinds: Any = (RunArguments, CurriculumConfig)
+    kinds: Any = (RunOptions, CurriculumConfig)
     flags = ["--output_dir=unused", *as_flags(options)]
-    run, config = ConfigParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
-    run.eval_samples = eval_samples
-    fill_defaults(run, config)
-    return run, config
+    run, config = OptionParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
+    return with_defaults(dataclasses.replace(run, max_samples=eval_samples), config)
