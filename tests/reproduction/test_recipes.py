@@ -21,7 +21,7 @@ from tutelage.reproduction.recipes import RECIPES, SIZES, resolve
 from tutelage.reproduction.recipes.parity import ParityMLPRecipe, ParityTransformerRecipe
 from tutelage.reproduction.results import Comparison
 from tutelage.reproduction.scaling import SCALING_SIZES, fit_exponent, run_scaling
-from tutelage.tasks.base import TASKS
+from tutelage.tasks.registry import TASKS
 
 NAMES = ("parity-mlp", "parity-transformer", "pcfg-mlm", "pcfg-clm", "text-mlm", "text-clm")
 EVERY = [(name, size) for name in NAMES for size in ("smoke", "laptop", "paper")]

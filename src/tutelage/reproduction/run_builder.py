@@ -108,8 +108,6 @@ class RunBuilder:
         student = self.recipe.make_student(self.recipe.seeds[:1])
         backbone = get_task(self.recipe.task).backbone
         return len(find_blocks(backbone(student))), len(find_blocks(backbone(self.teacher.model)))
-            find_blocks(get_task(self.recipe.task).backbone(self.teacher.model))
-        )
 
     def trainer(
         self,
