@@ -53,7 +53,7 @@ def pcfg_tokens(grammar: Grammar) -> dict[str, int]:
 def pcfg_decode(input_ids_NT: torch.Tensor) -> Strings:
     """The strings in rows of token ids, as `is_member` takes them: what follows a leading `<bos>`, up to `<eos>` or `<pad>`.
 
-    Other special tokens stay, as negative symbols, so that a string with one is no member.
+    Other special tokens stay, as negative symbols, so that a string that contains one is not a member.
     """
     ids_NT = input_ids_NT.cpu().numpy()
     ended_NT = np.logical_or.accumulate((ids_NT == EOS) | (ids_NT == PAD), axis=1)
@@ -73,7 +73,7 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
         grammar: the language.
         count: rows.
         seed: 0 to 2^64 - 1.
-        max_length: cut longer rows to their first `max_length` tokens (which lose `<eos>` and are no members); None keeps
+        max_length: cut longer rows to their first `max_length` tokens (which lose `<eos>` and are not members); None keeps
             every string whole.
 
     Raises:
@@ -136,7 +136,7 @@ def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3, se
             masks depend on the seed and the row alone, whatever the batch: the same at every evaluation.
 
     Raises:
-        UserError: another task, or a probability or a seed out of range.
+        UserError: an unknown task, or a probability or a seed out of range.
     """
     _check_task(task)
     if not 0 < mask_probability <= 1:
@@ -199,7 +199,7 @@ def pcfg_config(
         fields: more fields of the config, or other values for those set here.
 
     Raises:
-        UserError: another task, or a size below 1.
+        UserError: an unknown task, or a size below 1.
     """
     _check_task(task)
     for name, value in (("layers", layers), ("heads", heads), ("head_width", head_width), ("max_length", max_length)):

@@ -40,7 +40,7 @@ class Grammar:
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or self.levels[0] != 1 or min(self.levels) < 1:
             raise UserError(
-                f"levels {self.levels} are no grammar's: they need a single root and at least one level below"
+                f"levels {self.levels} do not define a grammar: they need a single root and at least one level below"
             )
         if len(self.rules) != len(self.levels) - 1:
             raise UserError(
@@ -251,8 +251,8 @@ def is_member(grammar: Grammar, strings: Strings | Sequence[Sequence[int] | np.n
     """Whether the grammar derives each string, (N,) booleans; exact.
 
     The dynamic programme of Cocke, Younger and Kasami, kept sparse: from the terminals up, each symbol's list of the spans
-    that it derives, in all strings together; a rule joins the spans that touch. Symbols that are no terminals are in no
-    span, so a string with one is no member. Time grows with the number of spans: half a second for 1,000 strings of the
+    that it derives, in all strings together; a rule joins the spans that touch. Symbols that are not terminals are in no
+    span, so a string that contains one is not a member. Time grows with the number of spans: half a second for 1,000 strings of the
     default grammar, half a minute a string where every pair and triple of symbols is a rule.
 
     Args:
