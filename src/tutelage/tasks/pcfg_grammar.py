@@ -252,8 +252,8 @@ def is_member(grammar: Grammar, strings: Strings | Sequence[Sequence[int] | np.n
 
     The dynamic programme of Cocke, Younger and Kasami, kept sparse: from the terminals up, each symbol's list of the spans
     that it derives, in all strings together; a rule joins the spans that touch. Symbols that are not terminals are in no
-    span, so a string that contains one is not a member. Time grows with the number of spans: half a second for 1,000 strings of the
-    default grammar, half a minute a string where every pair and triple of symbols is a rule.
+    span, so a string that contains one is not a member. Time grows with the number of spans: half a second for 1,000 strings
+    of the default grammar, half a minute per string where every pair and triple of symbols is a rule.
 
     Args:
         grammar: the language.

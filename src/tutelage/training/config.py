@@ -131,7 +131,7 @@ class CurriculumConfig(TrainingArguments):
     top_k: int | None = field(
         default=None,
         metadata={
-            "help": "Language models: keep the k most likely teacher outputs and merge the rest into one bucket; default: all outputs."
+            "help": "Keep the k most likely teacher outputs and merge the rest into one bucket; default: all outputs."
         },
     )
     label_weight: float = field(default=0.0, metadata={"help": "Fraction of label loss in output stages, 0 to 1."})
