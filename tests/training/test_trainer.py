@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumTrainer, forward_to, one_shot
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.source import NoTargets
 from tutelage.training.trainer import TrainingDiverged
 
 Make = Callable[..., CurriculumTrainer]
@@ -58,7 +60,7 @@ def test_hidden_stage_equals_a_plain_loop(make_trainer: Make) -> None:
     trainer.train()
 
     student, teacher = llama(2, 16, seed=2), llama(4, 24, seed=1).eval()
-    target_map = trainer.objective.maps[0]
+    target_map = trainer.source.maps[0]
     assert target_map is not None
     parameters = [*student.model.embed_tokens.parameters(), *student.model.layers[0].parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
@@ -237,7 +239,7 @@ def test_scratch_needs_no_teacher_and_learns_the_labels(make_trainer: Make) -> N
     trainer = make_trainer(method="scratch", max_steps=60)
     before = trainer.evaluate(token_rows())["eval_loss"]
     trainer.train()
-    assert trainer.teacher is None
+    assert isinstance(trainer.source, NoTargets)
     assert trainer.evaluate(token_rows())["eval_loss"] < before - 1
 
 
@@ -247,7 +249,8 @@ def test_evaluation_equals_the_models_own_loss(make_trainer: Make) -> None:
     ids = torch.tensor(trainer.eval_dataset["input_ids"])
     with torch.no_grad():
         out = trainer.model.eval()(input_ids=ids, labels=ids)
-        log_p = trainer.teacher.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        assert isinstance(trainer.source, LiveTargets)
+        log_p = trainer.source.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
     log_q = out.logits[:, :-1].log_softmax(-1)
     assert metrics["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
     assert metrics["eval_kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
@@ -295,9 +298,9 @@ def test_half_written_checkpoint_is_not_resumed_from(make_trainer: Make, tmp_pat
 def test_output_dir_of_another_run_is_refused(make_trainer: Make) -> None:
     settings = {"save_strategy": "steps", "save_steps": 4}
     make_trainer(**settings).train()
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="already contains a run. Choose another folder, resume the run"):
         make_trainer(**settings).train()
-    with pytest.raises(ValueError, match="trained with another curriculum"):
+    with pytest.raises(ValueError, match="was created with a different curriculum"):
         make_trainer(method="one_shot", **settings).train(resume_from_checkpoint=True)
     make_trainer(method="one_shot", overwrite_output_dir=True).train()
 
