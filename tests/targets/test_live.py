@@ -274,8 +274,6 @@ def test_a_plain_module_can_teach() -> None:
 
 def test_the_head_map_is_not_centred_where_the_student_has_no_bias(teacher: LiveTargets) -> None:
     curriculum = Curriculum("mine", (HiddenStage(5, FINAL, FINAL), HiddenStage(5, 1, 2)))
-    head, block = calibrate(
-        teacher.stage_states, curriculum, [batch()], 4, Calibration(WIDTH, center_final=False)
-    )
+    head, block = calibrate(teacher.stage_states, curriculum, [batch()], 4, Calibration(WIDTH, center_final=False))
     assert not head.standardizer.mean.any()
     assert block.standardizer.mean.any()
