@@ -5,8 +5,8 @@ BIN := .venv/bin
 
 .PHONY: demo test test-assets lint teacher assets clean
 
-demo: .venv/.installed  ## distil a small student from the embedded teacher
-	$(BIN)/tutelage distill --output_dir demo-output
+demo: .venv/.installed  ## distil a small student from the embedded teacher, then compare it with one-shot distillation
+	$(BIN)/python examples/demo.py demo-output
 
 test: .venv/.installed-dev  ## every test that needs no download
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -2,37 +2,38 @@
 
 import sys
 
-from datasets import load_dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.tasks.registry import get_task
-from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
-from tutelage.tasks.students import student_config
-from tutelage.tasks.registry import get_task
-from tutelage.tasks.text import tokenize
+from tutelage import (
+    DEFAULT_EVAL_TEXT,
+    DEFAULT_TEACHER,
+    DEFAULT_TEXT,
+    CurriculumConfig,
+    CurriculumTrainer,
+    get_task,
+    load_tokenizer,
+    make_student,
+    read_dataset,
+    student_config,
+    tokenize,
+)
 
 output_dir = sys.argv[1] if len(sys.argv) > 1 else "example-output"
 max_steps = int(sys.argv[2]) if len(sys.argv) > 2 else 150
 
 task = get_task("causal_lm")
-tokenizer = AutoTokenizer.from_pretrained(DEFAULT_TEACHER)
-teacher = AutoModelForCausalLM.from_pretrained(DEFAULT_TEACHER)
-config = student_config("layers=2,hidden_size=64", AutoConfig.from_pretrained(DEFAULT_TEACHER))
-student = AutoModelForCausalLM.from_config(config)
-
-files = {"train": DEFAULT_TEXT, "test": DEFAULT_EVAL_TEXT}
-text = load_dataset("text", data_files=files, keep_linebreaks=True)
-blocks = {split: tokenize(text[split], tokenizer, task, max_length=128) for split in files}
+tokenizer = load_tokenizer(DEFAULT_TEACHER)
+teacher = task.load(DEFAULT_TEACHER)
+student = make_student("layers=2,hidden_size=64", task, student_config("layers=2,hidden_size=64", teacher.config))
+train, held_out = (
+    tokenize(read_dataset(text), tokenizer, task, max_length=128) for text in (DEFAULT_TEXT, DEFAULT_EVAL_TEXT)
+)
 
 trainer = CurriculumTrainer(
     model=student,
     teacher_model=teacher,
     args=CurriculumConfig(output_dir=output_dir, method="extraction", max_steps=max_steps, eval_with_teacher=True),
-    train_dataset=blocks["train"],
-    eval_dataset=blocks["test"].select(range(64)),
+    train_dataset=train,
+    eval_dataset=held_out.select(range(64)),
     processing_class=tokenizer,
-    data_collator=make_collator(task, tokenizer),
 )
 trainer.train()
 print(trainer.evaluate())

@@ -8,9 +8,7 @@ Curriculum extraction is arXiv:2503.17494; progressive distillation and the expe
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
 from tutelage.core.projection import KINDS
+from tutelage.core.records import Record
 
 METHODS = ("extraction", "one_shot", "progressive", "scratch")
 NORMALIZE = ("standardize", "none")
@@ -28,7 +27,7 @@ LayerMap = Sequence[tuple[Place, Place]]
 
 
 @dataclass(frozen=True)
-class Stage(ABC):
+class Stage(Record, ABC):
     """One part of a curriculum: what the student matches, and for how many optimiser steps."""
 
     steps: int
@@ -53,6 +52,20 @@ class Stage(ABC):
     def continues(self) -> bool:
         """Whether the stage keeps the optimiser and the schedule of the stage before it."""
         return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, with the `kind` of stage."""
+        return {"kind": "hidden" if isinstance(self, HiddenStage) else "output", **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Any:
+        """The stage of the `kind` that `fields` name."""
+        values = dict(fields)
+        kinds = {"hidden": HiddenStage, "output": OutputStage}
+        kind = values.pop("kind")
+        if kind not in kinds:
+            raise UserError(f"a stage has the unknown kind {kind!r}: expected one of {', '.join(kinds)}")
+        return kinds[kind](**values)
 
 
 @dataclass(frozen=True)
@@ -104,26 +117,8 @@ class OutputStage(Stage):
         return self.label_weight < 1
 
 
-_KINDS: dict[str, type[HiddenStage] | type[OutputStage]] = {"hidden": HiddenStage, "output": OutputStage}
-
-
-def stage_to_dict(stage: Stage) -> dict[str, Any]:
-    """A stage's fields and `kind`, which says which class it is."""
-    kind = next(kind for kind, cls in _KINDS.items() if type(stage) is cls)
-    return {"kind": kind, **dataclasses.asdict(stage)}
-
-
-def stage_from_dict(fields: Mapping[str, Any]) -> Stage:
-    """The inverse of `stage_to_dict`."""
-    values = dict(fields)
-    kind = values.pop("kind")
-    if kind not in _KINDS:
-        raise UserError(f"a stage has the unknown kind {kind!r}: expected one of {', '.join(_KINDS)}")
-    return _KINDS[kind](**values)
-
-
 @dataclass(frozen=True)
-class Curriculum:
+class Curriculum(Record):
     """A method as data: its stages and the settings they share."""
 
     method: str
@@ -200,26 +195,6 @@ class Curriculum:
             f"warm_start={self.warm_start!r} needs a stage that pairs the places before the two output heads: "
             "end the layer map with final:final, e.g. layer_map='final:final'"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything needed to build this value again, as JSON values."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "stages": [stage_to_dict(stage) for stage in self.stages]}
-
-    def to_json(self) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Curriculum:
-        """The inverse of `to_dict`."""
-        stages = tuple(stage_from_dict(stage) for stage in fields["stages"])
-        return cls(**{**fields, "stages": stages})
-
-    @classmethod
-    def from_json(cls, text: str) -> Curriculum:
-        """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
 
 
 def _check_stage(number: int, stage: Stage, before: Stage | None) -> None:

@@ -5,8 +5,6 @@ Public names: `evaluate`, `EvaluateOptions`, `EvaluationResult`.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tutelage.core.errors import UserError
+from tutelage.core.records import Record
 from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, sequence_length
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
@@ -61,7 +60,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
+class EvaluationResult(Record):
     """Metrics of a model on a dataset."""
 
     model: str
@@ -69,15 +68,6 @@ class EvaluationResult:
     teacher: str | None
     sequences: int
     metrics: dict[str, float]
-
-    def to_json(self) -> str:
-        """As text."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> EvaluationResult:
-        """The inverse of `to_json`."""
-        return cls(**json.loads(text))
 
 
 def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:

@@ -5,8 +5,6 @@ Public names: `plan`, `Plan`, `StagePlan`, `ModelPlan`, `describe_plan`.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from tutelage.core.blocks import Blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, Stage, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import usable_positions
+from tutelage.core.records import Record
 from tutelage.runs.inputs import DEFAULT_LENGTH, RunOptions
 from tutelage.runs.plan_extraction import ExtractionPlan
 from tutelage.targets.live import LiveTargets
@@ -33,7 +32,7 @@ _DEFAULT_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class ModelPlan(Record):
     """A model of a plan."""
 
     name: str
@@ -45,7 +44,7 @@ class ModelPlan:
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class StagePlan(Record):
     """A stage and what it costs."""
 
     name: str
@@ -59,7 +58,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Record):
     """A distillation that was not run."""
 
     task: str
@@ -79,22 +78,6 @@ class Plan:
     """Outputs at a position that predicts."""
     extraction: ExtractionPlan | None = None
     """Where an extraction was planned too."""
-
-    def to_json(self) -> str:
-        """As text."""
-        return json.dumps({**dataclasses.asdict(self), "curriculum": self.curriculum.to_dict()}, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        for who in ("teacher", "student"):
-            fields[who] = ModelPlan(**{**fields[who], "blocks": tuple(fields[who]["blocks"])})
-        fields["curriculum"] = Curriculum.from_dict(fields["curriculum"])
-        fields["stages"] = tuple(StagePlan(**stage) for stage in fields["stages"])
-        if fields["extraction"] is not None:
-            fields["extraction"] = ExtractionPlan.from_dict(fields["extraction"])
-        return cls(**fields)
 
 
 def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None) -> Plan:

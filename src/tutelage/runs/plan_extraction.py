@@ -7,11 +7,11 @@ Public names: `plan_extraction`, `ExtractionRequest`, `ExtractionPlan`, `describ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tutelage.core.errors import UserError
+from tutelage.core.records import Record
 from tutelage.targets.rows import DTYPES, RowFormat
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ExtractionRequest:
 
 
 @dataclass(frozen=True)
-class StageExtraction:
+class StageExtraction(Record):
     """What a stage takes: disk by dtype, teacher compute and time."""
 
     name: str
@@ -78,7 +78,7 @@ class StageExtraction:
 
 
 @dataclass(frozen=True)
-class ExtractionPlan:
+class ExtractionPlan(Record):
     """An extraction that was not run."""
 
     tokens: int
@@ -102,11 +102,6 @@ class ExtractionPlan:
         """Accelerator-hours of the teacher, run once; None where its pace is unknown."""
         hours = [stage.hours for stage in self.stages if stage.hours is not None]
         return sum(hours) if len(hours) == len(self.stages) else None
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ExtractionPlan:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**fields, "stages": tuple(StageExtraction(**stage) for stage in fields["stages"])})
 
 
 def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan:

@@ -5,15 +5,15 @@ Public names: `RunResult`, `ModelMetrics`, `Budget`, `RESULT_FILE`.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
+
+from tutelage.core.records import Record
 
 RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
-class ModelMetrics:
+class ModelMetrics(Record):
     """A model's size and its held-out metrics by name."""
 
     parameters: int | None = None
@@ -21,7 +21,7 @@ class ModelMetrics:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Record):
     """What a run has spent."""
 
     steps: int
@@ -39,7 +39,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Record):
     """A finished distillation; `result.json` holds it."""
 
     names: dict[str, str]
@@ -51,15 +51,3 @@ class RunResult:
     teacher: ModelMetrics
     budget: Budget
     environment: dict[str, str | int]
-
-    def to_json(self) -> str:
-        """As text."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> RunResult:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        for who in ("student", "teacher"):
-            fields[who] = ModelMetrics(**fields[who])
-        return cls(**{**fields, "budget": Budget(**fields["budget"])})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
+from tutelage.core.records import Record
 from tutelage.targets.rows import INPUT_COLUMNS, RowFormat, content_hash
 
 
 @dataclass(frozen=True)
-class TeacherIdentity:
+class TeacherIdentity(Record):
     """The teacher of an extraction."""
 
     name: str
@@ -39,7 +39,7 @@ class TeacherIdentity:
 
 
 @dataclass(frozen=True)
-class DataIdentity:
+class DataIdentity(Record):
     """The training data of an extraction."""
 
     name: str
@@ -51,7 +51,7 @@ class DataIdentity:
 
 
 @dataclass(frozen=True)
-class HeadSettings:
+class HeadSettings(Record):
     """What a stored output head does after its linear map; see `tutelage.core.heads.OutputHead`."""
 
     softcap: float | None = None
@@ -60,7 +60,7 @@ class HeadSettings:
 
 
 @dataclass(frozen=True)
-class ExtractionIdentity:
+class ExtractionIdentity(Record):
     """Everything that the rows of an extracted curriculum depend on."""
 
     task: str
@@ -99,48 +99,14 @@ class ExtractionIdentity:
     head: HeadSettings | None
     """None where no head is transplanted."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("teacher", "data"):
-            fields[name] = dataclasses.asdict(fields[name])
-        fields["curriculum"] = self.curriculum.to_dict()
-        fields["forms"] = {name: dataclasses.asdict(form) for name, form in self.forms.items()}
-        fields["head"] = None if self.head is None else dataclasses.asdict(self.head)
-        return fields
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ExtractionIdentity:
-        """The inverse of `to_dict`."""
-        values = dict(fields)
-        values["teacher"] = TeacherIdentity(**values["teacher"])
-        values["data"] = DataIdentity(**values["data"])
-        values["curriculum"] = Curriculum.from_dict(values["curriculum"])
-        values["forms"] = {name: RowFormat(**form) for name, form in values["forms"].items()}
-        values["head"] = None if values["head"] is None else HeadSettings(**values["head"])
-        return cls(**values)
-
-    def to_json(self) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> ExtractionIdentity:
-        """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
-
-    def differences(self, other: ExtractionIdentity) -> list[str]:
-        """Names of the fields that differ; names of folders and files change nothing."""
-        mine, theirs = (identity._unnamed().to_dict() for identity in (self, other))
-        return [name for name in mine if mine[name] != theirs[name]]
-
-    def _unnamed(self) -> ExtractionIdentity:
+    def unnamed(self) -> dict[str, Any]:
+        """As JSON values without the names of folders and files, which change nothing."""
         return dataclasses.replace(
             self,
             teacher=dataclasses.replace(self.teacher, name=""),
             data=dataclasses.replace(self.data, name=""),
             student="",
-        )
+        ).to_dict()
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,6 @@ receipt beside it; a shard with a receipt is whole.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,9 @@ import pyarrow as pa
 from datasets import Dataset, Features, concatenate_datasets
 
 from tutelage.core.errors import UserError
+from tutelage.core.records import Record
+from tutelage.io.claim import Claim, check_same
+from tutelage.io.claim import claim as claim_folder
 from tutelage.io.store import Store, sha256_of
 from tutelage.targets.identity import ExtractionIdentity
 
@@ -32,7 +34,7 @@ PROGRESS_FILE = "extraction.json"
 
 
 @dataclass(frozen=True)
-class Shard:
+class Shard(Record):
     """A file of rows."""
 
     file: str
@@ -44,7 +46,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Record):
     """The rows of a stage, or of calibration or evaluation."""
 
     name: str
@@ -67,7 +69,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Record):
     """What a curriculum was made from and what it holds."""
 
     identity: ExtractionIdentity
@@ -85,18 +87,6 @@ class Manifest:
             if split.name == name:
                 return split
         raise UserError(f"the curriculum holds no {name!r}: it has {', '.join(split.name for split in self.splits)}")
-
-    def to_json(self) -> str:
-        """As text."""
-        fields = {**dataclasses.asdict(self), "identity": self.identity.to_dict()}
-        return json.dumps(fields, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        splits = tuple(Split(s["name"], tuple(Shard(**shard) for shard in s["shards"])) for s in fields.pop("splits"))
-        return cls(ExtractionIdentity.from_dict(fields.pop("identity")), splits, **fields)
 
 
 # ---- Writing ----
@@ -120,7 +110,7 @@ class ShardWriter:
         """A shard that was written before."""
         if not self.store.exists(self.receipt(number)):
             return None
-        shard = Shard(**json.loads(self.store.read(self.receipt(number))))
+        shard = Shard.from_json(self.store.read(self.receipt(number)))
         return shard if is_there(self.store, shard) else None
 
     def write(self, number: int, batches: Iterable[Mapping[str, pa.Array]]) -> Shard:
@@ -140,7 +130,7 @@ class ShardWriter:
                     tokens += len(columns["input_ids"].flatten())
             with path.open("rb") as written:
                 shard = Shard(self.file(number), rows, tokens, path.stat().st_size, sha256_of(written))
-        self.store.write(self.receipt(number), json.dumps(dataclasses.asdict(shard)))
+        self.store.write(self.receipt(number), shard.to_json())
         return shard
 
 
@@ -185,8 +175,8 @@ def reopen(store: Store, manifest: Manifest) -> bool:
     if len(kept) == len(shards):
         return False
     for shard in kept:
-        store.write(_receipt_of(shard.file), json.dumps(dataclasses.asdict(shard)))
-    store.write(PROGRESS_FILE, manifest.identity.to_json())
+        store.write(_receipt_of(shard.file), shard.to_json())
+    store.write(PROGRESS_FILE, json.dumps(manifest.identity.unnamed(), indent=1))
     store.remove(MANIFEST_FILE)
     return True
 
@@ -201,29 +191,12 @@ def claim(store: Store, identity: ExtractionIdentity) -> bool:
     Raises:
         UserError: the folder holds a different extraction, or something else.
     """
-    finished = store.exists(MANIFEST_FILE)
-    if finished:
-        theirs = read_manifest(store).identity
-    elif store.exists(PROGRESS_FILE):
-        try:
-            theirs = ExtractionIdentity.from_json(store.read(PROGRESS_FILE))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{store}/{PROGRESS_FILE} is damaged ({error}): delete the folder, or choose a different --output_dir"
-            ) from error
-    elif not store.is_empty():
-        raise UserError(
-            f"{str(store)!r} is not empty and does not contain an extracted curriculum: choose a different --output_dir"
-        )
-    else:
-        store.write(PROGRESS_FILE, identity.to_json())
+    whose = Claim(PROGRESS_FILE, identity.unnamed(), "an extracted curriculum")
+    if not store.exists(MANIFEST_FILE):
+        claim_folder(store, whose)
         return False
-    if different := identity.differences(theirs):
-        raise UserError(
-            f"{str(store)!r} contains an extracted curriculum with a different {', '.join(different)}: "
-            "give the original settings, or choose a different --output_dir"
-        )
-    return finished
+    check_same(store, whose, read_manifest(store).identity.unnamed())
+    return True
 
 
 # ---- Reading ----

@@ -26,6 +26,7 @@ from datasets import Features, List, Value
 
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import IGNORED_LABEL
+from tutelage.core.records import Record
 from tutelage.core.topk import TopK
 
 STATES, SCALE, KEEP = "teacher_states", "teacher_scale", "teacher_keep"
@@ -37,7 +38,7 @@ _LARGEST = 127
 
 
 @dataclass(frozen=True)
-class RowFormat:
+class RowFormat(Record):
     """How rows are stored."""
 
     dtype: str

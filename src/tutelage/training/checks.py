@@ -1,13 +1,12 @@
 """Checks made before any compute is spent.
 
-Public names: `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_output_dir`,
+Public names: `TrainingDiverged`, `diverged`, `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_output_dir`,
 `claim_output_dir`, `require_unused_search`, `run_identity`, `check_same_run`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -21,14 +20,27 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import usable_positions
-from tutelage.io.files import write_atomically
+from tutelage.io.claim import Claim, check_same, read_record
+from tutelage.io.store import Store
 from tutelage.targets.source import TargetSource
 from tutelage.training.records import (
     CURRICULUM_FILE,
     METRICS_FILE,
     TARGETS_FILE,
     checkpoints,
+    last_complete_checkpoint,
 )
+
+
+class TrainingDiverged(UserError):
+    """The loss or the weights are no longer finite."""
+
+
+def diverged(what: str, where: str, output_dir: Path) -> TrainingDiverged:
+    """The error of a run that has diverged, with the checkpoint to return to."""
+    last = last_complete_checkpoint(output_dir)
+    kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+    return TrainingDiverged(f"{what} at {where}; {kept}; lower learning_rate, or raise warmup_steps")
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> None:
@@ -137,24 +149,19 @@ def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
 
 
 def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, overwrite: bool) -> None:
-    """Make `output_dir` this run's: refuse another run's folder, and a resume under another curriculum."""
-    record = output_dir / CURRICULUM_FILE
-    if record.exists() and resuming:
-        if json.loads(record.read_text(encoding="utf-8")) != json.loads(curriculum.to_json()):
-            raise UserError(
-                f"{output_dir} was created with a different curriculum (see {record}). Resume with the original settings, or "
-                "choose another output_dir"
-            )
+    """Make `output_dir` this run's: refuse the folder of a different run, and a resume with a different curriculum."""
+    store, whose = Store(output_dir), Claim(CURRICULUM_FILE, curriculum.to_dict(), "a run")
+    if store.exists(CURRICULUM_FILE) and resuming:
+        check_same(store, whose, read_record(store, CURRICULUM_FILE))
         return
     check_output_dir(output_dir, resuming, overwrite)
-    output_dir.mkdir(parents=True, exist_ok=True)
     if overwrite:
         stale = [TARGETS_FILE, METRICS_FILE, "result.json", "loss.png", "README.md"]
         for file in [*(output_dir / name for name in stale), *output_dir.glob("model*.safetensors*")]:
             file.unlink(missing_ok=True)
         for folder in checkpoints(output_dir):
             shutil.rmtree(folder)
-    write_atomically(record, curriculum.to_json() + "\n")
+    store.write(CURRICULUM_FILE, curriculum.to_json() + "\n")
 
 
 def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, dataset: Any) -> dict[str, str]:

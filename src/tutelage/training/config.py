@@ -97,8 +97,8 @@ class CurriculumConfig(TrainingArguments):
     layer_map: str | None = field(
         default=None,
         metadata={
-            "help": "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final'; unset is uniform, or final:final where "
-            "warm_start transplants the head."
+            "help": "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final' (in Python also as pairs); default: "
+            "final:final where warm_start transplants the head, otherwise uniform."
         },
     )
     num_stages: int | None = field(default=None, metadata={"help": "Hidden stages of the uniform layer map."})

@@ -173,7 +173,7 @@ def build_curriculum(
     if args.method == "progressive":
         return progressive(steps, args.teacher_checkpoints or [], label_weight=args.label_weight, **settings)
     chosen = _fixed_layer_map(args, fixed)
-    layer_map = parse_layer_map(args.layer_map) if args.layer_map else chosen
+    layer_map = parse_layer_map(args.layer_map) if isinstance(args.layer_map, str) else args.layer_map or chosen
     warm_start = _warm_start(args, layer_map, default_warm_start, fixed)
     num_stages = args.num_stages
     if layer_map is not None and num_stages is not None:

@@ -24,6 +24,7 @@ from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.outputs import EvaluationTools
 from tutelage.training import checks
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.feed import StageFeed
 from tutelage.training.meter import Meter
 from tutelage.training.objective import StageObjective
 from tutelage.training.preparation import Given, Teacher, prepare
@@ -33,13 +34,8 @@ from tutelage.training.records import (
     MetricsFile,
     Progress,
     find_checkpoint,
-    last_complete_checkpoint,
 )
 from tutelage.training.transition import StageTransition
-
-
-class TrainingDiverged(UserError):
-    """The loss or the weights are no longer finite."""
 
 
 class CurriculumTrainer(Trainer):
@@ -113,6 +109,13 @@ class CurriculumTrainer(Trainer):
             )
         except (ValueError, ImportError) as error:
             raise UserError(f"transformers.Trainer refuses these arguments: {error}") from error
+        self.feed = StageFeed(
+            self.source,
+            self.train_dataset,
+            self._collate,
+            prepared.run.calibration_samples,
+            prepared.run.reading.batch_size,
+        )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
         self.source.to(args.device)
@@ -133,7 +136,7 @@ class CurriculumTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Run the whole curriculum, or go on with it; see `transformers.Trainer.train`."""
+        """Run the whole curriculum, or resume it; see `transformers.Trainer.train`."""
         output_dir = Path(self.args.output_dir or ".")
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
         if self.is_world_process_zero():
@@ -182,7 +185,7 @@ class CurriculumTrainer(Trainer):
             write=self.is_world_process_zero(),
         )
         with self.accelerator.autocast():
-            self.source.prepare(file, self._calibration_batches, self.args.device)
+            self.source.prepare(file, self.feed.calibration, self.args.device)
         self._move_to_stage(self.state.global_step)
         student = self.model
         # Every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after.
@@ -198,12 +201,6 @@ class CurriculumTrainer(Trainer):
         self.callback_handler.model = student
         return wrapped, train_dataloader
 
-    def _calibration_batches(self) -> list[dict[str, Any]]:
-        """The first `calibration_samples` training examples (those of the extraction, where there is one), in batches."""
-        count, size = self.args.value("calibration_samples"), self.args.value("per_device_train_batch_size")
-        with torch.random.fork_rng(devices=[]):  # masking collators may draw
-            return [self._collate(rows) for rows in self.source.calibration_rows(self.train_dataset, count, size)]
-
     def _collate(self, rows: Any) -> dict[str, Any]:
         collator = self._get_collator_with_removed_columns(self.data_collator)
         return self._prepare_inputs(collator(rows))
@@ -213,7 +210,7 @@ class CurriculumTrainer(Trainer):
         index, local = self.curriculum.stage_at(step)
         fresh = local == 0 and self._resumed_stage != index
         with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
-            self.transition.enter(index, fresh, self._example, self._calibration_batches)
+            self.transition.enter(index, fresh, self.feed)
             if step == 0:
                 self._charge_calibration()
         if fresh and self.args.world_size > 1 and self.curriculum.warm_start != "none":
@@ -222,18 +219,12 @@ class CurriculumTrainer(Trainer):
         self._resumed_stage = None
         self.progress.stage = index
 
-    def _example(self, index: int) -> dict[str, Any]:
-        """A batch of one training example, of stage `index` where examples belong to stages."""
-        return self._collate(self.source.example_rows(self.train_dataset, index))
-
     def _charge_calibration(self) -> None:
         """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
-        count = min(self.args.value("calibration_samples"), len(self.train_dataset))
-        positions = count * batch_positions(self._example(0))
         for index, target_map in enumerate(self.source.maps):
             if target_map is not None:
-                cost = self.transition.measure(index, self._example)
-                self.progress.teacher_flops += cost.teacher_flops * positions
+                cost = self.transition.measure(index, self.feed)
+                self.progress.teacher_flops += cost.teacher_flops * self.feed.calibration_positions()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
@@ -314,12 +305,8 @@ class CurriculumTrainer(Trainer):
 
     def _stop_diverged(self, what: str) -> None:
         stage, step = self.objective.stage, self.state.global_step + 1
-        last = last_complete_checkpoint(Path(self.args.output_dir or "."))
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
-        raise TrainingDiverged(
-            f"{what} at step {step}, stage {self.objective.stage_index + 1} ({stage.name}); {kept}; "
-            "lower learning_rate, or raise warmup_steps"
-        )
+        where = f"step {step}, stage {self.objective.stage_index + 1} ({stage.name})"
+        raise checks.diverged(what, where, Path(self.args.output_dir or "."))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Measured FLOPs of a micro-step, teacher included, for `total_flos`."""

@@ -5,12 +5,12 @@ Public names: `StageTransition`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Collection
 
 from tutelage.core.curriculum import HiddenStage, OutputStage
 from tutelage.training import warm_start
 from tutelage.training.costs import StageCost, measure_stage
+from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
 
 
@@ -31,20 +31,13 @@ class StageTransition:
         self.entered: int | None = None
         """Index of the current stage; None before training."""
 
-    def enter(
-        self,
-        index: int,
-        fresh: bool,
-        example: Callable[[int], dict[str, Any]],
-        calibration: Callable[[], Sequence[dict[str, Any]]],
-    ) -> None:
+    def enter(self, index: int, fresh: bool, feed: StageFeed) -> None:
         """Make stage `index` the current one.
 
         Args:
             index: which.
             fresh: at its first step, where a warm start applies; False when resuming within it.
-            example: gives a one-row batch of a stage to measure it on.
-            calibration: gives the calibration batches.
+            feed: gives batches to measure and to calibrate on.
         """
         objective = self.objective
         stages = objective.curriculum.stages
@@ -52,20 +45,20 @@ class StageTransition:
             if index == 0:
                 warm_start.apply_before_training(objective)
             elif isinstance(stages[index], OutputStage) and isinstance(stages[index - 1], HiddenStage):
-                warm_start.apply_before_output(objective, calibration)
+                warm_start.apply_before_output(objective, feed.calibration)
         stage = stages[index]
         objective.source.use_checkpoint(stage.teacher_checkpoint if isinstance(stage, OutputStage) else None)
         objective.stage_index = index
         self.set_trainable(self.all)
-        self.measure(index, example)
+        self.measure(index, feed)
         self.trainable = self._parameters(index)
         self.entered = index
 
-    def measure(self, index: int, example: Callable[[int], dict[str, Any]]) -> StageCost:
+    def measure(self, index: int, feed: StageFeed) -> StageCost:
         """Cost and reach of a stage, measured once."""
         if index not in self.costs:
             self.objective.student.train()
-            self.costs[index] = measure_stage(self.objective, index, example(index))
+            self.costs[index] = measure_stage(self.objective, index, feed.example(index))
         return self.costs[index]
 
     def set_trainable(self, names: Collection[str]) -> None:

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 
-from tutelage.core.blocks import FINAL
+from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.rows import DTYPES
@@ -86,7 +86,7 @@ def choose_stages(
             f"stages must be teacher blocks from 1, each deeper than the one before, {FINAL} at most as the last, "
             f"e.g. 8 16 {FINAL}; got {' '.join(stages)}"
         )
-    places = [str(index + 1) for index in range(len(blocks))] + [FINAL] * (len(stages) - len(blocks))
+    pairs: list[tuple[Place, Place]] = [(index + 1, number) for index, number in enumerate(numbers)]
     args = copy.copy(args)
-    args.layer_map = ",".join(f"{mine}:{theirs}" for mine, theirs in zip(places, stages, strict=True))
+    args.layer_map = pairs + [(FINAL, FINAL)] * (len(stages) - len(blocks))  # type: ignore[assignment]
     return dataclasses.replace(run, student=f"layers={max(1, len(blocks))},hidden_size={width}"), args

@@ -1,0 +1,72 @@
+"""Making a folder one's own, once, for everything that writes a folder: runs, extractions, comparisons, teachers.
+
+Public names: `Claim`, `claim`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tutelage.core.errors import UserError
+from tutelage.io.store import Store
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a folder is for, and the file in it that says so."""
+
+    record: str
+    """Name of the file."""
+    contents: Mapping[str, Any]
+    """Its JSON values: a folder with other values belongs to someone else."""
+    what: str
+    """For messages, e.g. `a comparison`."""
+
+
+def claim(store: Store, mine: Claim) -> bool:
+    """Write the record into an empty folder, or find it there; True where it was there.
+
+    Raises:
+        UserError: the folder contains something else, or the same kind of thing with different values.
+    """
+    contents = json.loads(json.dumps(mine.contents, default=str))
+    if not store.exists(mine.record):
+        if not store.is_empty():
+            raise UserError(
+                f"{str(store)!r} is not empty and does not contain {mine.what}: choose a different --output_dir"
+            )
+        store.write(mine.record, json.dumps(contents, indent=1) + "\n")
+        return False
+    check_same(store, mine, read_record(store, mine.record))
+    return True
+
+
+def read_record(store: Store, record: str) -> dict[str, Any]:
+    """The JSON values of a record.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        values = json.loads(store.read(record))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a mapping")
+    except ValueError as error:
+        raise UserError(
+            f"{store}/{record} is damaged ({error}): delete the folder, or choose a different --output_dir"
+        ) from error
+    return values
+
+
+def check_same(store: Store, mine: Claim, theirs: Mapping[str, Any]) -> None:
+    """Raise UserError where a folder's record has different values."""
+    contents = json.loads(json.dumps(mine.contents, default=str))
+    different = sorted(key for key in contents.keys() | theirs.keys() if contents.get(key) != theirs.get(key))
+    if different:
+        raise UserError(
+            f"{str(store)!r} contains {mine.what} with a different {', '.join(different)}: give the original settings, or "
+            "choose a different --output_dir"
+        )

@@ -1,0 +1,45 @@
+"""Batches that a stage is measured and calibrated on.
+
+Public names: `StageFeed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tutelage.core.inputs import batch_positions
+from tutelage.targets.source import TargetSource
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageFeed:
+    """Takes rows from a run's training data."""
+
+    source: TargetSource
+    rows: Any
+    """Training rows."""
+    collate: Callable[[Any], Batch]
+    """From rows to a batch on the device."""
+    samples: int
+    """Examples of the calibration pass."""
+    batch_size: int
+
+    def calibration(self) -> list[Batch]:
+        """The first training examples (those of the extraction, where there is one), in batches."""
+        with torch.random.fork_rng(devices=[]):  # masking collators may draw
+            lists = self.source.calibration_rows(self.rows, self.samples, self.batch_size)
+            return [self.collate(rows) for rows in lists]
+
+    def example(self, index: int) -> Batch:
+        """A batch of one training example, of stage `index` where examples belong to stages."""
+        return self.collate(self.source.example_rows(self.rows, index))
+
+    def calibration_positions(self) -> int:
+        """Positions that the calibration pass reads, about."""
+        return min(self.samples, len(self.rows)) * batch_positions(self.example(0))
