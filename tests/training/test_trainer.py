@@ -19,7 +19,7 @@ from tutelage import CurriculumTrainer, forward_to, one_shot
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets
-from tutelage.training.trainer import TrainingDiverged
+from tutelage.training.checks import TrainingDiverged
 
 Make = Callable[..., CurriculumTrainer]
 
@@ -337,7 +337,7 @@ def test_output_dir_of_another_run_is_refused(make_trainer: Make) -> None:
     make_trainer(**settings).train()
     with pytest.raises(ValueError, match=r"already contains a run\. Choose another folder, resume the run"):
         make_trainer(**settings).train()
-    with pytest.raises(ValueError, match="was created with a different curriculum"):
+    with pytest.raises(ValueError, match="contains a run with a different method, stages"):
         make_trainer(method="one_shot", **settings).train(resume_from_checkpoint=True)
     make_trainer(method="one_shot", overwrite_output_dir=True).train()
 
