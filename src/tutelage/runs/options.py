@@ -16,11 +16,7 @@ from transformers import HfArgumentParser
 from tutelage.core.errors import UserError
 
 # Names that options had once, and the ones they have now.
-RENAMED = {
-    "eval_samples": "max_samples",
-    "teacher_path": "teacher",
-    "mask_probability": "mlm_probability",
-}
+RENAMED = {"eval_samples": "max_samples", "teacher_path": "teacher", "mask_probability": "mlm_probability"}
 
 
 class OptionParser(HfArgumentParser):

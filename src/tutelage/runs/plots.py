@@ -18,11 +18,7 @@ from tutelage.io.files import replacing
 
 # colour-blind safe (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-AXES = {
-    "tokens": "training tokens",
-    "flops": "training FLOPs, teacher included",
-    "seconds": "training seconds",
-}
+AXES = {"tokens": "training tokens", "flops": "training FLOPs, teacher included", "seconds": "training seconds"}
 
 
 def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

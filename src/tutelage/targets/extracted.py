@@ -52,10 +52,7 @@ class ExtractedTargets(TargetSource):
         hidden = curriculum.hidden_stages
         return FixedSettings(
             where=f"the extracted curriculum in {str(self.folder.store)!r}",
-            values={
-                **self.folder.settings,
-                "calibration_samples": identity.calibration_samples,
-            },
+            values={**self.folder.settings, "calibration_samples": identity.calibration_samples},
             layer_map=self.folder.layer_map(student_blocks) if hidden else None,
             hidden_steps={stage.teacher_place: stage.steps for stage in hidden},
             output_steps=curriculum.total_steps - sum(stage.steps for stage in hidden),

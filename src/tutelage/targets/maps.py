@@ -188,11 +188,7 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
 
 
 def load_target_maps(
-    path: Path,
-    curriculum: Curriculum,
-    student_width: int,
-    teacher_blocks: int,
-    replicas: Sequence[int] | None = None,
+    path: Path, curriculum: Curriculum, student_width: int, teacher_blocks: int, replicas: Sequence[int] | None = None
 ) -> list[TargetMap | None]:
     """The inverse of `save_target_maps`."""
     tensors = load_file(path)

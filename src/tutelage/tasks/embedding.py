@@ -42,11 +42,7 @@ class EmbeddingModel(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder: PreTrainedModel,
-        embedding_size: int | None = None,
-        pooling: str = "mean",
-        normalize: bool = True,
+        self, encoder: PreTrainedModel, embedding_size: int | None = None, pooling: str = "mean", normalize: bool = True
     ):
         super().__init__()
         if pooling not in POOLINGS:
@@ -132,10 +128,7 @@ class EmbeddingModel(nn.Module):
                     "activation_function": "torch.nn.modules.linear.Identity",
                 },
             )
-            weights = {
-                "linear.weight": self.head.weight.detach().cpu(),
-                "linear.bias": self.head.bias.detach().cpu(),
-            }
+            weights = {"linear.weight": self.head.weight.detach().cpu(), "linear.bias": self.head.bias.detach().cpu()}
             save_file(weights, folder / _DENSE / "model.safetensors", metadata={"format": "pt"})
         if self.normalize:
             modules.append(("Normalize", f"{len(modules)}_Normalize"))

@@ -206,12 +206,7 @@ def pcfg_config(
         if value is not None and value < 1:
             raise UserError(f"a model needs {name} of at least 1, got {value}")
     width = heads * head_width
-    shared = {
-        "vocab_size": len(pcfg_tokens(grammar)),
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-    }
+    shared = {"vocab_size": len(pcfg_tokens(grammar)), "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     positions = max_length or grammar.longest + 2
     if task == "masked_lm":
         bert = {

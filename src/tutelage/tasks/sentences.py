@@ -52,11 +52,7 @@ class SentenceEmbedding(Task):
 
     def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
         assert isinstance(teacher, EmbeddingModel)
-        return {
-            "embedding_size": teacher.embedding_size,
-            "pooling": teacher.pooling,
-            "normalize": teacher.normalize,
-        }
+        return {"embedding_size": teacher.embedding_size, "pooling": teacher.pooling, "normalize": teacher.normalize}
 
     def fit_to_teacher(self, student: nn.Module, shape: Mapping[str, Any] | None) -> None:
         assert isinstance(student, EmbeddingModel)

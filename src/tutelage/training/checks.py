@@ -23,13 +23,7 @@ from tutelage.core.inputs import usable_positions
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import TargetSource
-from tutelage.training.records import (
-    CURRICULUM_FILE,
-    METRICS_FILE,
-    TARGETS_FILE,
-    checkpoints,
-    last_complete_checkpoint,
-)
+from tutelage.training.records import CURRICULUM_FILE, METRICS_FILE, TARGETS_FILE, checkpoints, last_complete_checkpoint
 
 
 class TrainingDiverged(UserError):

@@ -65,12 +65,10 @@ class CurriculumConfig(TrainingArguments):
         metadata={"help": "Teacher: folder or Hub name; default: the embedded one.", "aliases": ["--teacher"]},
     )
     teacher_checkpoints: list[str] | None = field(
-        default=None,
-        metadata={"help": "Progressive: folders of intermediate teacher checkpoints, early to late."},
+        default=None, metadata={"help": "Progressive: folders of intermediate teacher checkpoints, early to late."}
     )
     teacher_dtype: str | None = field(
-        default=None,
-        metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; unset keeps the checkpoint's."},
+        default=None, metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; unset keeps the checkpoint's."}
     )
     teacher_device_map: str | None = field(
         default=None,
@@ -140,8 +138,7 @@ class CurriculumConfig(TrainingArguments):
         default=None, metadata={"help": "Positions whose logits are held at a time; unset chooses it."}
     )
     blocks: str | None = field(
-        default=None,
-        metadata={"help": "Dotted name of the list of blocks, for models where several are found."},
+        default=None, metadata={"help": "Dotted name of the list of blocks, for models where several are found."}
     )
     eval_with_teacher: bool = field(
         default=False, metadata={"help": "Also compare with the teacher in evaluations during training."}

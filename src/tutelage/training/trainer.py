@@ -28,13 +28,7 @@ from tutelage.training.feed import StageFeed
 from tutelage.training.meter import Meter
 from tutelage.training.objective import StageObjective
 from tutelage.training.preparation import Given, Teacher, prepare
-from tutelage.training.records import (
-    METRICS_FILE,
-    TARGETS_FILE,
-    MetricsFile,
-    Progress,
-    find_checkpoint,
-)
+from tutelage.training.records import METRICS_FILE, TARGETS_FILE, MetricsFile, Progress, find_checkpoint
 from tutelage.training.transition import StageTransition
 
 
@@ -78,8 +72,7 @@ class CurriculumTrainer(Trainer):
         args = CurriculumConfig() if args is None else args
         if args.n_gpu > 1:
             warnings.warn(
-                f"using 1 of {args.n_gpu} GPUs: start with `accelerate launch -m tutelage ...` to use all",
-                stacklevel=2,
+                f"using 1 of {args.n_gpu} GPUs: start with `accelerate launch -m tutelage ...` to use all", stacklevel=2
             )
         if optimizers != (None, None):
             raise UserError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
@@ -241,10 +234,7 @@ class CurriculumTrainer(Trainer):
         self.accelerator._optimizers.clear()
         self.optimizer = self.accelerator.prepare(self.create_optimizer(self.objective))
         self.create_scheduler(self.curriculum.total_steps)
-        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
-            self.optimizer,
-            self.lr_scheduler,
-        )
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (self.optimizer, self.lr_scheduler)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The optimiser of the current stage, over its trainable set, at its learning rate."""
@@ -281,11 +271,7 @@ class CurriculumTrainer(Trainer):
         return self._sum_over_devices(torch.as_tensor(count)).clamp_min(1)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of the current stage; for a bare student (evaluation), its own loss."""
         if not isinstance(self.accelerator.unwrap_model(model), StageObjective):

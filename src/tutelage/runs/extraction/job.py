@@ -109,12 +109,7 @@ class ExtractionJob:
     """
 
     def __init__(
-        self,
-        inputs: RunInputs,
-        args: CurriculumConfig,
-        options: ExtractOptions,
-        device: Any,
-        streamed: bool = False,
+        self, inputs: RunInputs, args: CurriculumConfig, options: ExtractOptions, device: Any, streamed: bool = False
     ):
         source = inputs.source
         assert isinstance(source, LiveTargets)
