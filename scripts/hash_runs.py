@@ -66,7 +66,7 @@ def teachers(root: Path) -> dict[str, Path]:
     """A tiny teacher of each task, and two checkpoints of the causal one."""
     tokenizer = AutoTokenizer.from_pretrained(DEFAULT_TEACHER)
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -79,14 +79,14 @@ def teachers(root: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     models: dict[str, Any] = {
         "masked": BertForMaskedLM(BertConfig(**sizes)),
-        "classes": BertForSequenceClassification(BertConfig(**sizes, num_labels=3)),
+        "classes": BertForSequenceClassification(BertConfig(**{**sizes, "num_labels": 3})),
         "sentences": EmbeddingModel(BertModel(BertConfig(**sizes))),
     }
     for number in (1, 2):
         model = AutoModelForCausalLM.from_pretrained(DEFAULT_TEACHER)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.02 * torch.randn_like(parameter) / number
+                parameter.add_(0.02 * torch.randn_like(parameter) / number)
         models[f"early{number}"] = model
     for name, model in models.items():
         model.save_pretrained(root / name)

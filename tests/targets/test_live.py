@@ -18,15 +18,11 @@ from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extra
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RANDOM_KINDS, RandomProjection
 from tutelage.core.standardize import SINK_FACTOR
-from tutelage.targets.live import (
-    LiveTargets,
-    TargetMap,
-    calibrate,
-    check_checkpoint,
-    load_target_maps,
-    save_target_maps,
-)
+from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.maps import Calibration, TargetMap, calibrate, load_target_maps, save_target_maps
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
+from tutelage.tasks.registry import get_task
 
 WIDTH = 16
 
@@ -47,10 +43,8 @@ def maps_of(
     teacher: LiveTargets, layer_map: Any = ((1, 2), (FINAL, FINAL)), moment: bool = False, **settings: Any
 ) -> tuple[Curriculum, Any]:
     curriculum = extraction(2, 4, 30, layer_map=list(layer_map), **settings)
-    head = OutputHead.of(teacher.model)
-    return curriculum, calibrate(
-        teacher, curriculum, [batch(seed=1), batch(seed=2)], WIDTH, keep_moment=moment, head=head
-    )
+    calibration = Calibration(WIDTH, keep_moment=moment, head=OutputHead.of(teacher.model))
+    return curriculum, calibrate(teacher.stage_states, curriculum, [batch(seed=1), batch(seed=2)], 4, calibration)
 
 
 # ---- The live teacher ----
@@ -59,7 +53,7 @@ def maps_of(
 def test_the_teacher_is_frozen_and_in_evaluation_mode(teacher: LiveTargets) -> None:
     assert not any(module.training for module in teacher.model.modules())
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
-    assert not teacher.hidden(2, batch()).requires_grad
+    assert not teacher.states(2, batch()).requires_grad
 
 
 def test_hidden_states_are_the_models_own(teacher: LiveTargets) -> None:
@@ -67,16 +61,17 @@ def test_hidden_states_are_the_models_own(teacher: LiveTargets) -> None:
     with torch.no_grad():
         states = teacher.model(**inputs, output_hidden_states=True).hidden_states
     for place in range(4):  # the last entry of Llama's is after the final norm
-        torch.testing.assert_close(teacher.hidden(place, inputs), states[place], rtol=0, atol=0)
-    torch.testing.assert_close(teacher.hidden(FINAL, inputs), states[4], rtol=0, atol=0)
+        torch.testing.assert_close(teacher.states(place, inputs), states[place], rtol=0, atol=0)
+    torch.testing.assert_close(teacher.states(FINAL, inputs), states[4], rtol=0, atol=0)
 
 
 def test_an_encoders_stages_run_in_the_encoder() -> None:
     model = EmbeddingModel(BertModel(bert_config()), embedding_size=12)
-    teacher, inputs = LiveTargets(model, model.encoder), batch()
-    assert teacher.blocks.names[0] == "encoder.layer.0"
-    assert teacher.hidden(4, inputs).shape == (8, 12, 32)
-    torch.testing.assert_close(teacher.output(inputs), model(**inputs), rtol=0, atol=0)
+    teacher, inputs = LiveTargets(model), batch()
+    assert teacher.backbone is model.encoder
+    assert teacher.block_names.names[0] == "encoder.layer.0"
+    assert teacher.states(4, inputs).shape == (8, 12, 32)
+    torch.testing.assert_close(teacher.whole_output(inputs), model(**inputs), rtol=0, atol=0)
 
 
 # ---- Calibration ----
@@ -85,7 +80,7 @@ def test_an_encoders_stages_run_in_the_encoder() -> None:
 def test_statistics_are_those_of_the_positions_that_are_no_padding(teacher: LiveTargets) -> None:
     _, maps = maps_of(teacher)
     parts = [batch(seed=1), batch(seed=2)]
-    states = torch.cat([teacher.hidden(2, part)[part["attention_mask"].bool()] for part in parts])
+    states = torch.cat([teacher.states(2, part)[part["attention_mask"].bool()] for part in parts])
     assert len(states) == 2 * sum(range(5, 13))
     expected = states[states.norm(dim=-1) <= SINK_FACTOR * states.norm(dim=-1).median()]
     torch.testing.assert_close(maps[0].standardizer.mean, expected.mean(0))
@@ -99,23 +94,23 @@ def test_statistics_do_not_see_sinks(teacher: LiveTargets) -> None:
     for part in parts:
         part["input_ids"][part["input_ids"] == sink] = sink - 1
     curriculum = extraction(2, 4, 30, layer_map=[(1, 1)])
-    (before, _) = calibrate(teacher, curriculum, parts, WIDTH)
+    (before, _) = calibrate(teacher.stage_states, curriculum, parts, 4, Calibration(WIDTH))
     teacher.model.model.embed_tokens.weight[sink] = 1000.0
     for part in parts:  # at the end of the first row, where no other position attends to it
         part["input_ids"] = torch.cat([part["input_ids"], torch.zeros(8, 1, dtype=torch.long)], dim=1)
         part["attention_mask"] = torch.cat([part["attention_mask"], torch.zeros(8, 1, dtype=torch.long)], dim=1)
         part["input_ids"][0, -1], part["attention_mask"][0, -1] = sink, 1
-    (after, _) = calibrate(teacher, curriculum, parts, WIDTH)
+    (after, _) = calibrate(teacher.stage_states, curriculum, parts, 4, Calibration(WIDTH))
     torch.testing.assert_close(after.standardizer.mean, before.standardizer.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(after.standardizer.scale, before.standardizer.scale, rtol=1e-5, atol=1e-6)
-    keep = after.standardizer.keep(teacher.hidden(1, parts[0]))
+    keep = after.standardizer.keep(teacher.states(1, parts[0]))
     assert not keep[0, -1]
     assert keep[parts[0]["input_ids"] != sink].all()
 
 
 def test_normalize_none_leaves_states_as_they_are(teacher: LiveTargets) -> None:
     curriculum, maps = maps_of(teacher, normalize="none")
-    hidden = teacher.hidden(2, batch())
+    hidden = teacher.states(2, batch())
     matrix = RandomProjection(32, WIDTH, (curriculum.projection_seed, 2)).matrix()
     torch.testing.assert_close(maps[0](hidden), hidden @ matrix)
     assert maps[0].standardizer.keep(1e6 * hidden).all()
@@ -141,7 +136,7 @@ def test_pca_keeps_the_principal_directions(teacher: LiveTargets) -> None:
     _, maps = maps_of(teacher, projection="pca")
     parts = [batch(seed=1), batch(seed=2)]
     for target_map, place in zip(maps[:2], (2, FINAL), strict=True):
-        states = torch.cat([teacher.hidden(place, part)[part["attention_mask"].bool()] for part in parts])
+        states = torch.cat([teacher.states(place, part)[part["attention_mask"].bool()] for part in parts])
         states = target_map.standardizer(states[target_map.standardizer.keep(states)]).double()
         _, _, v = torch.linalg.svd(states, full_matrices=False)
         torch.testing.assert_close(_unit_directions(target_map), v[:WIDTH].T @ v[:WIDTH], rtol=1e-4, atol=1e-5)
@@ -155,7 +150,7 @@ def test_the_head_projection_is_built_from_the_teachers_head(teacher: LiveTarget
     _, by_variance = maps_of(teacher, projection="pca")
     standardizer = maps[1].standardizer
     parts = [batch(seed=1), batch(seed=2)]
-    states = torch.cat([teacher.hidden(FINAL, part)[part["attention_mask"].bool()] for part in parts])
+    states = torch.cat([teacher.states(FINAL, part)[part["attention_mask"].bool()] for part in parts])
     states = standardizer(states[standardizer.keep(states)]).double()
     weight = teacher.model.lm_head.weight.double()
     logits = states @ ((weight - weight.mean(0)) * standardizer.scale.double()).T
@@ -187,7 +182,7 @@ def test_stored_maps_give_the_same_targets(
         if isinstance(stage, OutputStage):
             assert one is two is None
             continue
-        hidden = teacher.hidden(stage.teacher_place, batch(seed=9))
+        hidden = teacher.states(stage.teacher_place, batch(seed=9))
         torch.testing.assert_close(two(hidden), one(hidden), rtol=0, atol=0)
         assert torch.equal(two.standardizer.keep(hidden), one.standardizer.keep(hidden))
         assert (one.moment is None) == (two.moment is None) == (not moment or stage.teacher_place != FINAL)
@@ -211,7 +206,7 @@ def test_a_random_projection_is_never_stored(teacher: LiveTargets, tmp_path: Pat
 def test_another_checkpoint_is_loaded(teacher: LiveTargets, tmp_path: Path) -> None:
     early = save_llama(tmp_path / "early", seed=5)
     check_checkpoint(teacher.model, str(early))
-    teacher.load_checkpoint(str(early))
+    load_checkpoint(teacher.model, str(early))
     torch.testing.assert_close(dict(teacher.model.state_dict()), load_file(early / "model.safetensors"), rtol=0, atol=0)
 
 
@@ -221,7 +216,7 @@ def test_a_checkpoint_with_tied_embeddings(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = LiveTargets(LlamaForCausalLM(llama_config(tie_word_embeddings=True)))
     check_checkpoint(teacher.model, str(folder))
-    teacher.load_checkpoint(str(folder))
+    load_checkpoint(teacher.model, str(folder))
     expected = AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
     torch.testing.assert_close(teacher.model.lm_head.weight, expected, rtol=0, atol=0)
 
@@ -232,11 +227,11 @@ def test_a_sentence_encoders_checkpoint(tmp_path: Path, embedding_size: int | No
         torch.manual_seed(seed)
         EmbeddingModel(BertModel(bert_config()), embedding_size).save_pretrained(tmp_path / name)
     early, late = (load_embedding_model(str(tmp_path / name)) for name in ("early", "late"))
-    teacher = LiveTargets(late, late.encoder)
-    assert not torch.equal(teacher.output(batch()), early.eval()(**batch()))
+    teacher = LiveTargets(late)
+    assert not torch.equal(teacher.whole_output(batch()), early.eval()(**batch()))
     check_checkpoint(late, str(tmp_path / "early"))
-    teacher.load_checkpoint(str(tmp_path / "early"))
-    torch.testing.assert_close(teacher.output(batch()), early(**batch()), rtol=0, atol=0)
+    load_checkpoint(teacher.model, str(tmp_path / "early"))
+    torch.testing.assert_close(teacher.whole_output(batch()), early(**batch()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +250,9 @@ def test_a_checkpoint_of_another_architecture(
     teacher: LiveTargets, tmp_path: Path, fields: dict[str, int], message: str
 ) -> None:
     folder = save_llama(tmp_path / "other", **fields)
-    for check in (lambda path: check_checkpoint(teacher.model, path), teacher.load_checkpoint):
+    for check in (check_checkpoint, load_checkpoint):
         with pytest.raises(ValueError, match=f"is of another architecture than the teacher: {message}"):
-            check(str(folder))
+            check(teacher.model, str(folder))
 
 
 def test_folders_that_are_no_checkpoint(teacher: LiveTargets, causal_teacher: Path, tmp_path: Path) -> None:
@@ -273,11 +268,12 @@ def test_folders_that_are_no_checkpoint(teacher: LiveTargets, causal_teacher: Pa
 def test_a_plain_module_can_teach() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    assert len(LiveTargets(network).blocks) == 3
+    source = LiveTargets(network, get_task("classification"))
+    assert source.blocks == len(source.block_names) == 3
 
 
 def test_the_head_map_is_not_centred_where_the_student_has_no_bias(teacher: LiveTargets) -> None:
     curriculum = Curriculum("mine", (HiddenStage(5, FINAL, FINAL), HiddenStage(5, 1, 2)))
-    head, block = calibrate(teacher, curriculum, [batch()], WIDTH, center_head=False)
+    head, block = calibrate(teacher.stage_states, curriculum, [batch()], 4, Calibration(WIDTH, center_final=False))
     assert not head.standardizer.mean.any()
     assert block.standardizer.mean.any()

@@ -189,7 +189,7 @@ def test_network_is_stored_in_hugging_face_format(tmp_path: Path, seeds: tuple[i
     [(12, 3, None, 400), (30, 5, (29, 3, 11, 0, 17), 1500), (6, 1, (4,), 50), (5, 5, None, 400)],
 )
 def test_planted_teacher_is_right_on_fresh_data(d: int, k: int, support: tuple[int, ...] | None, width: int) -> None:
-    teacher = planted_teacher(d, k, width, support=support, seed=2, samples=8000)
+    teacher = planted_teacher(d, k, width, support=support, seed=2)
     ids, labels = ParityData(d, k, 4096, seed=77, support=support).arrays()
     logits = teacher(ids)
     assert (logits.argmax(-1) == labels).float().mean() >= 0.999
@@ -198,7 +198,7 @@ def test_planted_teacher_is_right_on_fresh_data(d: int, k: int, support: tuple[i
 
 def test_planted_weights_are_as_documented() -> None:
     support, k = (9, 2, 14), 3
-    teacher = planted_teacher(16, k, 600, support=support, noise=0.05, confidence=5.0, samples=8000)
+    teacher = planted_teacher(16, k, 600, support=support, noise=0.05, confidence=5.0)
     first = teacher.blocks[0]
     on, off = first.weight[:, list(support)], first.weight[:, [i for i in range(16) if i not in support]]
     assert set(on.unique().tolist()) == {-0.5, 0.5}
@@ -214,7 +214,7 @@ def test_planted_weights_are_as_documented() -> None:
 
 
 def test_planted_teacher_without_noise_ignores_all_other_bits() -> None:
-    teacher = planted_teacher(10, 2, 100, noise=0.0, samples=2000)
+    teacher = planted_teacher(10, 2, 100, noise=0.0)
     ids = ParityData(10, 2, 50, seed=1).arrays()[0]
     changed = ids.clone()
     changed[:, 2:] = 1 - changed[:, 2:]
@@ -222,8 +222,8 @@ def test_planted_teacher_without_noise_ignores_all_other_bits() -> None:
 
 
 def test_planted_teacher_is_made_again_from_its_seed() -> None:
-    one, two = planted_teacher(8, 2, 64, seed=4, samples=1000), planted_teacher(8, 2, 64, seed=4, samples=1000)
-    other = planted_teacher(8, 2, 64, seed=5, samples=1000)
+    one, two = planted_teacher(8, 2, 64, seed=4), planted_teacher(8, 2, 64, seed=4)
+    other = planted_teacher(8, 2, 64, seed=5)
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name])
     assert not torch.equal(one.blocks[0].weight, other.blocks[0].weight)

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from tests.conftest import bert_config, llama_config
-from tutelage.tasks.base import TASKS
 from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.registry import TASKS
 from tutelage.tasks.students import is_preset, make_student, student_config
 
 CAUSAL = TASKS["causal_lm"]
@@ -217,7 +217,7 @@ def test_an_encoder_student_gets_a_head_to_the_teachers_width(tmp_path: Path) ->
     narrow = bert_config(hidden_size=16, num_hidden_layers=1)
     AutoModel.from_config(narrow).save_pretrained(tmp_path)
     for student in ("layers=1,hidden_size=16", str(tmp_path)):
-        made = make_student(student, task, narrow, teacher)
+        made = make_student(student, task, narrow, task.teacher_shape(teacher))
         assert isinstance(made, EmbeddingModel)
         assert (made.head.in_features, made.head.out_features) == (16, 32)
 
@@ -225,6 +225,6 @@ def test_an_encoder_student_gets_a_head_to_the_teachers_width(tmp_path: Path) ->
 def test_an_encoder_student_with_a_head_to_another_width(tmp_path: Path) -> None:
     narrow = bert_config(hidden_size=16, num_hidden_layers=1)
     EmbeddingModel(AutoModel.from_config(narrow), embedding_size=24).save_pretrained(tmp_path)
-    teacher = EmbeddingModel(AutoModel.from_config(bert_config()))
+    task, teacher = TASKS["embedding"], EmbeddingModel(AutoModel.from_config(bert_config()))
     with pytest.raises(ValueError, match="the student's embeddings have 24 dimensions, the teacher's 32"):
-        make_student(str(tmp_path), TASKS["embedding"], narrow, teacher)
+        make_student(str(tmp_path), task, narrow, task.teacher_shape(teacher))

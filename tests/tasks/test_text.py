@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import WORDS, make_tokenizer, sentences
-from tutelage.tasks.base import TASKS
-from tutelage.tasks.text import keep_rows, make_collator, read_dataset, split_dataset, stream_dataset, tokenize
+from tutelage.tasks.registry import TASKS
+from tutelage.tasks.text import keep_rows, read_dataset, split_dataset, stream_dataset, tokenize
 
 CAUSAL, MASKED, CLASSIFIER, EMBEDDING = (
     TASKS[name] for name in ("causal_lm", "masked_lm", "sequence_classification", "embedding")
@@ -224,7 +224,7 @@ def test_another_text_column(plain: PreTrainedTokenizerBase) -> None:
 
 
 def test_causal_collator_pads_ragged_rows(plain: PreTrainedTokenizerBase) -> None:
-    collate = make_collator(CAUSAL, plain)
+    collate = CAUSAL.collator(plain)
     batch = collate([{"input_ids": [7, 8, 9]}, {"input_ids": [7]}])
     assert batch["input_ids"].tolist() == [[7, 8, 9], [7, 0, 0]]
     assert batch["labels"].tolist() == [[7, 8, 9], [7, -100, -100]]
@@ -235,9 +235,9 @@ def test_causal_collator_pads_ragged_rows(plain: PreTrainedTokenizerBase) -> Non
 def test_masks_depend_on_the_batch_alone(encoder: PreTrainedTokenizerBase) -> None:
     rows = [{"input_ids": [CLS, *range(6, 6 + 40), SEP]}, {"input_ids": [CLS, *range(20, 20 + 40), SEP]}]
     torch.manual_seed(1)
-    first = make_collator(MASKED, encoder)(rows)
+    first = MASKED.collator(encoder)(rows)
     torch.manual_seed(2)
-    collate = make_collator(MASKED, encoder)
+    collate = MASKED.collator(encoder)
     collate(rows[:1])
     state = torch.get_rng_state()
     second = collate(rows)
@@ -251,7 +251,7 @@ def test_masks_depend_on_the_batch_alone(encoder: PreTrainedTokenizerBase) -> No
 def test_masking_follows_the_probability_and_spares_special_tokens(encoder: PreTrainedTokenizerBase) -> None:
     words = [6 + index % len(WORDS) for index in range(2000)]
     rows = [{"input_ids": [CLS, *words, SEP]} for _ in range(4)]
-    batch = make_collator(MASKED, encoder, mlm_probability=0.25)(rows)
+    batch = MASKED.collator(encoder, mlm_probability=0.25)(rows)
     ids, chosen = torch.tensor([row["input_ids"] for row in rows]), batch["labels"] != -100
     assert torch.equal(batch["labels"][chosen], ids[chosen])
     assert torch.equal(batch["input_ids"][~chosen], ids[~chosen])
@@ -265,7 +265,7 @@ def test_a_tokenizer_without_a_mask_token(plain: PreTrainedTokenizerBase) -> Non
     bare = make_tokenizer()
     bare.mask_token = None
     with pytest.raises(ValueError, match="does not have a mask token"):
-        make_collator(MASKED, bare)
+        MASKED.collator(bare)
 
 
 def test_sentences_are_padded(encoder: PreTrainedTokenizerBase) -> None:
@@ -273,5 +273,5 @@ def test_sentences_are_padded(encoder: PreTrainedTokenizerBase) -> None:
         {"input_ids": [CLS, 7, SEP], "attention_mask": [1, 1, 1]},
         {"input_ids": [CLS, 3], "attention_mask": [1, 1]},
     ]
-    batch = make_collator(EMBEDDING, encoder)(rows)
+    batch = EMBEDDING.collator(encoder)(rows)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from tests.training.conftest import llama
 from tutelage import CurriculumTrainer, HiddenStage, OutputStage, one_shot
 from tutelage.core.curriculum import Curriculum
+from tutelage.targets.live import LiveTargets
 
 Make = Callable[..., CurriculumTrainer]
 SCHEDULED = {"lr_scheduler_type": "cosine", "warmup_steps": 0.25, "learning_rate": 1e-2}
@@ -95,8 +96,8 @@ def test_the_teacher_changes_where_stages_continue(make_trainer: Make, tmp_path:
     whole.train()
     assert not same(weights(changed), weights(whole))
     assert rates(changed) == rates(whole)
-    assert changed.teacher is not None
-    assert same(changed.teacher.model.state_dict(), llama(4, 24, seed=1).state_dict())  # the finished teacher again
+    assert isinstance(changed.source, LiveTargets)
+    assert same(changed.source.model.state_dict(), llama(4, 24, seed=1).state_dict())  # the finished teacher again
 
 
 def test_a_hidden_stage_before_them_keeps_its_own_schedule(make_trainer: Make, tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ from transformers import default_data_collator
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extraction
 from tutelage.core.projection import RandomProjection, StackedProjection
-from tutelage.targets.live import LiveTargets, calibrate, load_target_maps, random_projection, save_target_maps
-from tutelage.tasks.base import TASKS
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.maps import Calibration, calibrate, load_target_maps, random_projection, save_target_maps
+from tutelage.tasks.outputs import EvaluationTools
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig
-from tutelage.training.evaluation import evaluate_batches
+from tutelage.tasks.registry import get_task
 from tutelage.training.objective import StageObjective
 
 D, K, WIDTH, SEEDS, BATCH = 10, 3, 12, (0, 5, 9), 16
-TASK = TASKS["classification"]
+TASK = get_task("classification")
 
 
 def student(seeds: Sequence[int]) -> ParityMLP:
@@ -48,9 +49,10 @@ def hidden_then_output(pair: tuple[Any, Any] = (1, 2), label_weight: float = 0.0
 
 def gradients(seeds: Sequence[int], curriculum: Curriculum, stage: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one batch of the seeds' own data; calibrated on the same text for all."""
-    model, live = student(seeds), LiveTargets(teacher())
-    maps = calibrate(live, curriculum, [batch_of((77,), 64)], WIDTH, replicas=list(seeds))
-    objective = StageObjective(model, live, curriculum, TASK, maps)
+    model, live = student(seeds), LiveTargets(teacher(), TASK)
+    live.attach(curriculum, model)
+    live.maps = calibrate(live.stage_states, curriculum, [batch_of((77,), 64)], 2, Calibration(WIDTH, list(seeds)))
+    objective = StageObjective(model, live)
     objective.stage_index = stage
     loss = objective(**batch_of(seeds))["loss"]
     loss.backward()
@@ -146,7 +148,7 @@ def test_a_run_of_replicas_ends_as_their_single_runs(tmp_path: Path, optimizer: 
     together = trainer_of(tmp_path / "together", SEEDS, hidden_then_output(), optim=optimizer, **rate)
     start = {name: value.clone() for name, value in together.model.state_dict().items()}
     together.train()
-    figures = together.evaluate()
+    metrics = together.evaluate()
     for replica, seed in enumerate(SEEDS):
         alone = trainer_of(tmp_path / str(seed), (seed,), hidden_then_output(), optim=optimizer, **rate)
         alone.train()
@@ -154,8 +156,8 @@ def test_a_run_of_replicas_ends_as_their_single_runs(tmp_path: Path, optimizer: 
             assert not torch.allclose(start[name][replica], value[0], atol=1e-3), name  # it moved
             torch.testing.assert_close(together.model.state_dict()[name][replica], value[0], rtol=1e-4, atol=1e-6)
         own = alone.evaluate()
-        assert figures[f"eval_accuracy_{replica}"] == own["eval_accuracy_0"] == own["eval_accuracy"]
-        assert figures[f"eval_loss_{replica}"] == pytest.approx(own["eval_loss_0"], rel=1e-5)
+        assert metrics[f"eval_accuracy_{replica}"] == own["eval_accuracy_0"] == own["eval_accuracy"]
+        assert metrics[f"eval_loss_{replica}"] == pytest.approx(own["eval_loss_0"], rel=1e-5)
 
 
 def test_progress_counts_rows_not_replicas(tmp_path: Path) -> None:
@@ -195,8 +197,8 @@ def test_stacked_projection_is_its_parts() -> None:
 
 def test_a_replicas_projection_is_drawn_from_its_own_seed() -> None:
     curriculum = hidden_then_output(projection_seed=4)
-    stacked = random_projection(curriculum, 2, 40, WIDTH, 2, SEEDS)
-    alone = random_projection(curriculum, 2, 40, WIDTH, 2, SEEDS[1:2])
+    stacked = random_projection(curriculum, 2, (40, WIDTH), 2, SEEDS)
+    alone = random_projection(curriculum, 2, (40, WIDTH), 2, SEEDS[1:2])
     assert isinstance(stacked, StackedProjection)
     assert torch.equal(stacked.matrix()[1], alone.matrix()[0])
     assert torch.equal(stacked.matrix()[1], RandomProjection(40, WIDTH, (4, 2, 5)).matrix())
@@ -205,7 +207,8 @@ def test_a_replicas_projection_is_drawn_from_its_own_seed() -> None:
 
 def test_stored_maps_of_replicas_are_read_back(tmp_path: Path) -> None:
     curriculum = hidden_then_output(normalize="standardize")
-    maps = calibrate(LiveTargets(teacher()), curriculum, [batch_of((77,), 64)], WIDTH, replicas=list(SEEDS))
+    live = LiveTargets(teacher(), TASK)
+    maps = calibrate(live.stage_states, curriculum, [batch_of((77,), 64)], 2, Calibration(WIDTH, list(SEEDS)))
     save_target_maps(maps, tmp_path / "target_stats.safetensors")
     again = load_target_maps(tmp_path / "target_stats.safetensors", curriculum, WIDTH, 2, list(SEEDS))
     hidden = torch.randn(6, len(SEEDS), 40, generator=torch.Generator().manual_seed(0))
@@ -215,10 +218,10 @@ def test_stored_maps_of_replicas_are_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_evaluation_is_the_average_and_each_replicas_own(with_teacher: bool) -> None:
-    model, live = student(SEEDS), LiveTargets(teacher()) if with_teacher else None
+    model, targets = student(SEEDS), LiveTargets(teacher(), TASK).output if with_teacher else lambda batch: None
     data = batch_of(SEEDS, 50)
     batches = [{key: value[start : start + 16] for key, value in data.items()} for start in range(0, 50, 16)]
-    metrics = evaluate_batches(model, batches, TASK, live)
+    metrics = TASK.evaluate(model, batches, targets, EvaluationTools())
     logits = model(data["input_ids"]).detach()
     for replica in range(len(SEEDS)):
         mine, labels = logits[:, replica], data["labels"][:, replica]
@@ -247,7 +250,7 @@ def test_evaluation_of_a_plain_network_has_no_replicas() -> None:
     torch.manual_seed(0)
     model = ParityMLP(ParityMLPConfig(D, WIDTH))
     data = {key: value[:, 0] for key, value in batch_of((3,), 50).items()}
-    metrics = evaluate_batches(model, [data], TASK)
+    metrics = TASK.evaluate(model, [data], lambda batch: None, EvaluationTools())
     assert set(metrics) == {"loss", "accuracy"}
     right = model(data["input_ids"]).argmax(-1) == data["labels"]
     assert metrics["accuracy"] == pytest.approx(right.double().mean().item())

@@ -7,16 +7,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from tests.training.conftest import llama, token_rows
+from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage import CurriculumTrainer, forward_to, one_shot
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
-from tutelage.training.trainer import TrainingDiverged
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.source import NoTargets
+from tutelage.training.checks import TrainingDiverged
 
 Make = Callable[..., CurriculumTrainer]
 
@@ -58,7 +61,7 @@ def test_hidden_stage_equals_a_plain_loop(make_trainer: Make) -> None:
     trainer.train()
 
     student, teacher = llama(2, 16, seed=2), llama(4, 24, seed=1).eval()
-    target_map = trainer.objective.maps[0]
+    target_map = trainer.source.maps[0]
     assert target_map is not None
     parameters = [*student.model.embed_tokens.parameters(), *student.model.layers[0].parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
@@ -100,6 +103,18 @@ def test_one_shot_equals_a_plain_loop(make_trainer: Make) -> None:
         (0.75 * divergence + 0.25 * label_loss).backward()
         optimizer.step()
     assert_equal(weights(trainer), student.state_dict(), exact=False)
+
+
+def test_top_k_is_the_output_loss_of_a_run(make_trainer: Make) -> None:
+    losses = {}
+    for top_k in (None, 3, VOCAB):
+        trainer = make_trainer(f"k{top_k}", method="one_shot", max_steps=1, top_k=top_k)
+        trainer.train()
+        losses[top_k] = trainer.metrics_file.read()[0]["loss"]
+    assert losses[3] < losses[None]
+    assert losses[VOCAB] == pytest.approx(losses[None], rel=1e-5)
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        make_trainer("k0", method="one_shot", top_k=0)
 
 
 def test_curriculum_of_one_output_stage_is_one_shot(make_trainer: Make) -> None:
@@ -198,6 +213,19 @@ def test_frozen_parameters_stay_frozen(make_trainer: Make) -> None:
     assert not student.model.embed_tokens.weight.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's own
+def test_an_adapter_student_trains(make_trainer: Make) -> None:
+    peft = pytest.importorskip("peft")
+    base = llama(2, 16, seed=2)
+    student = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    trainer = make_trainer(student=student)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
 def test_teacher_is_neither_trained_nor_saved(make_trainer: Make, tmp_path: Path) -> None:
     teacher = llama(4, 24, seed=1)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -237,7 +265,7 @@ def test_scratch_needs_no_teacher_and_learns_the_labels(make_trainer: Make) -> N
     trainer = make_trainer(method="scratch", max_steps=60)
     before = trainer.evaluate(token_rows())["eval_loss"]
     trainer.train()
-    assert trainer.teacher is None
+    assert isinstance(trainer.source, NoTargets)
     assert trainer.evaluate(token_rows())["eval_loss"] < before - 1
 
 
@@ -247,7 +275,8 @@ def test_evaluation_equals_the_models_own_loss(make_trainer: Make) -> None:
     ids = torch.tensor(trainer.eval_dataset["input_ids"])
     with torch.no_grad():
         out = trainer.model.eval()(input_ids=ids, labels=ids)
-        log_p = trainer.teacher.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        assert isinstance(trainer.source, LiveTargets)
+        log_p = trainer.source.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
     log_q = out.logits[:, :-1].log_softmax(-1)
     assert metrics["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
     assert metrics["eval_kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
@@ -277,6 +306,17 @@ def test_nan_loss_stops_and_names_the_last_good_checkpoint(make_trainer: Make, t
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run/checkpoint-4/model.safetensors").values())
 
 
+def test_weights_that_break_in_the_last_step_stop_the_run(make_trainer: Make) -> None:
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                kwargs["model"].lm_head.weight.grad.fill_(float("nan"))
+
+    trainer = make_trainer(method="one_shot", max_grad_norm=0.0, callbacks=[Poison()])
+    with pytest.raises(TrainingDiverged, match="a weight is not finite"):
+        trainer.train()
+
+
 def test_half_written_checkpoint_is_not_resumed_from(make_trainer: Make, tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 9}
     make_trainer(**settings).train()
@@ -295,9 +335,9 @@ def test_half_written_checkpoint_is_not_resumed_from(make_trainer: Make, tmp_pat
 def test_output_dir_of_another_run_is_refused(make_trainer: Make) -> None:
     settings = {"save_strategy": "steps", "save_steps": 4}
     make_trainer(**settings).train()
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match=r"already contains a run\. Choose another folder, resume the run"):
         make_trainer(**settings).train()
-    with pytest.raises(ValueError, match="trained with another curriculum"):
+    with pytest.raises(ValueError, match="contains a run with a different method, stages"):
         make_trainer(method="one_shot", **settings).train(resume_from_checkpoint=True)
     make_trainer(method="one_shot", overwrite_output_dir=True).train()
 

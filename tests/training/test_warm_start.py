@@ -23,8 +23,8 @@ from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
-from tutelage.targets.live import LiveTargets, TargetMap, calibrate
-from tutelage.tasks.registry import detect_task
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.maps import Calibration, TargetMap, calibrate
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.training import objective as objective_module
 from tutelage.training import warm_start
@@ -55,7 +55,8 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 def target_map_of(teacher: LiveTargets, curriculum: Curriculum, width: int, center: bool) -> TargetMap:
     head = None if isinstance(teacher.model, EmbeddingModel) else OutputHead.of(teacher.model)
-    target_map = calibrate(teacher, curriculum, batches(), width, center_head=center, keep_moment=True, head=head)[0]
+    calibration = Calibration(width, center_final=center, keep_moment=True, head=head)
+    target_map = calibrate(teacher.stage_states, curriculum, batches(), teacher.blocks, calibration)[0]
     assert target_map is not None
     return target_map
 
@@ -67,7 +68,9 @@ def objective_of(
     target_map: TargetMap | None = None,
     outputs: int | None = None,
 ) -> StageObjective:
-    return StageObjective(student, teacher, curriculum, detect_task(student), [target_map, None], outputs=outputs)
+    teacher.attach(curriculum, student, outputs)
+    teacher.maps = [target_map, None]
+    return StageObjective(student, teacher)
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def perfect_student(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         def state(_network: nn.Module, place: str, blocks: Any = None, **inputs: torch.Tensor) -> torch.Tensor:
             assert place == FINAL
-            target = target_map(teacher.hidden(FINAL, inputs))
+            target = target_map(teacher.states(FINAL, inputs))
             return target + noise * target.std() * torch.randn(target.shape, generator=generator)
 
         monkeypatch.setattr(objective_module, "forward_to", state)
@@ -105,7 +108,7 @@ def test_full_width_transplant_gives_the_teachers_logits(
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student.double(), teacher, curriculum, target_map), batches)
     ids = batches()[0]["input_ids"]
-    state = target_map(teacher.hidden(FINAL, {"input_ids": ids}))
+    state = target_map(teacher.states(FINAL, {"input_ids": ids}))
     mine = OutputHead.of(student)(state.double())
     theirs = teacher_model(input_ids=ids).logits
     torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3 * theirs.abs().max().item())
@@ -119,7 +122,7 @@ def test_narrow_transplant_is_the_least_squares_head(perfect_student: Callable[.
     target_map = target_map_of(teacher, curriculum, 12, center=False)
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
-    states = torch.cat([teacher.hidden(FINAL, batch).flatten(0, 1) for batch in batches()])
+    states = torch.cat([teacher.states(FINAL, batch).flatten(0, 1) for batch in batches()])
     kept = states[target_map.standardizer.keep(states)]
     codes, logits = target_map(kept).double(), teacher_model.lm_head(kept).double()
     best = torch.linalg.lstsq(codes, logits).solution
@@ -174,15 +177,15 @@ def test_embedding_head_is_the_way_back_to_the_teachers_width(perfect_student: C
     teacher_model = EmbeddingModel(BertModel(config)).eval()
     student = EmbeddingModel(BertModel(config), embedding_size=24)
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
-    teacher = LiveTargets(teacher_model, teacher_model.encoder)
+    teacher = LiveTargets(teacher_model)
     target_map = target_map_of(teacher, curriculum, 24, center=True)
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
     batch = batches()[0]
-    pooled_target = target_map(teacher.hidden(FINAL, batch)).mean(1)
+    pooled_target = target_map(teacher.states(FINAL, batch)).mean(1)
     assert student.head is not None
     embedding = torch.nn.functional.normalize(student.head(pooled_target), dim=-1)
-    torch.testing.assert_close(embedding, teacher.output(batch), rtol=0, atol=1e-3)
+    torch.testing.assert_close(embedding, teacher.whole_output(batch), rtol=0, atol=1e-3)
 
 
 def test_tied_student_keeps_its_shared_matrix_through_the_hidden_stage(make_trainer: Make) -> None:
@@ -225,12 +228,12 @@ def test_untied_head_is_transplanted_when_the_output_stage_begins(
     )
     trainer.train()
     assert all(torch.equal(head, initial) for head in heads[:6])
-    target_map = trainer.objective.maps[0]
+    target_map = trainer.source.maps[0]
     assert target_map is not None
     (decoder,) = seen
-    expected = (
-        trainer.teacher.model.lm_head.weight.double() * target_map.standardizer.scale.double() @ decoder.T.double()
-    )
+    assert isinstance(trainer.source, LiveTargets)
+    weight = trainer.source.model.lm_head.weight.double()
+    expected = weight * target_map.standardizer.scale.double() @ decoder.T.double()
     torch.testing.assert_close(heads[6].double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(target_map.standardizer.mean, torch.zeros(24))  # no bias, so nothing to carry a mean
 
@@ -276,7 +279,7 @@ def test_different_soft_caps_are_refused() -> None:
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
     teacher = LiveTargets(gemma(30.0))
     with pytest.raises(ValueError, match="soft-caps"):
-        warm_start.check(curriculum, gemma(None), teacher)
+        warm_start.check(objective_of(gemma(None), teacher, curriculum))
 
 
 def test_padded_vocabulary_rows_are_left_alone(perfect_student: Callable[..., None]) -> None:

@@ -41,7 +41,7 @@ def parse_options(parser: OptionParser, arguments: Sequence[str]) -> tuple[Any, 
     """The parser's dataclasses, from a YAML file (`--config`) overridden by flags.
 
     Raises:
-        UserError: an unknown option, a value that cannot be read, or a file that is no mapping of options.
+        UserError: an unknown option, a value that cannot be read, or a file that is not a mapping of options.
     """
     if "config" not in parser.names:
         parser.add_argument("--config", help="YAML file with any of these options")

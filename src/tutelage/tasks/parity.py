@@ -25,6 +25,7 @@ from tutelage.core.errors import UserError
 
 _SPARSITY = 0.1  # of a sparse example's bits, how many are -1
 _CHUNK = 4096
+_FIT_EXAMPLES = 20_000  # of the least-squares fit of a planted teacher
 
 
 def check_parity(d: int, k: int, support: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -208,7 +209,6 @@ def planted_teacher(
     noise: float = 0.02,
     confidence: float = 5.0,
     seed: int = 0,
-    samples: int = 20_000,
 ) -> ParityMLP:
     """A two-layer network that computes a parity by construction, where training one is out of reach.
 
@@ -218,9 +218,8 @@ def planted_teacher(
     Args:
         noise: deviation of the off-support weights; 0 makes the support plain to see.
         confidence: mean size of the logits.
-        samples: examples for the least-squares fit.
     """
-    data = ParityData(d, k, samples, seed=seed + 1_000_003, support=support)
+    data = ParityData(d, k, _FIT_EXAMPLES, seed=seed + 1_000_003, support=support)
     generator = torch.Generator().manual_seed(seed)
     weight = noise * torch.randn(width, d, generator=generator)
     signs = torch.randint(0, 2, (width, k), generator=generator).float() * 2 - 1
@@ -233,9 +232,9 @@ def planted_teacher(
     ids, labels = data.arrays()
     hidden = torch.relu(first(ids.float() * 2 - 1))
     features = torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1)
-    gram = (features.T @ features / samples).double()
+    gram = (features.T @ features / _FIT_EXAMPLES).double()
     gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    solution = torch.linalg.solve(gram, features.double().T @ (labels.double() * 2 - 1) / samples)
+    solution = torch.linalg.solve(gram, features.double().T @ (labels.double() * 2 - 1) / _FIT_EXAMPLES)
     row = (confidence * solution).float()
     model.head.weight.copy_(torch.stack([-row[:-1], row[:-1]]))
     model.head.bias.copy_(torch.stack([-row[-1], row[-1]]))

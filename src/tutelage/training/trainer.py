@@ -1,4 +1,4 @@
-"""`CurriculumTrainer`: `transformers.Trainer` that walks the student through the stages of a curriculum.
+"""`CurriculumTrainer`: a `transformers.Trainer` that trains the student through the stages of a curriculum.
 
 One `train()` covers all stages: one data order, one progress bar, one step count, checkpoints anywhere. At a stage's start
 the trainable set, the optimiser and the schedule are made anew.
@@ -79,9 +79,9 @@ class CurriculumTrainer(Trainer):
         given = Given(model, teacher_model, train_dataset, eval_dataset, processing_class, curriculum)
         prepared = prepare(given, args)
         self.source, self.objective = prepared.source, prepared.objective
-        self.task, self.curriculum = self.source.task, prepared.run.curriculum
+        run, self.task, self.curriculum = prepared.run, self.source.task, prepared.run.curriculum
         self.transition = StageTransition(self.objective)
-        resolved = prepared.run.arguments(args)
+        resolved = run.arguments(args)
         checks.require_unused_search(resolved, self.curriculum)
         self.meter = Meter(Progress(), args.world_size, self._sum_over_devices)
         self.metrics_file = MetricsFile(Path(args.output_dir or ".") / METRICS_FILE)
@@ -102,13 +102,8 @@ class CurriculumTrainer(Trainer):
             )
         except (ValueError, ImportError) as error:
             raise UserError(f"transformers.Trainer refuses these arguments: {error}") from error
-        self.feed = StageFeed(
-            self.source,
-            self.train_dataset,
-            self._collate,
-            prepared.run.calibration_samples,
-            prepared.run.reading.batch_size,
-        )
+        samples, size = run.calibration_samples, run.reading.batch_size
+        self.feed = StageFeed(self.source, self.train_dataset, self._collate, samples, size)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
         self.source.to(args.device)
@@ -133,8 +128,8 @@ class CurriculumTrainer(Trainer):
         output_dir = Path(self.args.output_dir or ".")
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
         if self.is_world_process_zero():
-            resuming = checkpoint is not None
-            checks.claim_output_dir(output_dir, self.curriculum, resuming, self.args.overwrite_output_dir)
+            overwrite = self.args.overwrite_output_dir
+            checks.claim_output_dir(output_dir, self.curriculum, checkpoint is not None, overwrite)
         self.accelerator.wait_for_everyone()
         identity = checks.run_identity(self.args, self.curriculum, self.source, self.train_dataset)
         progress, self._resumed_stage = Progress(identity=identity), None
@@ -185,14 +180,12 @@ class CurriculumTrainer(Trainer):
         self.transition.set_trainable(self.transition.all)
         self.model = self.model_wrapped = self.objective
         try:
-            wrapped, train_dataloader = super()._prepare_for_training(
-                max_steps, train_dataloader, resume_from_checkpoint
-            )
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         finally:
             self.model = student
         self.transition.set_trainable(self.transition.trainable)
         self.callback_handler.model = student
-        return wrapped, train_dataloader
+        return prepared
 
     def _collate(self, rows: Any) -> dict[str, Any]:
         collator = self._get_collator_with_removed_columns(self.data_collator)
@@ -341,8 +334,7 @@ class CurriculumTrainer(Trainer):
             self._check_weights()
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-                self.progress.save(folder)
+                self.progress.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -383,7 +375,7 @@ class CurriculumTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Metrics of `evaluate_batches`, and the user's `compute_metrics` over the student's predictions if given."""
+        """Metrics of `Task.evaluate`, and the user's `compute_metrics` over the student's predictions if given."""
         if self.compute_metrics is not None or description == "Prediction":
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -397,9 +389,8 @@ class CurriculumTrainer(Trainer):
         def on_step() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        tools = EvaluationTools(
-            self.source.outputs, self.args.logits_chunk_size, self.accelerator.gather_for_metrics, on_step
-        )
+        gather = self.accelerator.gather_for_metrics
+        tools = EvaluationTools(self.source.outputs, self.args.logits_chunk_size, gather, on_step)
         with self.accelerator.autocast(), self.source.finished():
             batches = (self._prepare_inputs(batch) for batch in dataloader)
             targets = self.source.output if self.compares_with_teacher else lambda batch: None

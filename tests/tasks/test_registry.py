@@ -23,15 +23,8 @@ from transformers import (
 
 from tests.conftest import CLASSES, bert_config, llama_config
 from tutelage.core.inputs import usable_positions
-from tutelage.tasks.base import (
-    TASKS,
-    backbone,
-    build_task_model,
-    detect_task,
-    get_task,
-    load_task_model,
-)
 from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.registry import TASKS, detect_task, get_task
 
 TINY_GPT2 = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1)
 
@@ -92,24 +85,25 @@ def test_no_known_head() -> None:
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "classification"])
 def test_a_loaded_model_is_of_its_task(name: str, request: pytest.FixtureRequest) -> None:
     fixture = {"masked_lm": "mlm", "causal_lm": "causal", "sequence_classification": "classifier"}.get(name, name)
-    model = load_task_model(TASKS[name], str(request.getfixturevalue(f"{fixture}_teacher")))
+    model = TASKS[name].load(str(request.getfixturevalue(f"{fixture}_teacher")))
     assert detect_task(model) is TASKS[name]
 
 
 def test_a_classifier_has_the_configs_classes() -> None:
-    model = build_task_model(TASKS["sequence_classification"], bert_config(num_labels=CLASSES))
+    model = TASKS["sequence_classification"].build(bert_config(num_labels=CLASSES))
     assert model.classifier.out_features == CLASSES
 
 
 def test_an_encoder_takes_pooling_and_width_from_the_teacher() -> None:
     encoder = AutoModel.from_config(bert_config())
     teacher = EmbeddingModel(encoder, embedding_size=24, pooling="cls", normalize=False)
-    student = build_task_model(TASKS["embedding"], bert_config(hidden_size=16), teacher)
+    task = TASKS["embedding"]
+    student = task.build(bert_config(hidden_size=16), task.teacher_shape(teacher))
     assert isinstance(student, EmbeddingModel)
     assert (student.pooling, student.normalize, student.embedding_size) == ("cls", False, 24)
-    headless = build_task_model(TASKS["embedding"], bert_config(hidden_size=16))
+    headless = task.build(bert_config(hidden_size=16))
     assert headless.head is None
-    assert backbone(student) is student.encoder
+    assert task.backbone(student) is student.encoder
 
 
 @pytest.mark.parametrize(

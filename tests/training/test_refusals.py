@@ -1,0 +1,50 @@
+"""Settings and models that no run can have, refused before any compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import BertForSequenceClassification, BertModel
+
+from tests.conftest import bert_config
+from tests.training.conftest import token_rows
+from tutelage import CurriculumConfig, CurriculumTrainer
+from tutelage.tasks.embedding import EmbeddingModel
+
+Make = Callable[..., CurriculumTrainer]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"teacher_dtype": "float99"}, "unknown teacher_dtype 'float99'"),
+        ({"logits_chunk_size": 0}, "logits_chunk_size must be at least 1"),
+        ({"temperature": float("nan")}, "temperature must be positive and finite"),
+        ({"learning_rate": -1.0}, "learning_rate must be a number from 0 up"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no part"),
+    ],
+)
+def test_settings_that_mean_nothing(make_trainer: Make, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**setting)
+
+
+@pytest.mark.parametrize("fields", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}])
+def test_only_single_choice_classifiers_are_distilled(tmp_path: Path, fields: dict[str, Any]) -> None:
+    def model() -> BertForSequenceClassification:
+        return BertForSequenceClassification(bert_config(num_hidden_layers=2, **fields))
+
+    rows = Dataset.from_dict({"input_ids": [[2, 7, 3]] * 8, "labels": [0] * 8})
+    args = CurriculumConfig(output_dir=str(tmp_path / "o"), max_steps=2, use_cpu=True)
+    with pytest.raises(ValueError, match="only classification into one of two or more classes"):
+        CurriculumTrainer(model(), model(), args, rows)
+
+
+def test_scratch_is_refused_for_sentence_encoders(tmp_path: Path) -> None:
+    args = CurriculumConfig(output_dir=str(tmp_path / "o"), method="scratch", max_steps=2, use_cpu=True)
+    with pytest.raises(ValueError, match="no labels to learn from"):
+        CurriculumTrainer(EmbeddingModel(BertModel(bert_config())), None, args, token_rows())

@@ -1,0 +1,208 @@
+"""From settings as given to one resolved run: budget, defaults, and what an extracted curriculum decides."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+
+from tests.conftest import bert_config
+from tests.training.conftest import llama, token_rows
+from tutelage import CurriculumConfig, CurriculumTrainer, extract
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.errors import UserError
+from tutelage.runs.distill import distill
+from tutelage.runs.inputs import RunOptions
+from tutelage.targets.folder import ExtractedCurriculum
+from tutelage.targets.order import Reading
+from tutelage.targets.source import FixedSettings
+from tutelage.tasks.collators import CausalCollator
+from tutelage.training.config import DEFAULTS
+from tutelage.training.resolution import resolve
+
+Make = Callable[..., CurriculumTrainer]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("accumulation", "epochs"), [(4, 3), (3, 1.5), (1, 2)])
+def test_epochs_give_the_steps_that_transformers_gives(
+    make_trainer: Make, tmp_path: Path, accumulation: int, epochs: float, drop_last: bool
+) -> None:
+    budget = {
+        "num_train_epochs": epochs,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 5,
+        "dataloader_drop_last": drop_last,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    plain = Trainer(
+        llama(2, 16, seed=2),
+        TrainingArguments(str(tmp_path / "plain"), **budget),
+        train_dataset=token_rows(),
+        data_collator=CausalCollator(),
+    )
+    loader = plain.get_train_dataloader()
+    expected = plain.set_initial_training_values(plain.args, loader)[-1]
+    trainer = make_trainer(method="one_shot", max_steps=-1, **budget)
+    assert trainer.curriculum.total_steps == expected
+
+
+def test_settings_that_a_method_does_not_read_are_named(make_trainer: Make) -> None:
+    with pytest.warns(UserWarning, match="method 'one_shot' does not read num_stages, projection"):
+        make_trainer(method="one_shot", num_stages=1, projection="pca")
+
+
+def test_classifiers_get_the_papers_stages_by_default(classifier_teacher: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[2, 7, 3]] * 8, "labels": [0] * 8})
+    args = CurriculumConfig(output_dir=str(tmp_path / "o"), max_steps=8, use_cpu=True)
+    student = BertForSequenceClassification(bert_config(num_hidden_layers=2, num_labels=3))
+    trainer = CurriculumTrainer(student, str(classifier_teacher), args, rows)
+    assert trainer.curriculum.warm_start == "none"
+    assert [stage.student_place for stage in trainer.curriculum.stages if isinstance(stage, HiddenStage)] == [1, 2]
+    assert FINAL not in [stage.teacher_place for stage in trainer.curriculum.hidden_stages]
+
+
+# ---- What an extracted curriculum decides ----
+
+
+@pytest.fixture(scope="module")
+def extracted(causal_teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made with settings that are not the defaults."""
+    folder = tmp_path_factory.mktemp("extracted") / "curriculum"
+    fields = {"normalize": "none", "temperature": 2.0, "projection": "rademacher", "projection_seed": 5}
+    args = settings(folder, teacher_model_name_or_path=str(causal_teacher), calibration_samples=8, **fields)
+    options = RunOptions(student="layers=2,hidden_size=16", dataset=str(corpus / "text.jsonl"), max_length=16)
+    extract(options, args, log=lambda line: None)
+    return folder
+
+
+def settings(folder: Path, **fields: Any) -> CurriculumConfig:
+    defaults = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return CurriculumConfig(str(folder), **{**defaults, **fields})
+
+
+@pytest.mark.parametrize(
+    ("setting", "made_with"),
+    [
+        ({"normalize": "standardize"}, "none"),
+        ({"temperature": 1.0}, "2.0"),
+        ({"projection": "gaussian"}, "rademacher"),
+        ({"projection_seed": 0}, "5"),
+        ({"calibration_samples": 64}, "8"),
+        ({"top_k": 3}, "64"),
+    ],
+)
+def test_a_default_given_explicitly_is_refused_where_the_extracted_curriculum_differs(
+    extracted: Path, tmp_path: Path, setting: dict[str, Any], made_with: str
+) -> None:
+    args = settings(tmp_path / "run", curriculum_dir=str(extracted), **setting)
+    name, value = next(iter(setting.items()))
+    assert name == "top_k" or value == DEFAULTS[name]
+    message = re.escape(f"was made with {name}={made_with}, but {name}={value} was given: leave {name} out")
+    with pytest.raises(UserError, match=message):
+        distill(None, args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_as_extracted_may_be_given(extracted: Path, tmp_path: Path) -> None:
+    fields = {"normalize": "none", "temperature": 2.0, "projection": "rademacher", "projection_seed": 5, "top_k": 64}
+    given = distill(None, settings(tmp_path / "given", curriculum_dir=str(extracted), **fields))
+    left_out = distill(None, settings(tmp_path / "left_out", curriculum_dir=str(extracted)))
+    assert given.student == left_out.student
+    records = [(tmp_path / name / "curriculum.json").read_text() for name in ("given", "left_out")]
+    assert records[0] == records[1]
+    curriculum = Curriculum.from_json(records[0])
+    assert {name: getattr(curriculum, name) for name in fields} == fields
+
+
+def test_epochs_are_counted_over_the_rows_of_an_extracted_curriculum(extracted: Path, tmp_path: Path) -> None:
+    rows = ExtractedCurriculum(extracted).identity.data.rows
+    args = settings(tmp_path / "run", curriculum_dir=str(extracted), max_steps=-1, num_train_epochs=0.5)
+    steps = math.ceil(0.5 * math.ceil(rows / 4))
+    assert steps != 8
+    assert distill(None, args).budget.steps == steps
+
+
+def test_without_a_budget_that_of_the_extraction_is_taken(extracted: Path, tmp_path: Path) -> None:
+    args = settings(tmp_path / "run", curriculum_dir=str(extracted), max_steps=-1)
+    assert distill(None, args).budget.steps == 8
+
+
+def test_the_source_decides_what_is_left_open() -> None:
+    fixed = FixedSettings(
+        where="the folder",
+        values={"normalize": "none", "temperature": 2.0, "calibration_samples": 8},
+        layer_map=[(1, 2), (FINAL, FINAL)],
+        hidden_steps={2: 3, FINAL: 4},
+        output_steps=5,
+        warm_start="head",
+        step_examples=12,
+        rows=100,
+    )
+    run = resolve(CurriculumConfig(use_cpu=True, gradient_accumulation_steps=3), (2, 4), fixed, None, "none")
+    assert [stage.steps for stage in run.curriculum.stages] == [3, 4, 5]
+    assert (run.curriculum.normalize, run.curriculum.temperature, run.curriculum.warm_start) == ("none", 2.0, "head")
+    assert (run.calibration_samples, run.reading) == (8, Reading(12, 4, 1, 42))
+    given = resolve(CurriculumConfig(use_cpu=True, num_train_epochs=2), (2, 4), fixed, None, "none")
+    assert given.curriculum.total_steps == 2 * math.ceil(100 / 12)
+    with pytest.raises(UserError, match=r"the folder was made with temperature=2\.0, but temperature=1\.0 was given"):
+        resolve(CurriculumConfig(use_cpu=True, temperature=1.0), (2, 4), fixed, None, "none")
+
+
+def test_an_unknown_budget_is_refused() -> None:
+    with pytest.raises(UserError, match="the budget is unknown: set max_steps, or num_train_epochs with a sized"):
+        resolve(CurriculumConfig(use_cpu=True), (2, 4), FixedSettings(), None, "none")
+
+
+# ---- Settings stay as they were given ----
+
+
+def snapshot(args: CurriculumConfig) -> dict[str, Any]:
+    _ = args.device  # cached at its first use
+    shared = {"distributed_state"}  # of the process
+    return {name: value if name in shared else copy.deepcopy(value) for name, value in vars(args).items()}
+
+
+@pytest.mark.parametrize("fields", [{}, {"method": "one_shot"}, {"max_steps": -1, "num_train_epochs": 1.0}])
+def test_the_trainer_leaves_the_settings_as_they_are(tmp_path: Path, fields: dict[str, Any]) -> None:
+    args = settings(tmp_path / "run", **{"per_device_train_batch_size": None, "calibration_samples": None, **fields})
+    before = snapshot(args)
+    student, teacher = llama(2, 16, seed=2), llama(4, 24, seed=1)
+    trainer = CurriculumTrainer(student, teacher, args, token_rows(), token_rows(8), data_collator=CausalCollator())
+    trainer.train()
+    trainer.evaluate()
+    assert vars(args) == before
+    assert trainer.args is not args
+    assert trainer.args.per_device_train_batch_size == 16
+    assert trainer.args.max_steps == trainer.curriculum.total_steps
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_distill_leaves_the_settings_as_they_are(
+    extracted: Path, causal_teacher: Path, corpus: Path, tmp_path: Path, stored: bool
+) -> None:
+    options, fields = RunOptions(max_samples=4), {"curriculum_dir": str(extracted)}
+    if not stored:
+        options = RunOptions("layers=2,hidden_size=16", str(corpus / "text.jsonl"), max_length=16)
+        fields = {"teacher_model_name_or_path": str(causal_teacher)}
+    args = settings(tmp_path / "run", **{"disable_tqdm": False, **fields})
+    before, options_before = snapshot(args), copy.deepcopy(options)
+    distill(options, args)
+    assert vars(args) == before
+    assert options == options_before
