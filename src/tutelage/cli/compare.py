@@ -59,8 +59,8 @@ def compare_command(arguments: Sequence[str]) -> None:
         options.output_dir or Path("comparisons") / _slug(Path(name).stem if is_file else name, overrides, options)
     )
     if scaling:
-        result = run_scaling(name, overrides, folder, jobs=options.jobs, command=command, log=progress)
-        print(result["verdict"])
+        experiment = run_scaling(name, overrides, folder, jobs=options.jobs, command=command, log=progress)
+        print(experiment.verdict)
         print(
             f"\nmetrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
         )
