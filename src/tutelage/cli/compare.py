@@ -107,7 +107,7 @@ def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: 
             "scaling takes no --methods, --variant, --match or --teacher: its methods are fixed, its field is --teachers"
         )
     result = run_scaling(options.recipe, overrides, folder, jobs=options.jobs, command=command, log=progress)
-    print(result["verdict"])
+    print(result.verdict)
     print(f"\nmetrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}")
 
 
