@@ -292,7 +292,7 @@ def test_own_file_with_the_embedded_teacher(
     folder = Path("comparisons") / "mine"
     result = Comparison.read(folder)
     assert (result.recipe, result.size, result.budget) == ("mine", "own", 24)
-    assert names(result) == ["extraction", "paper", "one_shot"]
+    assert names(result) == ["extraction", "one_shot", "paper"]
     assert (result.metric, result.better, result.seeds) == ("loss", "lower", (0,))
     ours, paper = (curriculum_of(result, name) for name in ("extraction", "paper"))
     assert (ours.warm_start, ours.normalize) == ("head", "standardize")
