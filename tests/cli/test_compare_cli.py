@@ -300,7 +300,7 @@ def test_own_file_with_the_embedded_teacher(
     starts = {method.runs[0].curve[0].metrics["loss"] for method in result.methods}
     assert len(starts) == 1  # the same student, on the same text
     assert "given: " in result.teacher.description
-    assert "| paper | extraction | warm_start=none, normalize=none |" in (folder / "report.md").read_text()
+    assert "| paper | extraction | normalize=none, warm_start=none |" in (folder / "report.md").read_text()
     assert result.verdict in out and err.splitlines()[0] == "teacher of mine/own"
     succeeds("report", folder)
 
