@@ -45,11 +45,7 @@ def test_every_room_is_read() -> None:
         ("tutelage.core.blocks", "import datasets.arrow_dataset", "core imports datasets"),
         ("tutelage.tasks", "from tutelage.targets.live import LiveTargets", "tasks imports targets"),
         ("tutelage.tasks.text", "from tutelage.training import CurriculumTrainer", "tasks imports training"),
-        (
-            "tutelage.training.trainer",
-            "from tutelage.runs import distill",
-            "training imports runs",
-        ),
+        ("tutelage.training.trainer", "from tutelage.runs import distill", "training imports runs"),
         ("tutelage.reproduction.compare", "from tutelage.cli import main", "reproduction imports cli"),
         ("tutelage.cli", "from tutelage import CurriculumTrainer", "cli imports tutelage.CurriculumTrainer"),
         ("tutelage.utils", "import torch", "tutelage.utils lies in no room"),

@@ -1,146 +1,36 @@
-"""The report of `tutelage compare`: words, escaping, and the page in a real browser."""
+"""The report of `tutelage compare`: words, tables and escaping."""
 
 from __future__ import annotations
 
 import dataclasses
 import html
-import json
 import math
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("plotly", reason="report.html needs tutelage[report]")
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tests.reproduction.reporting import (
+    BUDGET,
+    EVIL,
+    POINTS,
+    comparison,
+    empty,
+    plot_data,
+    unfinished,
+    with_method,
+    write,
+)
 from tutelage.core.errors import UserError
 from tutelage.reproduction.display import show_number
 from tutelage.reproduction.report import write_report
-from tutelage.reproduction.results import (
-    Comparison,
-    CurvePoint,
-    MethodResult,
-    Ratio,
-    RunRecord,
-    TeacherRecord,
-    Trial,
-)
+from tutelage.reproduction.results import MethodResult, Ratio, Trial
 from tutelage.reproduction.statistics import Estimate, PairedRatio
 from tutelage.reproduction.variants import Candidate, Variant
-
-EVIL = '</script><script>document.title="bad"</script>:projection=logits,warm_start=head|a/b*'
-BUDGET = 1_920_000
-POINTS = 13
-CHROMIUM = shutil.which("chromium")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-
-
-def run_of(seed: int, reached: int | None, end: float = 1.0) -> RunRecord:
-    curve = []
-    for step in range(POINTS):
-        samples = step * BUDGET // (POINTS - 1)
-        accuracy = 0.5 + (end - 0.5) * min(1.0, samples / (reached or 4 * BUDGET)) - 0.005 * seed
-        seconds = samples * (1 + 0.05 * seed) / 1e5
-        curve.append(CurvePoint(samples, samples * 2.5e6, seconds, {"accuracy": accuracy, "loss": 1 - accuracy}))
-    at_target = None if reached is None else CurvePoint(reached, reached * 2.5e6, reached / 1e5, {"accuracy": 1.0})
-    return RunRecord(seed, tuple(curve), at_target=at_target)
-
-
-def comparison() -> Comparison:
-    """Two methods, three seeds; one method never gets there and has a name that attacks every format."""
-    output = OutputStage(29_500)
-    settings = {"projection": "gaussian", "normalize": "none", "warm_start": "none", "temperature": 1.0}
-    extraction = MethodResult(
-        variant=Variant("extraction", "extraction", {"layer_map": "1:2"}),
-        candidate=Candidate(0.1),
-        trials=(
-            Trial(Candidate(0.03), "samples to target", score=152_000),
-            Trial(Candidate(0.1), "samples to target", score=144_000),
-        ),
-        curriculum=Curriculum("extraction", (HiddenStage(500, 1, 2), output), **settings),
-        runs=tuple(run_of(seed, 144_000 + 80_000 * seed) for seed in range(3)),
-        samples_to_target=Estimate(224_000, 144_000, 304_000),
-    )
-    evil = MethodResult(
-        variant=Variant(EVIL, "one_shot"),
-        candidate=Candidate(0.03),
-        trials=(Trial(Candidate(0.03), "final accuracy", score=0.61),),
-        curriculum=Curriculum("one_shot", (dataclasses.replace(output, steps=30_000),)),
-        runs=tuple(run_of(seed, None) for seed in range(3)),
-        samples_to_target=Estimate(None, 128_000, None),
-    )
-    return Comparison(
-        recipe="parity-mlp",
-        size="laptop",
-        command="tutelage compare parity-mlp/laptop",
-        complete=True,
-        match="samples",
-        budget=BUDGET,
-        metric="accuracy",
-        better="higher",
-        target=0.99,
-        seeds=(0, 1, 2),
-        settings={"d": 64, "k": 5, "note": "<b>bold</b>"},
-        teacher=TeacherRecord("trained past convergence", {"accuracy": 1.0}),
-        environment={"torch": "2.13.0", "machine": "laptop"},
-        methods=(extraction, evil),
-        ratios=(
-            Ratio("extraction", EVIL, "samples", 3, PairedRatio(Estimate(0.08, 0.07, 0.1), 3)),
-            Ratio(EVIL, "extraction", "samples", 3, PairedRatio(Estimate(None, 8.5, None), 3)),
-        ),
-        verdict="extraction needs 8% of the samples\n<i>at most</i>",
-    )
-
-
-def with_method(data: Comparison, name: str, **changes: Any) -> Comparison:
-    """A comparison with a change in one of its methods."""
-    methods = tuple(dataclasses.replace(m, **changes) if m.name == name else m for m in data.methods)
-    return dataclasses.replace(data, methods=methods)
-
-
-def empty(*names: str, complete: bool = True) -> Comparison:
-    """A comparison in which no method has run."""
-    methods = tuple(MethodResult(Variant(name, "one_shot")) for name in names)
-    data = dataclasses.replace(comparison(), complete=complete, target=None, seeds=(), ratios=(), verdict="")
-    return dataclasses.replace(data, methods=methods)
-
-
-def unfinished() -> Comparison:
-    """One run is finished; a method has none."""
-    data = dataclasses.replace(comparison(), complete=False, ratios=(), verdict="")
-    data = with_method(
-        data, "extraction", runs=(run_of(0, 144_000),), samples_to_target=Estimate(144_000, 144_000, 144_000)
-    )
-    return with_method(data, EVIL, runs=(), trials=(), samples_to_target=Estimate())
-
-
-def write(folder: Path, data: Comparison) -> Path:
-    data.write(folder)
-    return write_report(folder)
-
-
-def browse(page: Path, fragment: str = "", script: str = "", first: str = "", flags: Sequence[str] = ()) -> str:
-    """The page's DOM once its scripts have run, with the test's own first and last; the console must stay silent."""
-    assert CHROMIUM is not None
-    if script or first:
-        text = page.read_text(encoding="utf-8")
-        page = page.with_name("with_script.html")
-        text = text.replace("<title>", f"<script>{first}</script><title>", 1)
-        page.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
-    profile = page.with_name("profile")
-    always = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
-    always += [f"--user-data-dir={profile}", "--window-size=1000,900", "--virtual-time-budget=4000"]
-    command = [CHROMIUM, *always, *flags, page.as_uri() + fragment]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert [line for line in result.stderr.splitlines() if "CONSOLE" in line] == []
-    return result.stdout
 
 
 class Elements(HTMLParser):
@@ -341,12 +231,6 @@ def test_data_of_the_plot(tmp_path: Path) -> None:
     assert evil["name"] == EVIL and evil["color"] != extraction["color"]
 
 
-def plot_data(page: Path) -> dict[str, Any]:
-    found = re.search(r'id="curves-data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
-
-
 def test_unfinished_comparison_says_so(tmp_path: Path) -> None:
     page = write(tmp_path, unfinished())
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -454,108 +338,3 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, content: str | None, messag
 )
 def test_numbers(value: float | None, text: str) -> None:
     assert show_number(value) == text
-
-
-PLOTTED = "JSON.stringify(document.getElementById('plot').data.map(trace => trace.x))"
-RECORD = f"document.body.dataset.{{}} = {PLOTTED};"
-
-
-def recorded(dom: str, name: str) -> Any:
-    found = re.search(rf'<body[^>]* data-{name}="([^"]*)"', dom)
-    assert found is not None
-    return json.loads(html.unescape(found[1]))
-
-
-@needs_browser
-def test_browser_draws_every_curve(tmp_path: Path) -> None:
-    page = write(tmp_path, comparison())
-    dom = browse(page, script=RECORD.format("before"))
-    data = plot_data(page)
-    # two edges of the band, three seeds and the median of each method, and the target
-    drawn = recorded(dom, "before")
-    assert len(drawn) == 2 * 6 + 1
-    assert drawn[2] == data["methods"][0]["axes"]["samples"]["runs"][0]["x"]
-    assert '<figure id="curves-figure" data-axis="samples" data-scale="linear">' in dom
-    assert ">training samples</text>" in dom
-    buttons = set(re.findall(r'data-title="([^"]*)"', dom.split('id="curves-data"')[0]))
-    assert "Zoom in" in buttons and not [title for title in buttons if "Share" in title]  # the data stays here
-    assert "<title>Comparison parity-mlp/laptop</title>" in dom  # and not the title that the evil name sets
-    legend = re.search(r'<div id="legend".*?</div>', dom, re.DOTALL)
-    assert legend is not None and html.escape(EVIL, quote=False) in legend[0].replace("<wbr>", "")
-
-
-@needs_browser
-def test_browser_takes_the_view_from_the_address(tmp_path: Path) -> None:
-    dom = browse(write(tmp_path, comparison()), "#x=flops&scale=log")
-    assert 'data-axis="flops" data-scale="log"' in dom
-    assert ">training FLOPs, teacher included</text>" in dom
-    assert re.search(r'data-x="flops" aria-pressed="true"', dom)
-    assert re.search(r'data-x="samples" aria-pressed="false"', dom)
-
-
-@needs_browser
-def test_browser_buttons_change_the_curves(tmp_path: Path) -> None:
-    page = write(tmp_path, comparison())
-    click = "document.querySelector('button[data-x={}]').click();"
-    script = RECORD.format("before") + click.format("seconds") + RECORD.format("after")
-    script += "document.querySelector('button[data-scale=log]').click();"
-    script += "document.querySelector('#legend button').click();"
-    script += "document.body.dataset.shown = JSON.stringify(plot.data.map(trace => trace.visible !== false));"
-    script += "document.body.dataset.type = JSON.stringify([plot.layout.xaxis.type, location.hash]);"
-    dom = browse(page, script=script)
-    runs = plot_data(page)["methods"][0]["axes"]
-    before, after = recorded(dom, "before"), recorded(dom, "after")
-    assert before[2] == runs["samples"]["runs"][0]["x"]
-    assert after[2] == runs["seconds"]["runs"][0]["x"] != before[2]
-    assert after[5] == runs["seconds"]["band"]["x"]
-    assert recorded(dom, "shown") == [False] * 6 + [True] * 7  # the legend hides the whole method
-    assert recorded(dom, "type") == ["log", "#x=seconds&scale=log"]
-    assert ">training seconds</text>" in dom
-
-
-@needs_browser
-@pytest.mark.parametrize("data", [unfinished(), empty("one_shot")])
-def test_browser_shows_what_there_is(tmp_path: Path, data: Comparison) -> None:
-    dom = browse(write(tmp_path, data))
-    assert 'data-axis="samples"' in dom
-
-
-@needs_browser
-def test_page_fits_a_phone(tmp_path: Path) -> None:
-    """Nothing but the tables, each in its own box, is wider than the screen."""
-    page = write(tmp_path, comparison())
-    # headless windows have a least width, so the page goes into a frame of a phone's, and tells its width from there
-    framed = page.with_name("framed.html")
-    report = "parent.postMessage([document.documentElement.scrollWidth, innerWidth], '*')"
-    tell = f"<script>setTimeout(() => {report}, 500)</script></body>"
-    framed.write_text(page.read_text(encoding="utf-8").replace("</body>", tell), encoding="utf-8")
-    outer = page.with_name("outer.html")
-    listen = "onmessage = event => { document.body.dataset.widths = JSON.stringify(event.data) }"
-    outer.write_text(
-        f'<body><script>{listen}</script><iframe src="framed.html" width="390" height="844" style="border:0"></iframe>',
-        encoding="utf-8",
-    )
-    content, screen = recorded(browse(outer), "widths")
-    assert content <= screen == 390
-
-
-@needs_browser
-def test_plot_is_dark_when_the_page_is(tmp_path: Path) -> None:
-    record = "document.body.dataset.ink = JSON.stringify(plot.layout.font.color);"
-    page = write(tmp_path, comparison())
-    inks = [
-        recorded(browse(page, script=record, flags=[f"--blink-settings=preferredColorScheme={n}"]), "ink")
-        for n in (0, 1)
-    ]
-    assert inks == ["#e6e9ee", "#1b1f24"]
-
-
-@needs_browser
-def test_plot_follows_a_change_of_the_colour_scheme(tmp_path: Path) -> None:
-    """The browser's answer is played, as headless runs cannot change theirs: the target's line tells the colours."""
-    play = "const played = { matches: false, addEventListener: (_, changed) => { played.changed = changed; } };"
-    play += "const real = matchMedia; window.matchMedia = query => query.includes('dark') ? played : real(query);"
-    line = "plot.data.at(-1).line.color"
-    script = f"const light = {line}; played.matches = true; played.changed();"
-    script += f"document.body.dataset.lines = JSON.stringify([light, {line}]);"
-    assert recorded(browse(write(tmp_path, comparison()), script=script, first=play), "lines") == ["#57606a", "#a3adb9"]

@@ -251,10 +251,7 @@ def test_a_shortened_budget_shortens_the_schedule_alike() -> None:
     """What tuning sees is the curriculum that is reported, in small."""
     model = torch.nn.Linear(1, 1)
     teacher = Teacher(
-        model,
-        "trained",
-        checkpoints=tuple(Checkpoint(8_000 * n, f"at-{8_000 * n}") for n in range(1, 9)),
-        transition=1,
+        model, "trained", checkpoints=tuple(Checkpoint(8_000 * n, f"at-{8_000 * n}") for n in range(1, 9)), transition=1
     )
     for schedule in SCHEDULES:
         made = [

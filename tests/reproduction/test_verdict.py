@@ -7,14 +7,7 @@ import re
 from pathlib import Path
 
 from tests.reproduction.comparing import made, tiny
-from tutelage.reproduction.results import (
-    Comparison,
-    CurvePoint,
-    MethodResult,
-    Ratio,
-    RunRecord,
-    TeacherRecord,
-)
+from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, TeacherRecord
 from tutelage.reproduction.statistics import Estimate, PairedRatio
 from tutelage.reproduction.variants import Variant
 from tutelage.reproduction.verdict import verdict

@@ -45,12 +45,14 @@ _DATA_OPTIONS = {
 
 def compare_command(arguments: Sequence[str]) -> None:
     """Methods x seeds on a recipe, or on the user's own teacher, student and data."""
-    options, rest = _parser().parse_known_args(arguments)
+    parser = _parser()
+    mine, fields = _split(parser, arguments)
+    options, rest = parser.parse_known_args(mine)
     if options.list:
         print(_listing())
         return
     data = {name: value for name in _DATA_OPTIONS if (value := getattr(options, name)) is not None}
-    overrides = {**read_overrides(rest), **data}
+    overrides = {**read_overrides([*rest, *fields]), **data}
     name = options.recipe
     command = shlex.join(["tutelage", "compare", *arguments])
     folder = Path(options.output_dir or Path("comparisons") / _slug(options, overrides))
@@ -66,6 +68,18 @@ def compare_command(arguments: Sequence[str]) -> None:
     print(f"\nmetrics: {folder / 'comparison.json'}\nreport:  {page}")
 
 
+def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the parser's own options, and those of other options, which are fields of the recipe."""
+    mine: list[str] = []
+    fields: list[str] = []
+    current = mine
+    for word in arguments:
+        if word.startswith("-") and not _is_number(word):
+            current = mine if word.partition("=")[0] in parser._option_string_actions else fields
+        current.append(word)
+    return mine, fields
+
+
 def _recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     if name is None:
         return user_recipe(None, overrides)
@@ -73,7 +87,8 @@ def _recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="tutelage compare", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="tutelage compare", description=_ABOUT, formatter_class=shape, allow_abbrev=False)
     parser.add_argument("recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file; default: your own, by options")
     parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
     parser.add_argument("--methods", nargs="+", help="names of methods, e.g. extraction one_shot")
@@ -93,12 +108,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _methods(options: argparse.Namespace, defaults: Sequence[Variant]) -> list[Variant] | None:
-    """The methods asked for; None where the recipe's own are."""
+    """The methods asked for, or the recipe's own and the variants; None where nothing was asked for."""
     variants = [parse_variant(text) for text in options.variant or []]
-    if options.methods is None and not variants:
+    if options.methods is not None:
+        return [*(plain_variant(name) for name in options.methods), *variants]
+    if not variants:
         return None
-    plain = defaults if options.methods is None else [plain_variant(name) for name in options.methods]
-    return [*plain, *variants]
+    names = {variant.name for variant in variants}
+    return [*(method for method in defaults if method.name not in names), *variants]
 
 
 def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: Path, command: str) -> None:
@@ -107,7 +124,7 @@ def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: 
             "scaling takes no --methods, --variant, --match or --teacher: its methods are fixed, its field is --teachers"
         )
     result = run_scaling(options.recipe, overrides, folder, jobs=options.jobs, command=command, log=progress)
-    print(result["verdict"])
+    print(result.verdict)
     print(f"\nmetrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}")
 
 

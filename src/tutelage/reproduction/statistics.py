@@ -64,7 +64,8 @@ def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], bu
     beyond the budget, the ratio is infinite (None).
     """
     pairs = [(a, b) for a, b in zip(over, under, strict=True) if a is not None or b is not None]
-    ratios = [None if a is None else _ratio(a, budget if b is None else b) for a, b in pairs]
+    bounded = [(a, budget if b is None else b) for a, b in pairs]
+    ratios = [None if a is None else _ratio(a, b) for a, b in bounded]
     return PairedRatio(median_interval(ratios), len(pairs), sum(b is None for _, b in pairs))
 
 

@@ -166,7 +166,10 @@ def _methods(file: Path | None) -> tuple[Variant, ...]:
     """The methods of a file, whose values stay text: YAML alone takes `1:2` for 62."""
     if file is None:
         raise UserError("methods are given by --methods and --variant")
-    return read_methods(yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)["methods"])
+    given = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)["methods"]
+    if isinstance(given, dict):
+        given = {name: {} if settings in ("", "null", "~") else settings for name, settings in given.items()}
+    return read_methods(given)
 
 
 def _parse(options: Mapping[str, Any], eval_samples: int) -> tuple[RunOptions, CurriculumConfig]:
