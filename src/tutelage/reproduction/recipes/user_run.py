@@ -79,26 +79,24 @@ class UserRecipe(Recipe):
         self._run  # noqa: B018 - loads models and data
 
     @cached_property
-    def _given(self) -> tuple[RunArguments, CurriculumConfig]:
-        return _parse(self.options, self.eval_samples)
+    def _prepared(self) -> _Prepared:
+        return _prepare(self.options, self.eval_samples)
 
-    @cached_property
+    @property
     def _run(self) -> Run:
-        return prepare_run(*self._given)
+        return self._prepared.run
 
     def arguments(self) -> dict[str, Any]:
-        names = {part.name for part in dataclasses.fields(CurriculumConfig)} - {"teacher_model_name_or_path"}
-        return {key: getattr(self._given[1], key) for key in self.options if key in names}
+        return self._prepared.arguments
 
     def make_teacher(self, folder: Path) -> Teacher:
         assert self._run.teacher is not None
         return Teacher(self._run.teacher, f"given: {self._run.names['teacher']}")
 
     def make_student(self, seeds: Sequence[int]) -> nn.Module:
-        run, config = self._given
-        shape = student_config(str(run.student), load_config(str(config.teacher_model_name_or_path)))
+        made = self._prepared
         set_seed(31 + seeds[0])
-        return make_student(str(run.student), self._run.task, shape, self._run.teacher).float()
+        return make_student(made.student, made.run.task, made.shape, made.run.teacher).float()
 
     def train_data(self, seeds: Sequence[int], count: int) -> Any:
         assert self._run.train_dataset is not None
@@ -150,11 +148,27 @@ def user_recipe(file: Path, overrides: Mapping[str, Any]) -> UserRecipe:
     return recipe
 
 
-def _parse(options: Mapping[str, Any], eval_samples: int) -> tuple[RunArguments, CurriculumConfig]:
-    """Options as `tutelage distill` parses its flags, with its defaults."""
+@dataclass(frozen=True)
+class _Prepared:
+    """What the options of `tutelage distill` come to."""
+
+    run: Run
+    student: str
+    """As it was named."""
+    shape: Any
+    """Configuration of the student."""
+    arguments: dict[str, Any]
+    """`CurriculumConfig` fields that were given."""
+
+
+def _prepare(options: Mapping[str, Any], eval_samples: int) -> _Prepared:
+    """Parse options as `tutelage distill` parses its flags, with its defaults, and load models and data."""
     kinds: Any = (RunArguments, CurriculumConfig)
     flags = ["--output_dir=unused", *as_flags(options)]
     run, config = ConfigParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
+    names = {part.name for part in dataclasses.fields(CurriculumConfig)} - {"teacher_model_name_or_path"}
+    arguments = {key: getattr(config, key) for key in options if key in names}
     run.eval_samples = eval_samples
     fill_defaults(run, config)
-    return run, config
+    shape = student_config(str(run.student), load_config(str(config.teacher_model_name_or_path)))
+    return _Prepared(prepare_run(run, config), str(run.student), shape, arguments)
