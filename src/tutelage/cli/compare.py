@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.cli.parsing import Parser
+from tutelage.cli.help import Parser
 from tutelage.core.errors import UserError
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipe import Recipe
@@ -38,7 +38,7 @@ _DATA_OPTIONS = {
     "dataset": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file",
     "eval_dataset": "held-out text; default: a part of the dataset",
     "max_length": "maximum tokens per sequence",
-    "max_samples": "maximum sequences to train on",
+    "max_samples": "evaluate on the first N sequences",
     "mlm_probability": "fraction of tokens that are masked (masked language models)",
 }
 
@@ -83,12 +83,15 @@ def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[l
 def _recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     if name is None:
         return user_recipe(None, overrides)
-    return user_recipe(Path(name), overrides) if _is_file(name) else resolve(name, overrides)
+    if _is_file(name):
+        return user_recipe(Path(name), overrides)
+    renamed = {"max_samples": "eval_samples"}
+    return resolve(name, {renamed.get(key, key): value for key, value in overrides.items()})
 
 
 def _parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="tutelage compare", description=_ABOUT, formatter_class=shape, allow_abbrev=False)
+    parser = Parser(prog="tutelage compare", description=_ABOUT, formatter_class=shape)
     parser.add_argument("recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file; default: your own, by options")
     parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
     parser.add_argument("--methods", nargs="+", help="names of methods, e.g. extraction one_shot")
@@ -131,14 +134,27 @@ def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: 
 def report_command(arguments: Sequence[str]) -> None:
     """Redraw a comparison's report from what is on disk."""
     parser = Parser(prog="tutelage report", description="Redraw the report of a comparison, finished or not.")
-    parser.add_argument("folder", help="output_dir of tutelage compare")
-    folder = Path(parser.parse_args(arguments).folder)
+    parser.add_argument(
+        "folder", nargs="?", help="output_dir of tutelage compare; default: the newest one below comparisons"
+    )
+    given = parser.parse_args(arguments).folder
+    folder = _newest() if given is None else Path(given)
     if (folder / "scaling.json").exists():
         raise UserError(
             f"{str(folder)!r} holds a scaling experiment, whose report.md and scaling.png are drawn after every comparison: "
             "to redraw them, repeat its command"
         )
     print(write_report(folder))
+
+
+def _newest() -> Path:
+    """The comparison that was written last."""
+    found = sorted(Path("comparisons").glob("*/comparison.json"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError(
+            "there is no comparison below ./comparisons: make one with tutelage compare, or name its folder"
+        )
+    return found[-1].parent
 
 
 def progress(line: str) -> None:

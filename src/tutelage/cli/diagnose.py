@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.cli.compare import progress, read_overrides
-from tutelage.cli.parsing import Parser
+from tutelage.cli.help import Parser
 from tutelage.core.errors import UserError
 from tutelage.reproduction.diagnose_language import NgramProbe, diagnose_language
 from tutelage.reproduction.diagnose_parity import diagnose_parity
@@ -23,7 +23,6 @@ def diagnose_command(arguments: Sequence[str]) -> None:
     """Fourier weights of a parity recipe, or n-gram probes of a language model's layers."""
     parser = Parser(
         prog="tutelage diagnose",
-        allow_abbrev=False,  # --d is a field of the recipe, not short for --dataset
         description="With parity-mlp[/SIZE]: Fourier weights of teacher and student. Without a recipe: how much of each "
         "layer of a language model the last tokens explain.",
         epilog="example: tutelage diagnose --teacher gpt2 --dataset corpus.txt --length 3",

@@ -1,6 +1,6 @@
 """Help of a command: one screen with what people use, then the rest in groups.
 
-Public names: `CommandHelp`, `render_help`.
+Public names: `CommandHelp`, `render_help`, `Parser`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ import argparse
 import dataclasses
 import textwrap
 from dataclasses import dataclass
+from typing import NoReturn
 
 from transformers import TrainingArguments
+
+from tutelage.core.errors import UserError
 
 _WIDTH = 100
 _TRANSFORMERS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -53,3 +56,14 @@ def _flag(action: argparse.Action) -> str:
 def _describe(action: argparse.Action) -> list[str]:
     text = " ".join(str(action.help or "").split()).replace("%(default)s", str(action.default))
     return textwrap.wrap(f"{_flag(action):<24}{text}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 26)
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` with mistakes as one-line `UserError`s and no abbreviations."""
+
+    def __init__(self, **kwargs: object):
+        super().__init__(allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UserError(f"{message}: see {self.prog} --help")

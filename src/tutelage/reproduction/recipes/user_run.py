@@ -177,4 +177,4 @@ def _parse(options: Mapping[str, Any], eval_samples: int) -> tuple[RunOptions, C
     kinds: Any = (RunOptions, CurriculumConfig)
     flags = ["--output_dir=unused", *as_flags(options)]
     run, config = OptionParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
-    return with_defaults(dataclasses.replace(run, max_samples=eval_samples), config)
+    return with_defaults(dataclasses.replace(run, max_samples=run.max_samples or eval_samples), config)
