@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any
 import accelerate
 import pytest
 import transformers
+from packaging.version import Version
 
 import tutelage
 from tutelage.runs.options import ConfigParser
@@ -83,7 +85,7 @@ CONTRACT = (
     Relied(TRAINER, "_prepare_inputs", parameters="inputs"),
     Relied(TRAINER, "_get_output_dir", parameters="trial"),
     # attributes of Trainer that we set, and private ones that we read
-    Relied(TRAINER, "loss_is_scaled_for_ga"),
+    Relied(TRAINER, "model_accepts_loss_kwargs"),
     Relied(TRAINER, "model"),
     Relied(TRAINER, "model_wrapped"),
     Relied(TRAINER, "optimizer"),
@@ -220,6 +222,15 @@ def test_overrides_take_what_trainer_gives_them() -> None:
             taken = inspect.signature(method).parameters
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
                 assert list(taken) == list(inspect.signature(base).parameters), f"{name} in {versions()}"
+
+
+def test_the_lowest_environment_has_the_versions_that_pyproject_allows() -> None:
+    root = Path(__file__).resolve().parents[2]
+    floors = re.findall(r'"(accelerate|transformers)>=([\d.]+)', (root / "pyproject.toml").read_text(encoding="utf-8"))
+    pinned = dict(re.findall(r"^(\w+)==([\d.]+)", (root / "constraints-lowest.txt").read_text(encoding="utf-8"), re.M))
+    assert len(floors) == 2
+    for name, floor in floors:
+        assert Version(pinned[name]) == Version(floor), f"{name}: constraints-lowest.txt differs from pyproject.toml"
 
 
 def versions() -> str:

@@ -61,7 +61,6 @@ class CurriculumTrainer(Trainer):
         UserError: anything that cannot work, before any compute is spent.
     """
 
-    loss_is_scaled_for_ga = True  # losses are divided by the items of the whole optimiser step
     args: CurriculumConfig
     model: Any
     train_dataset: Any
@@ -116,6 +115,7 @@ class CurriculumTrainer(Trainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
         )
+        self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
         if self.teacher is not None and not hasattr(self.teacher.model, "hf_device_map"):
