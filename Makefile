@@ -2,14 +2,36 @@
 PYTHON ?= python3
 ASSETS ?= $(or $(TUTELAGE_ASSETS),.assets)
 BIN := .venv/bin
+DEV := .[dev,gguf,peft,report,sentence-transformers]
+# What the oldest and the newest environment have in other versions than constraints.txt.
+VARIED := ^(accelerate|huggingface_hub|tokenizers|transformers)==
 
-.PHONY: demo test test-assets lint teacher assets clean
+.PHONY: demo test test-versions test-lowest test-newest test-assets lint teacher assets clean
 
 demo: .venv/.installed  ## distil a small student from the embedded teacher, then compare it with one-shot distillation
 	$(BIN)/python examples/demo.py demo-output
 
 test: .venv/.installed-dev  ## every test that needs no download
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-versions: test-lowest test-newest  ## the same tests on the oldest and the newest transformers that pyproject.toml allows
+
+test-lowest: .venv-lowest/.installed-dev
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2
+
+test-newest: .venv/.installed-dev
+	@found=$$($(BIN)/python -m pip install --dry-run --no-deps --upgrade 'transformers<6') || exit 1; \
+	case "$$found" in \
+	  *"Would install"*) $(MAKE) test-upgraded ;; \
+	  *) echo "constraints.txt has the newest transformers: \`make test\` covers it" ;; \
+	esac
+
+.PHONY: test-upgraded
+test-upgraded:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	grep -vE '$(VARIED)' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install -q --upgrade -c .venv-newest/constraints.txt -e '$(DEV)'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2
 
 test-assets: assets  ## the tests on real teachers and texts
 	TUTELAGE_ASSETS="$(ASSETS)" $(BIN)/python -m pytest -m assets
@@ -27,7 +49,7 @@ teacher: .venv/.installed  ## train the embedded teacher again
 	$(BIN)/tutelage distill --config configs/austen_teacher.yaml
 
 clean:
-	rm -rf .venv demo-output build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-newest demo-output build dist .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -37,5 +59,11 @@ $(BIN)/python:
 	touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,gguf,peft,report,sentence-transformers]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '$(DEV)'
 	touch $@ .venv/.installed
+
+.venv-lowest/.installed-dev: pyproject.toml constraints.txt constraints-lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	grep -vE '$(VARIED)' constraints.txt | cat - constraints-lowest.txt > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install -q -c .venv-lowest/constraints.txt -e '$(DEV)'
+	touch $@

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from tests.conftest import bert_config, make_tokenizer, sentences
+from tutelage.core.blocks import find_blocks
+from tutelage.core.errors import UserError
 from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
@@ -139,6 +141,8 @@ def test_sentence_transformers_gives_the_same_embeddings(
     with torch.no_grad():
         expected = model(batch["input_ids"], batch["attention_mask"])
     loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    with pytest.raises(UserError, match="is a pipeline of modules"):
+        find_blocks(loaded)
     torch.testing.assert_close(loaded.encode(texts, convert_to_tensor=True), expected)
 
 

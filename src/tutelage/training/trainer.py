@@ -48,7 +48,6 @@ class CurriculumTrainer(Trainer):
         UserError: anything that cannot work, before any compute is spent.
     """
 
-    loss_is_scaled_for_ga = True  # losses are divided by the items of the whole optimiser step
     args: CurriculumConfig
     model: Any
     train_dataset: Any
@@ -104,6 +103,7 @@ class CurriculumTrainer(Trainer):
             raise UserError(f"transformers.Trainer refuses these arguments: {error}") from error
         samples, size = run.calibration_samples, run.reading.batch_size
         self.feed = StageFeed(self.source, self.train_dataset, self._collate, samples, size)
+        self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
         self.source.to(args.device)
