@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    fields = resolve("parity-mlp/laptop").fields
+    fields = resolve("parity-mlp/laptop")
     found: dict[str, dict[str, float]] = {}
     for name, stage in STAGES.items():
         one, many = stepper(stage, 1, fields), stepper(stage, options.replicas, fields)

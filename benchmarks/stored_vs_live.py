@@ -36,7 +36,7 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 def pcfg(folder: Path, rows: int) -> dict[str, Any]:
     """Teacher with a tokenizer, and strings, of the recipe `pcfg-clm/laptop`, as anybody's would lie on disk."""
     system = resolve("pcfg-clm/laptop", {})
-    grammar = build_grammar(system.fields.levels, seed=system.fields.grammar_seed)
+    grammar = build_grammar(system.levels, seed=system.grammar_seed)
     teacher: Any = system.make_teacher(folder).model
     words = Tokenizer(models.WordLevel(pcfg_tokens(grammar), unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -46,7 +46,7 @@ def pcfg(folder: Path, rows: int) -> dict[str, Any]:
     for name, data in (("train", system.train_data((1,), rows)), ("heldout", system.eval_data((1,)))):
         ids = [row["input_ids"].tolist() for row in data.__getitems__(range(len(data)))]
         datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(folder / name)
-    heads, width = system.fields.student_heads, system.fields.head_width
+    heads, width = system.student_heads, system.head_width
     return {
         "teacher": str(folder / "teacher"),
         "truncates": False,

@@ -79,7 +79,7 @@ def teachers(root: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     models: dict[str, Any] = {
         "masked": BertForMaskedLM(BertConfig(**sizes)),
-        "classes": BertForSequenceClassification(BertConfig(**sizes, num_labels=3)),
+        "classes": BertForSequenceClassification(BertConfig(**{**sizes, "num_labels": 3})),
         "sentences": EmbeddingModel(BertModel(BertConfig(**sizes))),
     }
     for number in (1, 2):

@@ -74,13 +74,7 @@ _SIZES = {
 
 def llama_config(**fields: Any) -> LlamaConfig:
     """A 4-block, 32-wide Llama with grouped queries."""
-    settings = {
-        **_SIZES,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 5,
-    }
+    settings = {**_SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 5}
     return LlamaConfig(**{**settings, **fields})
 
 

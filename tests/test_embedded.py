@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import run
 from tutelage.core.curriculum import Curriculum
-from tutelage.tasks.registry import detect_task, load_task_model
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
+from tutelage.tasks.registry import detect_task, load_task_model
 from tutelage.tasks.text import read_dataset
 
 TEACHER = Path(DEFAULT_TEACHER)

@@ -54,11 +54,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def refused(
-    error_of: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    causal_teacher: Path,
-    corpus: Path,
-    tmp_path: Path,
+    error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch, causal_teacher: Path, corpus: Path, tmp_path: Path
 ) -> Refused:
     """The error of a `distill` that is sound but for the given flags (None leaves one out); it must compute nothing."""
 
@@ -356,11 +352,7 @@ def test_resuming_where_nothing_is(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_nan_loss_stops_and_names_the_last_good_checkpoint(
-    error_of: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    causal_teacher: Path,
-    corpus: Path,
-    tmp_path: Path,
+    error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch, causal_teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     flags = [

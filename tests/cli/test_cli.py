@@ -10,12 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.cli.conftest import BATCH, LENGTH, STEPS, budget, run
 from tests.conftest import CLASSES, VOCAB, WORDS, make_tokenizer, save_llama

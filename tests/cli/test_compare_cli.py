@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 import shlex
 from collections.abc import Callable
@@ -13,11 +13,15 @@ import pytest
 import yaml
 
 from tests.conftest import make_tokenizer, save_llama
+from tutelage.cli import compare as compare_module
 from tutelage.cli import main
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.reproduction.recipes import RECIPES
-from tutelage.reproduction.recipes.user_run import own_system
+from tutelage.reproduction.recipes.user_run import UserRecipe, user_recipe
+from tutelage.reproduction.results import Comparison
 from tutelage.tasks.parity import planted_teacher
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = {
     "d": 8,
     "k": 2,
@@ -96,8 +100,14 @@ def own_file(folder: Path, text: str = "", **options: Any) -> Path:
     return path
 
 
-def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+def names(result: Comparison) -> list[str]:
+    return [method.name for method in result.methods]
+
+
+def curriculum_of(result: Comparison, name: str) -> Curriculum:
+    curriculum = result.method(name).curriculum
+    assert curriculum is not None
+    return curriculum
 
 
 # ---- Recipes ----
@@ -106,9 +116,9 @@ def read(folder: Path) -> dict[str, Any]:
 def test_list_shows_recipes_sizes_and_fields(succeeds: Callable[..., tuple[str, str]]) -> None:
     out, err = succeeds("compare", "--list")
     assert err == ""
-    for name, recipe in RECIPES.items():
-        assert name in out and recipe.about in out
-        for field in vars(recipe.sizes["laptop"]):
+    for name, sizes in RECIPES.items():
+        assert name in out and sizes["laptop"].about in out
+        for field in sizes["laptop"].settings():
             assert field in out
     assert "scaling" in out and "sizes: smoke, laptop, paper" in out
     assert not list(Path().iterdir())
@@ -117,26 +127,28 @@ def test_list_shows_recipes_sizes_and_fields(succeeds: Callable[..., tuple[str, 
 def test_a_recipe_with_overrides(succeeds: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     arguments = ["compare", "parity-mlp/smoke", *flags(d=12), "--seeds", 0, 3, "--methods", "extraction", "one_shot"]
     out, err = succeeds(*arguments, "--output_dir", tmp_path / "o")
-    result = read(tmp_path / "o")
-    assert (result["settings"]["d"], result["settings"]["k"], result["seeds"]) == (12, 2, [0, 3])
-    assert list(result["methods"]) == ["extraction", "one_shot"]
-    assert result["command"].startswith("tutelage compare parity-mlp/smoke --d 12 ")
-    assert out.startswith(result["verdict"]) and str(tmp_path / "o" / "comparison.json") in out
+    result = Comparison.read(tmp_path / "o")
+    assert (result.settings["d"], result.settings["k"], result.seeds) == (12, 2, (0, 3))
+    assert names(result) == ["extraction", "one_shot"]
+    assert result.command is not None and result.command.startswith("tutelage compare parity-mlp/smoke --d 12 ")
+    assert out.startswith(result.verdict) and str(tmp_path / "o" / "comparison.json") in out
     assert err.splitlines()[0] == "teacher of parity-mlp/smoke"
     assert err.splitlines()[1:] == [f"{name}: learning rate 0.1, seeds 0, 3" for name in ("extraction", "one_shot")]
     assert {"comparison.json", "report.md", "curves_samples.png"} <= {file.name for file in (tmp_path / "o").iterdir()}
 
 
 def test_the_command_in_the_record_makes_it_again(succeeds: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
-    name = "extraction:layer_map=2:2,stage_steps=5"
-    succeeds("compare", "parity-mlp/smoke", *flags(), "--methods", name, "one_shot", "--output_dir", "a folder")
-    first = read(Path("a folder"))
-    words = shlex.split(first["command"])
+    variant = "deep:layer_map=2:2,stage_steps=5"
+    words = ["--methods", "one_shot", "--variant", variant, "--output_dir", "a folder"]
+    succeeds("compare", "parity-mlp/smoke", *flags(), *words)
+    first = Comparison.read(Path("a folder"))
+    assert names(first) == ["one_shot", "deep"]
+    words = shlex.split(first.command or "")
     assert words[:2] == ["tutelage", "compare"]
     words[words.index("a folder")] = str(tmp_path / "again")
     succeeds(*words[1:])
-    again = read(tmp_path / "again")
-    finals = [[run["final"] for run in made["methods"][name]["runs"]] for made in (first, again)]
+    again = Comparison.read(tmp_path / "again")
+    finals = [[run.final for run in made.method("deep").runs] for made in (first, again)]
     assert finals[0] == finals[1]
 
 
@@ -155,7 +167,7 @@ def test_the_command_in_the_record_makes_it_again(succeeds: Callable[..., tuple[
 def test_fields_are_options(succeeds: Callable[..., tuple[str, str]], words: list[str], field: str, value: Any) -> None:
     arguments = [word for word in flags() if word]
     succeeds("compare", "parity-mlp/smoke", *arguments, *words, "--methods", "scratch", "--output_dir", "o")
-    assert read(Path("o"))["settings"][field] == value
+    assert Comparison.read(Path("o")).settings[field] == value
 
 
 @pytest.mark.parametrize(
@@ -164,15 +176,15 @@ def test_fields_are_options(succeeds: Callable[..., tuple[str, str]], words: lis
 def test_options_may_come_before_the_recipe(succeeds: Callable[..., tuple[str, str]], before: list[str]) -> None:
     after = [] if any("o" in word.split("=")[-1:] for word in before) else ["--output_dir", "o"]
     succeeds("compare", *before, "parity-mlp/smoke", *flags(), *after, "--methods", "scratch")
-    assert read(Path("o"))["recipe"] == "parity-mlp"
+    assert Comparison.read(Path("o")).recipe == "parity-mlp"
 
 
 def test_the_folder_is_named_after_the_recipe(succeeds: Callable[..., tuple[str, str]]) -> None:
     succeeds("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch")
     (folder,) = Path("comparisons").iterdir()
     assert re.fullmatch(r"parity-mlp-smoke-[0-9a-f]{6}", folder.name)  # marked by the fields that flags() change
-    assert read(folder)["size"] == "smoke"
-    succeeds("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch")  # the same again goes on
+    assert Comparison.read(folder).size == "smoke"
+    succeeds("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch")  # the same again is resumed
     succeeds("compare", "parity-mlp/smoke", *flags(), "--seeds", "5", "--methods", "scratch")  # another has its own
     assert len(list(Path("comparisons").iterdir())) == 2
 
@@ -182,7 +194,7 @@ def test_a_teacher_given_by_folder(succeeds: Callable[..., tuple[str, str]], tmp
     words = [word for word in flags() if word not in ("--teacher", "planted")]
     arguments = ["--teacher", tmp_path / "wise", "--methods", "one_shot", "--output_dir", "o"]
     succeeds("compare", "parity-mlp/smoke", *words, *arguments)
-    assert read(Path("o"))["teacher"]["description"] == "given: wise"
+    assert Comparison.read(Path("o")).teacher.description == "given: wise"
 
 
 def test_report_redraws_what_is_there(succeeds: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
@@ -194,19 +206,16 @@ def test_report_redraws_what_is_there(succeeds: Callable[..., tuple[str, str]], 
     assert err == "" and Path(out.strip()).is_file() and Path(out.strip()).parent == Path("o")
     assert (Path("o") / "report.md").read_text(encoding="utf-8") == before
     assert "extraction" in before and "planted" in before
-    # a comparison still going
-    known = read(Path("o"))
-    known["complete"] = False
-    known["methods"].popitem()
+    # a comparison that is not finished
+    known = Comparison.read(Path("o"))
     (tmp_path / "going").mkdir()
-    (tmp_path / "going" / "comparison.json").write_text(json.dumps(known), encoding="utf-8")
+    dataclasses.replace(known, complete=False, methods=known.methods[:1]).write(tmp_path / "going")
     succeeds("report", tmp_path / "going")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name a recipe, e.g. tutelage compare parity-mlp/smoke; tutelage compare --list shows them"),
         (["parity"], "unknown recipe 'parity': there are parity-mlp, parity-transformer"),
         (["parity-mlp/big"], "unknown size 'big' of parity-mlp"),
         (["parity-mlp/smoke", "--heads", "3"], "parity-mlp has no field 'heads': it has seeds"),
@@ -223,18 +232,26 @@ def test_report_redraws_what_is_there(succeeds: Callable[..., tuple[str, str]], 
         (["parity-mlp/smoke", "--match", "steps"], "invalid choice: 'steps'"),
         (["parity-mlp/smoke", "--methods", "distil"], "unknown method 'distil'"),
         (["parity-mlp/smoke", "--methods", "one_shot", "one_shot"], "methods are repeated"),
-        (["parity-mlp/smoke", "--methods", "extraction:layer_map=9:9"], "the student has blocks 1 to 2"),
-        (["parity-mlp/smoke", "--methods", "extraction:stage_steps=x"], "stage_steps"),
+        (
+            ["parity-mlp/smoke", "--methods", "extraction:layer_map=1:1"],
+            "Give settings to a named variant: --variant NAME:method=extraction,layer_map=1:1",
+        ),
+        (["parity-mlp/smoke", "--variant", "deep:layer_map=9:9"], "the student has blocks 1 to 2"),
+        (["parity-mlp/smoke", "--variant", "deep:stage_steps=x"], "cannot read stage_steps='x'"),
+        (["parity-mlp/smoke", "--methods", "one_shot", "--variant", "one_shot:temperature=2"], "methods are repeated"),
         (
             ["parity-mlp/smoke", "--methods", "progressive", "--teacher", "planted"],
             "leave progressive out of --methods",
         ),
-        (["parity-mlp/smoke", "--teacher", "nowhere"], "no teacher folder 'nowhere'"),
+        (["parity-mlp/smoke", "--teacher", "nowhere"], "unknown teacher 'nowhere'"),
         (
             ["parity-mlp/smoke", "--target", "1.5", "--teacher", "planted"],
             "is beyond the teacher, which reaches 1.0000",
         ),
-        (["parity-transformer/smoke", "--teacher", "planted"], "parity-transformer has no field 'teacher'"),
+        (
+            ["parity-transformer/smoke", "--teacher", "planted"],
+            "unknown teacher 'planted': use 'trained', or the folder of a finished teacher",
+        ),
         (["scaling/big"], "unknown size 'big' of scaling"),
         (["scaling/smoke", "--ds", "8"], "at least two values of ds"),
         (["scaling/smoke", "--methods", "extraction"], "methods"),
@@ -247,12 +264,12 @@ def test_mistakes_are_one_line(error_of: Callable[..., str], words: list[str], m
     assert message in error_of("compare", *words, *(["--teacher=planted"] if planted else []))
 
 
-def test_another_comparisons_folder_is_refused(
+def test_the_folder_of_a_different_comparison_is_refused(
     succeeds: Callable[..., tuple[str, str]], error_of: Callable[..., str]
 ) -> None:
     succeeds("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch", "--output_dir", "o")
     line = error_of("compare", "parity-mlp/smoke", *flags(d=9), "--methods", "scratch", "--output_dir", "o")
-    assert "'o' holds another comparison" in line and "choose another --output_dir" in line
+    assert "'o' holds a different comparison" in line and "choose a different --output_dir" in line
     Path("notes.txt").write_text("mine", encoding="utf-8")
     line = error_of("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch", "--output_dir", "notes.txt")
     assert "notes.txt" in line
@@ -269,20 +286,22 @@ def test_report_of_nothing_is_one_line(error_of: Callable[..., str], words: list
 def test_own_file_with_the_embedded_teacher(
     succeeds: Callable[..., tuple[str, str]], tmp_path: Path, corpus: Path
 ) -> None:
-    file = own_file(tmp_path, dataset=str(corpus / "text.txt"))
+    methods = {"extraction": {}, "paper": {"warm_start": "none", "normalize": "none"}, "one_shot": None}
+    file = own_file(tmp_path, dataset=str(corpus / "text.txt"), methods=methods)
     out, err = succeeds("compare", file)
     folder = Path("comparisons") / "mine"
-    result = read(folder)
-    assert (result["recipe"], result["size"], result["budget"]) == ("mine", "own", 24)
-    assert list(result["methods"]) == ["extraction", "extraction:warm_start=none,normalize=none", "one_shot"]
-    assert (result["metric"], result["better"], result["seeds"]) == ("loss", "lower", [0])
-    ours, paper, _ = (entry["curriculum"] for entry in result["methods"].values())
-    assert (ours["warm_start"], ours["normalize"]) == ("head", "standardize")
-    assert (paper["warm_start"], paper["normalize"]) == ("none", "none")
-    starts = {json.dumps(entry["runs"][0]["curve"][0]["loss"]) for entry in result["methods"].values()}
+    result = Comparison.read(folder)
+    assert (result.recipe, result.size, result.budget) == ("mine", "own", 24)
+    assert names(result) == ["extraction", "one_shot", "paper"]
+    assert (result.metric, result.better, result.seeds) == ("loss", "lower", (0,))
+    ours, paper = (curriculum_of(result, name) for name in ("extraction", "paper"))
+    assert (ours.warm_start, ours.normalize) == ("head", "standardize")
+    assert (paper.warm_start, paper.normalize) == ("none", "none")
+    starts = {method.runs[0].curve[0].metrics["loss"] for method in result.methods}
     assert len(starts) == 1  # the same student, on the same text
-    assert "given: " in result["teacher"]["description"]
-    assert result["verdict"] in out and err.splitlines()[0] == "teacher of mine/own"
+    assert "given: " in result.teacher.description
+    assert "| paper | extraction | normalize=none, warm_start=none |" in (folder / "report.md").read_text()
+    assert result.verdict in out and err.splitlines()[0] == "teacher of mine/own"
     succeeds("report", folder)
 
 
@@ -292,10 +311,10 @@ def test_own_file_names_its_teacher_and_flags_win(
     file = own_file(tmp_path, teacher=str(causal_teacher), dataset=str(corpus / "text.jsonl"), budget_samples=8_000)
     words = ["--budget_samples", 16, "--seeds", 1, 2, "--methods", "one_shot", "--output_dir", "o"]
     succeeds("compare", file, *words)
-    result = read(Path("o"))
-    assert (result["budget"], result["seeds"]) == (16, [1, 2])
-    first, second = result["methods"]["one_shot"]["runs"]
-    assert first["curve"][0]["loss"] != second["curve"][0]["loss"]  # another initial student
+    result = Comparison.read(Path("o"))
+    assert (result.budget, result.seeds) == (16, (1, 2))
+    first, second = result.method("one_shot").runs
+    assert first.curve[0].metrics["loss"] != second.curve[0].metrics["loss"]  # the initial students differ
 
 
 def test_own_teacher_by_flag(
@@ -303,7 +322,7 @@ def test_own_teacher_by_flag(
 ) -> None:
     file = own_file(tmp_path, dataset=str(corpus / "text.jsonl"))
     succeeds("compare", file, "--teacher", causal_teacher, "--methods", "one_shot", "--output_dir", "o")
-    assert read(Path("o"))["teacher"]["description"] == f"given: {causal_teacher}"
+    assert Comparison.read(Path("o")).teacher.description == f"given: {causal_teacher}"
 
 
 def test_own_options_by_flag_are_read_as_their_type(
@@ -312,8 +331,8 @@ def test_own_options_by_flag_are_read_as_their_type(
     file = own_file(tmp_path, dataset=str(corpus / "text.jsonl"))
     words = ["--max_length", 12, "--label_weight", 0.5, "--warmup_steps", "0", "--eval_fraction", "0.2"]
     succeeds("compare", file, *words, "--methods", "one_shot", "--output_dir", "o")
-    (stage,) = read(Path("o"))["methods"]["one_shot"]["curriculum"]["stages"]
-    assert stage["label_weight"] == 0.5
+    (stage,) = curriculum_of(Comparison.read(Path("o")), "one_shot").stages
+    assert isinstance(stage, OutputStage) and stage.label_weight == 0.5
 
 
 def test_own_yaml_is_read_as_distill_reads_it(
@@ -323,8 +342,75 @@ def test_own_yaml_is_read_as_distill_reads_it(
     text = "layer_map: 1:2\nstage_learning_rate: 1e-3\nadam_epsilon: 1e-7\nmax_grad_norm: 1e0\n"
     file = own_file(tmp_path, text, dataset=str(corpus / "text.jsonl"))
     succeeds("compare", file, "--methods", "extraction", "--output_dir", "o")
-    hidden, _ = read(Path("o"))["methods"]["extraction"]["curriculum"]["stages"]
-    assert (hidden["student_place"], hidden["teacher_place"], hidden["learning_rate"]) == (1, 2, 1e-3)
+    hidden, _ = curriculum_of(Comparison.read(Path("o")), "extraction").stages
+    assert isinstance(hidden, HiddenStage)
+    assert (hidden.student_place, hidden.teacher_place, hidden.learning_rate) == (1, 2, 1e-3)
+
+
+def test_values_in_a_files_methods_are_read_as_text_is(
+    succeeds: Callable[..., tuple[str, str]], tmp_path: Path, corpus: Path
+) -> None:
+    """YAML alone takes `1:2` for 62."""
+    text = "methods:\n  one_shot:\n  deep: {layer_map: 1:2, stage_learning_rate: 1e-3}\n"
+    succeeds("compare", own_file(tmp_path, text, dataset=str(corpus / "text.jsonl")), "--output_dir", "o")
+    result = Comparison.read(Path("o"))
+    assert names(result) == ["one_shot", "deep"]
+    hidden, _ = curriculum_of(result, "deep").stages
+    assert isinstance(hidden, HiddenStage)
+    assert (hidden.student_place, hidden.teacher_place, hidden.learning_rate) == (1, 2, 1e-3)
+
+
+def test_a_variant_is_compared_beside_the_default_methods(
+    succeeds: Callable[..., tuple[str, str]], tmp_path: Path, corpus: Path
+) -> None:
+    file = own_file(tmp_path, dataset=str(corpus / "text.jsonl"))
+    succeeds(
+        "compare", file, "--variant", "one_shot:temperature=2", "--variant", "short:budget=0.5", "--output_dir", "o"
+    )
+    result = Comparison.read(Path("o"))
+    assert names(result) == ["extraction", "one_shot", "short"]
+    assert curriculum_of(result, "one_shot").temperature == 2
+    assert result.method("short").runs[0].curve[-1].samples == 12
+
+
+def test_without_a_recipe_the_users_own_data_are_compared(
+    succeeds: Callable[..., tuple[str, str]], corpus: Path, causal_teacher: Path
+) -> None:
+    own = {**OWN, "teacher": causal_teacher, "dataset": corpus / "text.jsonl", "learning_rates": "3e-3"}
+    words = [word for key, value in {**own, "seeds": 0}.items() for word in (f"--{key}", value)]
+    succeeds("compare", *words, "--output_dir", "o")
+    result = Comparison.read(Path("o"))
+    assert (result.recipe, names(result)) == ("own", ["extraction", "one_shot"])
+    assert result.teacher.description == f"given: {causal_teacher}"
+
+
+def test_without_arguments_the_embedded_teacher_and_text_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def watch(recipe: Any, *args: Any, **settings: Any) -> None:
+        seen.append((recipe, *args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_module, "compare", watch)
+    assert main(["compare"]) == 130
+    ((recipe, folder, methods),) = seen
+    assert (recipe.name, recipe.task, folder, methods) == ("own", "causal_lm", Path("comparisons/own"), None)
+    assert [method.name for method in recipe.default_methods] == ["extraction", "one_shot"]
+
+
+@pytest.mark.parametrize("name", ["minilm", "smollm2", "same_width", "austen"])
+def test_every_comparison_file_of_the_repository_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models and texts of some have to be fetched first, so only what needs none of them is checked."""
+    monkeypatch.setattr(UserRecipe, "check", lambda self: None)
+    recipe = user_recipe(CONFIGS / f"compare_{name}.yaml", {})
+    assert len(list(CONFIGS.glob("compare_*.yaml"))) == 4
+    assert recipe.budget_samples % recipe.batch_size == recipe.budget_samples % recipe.eval_every == 0
+    assert {"one_shot", "paper"} <= {method.name for method in recipe.default_methods}
+    assert not set(recipe.seeds) & set(recipe.tuning_seeds)
+    if name != "austen":
+        shown = {method.name: method.settings for method in recipe.default_methods}
+        assert shown["final-state-transplant"] == "layer_map=final:final, warm_start=head"
+        assert len(shown) == 6
 
 
 def test_own_encoder_is_compared_by_cosine(
@@ -336,8 +422,8 @@ def test_own_encoder_is_compared_by_cosine(
         "dataset": str(corpus / "text.jsonl"),
     }
     succeeds("compare", own_file(tmp_path, **options), "--methods", "one_shot", "--output_dir", "o")
-    result = read(Path("o"))
-    assert (result["metric"], result["better"]) == ("cosine", "higher")
+    result = Comparison.read(Path("o"))
+    assert (result.metric, result.better) == ("cosine", "higher")
 
 
 @pytest.mark.parametrize(
@@ -377,14 +463,14 @@ def test_own_folder_named_like_a_recipe_is_a_file(succeeds: Callable[..., tuple[
     Path("scaling").mkdir()
     own_file(Path("scaling"), dataset=str(corpus / "text.jsonl"))
     succeeds("compare", "scaling/mine.yaml", "--methods", "one_shot", "--output_dir", "o")
-    assert read(Path("o"))["recipe"] == "mine"
+    assert Comparison.read(Path("o")).recipe == "mine"
 
 
 def test_an_own_student_with_weights_starts_from_them(tmp_path: Path, corpus: Path) -> None:
     teacher = save_llama(tmp_path / "llama")
     make_tokenizer().save_pretrained(save_llama(tmp_path / "student", seed=5, num_hidden_layers=2))
     options = {"teacher": str(teacher), "student": str(tmp_path / "student"), "dataset": str(corpus / "text.jsonl")}
-    system = own_system(own_file(tmp_path, **options), {})
+    system = user_recipe(own_file(tmp_path, **options), {})
     one, two = system.make_student([0]), system.make_student([1])
     for name, value in one.state_dict().items():
         assert value.equal(two.state_dict()[name])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tutelage.cli import main
+from tutelage.reproduction.diagnose_language import LanguageDiagnosis
+from tutelage.reproduction.diagnose_parity import ParityDiagnosis
 
 PLANTED = [
     *("--teacher", "planted", "--d", "10", "--k", "3", "--teacher_width", "200", "--student_width", "24"),
@@ -18,13 +19,16 @@ PLANTED = [
 
 def test_fourier_weights_show_why_the_stage_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose", "parity-mlp/smoke", *PLANTED, "--output_dir", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "fourier.json").read_text())
-    output, hidden = (result["teacher"][name]["support"] for name in ("output", "projected hidden layer"))
-    assert output["3"] > 0.95
-    assert abs(output["1"]) < 0.02
-    assert hidden["1"] > 0.2
-    assert result["student"][-1]["support"]["3"] > 0.5
-    assert result["student"][0]["support"]["3"] < 0.2
+    text = (tmp_path / "fourier.json").read_text()
+    found = ParityDiagnosis.from_json(text)
+    assert found.to_json() == text.strip()
+    assert (found.d, found.k) == (10, 3)
+    output, hidden = found.output.support, found.hidden.support
+    assert output[3] > 0.95
+    assert abs(output[1]) < 0.02
+    assert hidden[1] > 0.2
+    assert found.student[-1].weights.support[3] > 0.5
+    assert found.student[0].weights.support[3] < 0.2
     for name in ("fourier.png", "fourier.md"):
         assert (tmp_path / name).stat().st_size > 100
     assert "fourier.png" in capsys.readouterr().out
@@ -41,7 +45,10 @@ def test_ngram_probes_of_a_teachers_layers(tmp_path: Path, causal_teacher: Path,
         "16",
     ]
     assert main([*command, "--length", "2", "--output_dir", str(tmp_path)]) == 0
-    layers = json.loads((tmp_path / "ngrams.json").read_text())["layers"]
+    text = (tmp_path / "ngrams.json").read_text()
+    found = LanguageDiagnosis.from_json(text)
+    assert found.to_json() == text.strip()
+    layers = found.layers
     assert list(layers) == ["0", "1", "2", "3", "4", "final"]
     assert layers["0"][0] > 0.9  # an embedding is a function of its token
     assert all(len(scores) == 2 for scores in layers.values())
@@ -56,6 +63,8 @@ def test_ngram_probes_of_a_teachers_layers(tmp_path: Path, causal_teacher: Path,
         (["--teacher", "{causal}"], "name a text"),
         (["--teacher", "{causal}", "--dataset", "{text}", "--length", "0"], "length must be from 1 to 7 tokens, got 0"),
         (["--colour=red"], "unknown option '--colour=red'"),
+        (["parity-mlp/smoke", "--teacher", "nowhere"], "unknown teacher 'nowhere': use 'trained' or 'planted', or the"),
+        (["parity-mlp/smoke", "--length", "2"], "--length is for language models: leave it out, or leave parity-mlp/"),
     ],
 )
 def test_mistakes(

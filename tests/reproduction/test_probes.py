@@ -40,8 +40,8 @@ def test_weights_by_degree_of_a_parity() -> None:
     data = ParityData(8, 3, 4000, 5)
     x, labels = data.arrays()
     weights = weights_by_degree(labels.double() * 2 - 1, x, data.support)
-    assert weights["support"][3] == pytest.approx(1.0, abs=0.01)
-    assert max(abs(weights["support"][1]), abs(weights["support"][2]), abs(weights["off_support"][1])) < 0.01
+    assert weights.support[3] == pytest.approx(1.0, abs=0.01)
+    assert max(abs(weights.support[1]), abs(weights.support[2]), abs(weights.off_support[1])) < 0.01
 
 
 def test_monomials_are_chosen_by_seed() -> None:

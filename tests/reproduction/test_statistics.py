@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 import numpy as np
 import pytest
 
-from tutelage.reproduction.statistics import median_interval, paired_ratio, reached_at
+from tutelage.reproduction.statistics import Estimate, PairedRatio, median_interval, paired_ratio
 
 
-def test_reached_at_is_the_first_point_that_is_good_enough() -> None:
-    curve = [
-        {"samples": 0, "accuracy": 0.5},
-        {"samples": 10, "loss": 0.1},  # without the metric
-        {"samples": 20, "accuracy": 0.9},
-        {"samples": 30, "accuracy": 0.4},
-        {"samples": 40, "accuracy": 0.95},
-    ]
-    assert reached_at(curve, "accuracy", lambda value: value >= 0.9) == curve[2]
-    assert reached_at(curve, "accuracy", lambda value: value >= 0.95) == curve[4]
-    assert reached_at(curve, "loss", lambda value: value <= 0.1) == curve[1]
-    assert reached_at(curve, "accuracy", lambda value: value >= 0.96) is None
-    assert reached_at([], "accuracy", lambda value: True) is None
+def bounds(values: list[float] | list[float | None]) -> tuple[float | None, float | None, float | None]:
+    found = median_interval(values)
+    return found.median, found.low, found.high
 
 
 @pytest.mark.parametrize("values", [[5], [4, 1], [3.0, 1.0, 2.0], [7, 7, 7, 7], [9, 2, 5, 30, 11, 3]])
 def test_median_of_runs_that_all_arrive(values: list[float]) -> None:
-    median, (low, high) = median_interval(values)
+    median, low, high = bounds(values)
     assert median == statistics.median(values)
     assert low is not None and high is not None
     assert min(values) <= low <= median <= high <= max(values)
@@ -49,7 +38,7 @@ def test_median_of_runs_that_all_arrive(values: list[float]) -> None:
     ],
 )
 def test_a_run_that_never_arrives_counts_as_beyond_the_budget(values: list[float | None], median: float | None) -> None:
-    found, (low, high) = median_interval(values)
+    found, low, high = bounds(values)
     assert found == median
     finite = [value for value in values if value is not None]
     if low is not None:
@@ -59,49 +48,49 @@ def test_a_run_that_never_arrives_counts_as_beyond_the_budget(values: list[float
 
 
 def test_nothing_to_average() -> None:
-    assert median_interval([]) == (None, [None, None])
+    assert median_interval([]) == Estimate(None, None, None)
 
 
 def test_interval_is_the_bootstraps() -> None:
     """Against a bootstrap with other draws: the interval of 25 runs agrees within a grid step."""
     values = [float(value) for value in np.random.default_rng(5).permutation(25)]
-    median, (low, high) = median_interval(values)
+    median, low, high = bounds(values)
     generator = np.random.default_rng(99)
     draws = [statistics.median(generator.choice(values, 25)) for _ in range(4000)]
     expected = np.quantile(draws, [0.025, 0.975])
     assert median == 12
     assert low == pytest.approx(expected[0], abs=1.0) and high == pytest.approx(expected[1], abs=1.0)
-    assert median_interval(values) == (median, [low, high])  # the same every time
+    assert median_interval(values) == Estimate(median, low, high)  # the same every time
 
 
 def test_ratio_is_paired_by_seed() -> None:
     result = paired_ratio([1, 20, 300], [10, 100, 1000], budget=5000)
-    assert result["median"] == pytest.approx(0.2)  # of 0.1, 0.2, 0.3; not 20 / 100 by accident of order
-    assert result["ci95"] == [pytest.approx(0.1), pytest.approx(0.3)]
-    assert result["pairs"] == 3
-    assert "note" not in result
-    assert paired_ratio([300, 1, 20], [1000, 10, 100], budget=5000)["median"] == pytest.approx(0.2)
+    assert result.estimate.median == pytest.approx(0.2)  # of 0.1, 0.2, 0.3; not 20 / 100 by accident of order
+    assert (result.estimate.low, result.estimate.high) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert result.pairs == 3
+    assert not result.is_bound
+    assert paired_ratio([300, 1, 20], [1000, 10, 100], budget=5000).estimate.median == pytest.approx(0.2)
 
 
 def test_where_the_second_never_arrives_the_ratio_is_a_bound() -> None:
     result = paired_ratio([10, 10, 10], [40, None, None], budget=100)
-    assert result["median"] == pytest.approx(0.1)
-    assert result["ci95"] == [pytest.approx(0.1), pytest.approx(0.25)]
-    assert result["note"].startswith("at most: in 2 of 3 pairs the second method did not reach the target")
+    assert result.estimate.median == pytest.approx(0.1)
+    assert (result.estimate.low, result.estimate.high) == (pytest.approx(0.1), pytest.approx(0.25))
+    assert result.is_bound and (result.unreached, result.pairs) == (2, 3)
 
 
 def test_where_the_first_never_arrives_the_ratio_is_infinite() -> None:
     result = paired_ratio([None, None, 10], [40, 50, 20], budget=100)
-    assert (result["median"], result["pairs"]) == (None, 3)
-    assert result["ci95"][1] is None
-    assert "note" not in result
+    assert (result.estimate.median, result.pairs) == (None, 3)
+    assert result.estimate.high is None
+    assert not result.is_bound
 
 
 def test_where_neither_arrives_nothing_is_compared() -> None:
-    assert paired_ratio([None, 10], [None, 20], budget=100)["pairs"] == 1
-    nothing: dict[str, Any] = paired_ratio([None, None], [None, None], budget=100)
-    assert nothing == {"median": None, "ci95": [None, None], "pairs": 0}
-    assert paired_ratio([], [], budget=0)["pairs"] == 0
+    assert paired_ratio([None, 10], [None, 20], budget=100).pairs == 1
+    nothing = paired_ratio([None, None], [None, None], budget=100)
+    assert nothing == PairedRatio(Estimate(None, None, None), pairs=0)
+    assert paired_ratio([], [], budget=0).pairs == 0
 
 
 def test_unequal_numbers_of_runs_are_refused() -> None:
@@ -111,6 +100,6 @@ def test_unequal_numbers_of_runs_are_refused() -> None:
 
 def test_a_target_that_holds_before_training_does_not_divide_by_zero() -> None:
     """An easy target, or a student that starts from weights: both are there after no sample at all."""
-    assert paired_ratio([0], [0], budget=100)["median"] == 1.0
-    assert paired_ratio([50], [0], budget=100)["median"] is None
-    assert paired_ratio([0], [50], budget=100)["median"] == 0.0
+    assert paired_ratio([0], [0], budget=100).estimate.median == 1.0
+    assert paired_ratio([50], [0], budget=100).estimate.median is None
+    assert paired_ratio([0], [50], budget=100).estimate.median == 0.0

@@ -9,14 +9,23 @@ import torch
 from torch import nn
 
 from tutelage.core.curriculum import HiddenStage, OutputStage
-from tutelage.reproduction.comparison_setting import Teacher
-from tutelage.reproduction.variants import SCHEDULES, Candidate, build_curriculum, candidates, parse_variant
+from tutelage.reproduction.teachers import Checkpoint, Teacher
+from tutelage.reproduction.variants import (
+    SCHEDULES,
+    Candidate,
+    Variant,
+    build_curriculum,
+    candidates,
+    parse_variant,
+    plain_variant,
+    read_methods,
+)
 from tutelage.training.config import CurriculumConfig
 
 RATES = (0.1, 0.3)
 # kept after 640, 1,280, 2,560 and 6,400 examples; at a batch of 64: 10, 10, 20 and 60 steps apart
-CHECKPOINTS = ((640, "a"), (1_280, "b"), (2_560, "c"), (6_400, "d"))
-TEACHER = Teacher(nn.Identity(), {"transition": 2}, CHECKPOINTS)
+CHECKPOINTS = (Checkpoint(640, "a"), Checkpoint(1_280, "b"), Checkpoint(2_560, "c"), Checkpoint(6_400, "d"))
+TEACHER = Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS, transition=2)
 
 
 def built(schedule: str, steps: int, teacher: Teacher = TEACHER, batch_size: int = 64, **settings: Any) -> Any:
@@ -30,14 +39,15 @@ def shape(curriculum: Any) -> list[tuple[int, str | None]]:
 
 @pytest.mark.parametrize("method", ["extraction", "one_shot", "progressive", "scratch"])
 def test_a_bare_method_changes_nothing(method: str) -> None:
-    variant = parse_variant(method)
-    assert (variant.name, variant.method, variant.overrides, variant.budget_share) == (method, method, {}, 1.0)
+    variant = plain_variant(method)
+    assert (variant.name, variant.method, variant.overrides, variant.budget_fraction) == (method, method, {}, 1.0)
+    assert variant.settings == ""
 
 
 def test_overrides_are_typed_and_the_name_is_kept() -> None:
-    text = "extraction:projection=logits,warm_start=head,num_stages=2,stage_fraction=0.3,stage_steps=5,eval_with_teacher=true"
+    text = "mine:projection=logits,warm_start=head,num_stages=2,stage_fraction=0.3,stage_steps=5,eval_with_teacher=true"
     variant = parse_variant(text)
-    assert (variant.name, variant.method, variant.budget_share) == (text, "extraction", 1.0)
+    assert (variant.name, variant.method, variant.budget_fraction) == ("mine", "extraction", 1.0)
     assert variant.overrides == {
         "projection": "logits",
         "warm_start": "head",
@@ -46,68 +56,124 @@ def test_overrides_are_typed_and_the_name_is_kept() -> None:
         "stage_steps": [5],
         "eval_with_teacher": True,
     }
+    assert variant.settings == text.removeprefix("mine:").replace(",", ", ")
 
 
 @pytest.mark.parametrize(
     ("text", "overrides"),
     [
-        ("extraction:layer_map=1:1,2:2", {"layer_map": "1:1,2:2"}),
+        ("mine:layer_map=1:1,2:2", {"layer_map": "1:1,2:2"}),
         (
-            "extraction:layer_map=1:1,2:4,final:final,warm_start=head",
+            "mine:layer_map=1:1,2:4,final:final,warm_start=head",
             {"layer_map": "1:1,2:4,final:final", "warm_start": "head"},
         ),
-        ("extraction:normalize=none,layer_map=1:2,2:4", {"normalize": "none", "layer_map": "1:2,2:4"}),
-        ("extraction:layer_map=1:1,2:2,stage_steps=10,20,30", {"layer_map": "1:1,2:2", "stage_steps": [10, 20, 30]}),
-        ("extraction:stage_learning_rate=1e-3", {"stage_learning_rate": 1e-3}),
-        ("one_shot:label_weight=0.5,temperature=2", {"label_weight": 0.5, "temperature": 2.0}),
+        ("mine:normalize=none,layer_map=1:2,2:4", {"normalize": "none", "layer_map": "1:2,2:4"}),
+        ("mine:layer_map=1:1,2:2,stage_steps=10,20,30", {"layer_map": "1:1,2:2", "stage_steps": [10, 20, 30]}),
+        ("mine:stage_learning_rate=1e-3", {"stage_learning_rate": 1e-3}),
+        ("soft:method=one_shot,label_weight=0.5,temperature=2", {"label_weight": 0.5, "temperature": 2.0}),
+        ("one_shot:temperature=2", {"temperature": 2.0}),
     ],
 )
 def test_a_value_may_hold_commas_and_colons(text: str, overrides: dict[str, Any]) -> None:
     assert parse_variant(text).overrides == overrides
 
 
-def test_budget_is_a_share_and_no_field() -> None:
-    variant = parse_variant("extraction:budget=0.6,normalize=none")
-    assert (variant.budget_share, variant.overrides) == (0.6, {"normalize": "none"})
-    assert parse_variant("one_shot:budget=1").budget_share == 1.0
+def test_a_name_that_is_a_method_needs_no_method() -> None:
+    assert parse_variant("one_shot:temperature=2").method == "one_shot"
+    assert parse_variant("soft:method=one_shot,temperature=2").method == "one_shot"
+    with pytest.raises(ValueError, match="one_shot is a method itself: choose another name"):
+        parse_variant("one_shot:method=scratch")
+
+
+def test_budget_is_a_fraction_and_no_field() -> None:
+    variant = parse_variant("short:budget=0.6,normalize=none")
+    assert (variant.budget_fraction, variant.overrides) == (0.6, {"normalize": "none"})
+    assert variant.settings == "normalize=none, budget=0.6"
+    assert parse_variant("all:method=one_shot,budget=1").budget_fraction == 1.0
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extract", "unknown method 'extract' in 'extract': use one of extraction, one_shot, progressive, scratch"),
-        ("", "unknown method ''"),
-        (":normalize=none", "unknown method ''"),
-        ("extraction:colour=red", "unknown field 'colour' in 'extraction:colour=red'"),
-        ("extraction:head", "unknown field 'head' in 'extraction:head'"),
-        ("extraction:budget=0", "budget in 'extraction:budget=0' is a share from 0 to 1, got 0"),
-        ("extraction:budget=1.5", "is a share from 0 to 1, got 1.5"),
-        ("extraction:budget=nan", "is a share from 0 to 1, got nan"),
-        ("extraction:budget=half", "budget"),
-        ("extraction:num_stages=two", "num_stages"),
-        ("extraction:stage_fraction=much", "stage_fraction"),
-        ("extraction:stage_steps=1,x", "stage_steps"),
+        ("mine", "the variant 'mine' has no settings: write NAME:key=value"),
+        ("", "the variant '' has no settings"),
+        (":normalize=none", "'' cannot name a variant: use letters"),
+        ("a/b:normalize=none", "'a/b' cannot name a variant"),
+        ("mine:method=extract", "variant 'mine' has the unknown method 'extract': use one of extraction, one_shot"),
+        ("mine:colour=red", "variant 'mine' has the unknown field 'colour'"),
+        ("mine:head", "cannot read 'head' in the variant 'mine:head': write NAME:key=value"),
+        ("mine:budget=0", "variant 'mine': budget is a fraction, above 0 and at most 1, got 0"),
+        ("mine:budget=1.5", "at most 1, got 1.5"),
+        ("mine:budget=nan", "at most 1, got nan"),
+        ("mine:budget=half", "cannot read budget='half'"),
+        ("mine:num_stages=two", "cannot read num_stages='two'"),
+        ("mine:stage_fraction=much", "stage_fraction"),
+        ("mine:stage_steps=1,x", "stage_steps"),
         (
-            "progressive:schedule=pace-3",
-            "schedule in .* belongs to progressive and is one of two, pace-4, pace-2, pace-1",
+            "mine:method=progressive,schedule=pace-3",
+            "schedule=pace-3 must be one of two, pace-4, pace-2, pace-1, for the method progressive",
         ),
-        ("extraction:schedule=two", "schedule in 'extraction:schedule=two' belongs to progressive"),
+        ("mine:schedule=two", "schedule=two must be one of .* for the method progressive"),
     ],
 )
-def test_what_is_no_method_is_refused_by_name(text: str, message: str) -> None:
+def test_what_is_no_variant_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_variant(text)
 
 
-@pytest.mark.parametrize("method", ["extraction", "one_shot", "scratch", "extraction:projection=logits"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("extract", "unknown method 'extract': use one of extraction, one_shot, progressive, scratch"),
+        ("", "unknown method ''"),
+        (
+            "extraction:projection=logits",
+            "not the name of a method.*--variant NAME:method=extraction,projection=logits, or in a comparison file",
+        ),
+    ],
+)
+def test_what_is_no_method_is_refused_by_name(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plain_variant(name)
+
+
+def test_methods_of_a_file_are_a_mapping_or_a_list() -> None:
+    given = {"one_shot": {}, "extraction": None, "final-state": {"layer_map": "final:final", "stage_steps": ["5", "6"]}}
+    one_shot, plain, named = read_methods(given)
+    assert (one_shot, plain) == (Variant("one_shot", "one_shot"), Variant("extraction", "extraction"))
+    assert named == Variant("final-state", "extraction", {"layer_map": "final:final", "stage_steps": [5, 6]})
+    assert read_methods(["extraction", "one_shot"]) == (plain, one_shot)
+    assert read_methods("extraction one_shot") == (plain, one_shot)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "methods must be a mapping of names to settings"),
+        (5, "methods must be a mapping of names to settings"),
+        ({"mine": {}}, "unknown method 'mine'.* with --variant"),
+        ({"mine": "head"}, "variant 'mine' needs a mapping of settings"),
+        ({"mine": {"colour": "red"}}, "unknown field 'colour'"),
+        (["mine"], "unknown method 'mine'"),
+    ],
+)
+def test_methods_of_a_file_that_cannot_be_read(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_methods(value)
+
+
+@pytest.mark.parametrize("method", ["extraction", "one_shot", "scratch", "mine"])
 def test_all_methods_get_the_same_rates(method: str) -> None:
-    assert candidates(parse_variant(method), RATES) == [Candidate(0.1), Candidate(0.3)]
+    assert candidates(Variant(method, "extraction" if method == "mine" else method), RATES) == [
+        Candidate(0.1),
+        Candidate(0.3),
+    ]
 
 
 def test_progressive_gets_every_schedule_as_well() -> None:
-    tried = candidates(parse_variant("progressive"), RATES)
+    tried = candidates(plain_variant("progressive"), RATES)
     assert tried == [Candidate(rate, schedule) for schedule in SCHEDULES for rate in RATES]
-    assert candidates(parse_variant("progressive:schedule=two"), RATES) == [
+    assert candidates(parse_variant("paced:method=progressive,schedule=two"), RATES) == [
         Candidate(0.1, "two"),
         Candidate(0.3, "two"),
     ]
@@ -146,8 +212,11 @@ def test_checkpoints_closer_than_a_step_get_one_each() -> None:
 
 
 def test_the_middle_checkpoint_stands_in_for_an_unknown_transition() -> None:
-    assert shape(built("two", 50, Teacher(nn.Identity(), {}, CHECKPOINTS)))[0] == (20, "c")
-    assert shape(built("two", 50, Teacher(nn.Identity(), {"transition": 0}, CHECKPOINTS)))[0] == (5, "a")
+    assert shape(built("two", 50, Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS)))[0] == (20, "c")
+    assert shape(built("two", 50, Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS, transition=0)))[0] == (
+        5,
+        "a",
+    )
 
 
 def test_progressive_keeps_the_settings_of_the_output_loss() -> None:
@@ -158,7 +227,7 @@ def test_progressive_keeps_the_settings_of_the_output_loss() -> None:
 
 def test_progressive_without_checkpoints_is_refused() -> None:
     with pytest.raises(ValueError, match=r"this teacher has none \(given: x\): leave progressive out of --methods"):
-        built("two", 50, Teacher(nn.Identity(), {"description": "given: x"}))
+        built("two", 50, Teacher(nn.Identity(), "given: x"))
 
 
 def test_other_methods_are_built_by_their_settings() -> None:
@@ -171,17 +240,19 @@ def test_other_methods_are_built_by_their_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["method=scratch", "learning_rate=5", "gradient_accumulation_steps=2", "seed=3", "output_dir=x"]
+    "field", ["task=causal_lm", "learning_rate=5", "gradient_accumulation_steps=2", "seed=3", "output_dir=x"]
 )
-def test_what_the_comparison_sets_no_method_changes(field: str) -> None:
-    with pytest.raises(ValueError, match="is set by the comparison itself, the same for every method"):
-        parse_variant(f"extraction:{field}")
+def test_no_variant_changes_what_the_comparison_sets(field: str) -> None:
+    with pytest.raises(ValueError, match="the comparison sets it, to the same value for every method"):
+        parse_variant(f"mine:{field}")
 
 
 def test_a_shortened_budget_shortens_the_schedule_alike() -> None:
     """What tuning sees is the curriculum that is reported, in small."""
     model = torch.nn.Linear(1, 1)
-    teacher = Teacher(model, {"transition": 1}, tuple((8_000 * n, f"at-{8_000 * n}") for n in range(1, 9)))
+    teacher = Teacher(
+        model, "trained", checkpoints=tuple(Checkpoint(8_000 * n, f"at-{8_000 * n}") for n in range(1, 9)), transition=1
+    )
     for schedule in SCHEDULES:
         made = [
             build_curriculum(

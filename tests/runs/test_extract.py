@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from tutelage.targets.reading import Reading, StoredRows
 
 from tests.conftest import make_tokenizer, save_llama
 from tutelage.cli import main
@@ -29,7 +30,6 @@ from tutelage.runs.extraction.job import ExtractOptions, extract
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets import manifest as storage
 from tutelage.targets.folder import ExtractedCurriculum
-from tutelage.targets.reading import Reading, StoredRows
 from tutelage.tasks.text import read_dataset
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import MetricsFile
@@ -82,9 +82,7 @@ def extracted(corpus: Path, causal_teacher: Path, tmp_path: Path) -> Callable[..
     return make
 
 
-def train(
-    folder: Path, curriculum: Path | str | None, run: RunOptions | None = None, **fields: Any
-) -> dict[str, Any]:
+def train(folder: Path, curriculum: Path | str | None, run: RunOptions | None = None, **fields: Any) -> dict[str, Any]:
     teacher = fields.pop("teacher", None)
     args = settings(folder, teacher, curriculum_dir=None if curriculum is None else str(curriculum), **fields)
     return distill(run or RunOptions(student=STUDENT), args)
@@ -284,9 +282,7 @@ def test_the_batch_of_the_extraction_is_taken(extracted: Callable[..., Path], tm
 
 def test_another_student_takes_what_it_needs(extracted: Callable[..., Path], tmp_path: Path) -> None:
     folder = extracted(layer_map="1:1,2:2,final:final", warm_start="none", projection_dim=32)
-    deep = train(
-        tmp_path / "deep", folder, RunOptions(student="layers=4,hidden_size=32"), layer_map="2:1,final:final"
-    )
+    deep = train(tmp_path / "deep", folder, RunOptions(student="layers=4,hidden_size=32"), layer_map="2:1,final:final")
     curriculum = Curriculum.from_json((tmp_path / "deep" / "curriculum.json").read_text())
     assert [(s.student_place, s.teacher_place) for s in curriculum.stages[:-1]] == [(2, 1), (FINAL, FINAL)]
     assert deep["budget"]["steps"] == 8

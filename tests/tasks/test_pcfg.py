@@ -14,6 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from tests.tasks import pcfg_membership
+from tests.tasks.pcfg_membership import as_strings, is_member, pcfg_decode
 from tutelage.tasks import pcfg_grammar
 from tutelage.tasks.pcfg import (
     BOS,
@@ -25,10 +27,8 @@ from tutelage.tasks.pcfg import (
     PcfgDataset,
     Strings,
     build_grammar,
-    is_member,
     pcfg_collator,
     pcfg_config,
-    pcfg_decode,
     pcfg_tokens,
     sample,
 )
@@ -151,7 +151,7 @@ def test_impossible_grammars(monkeypatch: pytest.MonkeyPatch, arguments: dict[st
 @pytest.mark.parametrize(
     ("levels", "rules", "message"),
     [
-        ((1,), [], r"levels \(1,\) are no grammar's: they need a single root and at least one level below"),
+        ((1,), [], r"levels \(1,\) do not define a grammar: they need a single root and at least one level below"),
         ((2, 2), [[[[0, 1, -1]]] * 2], "they need a single root"),
         ((1, 2, 2), [[[[0, 1, -1]]]], "3 levels need 2 arrays of rules, got 1"),
         ((1, 2), [[[[0, 1]]]], r"the rules of level 0 have shape \(1, 1, 2\): expected \(1, rules per symbol, 3\)"),
@@ -238,13 +238,13 @@ def test_no_strings_and_wrong_numbers() -> None:
 
 
 def test_strings_as_a_sequence() -> None:
-    strings = Strings.of([[0, 1], [], np.array([2])])
+    strings = as_strings([[0, 1], [], np.array([2])])
     assert lists(strings) == [[0, 1], [], [2]] and strings.lengths.tolist() == [2, 0, 1]
-    assert strings[-1].tolist() == [2] and Strings.of(strings) is strings
+    assert strings[-1].tolist() == [2] and as_strings(strings) is strings
     with pytest.raises(IndexError, match="no string 3 among 3"):
         strings[3]
     with pytest.raises(TypeError, match=r"must be sequences of whole numbers, got float64 with 1 dimension\(s\)"):
-        Strings.of([[0.5]])
+        as_strings([[0.5]])
 
 
 # ---- Membership ----
@@ -294,10 +294,10 @@ def test_neighbours_do_not_join() -> None:
 
 def test_small_memory_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     grammar = build_grammar(levels=4, rules=6, seed=1)
-    strings = Strings.of([string[: len(string) - index % 2] for index, string in enumerate(sample(grammar, 200))])
+    strings = as_strings([string[: len(string) - index % 2] for index, string in enumerate(sample(grammar, 200))])
     expected = is_member(grammar, strings)
-    monkeypatch.setattr(pcfg_grammar, "_TOKENS_AT_ONCE", 64)
-    monkeypatch.setattr(pcfg_grammar, "_PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(pcfg_membership, "_TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(pcfg_membership, "_PAIRS_AT_ONCE", 7)
     assert is_member(grammar, strings).tolist() == expected.tolist()
     assert 100 <= expected.sum() < 200
 

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaForCausalLM,
-)
+from transformers import BertConfig, BertForMaskedLM, BertModel, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from tests.training.conftest import VOCAB, llama
 from tutelage import CurriculumTrainer, forward_to
@@ -37,12 +30,7 @@ STAGES = (HiddenStage(1, FINAL, FINAL), OutputStage(1))
 
 def bert(width: int, seed: int) -> BertForMaskedLM:
     torch.manual_seed(seed)
-    fields = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
+    fields = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
     return BertForMaskedLM(
         BertConfig(vocab_size=VOCAB, initializer_range=0.3, tie_word_embeddings=False, **fields)
     ).eval()
@@ -266,12 +254,7 @@ def test_warm_start_needs_a_head_stage(make_trainer: Make) -> None:
 
 def test_different_soft_caps_are_refused() -> None:
     def gemma(cap: float | None) -> Gemma2ForCausalLM:
-        fields = {
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "final_logit_softcapping": cap,
-        }
+        fields = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": cap}
         config = Gemma2Config(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, **fields)
         config.tie_word_embeddings = False
         return Gemma2ForCausalLM(config)

@@ -1,10 +1,11 @@
 """`tutelage compare` and `tutelage report`: parse, call, print.
 
-Public names: `compare_command`, `report_command`, `read_overrides`, `teacher_override`, `progress`.
+Public names: `compare_command`, `report_command`, `read_overrides`, `progress`.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shlex
@@ -16,72 +17,126 @@ from typing import Any
 from tutelage.cli.parsing import Parser
 from tutelage.core.errors import UserError
 from tutelage.reproduction.compare import compare
+from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.recipes import RECIPES, resolve
-from tutelage.reproduction.recipes.user_run import own_system
+from tutelage.reproduction.recipes.user_run import user_recipe
 from tutelage.reproduction.report import write_report
-from tutelage.reproduction.runner import MATCHES
+from tutelage.reproduction.results import COSTS
 from tutelage.reproduction.scaling import SCALING_SIZES, run_scaling
+from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
+
+_ABOUT = """Compare methods on a recipe of the paper, or on your own teacher, student and text, and write a report.
+
+  tutelage compare                                          the embedded teacher and text
+  tutelage compare --teacher T --student S --dataset D      your own
+  tutelage compare mine.yaml                                your own, described in a file
+  tutelage compare parity-mlp/smoke --d 12 --seeds 0 1 2    a recipe; any of its fields is an option
+"""
+_DATA_OPTIONS = {
+    "teacher": "folder or Hub name; recipes also take `trained`, and parity-mlp `planted`",
+    "student": "folder, config.json or preset over the teacher, e.g. layers=2,hidden_size=64",
+    "dataset": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file",
+    "eval_dataset": "held-out text; default: a part of the dataset",
+    "max_length": "maximum tokens per sequence",
+    "max_samples": "maximum sequences to train on",
+    "mlm_probability": "fraction of tokens that are masked (masked language models)",
+}
 
 
 def compare_command(arguments: Sequence[str]) -> None:
     """Methods x seeds on a recipe, or on the user's own teacher, student and data."""
-    parser = Parser(
-        prog="tutelage compare",
-        description="Any field of the recipe is an option too, e.g. --d 64 --k 5 --seeds 0 1 2 --learning_rates 0.1 0.3",
-    )
-    parser.add_argument("recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file with your own run")
-    parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
-    parser.add_argument(
-        "--methods", nargs="+", help="e.g. extraction one_shot extraction:projection=logits,warm_start=head"
-    )
-    parser.add_argument("--match", choices=MATCHES, help="what every method gets as much of; samples if left out")
-    parser.add_argument("--jobs", type=int, default=1, help="runs made side by side, each on its share of the cores")
-    parser.add_argument("--output_dir", help="default: comparisons/RECIPE-SIZE")
-    parser.add_argument("--teacher", help="folder of a finished teacher; parity-mlp also takes trained or planted")
-    options, rest = parser.parse_known_args(arguments)
+    parser = _parser()
+    mine, fields = _split(parser, arguments)
+    options, rest = parser.parse_known_args(mine)
     if options.list:
         print(_listing())
         return
-    if options.recipe is None:
-        raise UserError("name a recipe, e.g. tutelage compare parity-mlp/smoke; tutelage compare --list shows them")
-    overrides = read_overrides(rest)
+    data = {name: value for name in _DATA_OPTIONS if (value := getattr(options, name)) is not None}
+    overrides = {**read_overrides([*rest, *fields]), **data}
     name = options.recipe
-    is_file = name.endswith((".yaml", ".yml"))
-    scaling = not is_file and name.partition("/")[0] == "scaling"
-    if scaling and (options.methods or options.match or options.teacher):
-        raise UserError(
-            "scaling takes no --methods, --match or --teacher: its methods are fixed, its field is --teachers"
-        )
-    if options.teacher is not None:
-        overrides |= {"teacher": options.teacher} if is_file else teacher_override(options.teacher)
     command = shlex.join(["tutelage", "compare", *arguments])
-    folder = Path(
-        options.output_dir or Path("comparisons") / _slug(Path(name).stem if is_file else name, overrides, options)
-    )
-    if scaling:
-        result = run_scaling(name, overrides, folder, jobs=options.jobs, command=command, log=progress)
-        print(result["verdict"])
-        print(
-            f"\nmetrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
-        )
+    folder = Path(options.output_dir or Path("comparisons") / _slug(options, overrides))
+    if name is not None and name.partition("/")[0] == "scaling" and not _is_file(name):
+        _scaling(options, overrides, folder, command)
         return
-    system = own_system(Path(name), overrides) if is_file else resolve(name, overrides)
+    recipe = _recipe(name, overrides)
+    methods = _methods(options, recipe.default_methods)
     match = options.match or "samples"
-    result = compare(system, folder, options.methods, match=match, jobs=options.jobs, command=command, log=progress)
+    result = compare(recipe, folder, methods, match=match, jobs=options.jobs, command=command, log=progress)
     page = write_report(folder)
-    print(result["verdict"])
+    print(result.verdict)
     print(f"\nmetrics: {folder / 'comparison.json'}\nreport:  {page}")
+
+
+def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the parser's own options, and those of other options, which are fields of the recipe."""
+    mine: list[str] = []
+    fields: list[str] = []
+    current = mine
+    for word in arguments:
+        if word.startswith("-") and not _is_number(word):
+            current = mine if word.partition("=")[0] in parser._option_string_actions else fields
+        current.append(word)
+    return mine, fields
+
+
+def _recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    if name is None:
+        return user_recipe(None, overrides)
+    return user_recipe(Path(name), overrides) if _is_file(name) else resolve(name, overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="tutelage compare", description=_ABOUT, formatter_class=shape, allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file; default: your own, by options")
+    parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
+    parser.add_argument("--methods", nargs="+", help="names of methods, e.g. extraction one_shot")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME:KEY=VALUE,...",
+        help="a method with settings, beside the methods, e.g. mine:layer_map=final:final,warm_start=head; repeatable. "
+        "Keys are method (default: extraction), budget (a fraction) and fields of CurriculumConfig",
+    )
+    parser.add_argument("--match", choices=COSTS, help="the cost that is equal for all methods; default: samples")
+    parser.add_argument("--jobs", type=int, default=1, help="runs made side by side; default: 1")
+    parser.add_argument("--output_dir", help="default: comparisons/NAME")
+    for name, text in _DATA_OPTIONS.items():
+        parser.add_argument(f"--{name}", help=text)
+    return parser
+
+
+def _methods(options: argparse.Namespace, defaults: Sequence[Variant]) -> list[Variant] | None:
+    """The methods asked for, or the recipe's own and the variants; None where nothing was asked for."""
+    variants = [parse_variant(text) for text in options.variant or []]
+    if options.methods is not None:
+        return [*(plain_variant(name) for name in options.methods), *variants]
+    if not variants:
+        return None
+    names = {variant.name for variant in variants}
+    return [*(method for method in defaults if method.name not in names), *variants]
+
+
+def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: Path, command: str) -> None:
+    if options.methods or options.variant or options.match or options.teacher:
+        raise UserError(
+            "scaling takes no --methods, --variant, --match or --teacher: its methods are fixed, its field is --teachers"
+        )
+    result = run_scaling(options.recipe, overrides, folder, jobs=options.jobs, command=command, log=progress)
+    print(result.verdict)
+    print(f"\nmetrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}")
 
 
 def report_command(arguments: Sequence[str]) -> None:
     """Redraw a comparison's report from what is on disk."""
-    parser = Parser(prog="tutelage report")
-    parser.add_argument("folder", help="output_dir of tutelage compare, finished or still going")
+    parser = Parser(prog="tutelage report", description="Redraw the report of a comparison, finished or not.")
+    parser.add_argument("folder", help="output_dir of tutelage compare")
     folder = Path(parser.parse_args(arguments).folder)
     if (folder / "scaling.json").exists():
         raise UserError(
-            f"{str(folder)!r} holds a scaling experiment: its report.md and scaling.png are drawn after every comparison; to "
-            "draw them again give its command again"
+            f"{str(folder)!r} holds a scaling experiment, whose report.md and scaling.png are drawn after every comparison: "
+            "to redraw them, repeat its command"
         )
     print(write_report(folder))
 
@@ -91,12 +146,20 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _slug(name: str, overrides: Mapping[str, Any], options: Any) -> str:
-    """Folder of a comparison: its name, and a mark of what was changed, so that two commands do not share one."""
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _slug(options: argparse.Namespace, overrides: Mapping[str, Any]) -> str:
+    """Folder of a comparison: its name, and a mark of what was changed, so that two commands do not use the same one."""
+    name = options.recipe or "own"
+    if _is_file(name):
+        name = Path(name).stem
+    elif options.recipe is not None and "/" not in name:
+        name += "-laptop"
     changed = {**overrides, **({"match": options.match} if options.match else {})}
     mark = hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:6]
-    base = name.replace("/", "-") if "/" in name or options.recipe.endswith((".yaml", ".yml")) else f"{name}-laptop"
-    return f"{base}-{mark}" if changed else base
+    return name.replace("/", "-") + (f"-{mark}" if changed else "")
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -125,21 +188,13 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def teacher_override(value: str) -> dict[str, str]:
-    """The recipe field that `--teacher` sets."""
-    if value in ("trained", "planted"):
-        return {"teacher": value}
-    if not Path(value).is_dir():
-        raise UserError(f"no teacher folder {value!r}: give a folder (or, for parity-mlp, trained or planted)")
-    return {"teacher_path": value}
-
-
 def _listing() -> str:
-    lines = ["recipes (tutelage compare RECIPE/SIZE; the size is laptop if left out):", ""]
-    for name, recipe in RECIPES.items():
-        lines.append(f"  {name:<20} {recipe.about}")
-        lines.append(f"  {'':<20} sizes: {', '.join(recipe.sizes)}")
-        lines.append(f"  {'':<20} fields: {', '.join(vars(recipe.sizes['laptop']))}")
+    """The recipes, their sizes and fields."""
+    lines = ["recipes (tutelage compare RECIPE/SIZE; the default size is laptop):", ""]
+    for name, sizes in RECIPES.items():
+        lines.append(f"  {name:<20} {sizes['laptop'].about}")
+        lines.append(f"  {'':<20} sizes: {', '.join(sizes)}")
+        lines.append(f"  {'':<20} fields: {', '.join(sizes['laptop'].settings())}")
         lines.append("")
     lines.append(f"  {'scaling':<20} samples to solve a parity against its dimension; exponents with intervals")
     lines.append(f"  {'':<20} sizes: {', '.join(SCALING_SIZES)}")

@@ -201,7 +201,7 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
     """Outermost lists of modules of one class, by dotted name (lists inside a block, such as experts, do not count).
 
     A list of several classes (a hybrid of attention and Mamba blocks) counts if `config.num_hidden_layers` is its length;
-    otherwise it is no candidate, and nor are the lists inside it.
+    otherwise neither it nor the lists inside it are candidates.
     """
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     found: dict[str, nn.ModuleList | nn.Sequential] = {}

@@ -136,8 +136,8 @@ class Curriculum(Record):
     temperature: float = 1.0
     """Softmax temperature of the output loss."""
     top_k: int | None = None
-    """Language models: the output loss sees so many of the teacher's outputs, and the rest as one bucket
-    (`tutelage.core.topk`); None is all of them."""
+    """Language models: the output loss keeps the k most likely teacher outputs and merges the rest into one bucket
+    (`tutelage.core.topk`); None keeps all outputs."""
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -90,7 +90,7 @@ def batch_positions(batch: Mapping[str, Any]) -> int:
 
 
 def usable_positions(config: Any) -> int | None:
-    """Tokens of the longest sequence that a model of this config takes, None where there is no limit."""
+    """Tokens of the longest sequence that a model of this config accepts; None if there is no limit."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1

@@ -22,7 +22,7 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.core.topk import TopK, top_k, top_k_divergence
 
-# Logits held at a time: 2^24 float32 values are 64 MiB a tensor, large enough that the matrix products stay efficient.
+# Logits held at a time: 2^24 float32 values are 64 MiB per tensor, large enough that the matrix products stay efficient.
 CHUNK_LOGITS = 2**24
 
 

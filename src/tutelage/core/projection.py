@@ -54,7 +54,7 @@ class Projection(ABC):
             second_moment_DD: E[h h^T] of the projected states; None takes the identity, which gives the pseudo-inverse.
             max_gain: largest mean square that noise of the targets' own size may have after the map. A square gaussian
                 matrix is so ill-conditioned that its inverse magnifies noise a thousandfold; where the bound is passed, the
-                map is that of least error for targets with some noise. None is no bound.
+                map has the least error for noisy targets. None sets no bound.
         """
         encode = self.matrix().double()
         moment = torch.eye(len(encode), dtype=torch.float64)

@@ -1,47 +1,54 @@
-"""Comparing methods on one system: the same data order, initial students, evaluation sets, rates and budget for all.
+"""Comparing methods on one recipe: the same data order, initial students, evaluation sets, rates and budget for all.
 
-Public names: `compare`, `COMPARISON_FILE`.
+Public names: `compare`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import Curriculum, OutputStage
 from tutelage.core.errors import UserError
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.comparison_setting import System, Teacher
-from tutelage.reproduction.runner import MATCHES, Runner
-from tutelage.reproduction.statistics import median_interval, paired_ratio, reached_at
-from tutelage.reproduction.variants import Variant, candidates, parse_variant
-from tutelage.reproduction.verdict import verdict
+from tutelage.reproduction.recipe import Recipe
+from tutelage.reproduction.results import COMPARISON_FILE, COSTS, Comparison, MethodResult, TeacherRecord
+from tutelage.reproduction.run_builder import RunBuilder
+from tutelage.reproduction.runner import Runner
+from tutelage.reproduction.summary import summarise
+from tutelage.reproduction.teachers import Teacher
+from tutelage.reproduction.tuning import tune
+from tutelage.reproduction.variants import Variant, candidates, plain_variant
 from tutelage.reproduction.workers import Workers
-from tutelage.runs.distill import environment
+from tutelage.runs.environment import environment
 
-COMPARISON_FILE = "comparison.json"
+_SETTINGS_FILE = "settings.json"
+
+Log = Callable[[str], None]
 
 
 def compare(
-    system: System,
+    recipe: Recipe,
     output_dir: Path,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str | Variant] | None = None,
     *,
     match: str = "samples",
     jobs: int | Workers = 1,
     command: str | None = None,
-    log: Any = print,
-) -> dict[str, Any]:
-    """Run methods x seeds on a system and write `comparison.json`.
+    log: Log = print,
+) -> Comparison:
+    """Run methods x seeds on a recipe and write `comparison.json`.
 
     Args:
-        system: what is compared on.
-        output_dir: the comparison's folder; one that holds the same comparison is continued.
-        methods: names as `parse_variant` takes them; None is the system's own list.
-        match: what every method gets as much of as one-shot: `samples`, `flops` or `seconds`.
+        recipe: what is compared on.
+        output_dir: the comparison's folder; one that holds the same comparison is resumed.
+        methods: names of methods, or variants; None is the recipe's own list.
+        match: the cost that is equal for every method and one-shot: `samples`, `flops` or `seconds`.
         jobs: runs made side by side, each in a process of its own (1: here, one by one), or the processes themselves.
         command: how to make it again, for the record.
         log: called with a line of progress.
@@ -51,223 +58,209 @@ def compare(
 
     Raises:
         UserError: settings that cannot work, among them a target above what the teacher reaches, and a folder that holds
-            another comparison.
+            a different comparison.
     """
-    if match not in MATCHES:
-        raise UserError(f"unknown match {match!r}: use one of {', '.join(MATCHES)}")
-    if isinstance(jobs, int) and jobs < 1:
-        raise UserError(f"jobs must be at least 1, got {jobs}")
-    if match == "seconds" and jobs != 1:
-        raise UserError("seconds of runs made side by side are not those of runs alone: --match seconds needs --jobs 1")
-    variants = [parse_variant(name) for name in methods or system.default_methods]
-    _check(system, variants)
-    if system.sketch_teacher is not None:  # what cannot work with a teacher of its shape is refused before training it
-        sketch = Runner(system, Teacher(system.sketch_teacher(), {}), output_dir, match)
-        for variant in variants:
-            if variant.method != "progressive":  # needs the finished teacher's checkpoints
-                sketch.check(variant)
-    _claim(output_dir, system, match)
-    log(f"teacher of {system.recipe}/{system.size}")
-    teacher = system.make_teacher(output_dir)
-    _check_target(system, teacher)
-    runner = Runner(system, teacher, output_dir, match)
-    result = _skeleton(system, teacher, match, command)
+    _check_budget(match, jobs)
+    asked = recipe.default_methods if methods is None else methods
+    variants = [method if isinstance(method, Variant) else plain_variant(method) for method in asked]
+    _check(recipe, variants)
+    sketch = recipe.sketch_teacher()
+    if sketch is not None:  # what cannot work with a teacher of its shape is refused before training it
+        _check_variants(RunBuilder(recipe, Teacher(sketch, "untrained"), output_dir), variants, with_checkpoints=False)
+    _claim(output_dir, recipe, match)
+    log(f"teacher of {recipe.name}/{recipe.size}")
+    teacher = recipe.make_teacher(output_dir)
+    _check_target(recipe, teacher)
     if methods is None and not teacher.checkpoints and any(v.method == "progressive" for v in variants):
-        log("no progressive distillation: this teacher came without checkpoints of its training")
+        log("progressive distillation is left out: this teacher came without checkpoints of its training")
         variants = [variant for variant in variants if variant.method != "progressive"]
-    # a folder holds one comparison, whichever methods a command names: what it had stays in the report
-    result["methods"] = _earlier_methods(output_dir) | {
-        variant.name: {"learning_rate": None, "grid": {}, "runs": []} for variant in variants
-    }
-    for variant in variants:
-        runner.check(variant)
-    if jobs == 1:
-        for variant in variants:
-            _run_method(runner, variant, result, log)
-    elif isinstance(jobs, int):
+    runner = Runner(recipe, teacher, output_dir, match)
+    _check_variants(runner.builder, variants, with_checkpoints=True)
+    record = _Record(recipe, output_dir, _begun(recipe, teacher, match, command), log)
+    record.begin(variants)
+    if isinstance(jobs, Workers):
+        _run_side_by_side(jobs, runner, variants, record)
+    elif jobs > 1:
         with Workers(jobs) as workers:
-            _run_side_by_side(workers, runner, variants, result, log)
+            _run_side_by_side(workers, runner, variants, record)
     else:
-        _run_side_by_side(jobs, runner, variants, result, log)
-    result["complete"] = True
-    _summarise(system, result)
-    write_atomically(output_dir / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
-    return result
+        for variant in variants:
+            _run_method(runner, variant, record)
+    return record.end()
 
 
-def _run_side_by_side(
-    workers: Workers, runner: Runner, variants: Sequence[Variant], result: dict[str, Any], log: Any
-) -> None:
-    """Every method in a thread of its own, which waits for its runs."""
-    runner.submit = workers.submit
-    result["environment"]["jobs"] = workers.count
+class _Record:
+    """The comparison so far, which is on disk after each run; several threads may add to it."""
+
+    def __init__(self, recipe: Recipe, folder: Path, comparison: Comparison, log: Log):
+        self.recipe, self.folder, self.comparison, self.log = recipe, folder, comparison, log
+        self._lock = threading.Lock()
+
+    def begin(self, variants: Sequence[Variant]) -> None:
+        """Put the variants after those that the folder holds already, which stay in the report."""
+        earlier = Comparison.read(self.folder).methods if (self.folder / COMPARISON_FILE).exists() else ()
+        methods = {method.name: method for method in earlier} | {v.name: MethodResult(v) for v in variants}
+        self.comparison = dataclasses.replace(self.comparison, methods=tuple(methods.values()))
+
+    def put(self, result: MethodResult) -> None:
+        """Replace the result of a variant; the file is written once it has a run."""
+        with self._lock:
+            methods = tuple(result if method.name == result.name else method for method in self.comparison.methods)
+            self.comparison = dataclasses.replace(self.comparison, methods=methods)
+            if result.runs:
+                self._write()
+
+    def end(self) -> Comparison:
+        """Write the finished comparison."""
+        self.comparison = dataclasses.replace(self.comparison, complete=True)
+        self._write()
+        return self.comparison
+
+    def _write(self) -> None:
+        self.comparison = summarise(self.comparison, self.recipe.target)
+        self.comparison.write(self.folder)
+
+
+def _run_side_by_side(workers: Workers, runner: Runner, variants: Sequence[Variant], record: _Record) -> None:
+    """Every variant in a thread of its own, which waits for its runs."""
+    runner = dataclasses.replace(runner, submit=workers.submit)
+    machine = {**record.comparison.environment, "jobs": workers.count}
+    record.comparison = dataclasses.replace(record.comparison, environment=machine)
     with ThreadPoolExecutor(len(variants)) as threads:
-        started = [threads.submit(_run_method, runner, variant, result, log) for variant in variants]
+        started = [threads.submit(_run_method, runner, variant, record) for variant in variants]
         try:
             for done in as_completed(started):
                 done.result()
         except BaseException:
-            workers.stop()  # what has not begun need not begin
+            workers.stop()  # the runs that have not begun are not needed
             raise
 
 
-def _run_method(runner: Runner, variant: Variant, result: dict[str, Any], log: Any) -> None:
-    """Tune a method, run it on the reported seeds, and write what there is after each."""
-    best, grid = runner.tune(variant, log)
+def _run_method(runner: Runner, variant: Variant, record: _Record) -> None:
+    """Tune a variant and run it on the reported seeds; the record has each run once it is finished."""
+    best, trials = tune(runner, variant, record.log)
+    result = MethodResult(variant, best, trials)
     if best is None:
-        log(f"{variant.name} diverged at every learning rate tried: add smaller learning_rates")
-        with runner.lock:
-            result["methods"][variant.name] |= {"grid": grid, "diverged": True}
+        record.log(f"{variant.name} diverged at every learning rate that was tried: add smaller learning_rates")
+        record.put(result)
         return
-    with runner.lock:
-        entry: dict[str, Any] = {
-            "learning_rate": best.learning_rate,
-            "schedule": best.schedule,
-            "grid": grid,
-            "curriculum": _portable(runner.curriculum(variant, best)),
-            "runs": [],
-        }
-        result["methods"][variant.name] = entry
-    log(f"{variant.name}: learning rate {best.label}, seeds {', '.join(map(str, runner.system.fields.seeds))}")
-    for records in runner.runs(variant, best, runner.system.fields.seeds):
-        with runner.lock:
-            entry["runs"] += records
-            _summarise(runner.system, result)
-            write_atomically(runner.root / COMPARISON_FILE, json.dumps(result, indent=1) + "\n")
+    result = dataclasses.replace(result, curriculum=_portable(runner.curriculum(variant, best)))
+    record.log(f"{variant.name}: learning rate {best.label}, seeds {_listed(runner.recipe.seeds)}")
+    for runs in runner.runs(variant, best, runner.recipe.seeds):
+        result = dataclasses.replace(result, runs=(*result.runs, *runs))
+        record.put(result)
 
 
-def _check(system: System, variants: Sequence[Variant]) -> None:
+def _check_budget(match: str, jobs: int | Workers) -> None:
+    if match not in COSTS:
+        raise UserError(f"unknown match {match!r}: use one of {', '.join(COSTS)}")
+    if isinstance(jobs, int) and jobs < 1:
+        raise UserError(f"jobs must be at least 1, got {jobs}")
+    if match == "seconds" and jobs != 1:
+        raise UserError(
+            "runs made side by side slow each other down, so their seconds mean little: --match seconds needs --jobs 1"
+        )
+
+
+def _check(recipe: Recipe, variants: Sequence[Variant]) -> None:
+    """Refuse variants, seeds and rates that cannot be compared."""
     names = [variant.name for variant in variants]
+    if not names:
+        raise UserError("methods are empty: give at least one")
     if len(set(names)) != len(names):
         raise UserError(f"methods are repeated: {', '.join(names)}")
-    seeds, tuning = system.fields.seeds, system.fields.tuning_seeds
-    if not seeds:
-        raise UserError("seeds are empty: give at least one")
-    if min((*seeds, *tuning)) < 0:
-        raise UserError(f"seeds must not be negative: {', '.join(map(str, (*seeds, *tuning)))}")
-    if not system.fields.learning_rates:
-        raise UserError("learning_rates are empty: give at least one")
-    if len(set(seeds)) != len(seeds):
-        raise UserError(f"seeds are repeated: {', '.join(map(str, seeds))}")
-    for name in ("tuning_seeds", "learning_rates"):
-        values = getattr(system.fields, name)
+    for name in ("seeds", "learning_rates"):
+        if not getattr(recipe, name):
+            raise UserError(f"{name} are empty: give at least one")
+    for name in ("seeds", "tuning_seeds", "learning_rates"):
+        values = getattr(recipe, name)
         if len(set(values)) != len(values):
-            raise UserError(f"{name} are repeated: {', '.join(map(str, values))}")
-    if not all(0 < rate < float("inf") for rate in system.fields.learning_rates):
-        raise UserError(
-            f"learning_rates must be positive and finite: {', '.join(map(str, system.fields.learning_rates))}"
-        )
+            raise UserError(f"{name} are repeated: {_listed(values)}")
+    seeds, tuning = recipe.seeds, recipe.tuning_seeds
+    if min((*seeds, *tuning)) < 0:
+        raise UserError(f"seeds must not be negative: {_listed((*seeds, *tuning))}")
+    if not all(0 < rate < float("inf") for rate in recipe.learning_rates):
+        raise UserError(f"learning_rates must be positive and finite: {_listed(recipe.learning_rates)}")
     if shared := set(seeds) & set(tuning):
         raise UserError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
-    if not tuning and any(len(candidates(v, system.fields.learning_rates)) > 1 for v in variants):
+    if not tuning and any(len(candidates(variant, recipe.learning_rates)) > 1 for variant in variants):
         raise UserError(
-            "tuning_seeds are empty: give some, or a single learning rate and, to progressive, a schedule "
-            "(progressive:schedule=two)"
+            "tuning_seeds are empty: give some, or a single learning rate and, for progressive, a single schedule "
+            "(--variant NAME:method=progressive,schedule=two)"
         )
 
 
-def _portable(curriculum: Curriculum) -> dict[str, Any]:
-    """A curriculum for the record: checkpoints by name, wherever this machine keeps them."""
-    made = json.loads(curriculum.to_json())
-    for stage in made["stages"]:
-        if stage.get("teacher_checkpoint") is not None:
-            stage["teacher_checkpoint"] = Path(stage["teacher_checkpoint"]).name
-    return made
+def _check_variants(builder: RunBuilder, variants: Sequence[Variant], *, with_checkpoints: bool) -> None:
+    for variant in variants:
+        if with_checkpoints or variant.method != "progressive":
+            builder.check(variant)
 
 
-def _check_target(system: System, teacher: Teacher) -> None:
-    if system.target is None or system.metric not in teacher.metrics:
+def _check_target(recipe: Recipe, teacher: Teacher) -> None:
+    if recipe.target is None or recipe.metric not in teacher.metrics:
         return
-    reaches = float(teacher.metrics[system.metric])
-    if not system.reached(reaches, system.target):
+    reaches = float(teacher.metrics[recipe.metric])
+    if not recipe.reached(reaches, recipe.target):
         raise UserError(
-            f"the target {system.metric} {system.target} is beyond the teacher, which reaches {reaches:.4f}: lower the "
+            f"the target {recipe.metric} {recipe.target} is beyond the teacher, which reaches {reaches:.4f}: lower the "
             "target, or train the teacher further"
         )
 
 
-def _claim(output_dir: Path, system: System, match: str) -> None:
-    """Refuse a folder that holds another comparison."""
-    mine = {"recipe": system.recipe, "size": system.size, "match": match, **_settings(system)}
-    mine = json.loads(json.dumps(mine, default=str))
-    file = output_dir / "settings.json"
+def _claim(output_dir: Path, recipe: Recipe, match: str) -> None:
+    """Take the folder for this comparison; refuse one that holds something else."""
+    mine = {"recipe": recipe.name, "size": recipe.size, "match": match, **_settings(recipe)}
+    file = output_dir / _SETTINGS_FILE
     begun = any((output_dir / name).exists() for name in ("runs", "tuning", COMPARISON_FILE))
     if file.exists() and begun:
         theirs = json.loads(file.read_text(encoding="utf-8"))
-        theirs |= theirs.pop("settings", {})  # as earlier versions wrote them
         if different := [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]:
             raise UserError(
-                f"{str(output_dir)!r} holds another comparison (another {', '.join(sorted(different))}): choose another "
-                "--output_dir"
+                f"{str(output_dir)!r} holds a different comparison (different {', '.join(sorted(different))}): choose "
+                "a different --output_dir"
             )
-    elif file.exists():
-        pass  # a comparison that was refused before its first run
-    elif output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(f"{str(output_dir)!r} is not empty and holds no comparison: choose another --output_dir")
+    elif not file.exists() and output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"{str(output_dir)!r} is not empty and holds no comparison: choose a different --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(mine, indent=2, default=str) + "\n")
+    write_atomically(file, json.dumps(mine, indent=2) + "\n")
 
 
-def _earlier_methods(output_dir: Path) -> dict[str, Any]:
-    file = output_dir / COMPARISON_FILE
-    return json.loads(file.read_text(encoding="utf-8"))["methods"] if file.exists() else {}
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Everything that the runs depend on, as JSON values."""
+    whole = {**recipe.settings(), **recipe.identity(), "metric": recipe.metric, "target": recipe.target}
+    made: dict[str, Any] = json.loads(json.dumps(whole, default=str))
+    return made
 
 
-def _settings(system: System) -> dict[str, Any]:
-    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(system.fields).items()}
-    return {**fields, **system.identity, "metric": system.metric, "target": system.target}
+def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) -> Comparison:
+    """The comparison before its first run."""
+    return Comparison(
+        recipe=recipe.name,
+        size=recipe.size,
+        command=command,
+        complete=False,
+        match=match,
+        budget=recipe.budget_samples,
+        metric=recipe.metric,
+        better=recipe.better,
+        target=recipe.target,
+        seeds=tuple(recipe.seeds),
+        settings=_settings(recipe),
+        teacher=TeacherRecord(teacher.description, teacher.metrics, teacher.samples, teacher.converged_at),
+        environment=environment(),
+    )
 
 
-def _skeleton(system: System, teacher: Teacher, match: str, command: str | None) -> dict[str, Any]:
-    return {
-        "recipe": system.recipe,
-        "size": system.size,
-        "command": command,
-        "complete": False,
-        "match": match,
-        "budget": system.fields.budget_samples,
-        "metric": system.metric,
-        "better": system.better,
-        "target": system.target,
-        "seeds": list(system.fields.seeds),
-        "settings": _settings(system),
-        "teacher": teacher.metrics,
-        "environment": environment(),
-        "methods": {},
-        "ratios": {},
-        "verdict": "",
-    }
+def _portable(curriculum: Curriculum) -> Curriculum:
+    """A curriculum for the record: checkpoints by name, wherever this machine keeps them."""
+    stages = tuple(
+        dataclasses.replace(stage, teacher_checkpoint=Path(stage.teacher_checkpoint).name)
+        if isinstance(stage, OutputStage) and stage.teacher_checkpoint is not None
+        else stage
+        for stage in curriculum.stages
+    )
+    return dataclasses.replace(curriculum, stages=stages)
 
 
-def _summarise(system: System, result: dict[str, Any]) -> None:
-    """Fill in targets, medians, ratios and the verdict from the runs."""
-    metric, methods = system.metric, result["methods"]
-    if system.target is None and methods.get("one_shot", {}).get("runs"):
-        finals = sorted(run["final"][metric] for run in methods["one_shot"]["runs"] if "diverged" not in run)
-        result["target"] = finals[len(finals) // 2] if finals else None
-    target = result["target"]
-    for entry in methods.values():
-        for run in entry["runs"]:
-            point = None
-            if target is not None and "diverged" not in run:
-                point = reached_at(run["curve"], metric, lambda value: system.reached(value, target))
-            for cost in MATCHES:
-                run[f"{cost}_to_target"] = None if point is None else point[cost]
-        entry["median_samples_to_target"], entry["ci95"] = median_interval(
-            [run["samples_to_target"] for run in entry["runs"]]
-        )
-    result["ratios"] = {}
-    for over, under in ((a, b) for a in methods for b in methods if a != b and a.startswith("extraction")):
-        mine = {run["seed"]: run for run in methods[over]["runs"]}
-        theirs = {run["seed"]: run for run in methods[under]["runs"]}
-        seeds = [seed for seed in mine if seed in theirs]
-        for cost in MATCHES:
-            budget = max((theirs[seed]["curve"][-1][cost] for seed in seeds), default=0)
-            ratio = paired_ratio(
-                [mine[seed][f"{cost}_to_target"] for seed in seeds],
-                [theirs[seed][f"{cost}_to_target"] for seed in seeds],
-                budget,
-            )
-            name = f"{over}/{under}" if cost == "samples" else f"{over}/{under} {cost}"
-            result["ratios"][name] = {**ratio, "seeds": len(seeds)}
-    result["verdict"] = verdict(result)
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))

@@ -1,6 +1,6 @@
 """What a state says of its input: Fourier weights of parities, and n-gram probes of language models.
 
-Public names: `monomials`, `fourier_weights`, `weights_by_degree`, `ngram_explained`.
+Public names: `monomials`, `fourier_weights`, `DegreeWeights`, `weights_by_degree`, `ngram_explained`.
 
 Shapes: N examples or positions, d input bits, W width, T positions, n length of the context.
 """
@@ -8,7 +8,9 @@ Shapes: N examples or positions, d input bits, W width, T positions, n length of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ def monomials(coordinates: Sequence[int], degree: int, limit: int | None = None,
 
 
 def fourier_weights(values: torch.Tensor, bits_Nd: torch.Tensor, which: Sequence[Monomial]) -> torch.Tensor:
-    """Share of a function's variance on each monomial chi_S(x) = prod_{i in S} x_i, (len(which),).
+    """Fraction of a function's variance on each monomial chi_S(x) = prod_{i in S} x_i, (len(which),).
 
     For vector-valued functions, the sum of squared coefficients E[f_w chi_S] over components w, divided by the sum of
     their variances. Estimated from N uniform examples, with the bias of a squared mean taken off, so that a monomial
@@ -54,25 +56,43 @@ def fourier_weights(values: torch.Tensor, bits_Nd: torch.Tensor, which: Sequence
     return torch.stack(weights)
 
 
+@dataclass(frozen=True)
+class DegreeWeights:
+    """Fourier weight of a function at each degree."""
+
+    support: dict[int, float]
+    """At each degree from 1 to k: the total over all monomials of support coordinates."""
+    off_support: dict[int, float]
+    """At degrees 1 and 2: the mean over a sample of monomials off the support, times the number of support monomials of
+    that degree, so that the two can be compared."""
+
+    @classmethod
+    def from_json(cls, known: Mapping[str, Any]) -> DegreeWeights:
+        """Read weights back; JSON has turned the degrees into text."""
+        sides = (known["support"], known["off_support"])
+        return cls(*({int(degree): weight for degree, weight in side.items()} for side in sides))
+
+
 def weights_by_degree(
     values: torch.Tensor, bits_Nd: torch.Tensor, support: Sequence[int], off_support: int = 32
-) -> dict[str, dict[int, float]]:
+) -> DegreeWeights:
     """Fourier weight of a function at each degree.
 
-    Returns:
-        `support`: at each degree from 1 to k, the total over all monomials of support coordinates; `off_support`: at
-        degrees 1 and 2, the mean over a sample of monomials that leave the support, times the number of support
-        monomials of that degree, so that the two can be compared.
+    Args:
+        values: the function, (N,) or (N, W).
+        bits_Nd: inputs as 0 and 1.
+        support: the k coordinates of the parity.
+        off_support: monomials sampled off the support, at each degree.
     """
     outside = [index for index in range(bits_Nd.shape[1]) if index not in set(support)]
-    result: dict[str, dict[int, float]] = {"support": {}, "off_support": {}}
+    weights = DegreeWeights({}, {})
     for degree in range(1, len(support) + 1):
         inside = monomials(support, degree)
-        result["support"][degree] = float(fourier_weights(values, bits_Nd, inside).sum())
+        weights.support[degree] = float(fourier_weights(values, bits_Nd, inside).sum())
         if degree <= 2 and len(outside) >= degree:
             others = monomials(outside, degree, off_support)
-            result["off_support"][degree] = float(fourier_weights(values, bits_Nd, others).mean()) * len(inside)
-    return result
+            weights.off_support[degree] = float(fourier_weights(values, bits_Nd, others).mean()) * len(inside)
+    return weights
 
 
 def ngram_explained(
@@ -84,7 +104,7 @@ def ngram_explained(
     ridge: float = 1.0,
     sweeps: int = 6,
 ) -> list[float]:
-    """Share of the variance of held-out states that a linear probe of the last 1, 2, ... n tokens explains.
+    """Fraction of the variance of held-out states that a linear probe of the last 1, 2, ... n tokens explains.
 
     The probe is additive in one-hot tokens, h_t = mean + sum_j A_j[x_{t-j}], fitted by ridge regression (by backfitting,
     so no vocabulary is too large). Dimensions are scaled to unit variance first.

@@ -1,36 +1,31 @@
 """How a comparison's report looks: as one HTML page that works offline, and as Markdown.
 
-Public names: `Report`, `Table`, `build_page`, `build_markdown`, `show_number`, `is_number`.
+Public names: `Report`, `build_page`, `build_markdown`.
+
+The first screen is the verdict, one small table and one plot; everything else is folded.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-DARK_COLORS = {"#000000": "#FFFFFF"}  # the one method colour that a dark page would hide
-LONG_CELL = 40  # characters of a line of a cell; longer ones wrap
-SHARE_WITH_NUMBER = 0.06  # a stage's number fits into its part of the bar from this share on
+from tutelage.core.blocks import FINAL, Place
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
+from tutelage.reproduction.display import Table, show_number
+from tutelage.reproduction.report_curves import AXES, MethodCurves
 
-
-@dataclass(frozen=True)
-class Table:
-    """A table of plain text; a line break in a cell stays one."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    """The first cell names the row."""
-    note: str = ""
+_DARK_COLORS = {"#000000": "#FFFFFF"}  # the one method colour that a dark page would hide
+_LONG_CELL = 40  # characters of a line of a cell; longer ones wrap
+_ROOM_FOR_NUMBER = 0.06  # a stage's number fits into its part of the bar from this fraction on
 
 
 @dataclass(frozen=True)
@@ -38,174 +33,169 @@ class Report:
     """Everything that a report says, as plain text and numbers: nothing is escaped yet."""
 
     title: str
-    facts: str
-    """Budget, metric, target and seeds in a sentence or two."""
     banner: str
     """Says that runs are missing; empty for a finished comparison."""
     verdict: str
+    full_verdict: str
+    """All lines of the verdict; empty where `verdict` has them."""
+    summary: Table
+    """The small table of the first screen."""
     tables: Sequence[Table]
-    """Shown at once."""
-    folded: Sequence[Table]
-    """Shown on demand."""
-    values: Table
-    """The plot in words."""
+    """Folded."""
     reading: Sequence[str]
-    """How to read it."""
-    curricula: Mapping[str, Mapping[str, Any]]
-    """Curriculum of each method, as in `Curriculum.to_json`; empty if unknown."""
-    curves: Mapping[str, Any]
-    """Data of the interactive plot: metric, target, label of each axis, methods."""
+    """How to read the report."""
+    curricula: Mapping[str, Curriculum]
+    """By method."""
+    metric: str
+    target: float | None
+    curves: Sequence[MethodCurves]
 
 
 def build_page(report: Report, plotly_js: str, fallback_png: bytes) -> str:
     """One HTML page with the library and the data inside; `fallback_png` shows where scripts do not run."""
-    methods = [
-        {**method, "dark": DARK_COLORS.get(method["color"], method["color"])} for method in report.curves["methods"]
-    ]
     parts = {
         "TITLE": html.escape(report.title),
         "BANNER": f'<p class="banner" role="status">{html.escape(report.banner)}</p>' if report.banner else "",
-        "FACTS": html.escape(report.facts),
-        "VERDICT": "".join(f"<p>{html.escape(line)}</p>" for line in report.verdict.splitlines() if line.strip()),
-        "METRIC": html.escape(str(report.curves["metric"])),
+        "VERDICT": _paragraphs(report.verdict),
+        "SUMMARY": _html_table(report.summary),
+        "METRIC": html.escape(report.metric),
         "AXIS_BUTTONS": "".join(
             f'<button type="button" data-x="{axis}" aria-pressed="false">{label}</button>'
             for axis, label in (("samples", "samples"), ("flops", "FLOPs"), ("seconds", "seconds"))
         ),
         "FALLBACK": base64.b64encode(fallback_png).decode("ascii"),
-        "VALUES": _folded(report.values),
-        "TABLES": "".join(_section(table) for table in report.tables),
-        "CURRICULA": _curricula(report.curricula),
-        "READING": "".join(f"<li>{html.escape(line)}</li>" for line in report.reading),
-        "FOLDED": "".join(_folded(table) for table in report.folded),
-        "DATA": _script_json({**report.curves, "methods": methods}),
+        "FOLDED": "".join(_html_folded(report)),
+        "DATA": _script_json(_plot_data(report)),
         "PLOTLY": re.sub("</(?=script)", r"<\\/", plotly_js, flags=re.IGNORECASE),
     }
     template = resources.files("tutelage.reproduction").joinpath("report.html.in").read_text(encoding="utf-8")
     return re.sub("@@([A-Z_]+)@@", lambda match: parts[match[1]], template)  # one pass: data is never a placeholder
 
 
+def _html_folded(report: Report) -> Iterable[str]:
+    if report.full_verdict:
+        yield _fold("Full verdict", _paragraphs(report.full_verdict))
+    yield from (_fold(table.title, _html_table(table)) for table in report.tables)
+    if report.curricula:
+        yield _fold("Curricula", _curricula(report.curricula))
+    yield _fold(
+        "How to read this report", f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in report.reading)}</ul>"
+    )
+
+
+def _plot_data(report: Report) -> dict[str, Any]:
+    """What the page's script draws."""
+    methods = [
+        {**dataclasses.asdict(curve), "dark": _DARK_COLORS.get(curve.color, curve.color)} for curve in report.curves
+    ]
+    return {"metric": report.metric, "target": report.target, "axes": AXES, "methods": methods}
+
+
 def build_markdown(report: Report) -> str:
     """The same in Markdown, with the three static plots beside it."""
-    pictures = "\n\n".join(f"![Curves against {axis}](curves_{axis}.png)" for axis in report.curves["axes"])
+    pictures = {axis: f"![Held-out {_md(report.metric)} against {AXES[axis]}](curves_{axis}.png)" for axis in AXES}
     curricula = Table(
         "Curricula",
         ("method", "stages", "settings"),
         [
             (
                 name,
-                "\n".join(f"{number}. {stage_words(stage)}" for number, stage in enumerate(_stages(curriculum), 1)),
+                "\n".join(f"{number}. {_stage_words(stage)}" for number, stage in enumerate(curriculum.stages, 1)),
                 _settings_words(curriculum),
             )
             for name, curriculum in report.curricula.items()
-            if curriculum
         ],
     )
+    tables = [*report.tables, *([curricula] if report.curricula else [])]
     parts = [
         f"# {_md(report.title)}",
         f"**{_md(report.banner)}**" if report.banner else "",
-        _md(report.verdict, "\n"),
-        _md(report.facts),
-        *(_md_table(table) for table in report.tables),
-        "## Curves",
-        pictures,
-        _md_table(curricula) if curricula.rows else "",
-        "## How to read it",
-        "\n".join(f"* {_md(line)}" for line in report.reading),
-        *(_md_table(table) for table in report.folded),
+        "\n".join(f"* {line}" for line in _md(report.verdict, "\n").splitlines()),
+        _md_table(report.summary),
+        pictures["samples"],
+        _md_fold("Full verdict", _md(report.full_verdict, "\n\n")) if report.full_verdict else "",
+        _md_fold("Curves against FLOPs and seconds", f"{pictures['flops']}\n\n{pictures['seconds']}"),
+        *(_md_fold(table.title, _md_table(table)) for table in tables),
+        _md_fold("How to read this report", "\n".join(f"* {_md(line)}" for line in report.reading)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def show_number(value: Any) -> str:
-    """A number in four digits at most and a suffix: 1.92M; a dash for what is none."""
-    if not is_number(value):
-        return "-"
-    value = float(f"{value:.4g}")
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.4g}"
-    for size, suffix in SIZES:
-        if abs(value) >= size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.3g}"
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def stage_words(stage: Mapping[str, Any]) -> str:
+def _stage_words(stage: Stage) -> str:
     """What a stage does, in words."""
-    weight = stage.get("label_weight") or 0.0
-    if stage["kind"] == "hidden":
-        student, teacher = (_place(stage.get(f"{who}_place")) for who in ("student", "teacher"))
-        words = f"student's {student} learns teacher's {teacher}"
-    elif weight >= 1:
-        words = "labels alone"
-    else:
-        checkpoint = stage.get("teacher_checkpoint")
-        words = f"output of teacher checkpoint {Path(checkpoint).name}" if checkpoint else "output of the teacher"
-        words += f" and labels (weight {weight:g})" if weight else ""
-    rate = stage.get("learning_rate")
-    return f"{words}, {stage['steps']:,} steps" + (f" at learning rate {rate:g}" if rate else "")
+    rate = f" at learning rate {stage.learning_rate:g}" if stage.learning_rate else ""
+    return f"{_task_words(stage)}, {stage.steps:,} steps{rate}"
 
 
-def _place(place: Any) -> str:
-    return str(place) if place == "final" else f"block {place}"
+def _task_words(stage: Stage) -> str:
+    if isinstance(stage, HiddenStage):
+        return f"student's {_place(stage.student_place)} learns teacher's {_place(stage.teacher_place)}"
+    assert isinstance(stage, OutputStage)
+    if not stage.needs_teacher:
+        return "labels alone"
+    words = "output of the teacher"
+    if stage.teacher_checkpoint:
+        words = f"output of teacher checkpoint {Path(stage.teacher_checkpoint).name}"
+    return words + (f" and labels (weight {stage.label_weight:g})" if stage.label_weight else "")
 
 
-def _stages(curriculum: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return curriculum.get("stages") or []
+def _place(place: Place) -> str:
+    return "final state" if place == FINAL else f"block {place}"
 
 
-def _settings_words(curriculum: Mapping[str, Any]) -> str:
+def _settings_words(curriculum: Curriculum) -> str:
     """The settings that hidden stages share, and the temperature."""
-    names = ("projection", "normalize", "warm_start") if any(s["kind"] == "hidden" for s in _stages(curriculum)) else ()
-    return ", ".join(
-        f"{name.replace('_', ' ')} {curriculum[name]}" for name in (*names, "temperature") if name in curriculum
+    words = [f"temperature {curriculum.temperature:g}"]
+    if curriculum.hidden_stages:
+        words = [
+            f"projection {curriculum.projection}",
+            f"normalize {curriculum.normalize}",
+            f"warm start {curriculum.warm_start}",
+            *words,
+        ]
+    return ", ".join(words)
+
+
+def _curricula(curricula: Mapping[str, Curriculum]) -> str:
+    """Each curriculum as a bar whose parts are its stages, and the same as a list."""
+    longest = max(curriculum.total_steps for curriculum in curricula.values())
+    return "".join(_curriculum(name, curriculum, longest) for name, curriculum in curricula.items())
+
+
+def _curriculum(name: str, curriculum: Curriculum, longest: int) -> str:
+    total = curriculum.total_steps
+    segments: list[str] = []
+    items: list[str] = []
+    colors: list[str] = []
+    for number, stage in enumerate(curriculum.stages, 1):
+        colors.append(_stage_color(stage))
+        shade = f"{colors[-1]} {'odd' if colors.count(colors[-1]) % 2 else 'even'}"  # neighbours of a colour differ
+        shown = number if stage.steps / longest >= _ROOM_FOR_NUMBER else ""
+        segments.append(f'<span class="{shade}" style="flex:{stage.steps} 1 0">{shown}</span>')
+        words = f"{html.escape(_stage_words(stage))} ({show_number(round(100 * stage.steps / total, 1))}%)"
+        items.append(f'<li><span class="swatch {shade}"></span>{words}</li>')
+    label = html.escape(f"Curriculum of {name}: {len(items)} stages, {total:,} steps, listed below")
+    return (
+        f'<figure class="curriculum"><figcaption><strong>{html.escape(name)}</strong>: {total:,} steps; '
+        f"{html.escape(_settings_words(curriculum))}</figcaption>"
+        f'<div class="bar" role="img" aria-label="{label}" style="width:{100 * total / longest:.4g}%">'
+        f"{''.join(segments)}</div><ol>{''.join(items)}</ol></figure>"
     )
 
 
-def _curricula(curricula: Mapping[str, Mapping[str, Any]]) -> str:
-    """Each curriculum as a bar whose parts are its stages, and the same as a list."""
-    totals = {name: sum(stage["steps"] for stage in _stages(value)) for name, value in curricula.items()}
-    longest = max(totals.values(), default=0)
-    figures = []
-    for name, curriculum in curricula.items():
-        if not totals[name]:
-            continue
-        segments: list[str] = []
-        items: list[str] = []
-        kinds: list[str] = []
-        for number, stage in enumerate(_stages(curriculum), 1):
-            share = stage["steps"] / totals[name]
-            kind = (
-                "hidden" if stage["kind"] == "hidden" else "labels" if stage.get("label_weight", 0) >= 1 else "output"
-            )
-            kinds.append(kind)
-            shade = f"{kind} {'odd' if kinds.count(kind) % 2 else 'even'}"  # neighbours of a kind differ
-            shown = number if share * totals[name] / longest >= SHARE_WITH_NUMBER else ""
-            segments.append(f'<span class="{shade}" style="flex:{stage["steps"]} 1 0">{shown}</span>')
-            words = f"{html.escape(stage_words(stage))} ({show_number(round(100 * share, 1))}%)"
-            items.append(f'<li><span class="swatch {shade}"></span>{words}</li>')
-        settings = html.escape(_settings_words(curriculum))
-        label = html.escape(f"Curriculum of {name}: {len(items)} stages, {totals[name]:,} steps, listed below")
-        figures.append(
-            f'<figure class="curriculum"><figcaption><strong>{html.escape(name)}</strong>: {totals[name]:,} steps'
-            f"{f'; {settings}' if settings else ''}</figcaption>"
-            f'<div class="bar" role="img" aria-label="{label}" style="width:{100 * totals[name] / longest:.4g}%">'
-            f"{''.join(segments)}</div><ol>{''.join(items)}</ol></figure>"
-        )
-    return f"<section><h2>Curricula</h2>{''.join(figures)}</section>" if figures else ""
+def _stage_color(stage: Stage) -> str:
+    """Class of the page's style sheet."""
+    if isinstance(stage, HiddenStage):
+        return "hidden"
+    return "output" if stage.needs_teacher else "labels"
 
 
-def _section(table: Table) -> str:
-    return f"<section><h2>{html.escape(table.title)}</h2>{_html_table(table)}</section>"
+def _paragraphs(text: str) -> str:
+    return "".join(f"<p>{html.escape(line)}</p>" for line in text.splitlines() if line.strip())
 
 
-def _folded(table: Table) -> str:
-    return f"<details><summary>{html.escape(table.title)}</summary>{_html_table(table)}</details>" if table.rows else ""
+def _fold(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
 
 
 def _html_table(table: Table) -> str:
@@ -214,7 +204,7 @@ def _html_table(table: Table) -> str:
         f'<tr><th scope="row">{_breakable(first)}</th>{"".join(map(_html_cell, cells))}</tr>'
         for first, *cells in table.rows
     )
-    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     label = html.escape(table.title)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table><thead><tr>{head}</tr></thead>'
@@ -223,7 +213,7 @@ def _html_table(table: Table) -> str:
 
 
 def _html_cell(text: str) -> str:
-    long = ' class="long"' if max(map(len, text.splitlines()), default=0) > LONG_CELL else ""
+    long = ' class="long"' if max(map(len, text.splitlines()), default=0) > _LONG_CELL else ""
     return f"<td{long}>" + "<br>".join(map(html.escape, text.splitlines())) + "</td>"
 
 
@@ -240,8 +230,11 @@ def _script_json(value: Any) -> str:
 def _md_table(table: Table) -> str:
     lines = [table.columns, tuple("---" for _ in table.columns), *table.rows]
     text = "\n".join("| " + " | ".join(_md(cell, "<br>") for cell in line) + " |" for line in lines)
-    note = f"\n\n{_md(table.note)}" if table.note else ""
-    return f"## {_md(table.title)}\n\n{text}{note}"
+    return f"{text}\n\n{_md(table.note)}" if table.note else text
+
+
+def _md_fold(title: str, content: str) -> str:
+    return f"<details>\n<summary>{_md(title)}</summary>\n\n{content}\n\n</details>"
 
 
 def _md(text: str, line_break: str = " ") -> str:

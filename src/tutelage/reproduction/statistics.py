@@ -1,6 +1,6 @@
 """Medians, intervals and ratios of runs that may never reach their target.
 
-Public names: `reached_at`, `median_interval`, `paired_ratio`, `FEWEST_FOR_INTERVAL`.
+Public names: `Estimate`, `NO_ESTIMATE`, `PairedRatio`, `median_interval`, `paired_ratio`, `FEWEST_FOR_INTERVAL`.
 
 A run that never reaches its target is *beyond the budget*: infinity in sorting, None in results.
 """
@@ -8,7 +8,8 @@ A run that never reaches its target is *beyond the budget*: infinity in sorting,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,38 +18,55 @@ _DRAWS = 2000
 FEWEST_FOR_INTERVAL = 5  # seeds: the bootstrap interval of a median of five covers about 94%, that of three 74%
 
 
-def reached_at(curve: Sequence[dict[str, Any]], metric: str, reached: Callable[[float], bool]) -> dict[str, Any] | None:
-    """The first point of a curve where the target is reached; None if it never is."""
-    return next((point for point in curve if metric in point and reached(point[metric])), None)
+@dataclass(frozen=True)
+class Estimate:
+    """A median over runs and its bootstrap 95% interval; None stands for beyond the budget, or for no runs."""
+
+    median: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
-def median_interval(values: Sequence[float | None]) -> tuple[float | None, list[float | None]]:
-    """Median over runs and its bootstrap 95% interval; None stands for beyond the budget."""
+NO_ESTIMATE = Estimate()
+
+
+@dataclass(frozen=True)
+class PairedRatio:
+    """The median over seeds of the cost of one method divided by that of another one."""
+
+    estimate: Estimate
+    pairs: int
+    """Seeds on which at least one of the two reached the target; the others say nothing."""
+    unreached: int = 0
+    """Pairs in which the second method did not reach the target: its budget stands in for its cost."""
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the true ratio may be smaller, since the second method did not always reach the target."""
+        return self.unreached > 0
+
+
+def median_interval(values: Sequence[float | None]) -> Estimate:
+    """The median of values and its interval; None stands for beyond the budget."""
     if not values:
-        return None, [None, None]
+        return NO_ESTIMATE
     numbers = np.array([math.inf if value is None else value for value in values])
     draws = np.random.default_rng(0).integers(0, len(numbers), (_DRAWS, len(numbers)))
     medians = np.sort(_medians(numbers[draws]))
     low, high = medians[int(0.025 * _DRAWS)], medians[int(0.975 * _DRAWS)]
-    return _finite(_medians(numbers)), [_finite(low), _finite(high)]
+    return Estimate(_finite(_medians(numbers)), _finite(low), _finite(high))
 
 
-def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], budget: float) -> dict[str, Any]:
+def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], budget: float) -> PairedRatio:
     """Median over seeds of `over / under`, paired by seed, with its bootstrap 95% interval.
 
-    Where only `under` is beyond the budget its budget stands in, which makes the ratio an upper bound; it is marked so.
-    Where only `over` is, the ratio is infinite (None).
+    Where only `under` is beyond the budget, its budget stands in, so the ratio is an upper bound. Where only `over` is
+    beyond the budget, the ratio is infinite (None).
     """
     pairs = [(a, b) for a, b in zip(over, under, strict=True) if a is not None or b is not None]
-    ratios = [None if a is None else _ratio(a, budget if b is None else b) for a, b in pairs]
-    median, interval = median_interval(ratios)
-    result: dict[str, Any] = {"median": median, "ci95": interval, "pairs": len(pairs)}
-    unreached = sum(b is None for _, b in pairs)
-    if unreached:
-        result["note"] = (
-            f"at most: in {unreached} of {len(pairs)} pairs the second method did not reach the target within the budget"
-        )
-    return result
+    bounded = [(a, budget if b is None else b) for a, b in pairs]
+    ratios = [None if a is None else _ratio(a, b) for a, b in bounded]
+    return PairedRatio(median_interval(ratios), len(pairs), sum(b is None for _, b in pairs))
 
 
 def _ratio(over: float, under: float) -> float | None:

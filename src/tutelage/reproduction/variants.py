@@ -1,63 +1,55 @@
-"""Methods as they are named in a comparison, and the curricula they become.
+"""Methods under comparison: named variants, what is tuned for them, and the curricula they become.
 
-Public names: `Variant`, `Candidate`, `parse_variant`, `candidates`, `build_curriculum`.
+Public names: `Variant`, `Candidate`, `plain_variant`, `make_variant`, `parse_variant`, `read_methods`, `candidates`,
+`build_curriculum`, `CONTROLLED`, `SCHEDULES`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tutelage.core.curriculum import METHODS, Curriculum, OutputStage, Stage
 from tutelage.core.errors import UserError
-from tutelage.reproduction.comparison_setting import Teacher
+from tutelage.reproduction.teachers import Teacher
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.resolution import build_curriculum as method_curriculum
 
 # How progressive distillation uses the teacher's checkpoints: at the teacher's own pace, faster, or one checkpoint from
 # the middle of its transition and then the finished teacher (arXiv:2410.05464). All are searched.
 SCHEDULES = ("two", "pace-4", "pace-2", "pace-1")
 
-
-# What the comparison sets itself, the same for all: no method may change it.
-CONTROLLED = (
-    *(
-        "method",
-        "task",
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "curriculum_dir",
-        "seed",
-        "data_seed",
-    ),
-    *("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *(
-        "eval_strategy",
-        "eval_steps",
-        "eval_on_start",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-    ),
-    *("train_sampling_strategy", "teacher_model_name_or_path", "teacher_checkpoints", "disable_tqdm", "report_to"),
-)
+# The comparison sets these itself, to the same value for every method.
+_OF_THE_RUN = "method task output_dir overwrite_output_dir resume_from_checkpoint curriculum_dir seed data_seed"
+_OF_THE_BUDGET = "max_steps num_train_epochs learning_rate per_device_train_batch_size gradient_accumulation_steps"
+_OF_EVALUATION = "eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit logging_steps"
+_OF_THE_TEACHER = "train_sampling_strategy teacher_model_name_or_path teacher_checkpoints disable_tqdm report_to"
+CONTROLLED = tuple(" ".join((_OF_THE_RUN, _OF_THE_BUDGET, _OF_EVALUATION, _OF_THE_TEACHER)).split())
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method and the settings in which it differs from the recipe's."""
+    """A method and the settings in which it differs from the recipe."""
 
     name: str
-    """As given, and as reported: `extraction:projection=logits,warm_start=head`."""
+    """Short name, used in every report: `final-state`."""
     method: str
     """One of `METHODS`."""
-    overrides: dict[str, Any]
-    """`CurriculumConfig` fields."""
-    budget_share: float = 1.0
-    """Share of the comparison's budget."""
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """`CurriculumConfig` fields; `schedule` too for progressive distillation."""
+    budget_fraction: float = 1.0
+    """Fraction of the comparison's budget that it gets."""
+
+    @property
+    def settings(self) -> str:
+        """The overrides and the fraction of the budget in words; empty for a plain method."""
+        shown = dict(self.overrides)
+        if self.budget_fraction != 1:
+            shown["budget"] = self.budget_fraction
+        return ", ".join(f"{key}={_as_text(value)}" for key, value in shown.items())
 
 
 @dataclass(frozen=True)
@@ -74,56 +66,135 @@ class Candidate:
         return f"{self.learning_rate:g}" + (f" {self.schedule}" if self.schedule else "")
 
 
-def parse_variant(text: str) -> Variant:
-    """Parse `method` or `method:field=value,field=value`; `budget=0.6` takes a share of the budget.
+def plain_variant(method: str) -> Variant:
+    """A method with the recipe's own settings.
 
     Raises:
-        UserError: unknown method or field.
+        UserError: unknown method.
     """
-    method, _, rest = text.partition(":")
+    if ":" in method:
+        name, _, settings = method.partition(":")
+        raise UserError(
+            f"{method!r} is not the name of a method. Give settings to a named variant: "
+            f"--variant NAME:method={name},{settings}, or in a comparison file methods: {{NAME: {{method: {name}, ...}}}}"
+        )
     if method not in METHODS:
-        raise UserError(f"unknown method {method!r} in {text!r}: use one of {', '.join(METHODS)}")
+        raise UserError(
+            f"unknown method {method!r}: use one of {', '.join(METHODS)}, or define a variant of that name with --variant"
+        )
+    return Variant(method, method)
+
+
+def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
+    """A named variant.
+
+    Args:
+        name: letters, digits and `. _ + -`.
+        settings: `CurriculumConfig` fields, as text or values; `method` (default: the name where it is a method, else
+            extraction), `budget` (fraction of the comparison's budget) and, for progressive, `schedule`.
+
+    Raises:
+        UserError: a bad name, an unknown method or field, or a value that cannot be read.
+    """
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise UserError(f"{name!r} cannot name a variant: use letters, digits and the signs . _ + -")
+    given = dict(settings)
+    method = str(given.pop("method", name if name in METHODS else "extraction"))
+    if method not in METHODS:
+        raise UserError(f"variant {name!r} has the unknown method {method!r}: use one of {', '.join(METHODS)}")
+    if name in METHODS and name != method:
+        raise UserError(f"variant {name!r} has the method {method}, but {name} is a method itself: choose another name")
+    fraction = _read(name, "budget", given.pop("budget", 1.0), float)
+    if not 0 < fraction <= 1:
+        raise UserError(f"variant {name!r}: budget is a fraction, above 0 and at most 1, got {fraction:g}")
     types = {field.name: str(field.type) for field in dataclasses.fields(CurriculumConfig)}
-    overrides: dict[str, Any] = {}
-    share = 1.0
-    last = None
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals and last is not None:  # a comma within a value: layer_map=1:1,2:2
-            overrides[last] = f"{overrides[last]},{part}"
-            continue
-        if key == "budget":
-            share = _read(key, value, text, float)
-            if not 0 < share <= 1:
-                raise UserError(f"budget in {text!r} is a share from 0 to 1, got {value}")
-            continue
+    for key, value in given.items():
         if key == "schedule":
             if method != "progressive" or value not in SCHEDULES:
-                raise UserError(f"schedule in {text!r} belongs to progressive and is one of {', '.join(SCHEDULES)}")
+                raise UserError(
+                    f"variant {name!r}: schedule={value} must be one of {', '.join(SCHEDULES)}, for the method progressive"
+                )
         elif key in CONTROLLED:
-            raise UserError(f"{key!r} in {text!r} is set by the comparison itself, the same for every method")
+            raise UserError(
+                f"variant {name!r} cannot set {key}: the comparison sets it, to the same value for every method"
+            )
         elif key not in types:
-            raise UserError(f"unknown field {key!r} in {text!r}: fields are those of CurriculumConfig")
-        overrides[key] = value
-        last = key
-    typed = {key: _read(key, value, text, _kind(types.get(key, "str"))) for key, value in overrides.items()}
-    return Variant(text, method, typed, share)
+            raise UserError(f"variant {name!r} has the unknown field {key!r}: fields are those of CurriculumConfig")
+    overrides = {key: _read(name, key, value, _reader(types.get(key, "str"))) for key, value in given.items()}
+    return Variant(name, method, overrides, fraction)
 
 
-def _read(key: str, value: str, text: str, kind: Callable[[str], Any]) -> Any:
+def parse_variant(text: str) -> Variant:
+    """A variant as written on the command line: `NAME:key=value,key=value`.
+
+    Raises:
+        UserError: not of this form, or what `make_variant` refuses.
+    """
+    name, colon, rest = text.partition(":")
+    settings: dict[str, str] = {}
+    last = ""
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if equals:
+            settings[key] = value
+            last = key
+        elif last:
+            settings[last] += f",{part}"  # a comma within a value: layer_map=1:1,2:2
+        else:
+            raise UserError(f"cannot read {part!r} in the variant {text!r}: write NAME:key=value,key=value")
+    if not colon or not settings:
+        raise UserError(f"the variant {text!r} has no settings: write NAME:key=value,key=value")
+    return make_variant(name, settings)
+
+
+def read_methods(value: Any) -> tuple[Variant, ...]:
+    """The `methods` of a comparison file: a mapping of names to settings, or a list of names of methods.
+
+    Raises:
+        UserError: neither of the two, or what `make_variant` refuses.
+    """
+    if isinstance(value, str):
+        value = value.split()
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return tuple(plain_variant(name) for name in value)
+    if not isinstance(value, Mapping) or not value:
+        raise UserError(
+            f"methods must be a mapping of names to settings, e.g. {{one_shot: {{}}, mine: {{layer_map: final:final}}}}, or "
+            f"a list of names, got {value!r}"
+        )
+    made = []
+    for name, settings in value.items():
+        if settings and not isinstance(settings, Mapping):
+            raise UserError(
+                f"variant {name!r} needs a mapping of settings, e.g. {{warm_start: head}}, got {settings!r}"
+            )
+        made.append(make_variant(str(name), settings) if settings else plain_variant(str(name)))
+    return tuple(made)
+
+
+def _read(name: str, key: str, value: Any, reader: Callable[[str], Any]) -> Any:
     try:
-        return kind(value)
+        return reader(_as_text(value))
     except ValueError:
-        raise UserError(f"cannot read {key}={value!r} in {text!r}") from None
+        raise UserError(f"variant {name!r}: cannot read {key}={_as_text(value)!r}") from None
 
 
-def _kind(type_name: str) -> Callable[[str], Any]:
+def _as_text(value: Any) -> str:
+    """A setting as it is written on the command line."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _reader(type_name: str) -> Callable[[str], Any]:
     """What reads a value of a field's type."""
     if "list[int]" in type_name:
         return lambda value: [int(part) for part in value.split(",")]
     if "bool" in type_name:
         return lambda value: value.lower() in ("true", "yes", "1")
-    return int if "int" in type_name else float if "float" in type_name else str
+    if "int" in type_name:
+        return int
+    return float if "float" in type_name else str
 
 
 def candidates(variant: Variant, learning_rates: Sequence[float]) -> list[Candidate]:
@@ -141,31 +212,31 @@ def build_curriculum(
     teacher: Teacher,
     steps: int,
     batch_size: int,
-    share: float = 1.0,
+    fraction: float = 1.0,
 ) -> Curriculum:
     """The curriculum of a run.
 
     Args:
         args: its settings.
-        candidate: with the schedule, for progressive.
-        blocks: of student and teacher.
-        teacher: its checkpoints serve progressive.
+        candidate: holds the schedule of progressive distillation.
+        blocks: numbers of blocks of student and teacher.
+        teacher: progressive distillation uses its checkpoints.
         steps: of the whole curriculum.
-        batch_size: examples a step.
-        share: of the comparison's budget that `steps` is; a schedule of checkpoints is shortened alike.
+        batch_size: examples per step.
+        fraction: of the comparison's budget that `steps` is; a schedule of checkpoints is shortened by it too.
 
     Raises:
         UserError: progressive without checkpoints, or what the builders refuse.
     """
     if args.method != "progressive":
-        return args.build_curriculum(*blocks, steps)
+        return method_curriculum(args, blocks, steps)
     if not teacher.checkpoints:
         raise UserError(
             "progressive distillation needs checkpoints of the teacher's training, and this teacher has none "
-            f"({teacher.metrics.get('description', 'given')}): leave progressive out of --methods"
+            f"({teacher.description}): leave progressive out of --methods"
         )
     assert candidate.schedule is not None
-    uses = _schedule(candidate.schedule, teacher, batch_size / share)
+    uses = _schedule(candidate.schedule, teacher, batch_size / fraction)
     stages: list[Stage] = []
     left = steps
 
@@ -180,19 +251,23 @@ def build_curriculum(
         left -= count
     stages.append(stage(left, None))
     return Curriculum(
-        "progressive", tuple(stages), normalize=args.normalize, temperature=args.temperature, top_k=args.top_k
+        "progressive",
+        tuple(stages),
+        normalize=args.value("normalize"),
+        temperature=args.value("temperature"),
+        top_k=args.top_k,
     )
 
 
 def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:
     """Steps on each checkpoint, early to late."""
-    times = [samples for samples, _ in teacher.checkpoints]
+    times = [checkpoint.samples for checkpoint in teacher.checkpoints]
     if name == "two":
-        samples, folder = teacher.checkpoints[int(teacher.metrics.get("transition", len(times) // 2))]
-        return [(max(1, int(samples // 2 // batch_size)), folder)]
+        middle = teacher.checkpoints[len(times) // 2 if teacher.transition is None else teacher.transition]
+        return [(max(1, int(middle.samples // 2 // batch_size)), middle.folder)]
     pace = int(name.removeprefix("pace-"))
     spans = [after - before for before, after in zip([0, *times], times, strict=False)]
     return [
-        (max(1, int(span // (pace * batch_size))), folder)
-        for span, (_, folder) in zip(spans, teacher.checkpoints, strict=True)
+        (max(1, int(span // (pace * batch_size))), checkpoint.folder)
+        for span, checkpoint in zip(spans, teacher.checkpoints, strict=True)
     ]

@@ -1,77 +1,118 @@
 """A comparison in words.
 
-Public names: `verdict`.
+Public names: `verdict`, `headline`.
 """
 
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
-from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL
+from tutelage.reproduction.results import Comparison, MethodResult, Ratio
+from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, PairedRatio
+
+LONGEST_HEADLINE = 4  # lines
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """A few lines: who reached the target with how many samples, and how extraction compares with one-shot."""
-    methods = {name: entry for name, entry in result["methods"].items() if entry["runs"]}
+def verdict(comparison: Comparison) -> str:
+    """One line per variant (whether it reached the target, after how many samples), and one per ratio that matters."""
+    methods = [method for method in comparison.methods if method.runs]
     if not methods:
         return "No run has finished yet."
-    metric, target = result["metric"], result["target"]
-    sentences = []
-    if target is not None:
-        for name, entry in methods.items():
-            reached = [run for run in entry["runs"] if run["samples_to_target"] is not None]
-            share = f"{len(reached)} of {len(entry['runs'])} seeds"
-            median = entry["median_samples_to_target"]
-            if median is not None:
-                sentences.append(
-                    f"{name} reached {metric} {target:.4g} on {share}, after {median:,.0f} samples (median)."
-                )
-            else:
-                most = max(run["curve"][-1]["samples"] for run in entry["runs"])
-                final = statistics.median(run["final"].get(metric, float("nan")) for run in entry["runs"])
-                sentences.append(
-                    f"{name} did not reach {metric} {target:.4g} (median beyond {most:,} samples; {share} did; it ended at "
-                    f"{final:.4g})."
-                )
-        for name, ratio in result["ratios"].items():
-            over, _, under = name.partition("/")
-            if under in ("one_shot", "progressive") and {over, under} <= methods.keys():
-                sentences.append(_compared(over, under, ratio, result["ratios"].get(f"{name} flops", {})))
-    else:
-        finals = {
-            name: statistics.median(finals)
-            for name, entry in methods.items()
-            if (finals := [run["final"][metric] for run in entry["runs"] if metric in run["final"]])
-        }
-        best = (max if result["better"] == "higher" else min)(finals, key=lambda name: finals[name])
-        sentences.append(
-            f"{best} ended best: " + ", ".join(f"{name} {value:.4g}" for name, value in finals.items()) + "."
+    if comparison.target is None:
+        return _final_values(comparison, methods)
+    lines = [_reached(method, comparison) for method in methods]
+    for over in methods:
+        for under in methods:
+            if over.variant.method == "extraction" and under.variant.method in ("one_shot", "progressive"):
+                lines.append(_compared(over, under, comparison))
+    return "\n".join(filter(None, lines))
+
+
+def headline(comparison: Comparison) -> str:
+    """The verdict where it is short, else its lines on one-shot and the variant of extraction that did best."""
+    variants = [m for m in comparison.methods if m.variant.method == "extraction" and m.runs]
+    lines, baseline = comparison.verdict.splitlines(), comparison.baseline
+    if len(lines) <= LONGEST_HEADLINE or comparison.target is None or not variants or baseline is None:
+        return comparison.verdict
+    best = min(variants, key=lambda method: _rank(method, comparison))
+    found = [_reached(best, comparison)]
+    if baseline.runs:
+        found += [_reached(baseline, comparison), _compared(best, baseline, comparison)]
+    if len(variants) > 1:
+        found.append(f"{best.name} is the best of {len(variants)} variants of extraction, chosen on these same seeds.")
+    return "\n".join(filter(None, found))
+
+
+def _rank(method: MethodResult, comparison: Comparison) -> tuple[float, float]:
+    """Lower is better: samples to the target, then the final metric."""
+    samples = method.samples_to_target.median
+    final = statistics.median(method.finals(comparison.metric) or [float("inf")])
+    return float("inf") if samples is None else samples, -final if comparison.better == "higher" else final
+
+
+def _final_values(comparison: Comparison, methods: list[MethodResult]) -> str:
+    finals = {m.name: statistics.median(values) for m in methods if (values := m.finals(comparison.metric))}
+    if not finals:
+        return f"No run has a final {comparison.metric}."
+    best = (max if comparison.better == "higher" else min)(finals, key=lambda name: finals[name])
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in finals.items())
+    return f"{best} ended best. Final {comparison.metric}, median over seeds: {listed}."
+
+
+def _reached(method: MethodResult, comparison: Comparison) -> str:
+    target = f"{comparison.metric} {comparison.target:.4g}"
+    count = sum(run.at_target is not None for run in method.runs)
+    seeds = f"{count} of {len(method.runs)} seeds"
+    median = method.samples_to_target.median
+    if median is not None:
+        return f"{method.name} reached {target} on {seeds}, after {median:,.0f} samples (median)."
+    most = max((run.curve[-1].samples for run in method.runs if run.curve), default=0)
+    finals = method.finals(comparison.metric)
+    ended = f"; median final {comparison.metric}: {statistics.median(finals):.4g}" if finals else ""
+    return f"{method.name} did not reach {target} within {most:,} samples ({seeds} reached it{ended})."
+
+
+def _compared(over: MethodResult, under: MethodResult, comparison: Comparison) -> str:
+    ratio = comparison.ratio(over.name, under.name)
+    if ratio is None or ratio.seeds == 0:
+        return ""  # they have no finished seed in common
+    paired, estimate = ratio.paired, ratio.paired.estimate
+    if not paired.pairs:
+        return f"Neither {over.name} nor {under.name} reached the target."
+    if estimate.median is None:
+        return (
+            f"On most seeds {over.name} did not reach the target within the budget where {under.name} did: "
+            f"{under.name} is better here."
         )
-    return "\n".join(sentence for sentence in sentences if sentence)
+    text = f"{over.name} needed {_times(paired)} the samples of {under.name} ({_spread(paired)})"
+    flops = comparison.ratio(over.name, under.name, "flops")
+    if flops is not None and flops.paired.estimate.median is not None:
+        text += f" and {_times(flops.paired)} its FLOPs"
+    return text + _judged(ratio)
 
 
-def _compared(over: str, under: str, ratio: dict[str, Any], flops: dict[str, Any]) -> str:
-    if ratio.get("seeds") == 0:
-        return ""  # no seed that both have finished
-    if not ratio["pairs"]:
-        return f"Neither {over} nor {under} reached the target."
-    if ratio["median"] is None:
-        return f"{over} mostly did not reach the target within the budget where {under} did: {under} is better here."
-    low, high = ratio["ci95"]
-    bound = "at most " if "note" in ratio else ""
-    shown = f"[{low:.2g}, {'beyond the budget' if high is None else format(high, '.2g')}]" if low is not None else ""
-    # the bootstrap of a median of few values is their range, which is no 95% interval
-    spread = "95% interval" if ratio["pairs"] >= FEWEST_FOR_INTERVAL else f"range of {ratio['pairs']} seed(s)"
-    text = f"{over} needed {bound}{ratio['median']:.2g} times the samples of {under} ({spread} {shown})"
-    if flops.get("median") is not None:
-        text += f" and {'at most ' if 'note' in flops else ''}{flops['median']:.2g} times its FLOPs"
-    if ratio["pairs"] < ratio.get("seeds", 0):
-        return f"{text} on {ratio['pairs']} of {ratio['seeds']} seeds; on the others neither arrived."
-    if ratio["pairs"] < 3:
-        return f"{text}: too few seeds to tell."
+def _times(paired: PairedRatio) -> str:
+    return f"{'at most ' if paired.is_bound else ''}{paired.estimate.median:.2g} times"
+
+
+def _spread(paired: PairedRatio) -> str:
+    """The interval; with few seeds the bootstrap of their median is their range, which is no 95% interval."""
+    low, high = paired.estimate.low, paired.estimate.high
+    kind = "95% interval" if paired.pairs >= FEWEST_FOR_INTERVAL else "range"
+    seeds = f"{paired.pairs} seed{'s' if paired.pairs > 1 else ''}"
+    upper = "beyond the budget" if high is None else f"{high:.2g}"
+    lower = "beyond the budget" if low is None else f"{low:.2g}"
+    return f"{kind} over {seeds}: {lower} to {upper}" if paired.pairs > 1 else seeds
+
+
+def _judged(ratio: Ratio) -> str:
+    paired, low, high = ratio.paired, ratio.paired.estimate.low, ratio.paired.estimate.high
+    if paired.pairs < ratio.seeds:
+        return f" on {paired.pairs} of {ratio.seeds} seeds; on the other seeds neither reached the target."
+    if paired.pairs < 3:
+        return ": too few seeds to decide."
     if high is not None and high < 1:
-        return f"{text}: {over} is better here."
-    if low is not None and low > 1 and "note" not in ratio:
-        return f"{text}: {under} is better here."
-    return f"{text}: these runs do not tell the two apart."
+        return f": {ratio.over} is better here."
+    if low is not None and low > 1 and not paired.is_bound:
+        return f": {ratio.under} is better here."
+    return ": these runs show no significant difference."

@@ -2,7 +2,7 @@
 
 Public names: `Workers`.
 
-A run depends on its own settings and seeds alone, so what comes out does not depend on how many there are, seconds apart.
+A run depends on its own settings and seeds alone, so the number of processes changes nothing but the seconds.
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tutelage.core.errors import UserError
-from tutelage.reproduction.comparison_setting import System
-from tutelage.reproduction.runner import Runner
-from tutelage.reproduction.variants import Candidate, Variant
-from tutelage.runs.distill import quiet_unless_terminal
+from tutelage.reproduction.recipe import Recipe
+from tutelage.reproduction.results import RunRecord
+from tutelage.reproduction.runner import PlannedRun, Runner
+from tutelage.runs.environment import quiet_unless_terminal
 
 
 class Workers:
-    """A pool of `count` processes, each with its share of the machine's threads.
+    """A pool of `count` processes, each with its part of the machine's threads.
 
-    Used as a context manager; a process makes its system and teacher once for as long as runs of the same one come in.
+    Used as a context manager; a process makes its teacher once for as long as runs of the same comparison come in.
     """
 
     def __init__(self, count: int):
@@ -42,23 +40,12 @@ class Workers:
         self.stop()
 
     def stop(self) -> None:
-        """Let runs that have begun end, and begin no other."""
+        """Let the runs that have begun end, and begin no other."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(
-        self,
-        runner: Runner,
-        variant: Variant,
-        candidate: Candidate,
-        seeds: Sequence[int],
-        folder: Path,
-        limit: float | None,
-    ) -> Future[list[dict[str, Any]]]:
+    def submit(self, runner: Runner, planned: PlannedRun) -> Future[list[RunRecord]]:
         """`Runner.run` in a process of the pool."""
-        again = runner.system.again
-        if again is None:
-            raise UserError("runs side by side need a system made by resolve or own_system: leave jobs out")
-        return self._pool.submit(_run, again, runner.root, runner.match, variant, candidate, list(seeds), folder, limit)
+        return self._pool.submit(_run, runner.recipe, runner.root, runner.match, planned)
 
 
 def _start(threads: int) -> None:
@@ -75,25 +62,11 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-_kept: dict[tuple[Path, str], Runner] = {}  # of the comparison at hand, which its folder and budget tell from others
+_kept: dict[tuple[Path, str], Runner] = {}  # of the present comparison; its folder and match tell it from others
 
 
-def _runner(again: Callable[[], System], root: Path, match: str) -> Runner:
+def _run(recipe: Recipe, root: Path, match: str, planned: PlannedRun) -> list[RunRecord]:
     if (root, match) not in _kept:
         _kept.clear()
-        made = again()
-        _kept[root, match] = Runner(made, made.make_teacher(root), root, match)
-    return _kept[root, match]
-
-
-def _run(
-    again: Callable[[], System],
-    root: Path,
-    match: str,
-    variant: Variant,
-    candidate: Candidate,
-    seeds: list[int],
-    folder: Path,
-    limit: float | None,
-) -> list[dict[str, Any]]:
-    return _runner(again, root, match).run(variant, candidate, seeds, folder, limit)
+        _kept[root, match] = Runner(recipe, recipe.make_teacher(root), root, match)
+    return _kept[root, match].run(planned)

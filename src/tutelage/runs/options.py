@@ -1,11 +1,13 @@
 """Options of a run as text: from a YAML file, and to the parser that reads flags.
 
-Public names: `OptionParser`, `read_options`, `as_flags`, `parse_options`.
+Public names: `OptionParser`, `read_options`, `as_flags`, `parse_options`, `read_value`, `type_name`.
 """
 
 from __future__ import annotations
 
 import json
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,7 +41,7 @@ def parse_options(parser: OptionParser, arguments: Sequence[str]) -> tuple[Any, 
     """The parser's dataclasses, from a YAML file (`--config`) overridden by flags.
 
     Raises:
-        UserError: an unknown option, a value that cannot be read, or a file that is no mapping of options.
+        UserError: an unknown option, a value that cannot be read, or a file that is not a mapping of options.
     """
     if "config" not in parser.names:
         parser.add_argument("--config", help="YAML file with any of these options")
@@ -103,3 +105,48 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             flags.append(f"--{key}={value}")
     return flags
+
+
+def read_value(value: Any, hint: Any) -> Any:
+    """A value as the type of a field, e.g. `2e6` as an int or `0.1,0.3` as a tuple of floats.
+
+    Args:
+        value: text, a list of texts, or a value of that type already.
+        hint: bool, int, float, str, a tuple or list of one of them, or a union with None.
+
+    Raises:
+        ValueError: it cannot be read as that type.
+    """
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        if value is None or value == "none":
+            return None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    container = typing.get_origin(hint)
+    if container in (tuple, list):
+        parts = value.replace(",", " ").split() if isinstance(value, str) else value
+        inner = typing.get_args(hint)[0]
+        return container(read_value(part, inner) for part in (parts if isinstance(parts, list | tuple) else [parts]))
+    if isinstance(value, list | tuple):
+        raise ValueError
+    if hint is bool:
+        return _read_bool(str(value))
+    if hint is int and isinstance(value, str):
+        number = float(value)  # 2e6 and 2_000_000 alike
+        if not number.is_integer():
+            raise ValueError
+        return int(number)
+    try:
+        return hint(value)
+    except TypeError as error:
+        raise ValueError from error
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        raise ValueError
+    return text.lower() in ("true", "yes", "1")
+
+
+def type_name(hint: Any) -> str:
+    """A type's name in messages."""
+    return getattr(hint, "__name__", None) or str(hint)

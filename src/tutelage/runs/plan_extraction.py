@@ -126,14 +126,14 @@ def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan
 
 
 def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, predicting: float = 1.0) -> float:
-    """Bytes that a token takes on disk, ids included and what belongs to a whole row left out.
+    """Bytes per token on disk, with its id and without what is stored once per row.
 
     Args:
         dtype: of the stored values.
         vocabulary: entries.
         width: R of a hidden stage; None is the output stage.
         top_k: outputs kept there.
-        predicting: share of the tokens at which there is an output.
+        predicting: fraction of the tokens at which there is an output.
     """
     form = RowFormat(dtype, vocabulary, "none", False, "states")
     ids, floats = _BYTES[form.ids], _BYTES[form.floats]

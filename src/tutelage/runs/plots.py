@@ -1,6 +1,6 @@
 """Plots of runs, drawn from their metrics files.
 
-Public names: `plot_run`, `plot_comparison`, `save_figure`.
+Public names: `plot_run`, `save_figure`.
 """
 
 from __future__ import annotations
@@ -45,30 +45,6 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     axis.set(xlabel="optimiser steps", ylabel="loss of the stage", title=title)
     axis.grid(alpha=0.3)
     axis.legend()
-    save_figure(figure, path)
-
-
-def plot_comparison(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str, metric: str, label: str
-) -> None:
-    """One held-out metric of several runs against tokens and against FLOPs, side by side."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", sharey=True)
-    for axis, x in zip(axes, ("tokens", "flops"), strict=True):
-        for number, (name, records) in enumerate(runs.items()):
-            points = [record for record in records if metric in record]
-            axis.plot(
-                [record[x] for record in points],
-                [record[metric] for record in points],
-                "-o",
-                markersize=3,
-                color=COLORS[number % len(COLORS)],
-                label=name,
-            )
-        axis.set(xlabel=AXES[x])
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel=label)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(title)
     save_figure(figure, path)
 
 

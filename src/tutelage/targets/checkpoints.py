@@ -36,13 +36,13 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
             theirs, ours = getattr(config, field, None), getattr(model.config, field, None)
             if theirs != ours:
                 raise UserError(
-                    f"checkpoint {folder!r} is of another architecture than the teacher: its {field} is {theirs}, "
-                    f"the teacher's {ours}"
+                    f"checkpoint {folder!r} has a different architecture than the teacher: its {field} is {theirs}, "
+                    f"the teacher's is {ours}"
                 )
     for subfolder, part, prefix in _stored_parts(model):
         shapes = _stored_shapes(Path(folder) / subfolder, prefix)
         if difference := _difference(part, shapes):
-            raise UserError(f"checkpoint {folder!r} is of another architecture than the teacher: {difference}")
+            raise UserError(f"checkpoint {folder!r} has a different architecture than the teacher: {difference}")
 
 
 def _stored_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -81,6 +81,6 @@ def _difference(model: nn.Module, shapes: Mapping[str, list[int]]) -> str | None
 
 
 def _is_tied(model: nn.Module, name: str) -> bool:
-    """Whether entry `name` shares its storage with another one, and so need not be stored."""
+    """Whether entry `name` shares its storage with a different entry, and so need not be stored."""
     state = model.state_dict()
     return any(other != name and value.data_ptr() == state[name].data_ptr() for other, value in state.items())

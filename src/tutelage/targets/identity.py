@@ -119,7 +119,7 @@ def model_hash(model: nn.Module, values_per_tensor: int | None = None) -> str:
 
     Args:
         model: the model.
-        values_per_tensor: read only so many values of each tensor, which is fast and tells apart models that were trained
+        values_per_tensor: read only this many values of each tensor, which is fast and distinguishes models that were trained
             differently; None reads all.
     """
     digest = hashlib.sha256()

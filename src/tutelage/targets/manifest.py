@@ -211,7 +211,7 @@ def read_manifest(store: Store) -> Manifest:
     if not store.exists(MANIFEST_FILE):
         if store.exists(PROGRESS_FILE):
             raise UserError(
-                f"the extraction in {str(store)!r} is unfinished: run the same `tutelage extract` again, it goes on with the "
+                f"the extraction in {str(store)!r} is unfinished: run the same `tutelage extract` again to write the "
                 "missing shards"
             )
         raise UserError(f"{str(store)!r} holds no curriculum (no {MANIFEST_FILE}): make one with `tutelage extract`")
@@ -242,7 +242,7 @@ def open_split(store: Store, split: Split) -> Dataset:
     """A split's rows, memory-mapped; what has to be fetched is compared with its checksum.
 
     Raises:
-        UserError: a shard is missing, of another size than the manifest says, or was fetched and has another checksum.
+        UserError: a shard is missing, its size differs from the manifest, or its checksum differs after it was downloaded.
     """
     check_shards_exist(store, split)
     for shard in split.shards:

@@ -120,7 +120,7 @@ def calibrate(
 
 
 def _states(states_of: StatesOf, stage: HiddenStage, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
-    """States of all calibration positions that are no padding, on the CPU, (N, D)."""
+    """States of all calibration positions without padding, on the CPU, (N, D)."""
     parts = []
     for batch in batches:
         hidden = states_of(stage, batch)

@@ -6,7 +6,7 @@ Public names: `RowFormat`, `INPUT_COLUMNS`, `encode_inputs`, `encode_states`, `e
 A row is one example without its padding. Lists are flat: the states of a row of T tokens are T x R values, its outputs those
 of the positions that predict, n x K.
 
-*int8* states have one scale a token, the largest magnitude over 127: tokens of one text differ in norm far more than the
+*int8* states have one scale per token, the largest magnitude over 127: tokens of one text differ in norm far more than the
 dimensions of a standardised, projected state do.
 
 Shapes: B rows, T positions, R width of the stored states, N positions that predict, K stored outputs.
@@ -50,7 +50,7 @@ class RowFormat(Record):
     token_types: bool
     """Whether rows have `token_type_ids`."""
     content: str
-    """`states`, `pooled` (one state a row), `top_k`, `whole` (one output a row) or `inputs` (no targets)."""
+    """`states`, `pooled` (one state per row), `top_k`, `whole` (one output per row) or `inputs` (no targets)."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -177,7 +177,7 @@ def encode_outputs(kept: TopK, counts: Sequence[int], form: RowFormat) -> dict[s
 
 
 def encode_whole(output_BC: torch.Tensor, form: RowFormat) -> dict[str, pa.Array]:
-    """One output a row."""
+    """One output per row."""
     values = output_BC.float().cpu().numpy()
     return {OUTPUT: _lists(values.reshape(-1), [values.shape[1]] * len(values), form.floats)}
 
@@ -232,7 +232,7 @@ def decode_outputs(table: pa.Table, k: int) -> dict[str, torch.Tensor]:
 
 
 def decode_whole(table: pa.Table) -> dict[str, torch.Tensor]:
-    """One output a row, (B, C)."""
+    """One output per row, (B, C)."""
     values, _ = _flat(table, OUTPUT)
     return {OUTPUT: torch.from_numpy(values.astype(np.float32).reshape(table.num_rows, -1))}
 

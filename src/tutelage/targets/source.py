@@ -87,7 +87,7 @@ class TargetSource(ABC):
     # ---- Settings ----
 
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
-        """What the source decides of a run whose student has so many blocks."""
+        """The settings that the source decides, for a student with `student_blocks` blocks."""
         return FixedSettings()
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:

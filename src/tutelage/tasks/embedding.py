@@ -60,7 +60,7 @@ class EmbeddingModel(nn.Module):
         """Give an encoder without a head a new one to `embedding_size`, where its own width differs.
 
         Raises:
-            UserError: it has a head to another width.
+            UserError: it has a head with a different output width.
         """
         if self.embedding_size == embedding_size:
             return

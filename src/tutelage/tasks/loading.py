@@ -38,7 +38,8 @@ def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = F
         if Path(path).exists():
             raise UserError(f"could not read the config of {what} {path!r}: {_first_line(error)}") from error
         raise UserError(
-            f"no {what} at {path!r}: it is no folder here, and the Hub gave none ({_first_line(error)}); "
+            f"no {what} at {path!r}: there is no local folder of that name, and it was not found on the Hub "
+            f"({_first_line(error)}); "
             "give an existing folder or a Hub name such as org/model"
         ) from error
 

@@ -1,6 +1,6 @@
 """Training on the synthetic language "cfg3": token ids, an endless dataset, collators and model shapes.
 
-Public names: `Grammar`, `build_grammar`, `Strings`, `sample`, `is_member` (of `pcfg_grammar`), `pcfg_tokens`, `pcfg_decode`,
+Public names: `Grammar`, `build_grammar`, `Strings`, `sample` (of `pcfg_grammar`), `pcfg_tokens`,
 `PcfgDataset`, `pcfg_collator`, `pcfg_config`, and the token ids `PAD`, `MASK`, `BOS`, `EOS`, `FIRST_TERMINAL`.
 
 A row is `<bos>`, the terminals of one string, `<eos>`; terminal t has the id FIRST_TERMINAL + t.
@@ -21,7 +21,7 @@ from transformers import BertConfig, GPT2Config
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.tasks.collators import CausalCollator
-from tutelage.tasks.pcfg_grammar import Grammar, Strings, build_grammar, hash_words, is_member, sample
+from tutelage.tasks.pcfg_grammar import Grammar, Strings, build_grammar, hash_words, sample
 
 __all__ = [
     "BOS",
@@ -33,10 +33,8 @@ __all__ = [
     "PcfgDataset",
     "Strings",
     "build_grammar",
-    "is_member",
     "pcfg_collator",
     "pcfg_config",
-    "pcfg_decode",
     "pcfg_tokens",
     "sample",
 ]
@@ -50,18 +48,6 @@ def pcfg_tokens(grammar: Grammar) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def pcfg_decode(input_ids_NT: torch.Tensor) -> Strings:
-    """The strings in rows of token ids, as `is_member` takes them: what follows a leading `<bos>`, up to `<eos>` or `<pad>`.
-
-    Other special tokens stay, as negative symbols, so that a string with one is no member.
-    """
-    ids_NT = input_ids_NT.cpu().numpy()
-    ended_NT = np.logical_or.accumulate((ids_NT == EOS) | (ids_NT == PAD), axis=1)
-    kept_NT = ~ended_NT
-    kept_NT[:, 0] &= ids_NT[:, 0] != BOS
-    return Strings(ids_NT[kept_NT] - FIRST_TERMINAL, np.cumsum([0, *kept_NT.sum(axis=1)]))
-
-
 class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
     """Strings of a grammar as rows `{"input_ids": (T,)}`, drawn when asked for.
 
@@ -73,7 +59,7 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
         grammar: the language.
         count: rows.
         seed: 0 to 2^64 - 1.
-        max_length: cut longer rows to their first `max_length` tokens (which lose `<eos>` and are no members); None keeps
+        max_length: cut longer rows to their first `max_length` tokens (which lose `<eos>` and are not members); None keeps
             every string whole.
 
     Raises:
@@ -136,7 +122,7 @@ def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3, se
             masks depend on the seed and the row alone, whatever the batch: the same at every evaluation.
 
     Raises:
-        UserError: another task, or a probability or a seed out of range.
+        UserError: an unknown task, or a probability or a seed out of range.
     """
     _check_task(task)
     if not 0 < mask_probability <= 1:
@@ -199,7 +185,7 @@ def pcfg_config(
         fields: more fields of the config, or other values for those set here.
 
     Raises:
-        UserError: another task, or a size below 1.
+        UserError: an unknown task, or a size below 1.
     """
     _check_task(task)
     for name, value in (("layers", layers), ("heads", heads), ("head_width", head_width), ("max_length", max_length)):

@@ -1,6 +1,6 @@
 """The synthetic language "cfg3": its grammars, a sampler and an exact membership test. NumPy only.
 
-Public names: `Grammar`, `build_grammar`, `Strings`, `sample`, `is_member`.
+Public names: `Grammar`, `build_grammar`, `Strings`, `sample`.
 
 The family is that of Allen-Zhu and Li, "Physics of Language Models: Part 1" (arXiv:2305.13673): symbols live on levels;
 a symbol of one level is rewritten to 2 or 3 symbols of the next by one of its rules, all equally likely; level 0 is the
@@ -21,7 +21,6 @@ from tutelage.core.errors import UserError
 LONGEST_RULE = 3
 NONE = -1  # fills the third place of a rule of two symbols
 _COVER_ATTEMPTS = 10_000
-_TOKENS_AT_ONCE, _PAIRS_AT_ONCE = 1 << 17, 1 << 22  # bound the memory of the membership test
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,7 @@ class Grammar:
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or self.levels[0] != 1 or min(self.levels) < 1:
             raise UserError(
-                f"levels {self.levels} are no grammar's: they need a single root and at least one level below"
+                f"levels {self.levels} do not define a grammar: they need a single root and at least one level below"
             )
         if len(self.rules) != len(self.levels) - 1:
             raise UserError(
@@ -158,19 +157,6 @@ class Strings:
     offsets: np.ndarray
     """Where each string starts, then the end of the last, (N + 1,)."""
 
-    @classmethod
-    def of(cls, strings: Strings | Sequence[Sequence[int] | np.ndarray]) -> Strings:
-        """The same strings in this form."""
-        if isinstance(strings, Strings):
-            return strings
-        offsets = np.cumsum([0, *map(len, strings)])
-        symbols = np.concatenate([np.asarray(string) for string in strings if len(string)] or [np.zeros(0, np.int64)])
-        if symbols.ndim != 1 or symbols.dtype.kind not in "iu":
-            raise TypeError(
-                f"strings must be sequences of whole numbers, got {symbols.dtype} with {symbols.ndim} dimension(s)"
-            )
-        return cls(symbols, offsets)
-
     @property
     def lengths(self) -> np.ndarray:
         """Length of each string, (N,)."""
@@ -242,72 +228,3 @@ def hash_words(keys: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 1 << 64:
         raise UserError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
-
-
-# ---- Membership ----
-
-
-def is_member(grammar: Grammar, strings: Strings | Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-    """Whether the grammar derives each string, (N,) booleans; exact.
-
-    The dynamic programme of Cocke, Younger and Kasami, kept sparse: from the terminals up, each symbol's list of the spans
-    that it derives, in all strings together; a rule joins the spans that touch. Symbols that are no terminals are in no
-    span, so a string with one is no member. Time grows with the number of spans: half a second for 1,000 strings of the
-    default grammar, half a minute a string where every pair and triple of symbols is a rule.
-
-    Args:
-        grammar: the language.
-        strings: of terminals, numbered from 0.
-    """
-    given = Strings.of(strings)
-    members = np.zeros(len(given), dtype=bool)
-    first = 0
-    while first < len(given):
-        limit = given.offsets[first] + _TOKENS_AT_ONCE
-        last = max(int(np.searchsorted(given.offsets, limit, side="right")) - 1, first + 1)
-        offsets = given.offsets[first : last + 1]
-        members[first:last] = _parse(grammar, given.symbols[offsets[0] : offsets[-1]], offsets - offsets[0])
-        first = last
-    return members
-
-
-def _parse(grammar: Grammar, symbols_M: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    count = len(offsets) - 1
-    # A string of n symbols has n + 1 borders between them; no span can cross into the next string.
-    border_M = np.arange(len(symbols_M)) + np.repeat(np.arange(count), np.diff(offsets))
-    spans = [_span(border_M[symbols_M == symbol], 1) for symbol in range(grammar.terminals)]
-    for level_rules in reversed(grammar.rules):
-        spans = [
-            np.unique(np.concatenate([_derive(spans, rule[rule != NONE]) for rule in symbol_rules]))
-            for symbol_rules in level_rules
-        ]
-    return np.isin(_span(offsets[:-1] + np.arange(count), np.diff(offsets)), spans[0])
-
-
-def _span(start: np.ndarray, length: np.ndarray | int) -> np.ndarray:
-    """Spans as integers that sort by their start: start in the upper half, end in the lower."""
-    return start.astype(np.int64) << 32 | (start + length)
-
-
-def _derive(spans: list[np.ndarray], side: np.ndarray) -> np.ndarray:
-    """The spans that a rule's right-hand side covers."""
-    joined = spans[side[0]]
-    for symbol in side[1:]:
-        joined = _join(joined, spans[symbol])
-    return joined
-
-
-def _join(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The spans made of one of `left` and one of `right` that starts where it ends; `right` sorted, all without doubles."""
-    starts, ends = right >> 32, left & 0xFFFFFFFF
-    low = np.searchsorted(starts, ends, side="left")
-    matches = np.searchsorted(starts, ends, side="right") - low
-    total = np.cumsum(matches)
-    cuts = np.searchsorted(total, np.arange(_PAIRS_AT_ONCE, total[-1] if len(total) else 0, _PAIRS_AT_ONCE))
-    pieces = []
-    for part in np.split(np.arange(len(left)), cuts):
-        repeats = matches[part]
-        place = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        partner = right[np.repeat(low[part], repeats) + place]
-        pieces.append(np.unique((np.repeat(left[part], repeats) >> 32) << 32 | partner & 0xFFFFFFFF))
-    return pieces[0] if len(pieces) == 1 else np.unique(np.concatenate(pieces))

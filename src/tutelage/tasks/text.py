@@ -36,7 +36,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
     """Read a Hub dataset, a folder saved by `datasets`, or a .txt/.jsonl/.parquet file; the latter two also by fsspec URL.
 
     Raises:
-        UserError: nothing there, another kind of file, a text file that is not UTF-8, or an empty dataset.
+        UserError: there is no such data, the file format is unknown, a text file that is not UTF-8, or an empty dataset.
     """
     file = Path(path)
     if "://" in path:
@@ -98,7 +98,7 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
     A URL may hold a `*`, for many files.
 
     Raises:
-        UserError: nothing there, another kind of file, or no rows.
+        UserError: there is no such data, the file format is unknown, or there are no rows.
     """
     suffix = Path(path).suffix
     options: dict[str, Any] = {"split": split or "train", "streaming": True}
@@ -117,7 +117,7 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
     try:
         stream = load_dataset(**{"path": path, **options})
         if next(iter(stream), None) is None:
-            raise UserError("no file, or none with a row")
+            raise UserError("there is no file, or no file contains a row")
     except Exception as error:  # each file system has its own
         raise UserError(f"could not stream dataset {path!r}: {_reason(error)}") from error
     return stream
@@ -132,7 +132,7 @@ def _saved_files(url: str, split: str | None) -> list[str]:
             store = Store(url)
         return [f"{url.rstrip('/')}/{file['filename']}" for file in json.loads(store.read("state.json"))["_data_files"]]
     except Exception as error:  # each file system has its own
-        raise UserError(f"{url!r} is no folder that datasets' save_to_disk wrote: {_reason(error)}") from error
+        raise UserError(f"{url!r} was not written by datasets' save_to_disk: {_reason(error)}") from error
 
 
 def keep_rows(stream: IterableDataset, count: int) -> Dataset:
@@ -173,10 +173,10 @@ def tokenize(
 
     Language models get packed blocks of exactly `max_length` tokens (the lines of a .txt file joined as they are, other
     data with the end-of-text token after each document; the remainder is dropped); the other tasks one truncated
-    example a row. Datasets that have `input_ids` already pass through, checked for length.
+    example per row. Datasets that have `input_ids` already pass through, checked for length.
 
     Raises:
-        UserError: a column is missing or of another type, rows are longer than `max_length`, or there is too little
+        UserError: a column is missing or has a different type, rows are longer than `max_length`, or there is too little
             text for one block.
     """
     streamed = isinstance(data, IterableDataset)
@@ -260,7 +260,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 
 def _reason(error: BaseException) -> str:
-    """First line of what lies behind an error: `datasets` wraps it in one that says nothing."""
+    """First line of the original error, which `datasets` wraps in a general one."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

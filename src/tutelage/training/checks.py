@@ -127,17 +127,17 @@ def require_unused_search(args: Any, curriculum: Curriculum) -> None:
 
 
 def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds another run, or a model that is no run's."""
+    """Refuse a folder that contains a different run, or a model that no run made."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {str(output_dir)!r} is a file: choose a folder")
     ours = (output_dir / CURRICULUM_FILE).exists()
     if not ours and any(output_dir.glob("*.safetensors")):
         raise UserError(
-            f"output_dir {str(output_dir)!r} contains a model that was not made by a run of tutelage: choose another folder"
+            f"output_dir {str(output_dir)!r} contains a model that was not made by a run of tutelage: choose a different folder"
         )
     if ours and not resuming and not overwrite:
         raise UserError(
-            f"output_dir {str(output_dir)!r} already contains a run. Choose another folder, resume the run with "
+            f"output_dir {str(output_dir)!r} already contains a run. Choose a different folder, resume the run with "
             "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
         )
 
@@ -178,10 +178,10 @@ def _digest(content: str) -> str:
 
 
 def check_same_run(was: dict[str, str], now: dict[str, str], checkpoint: str) -> None:
-    """Refuse to resume a run from another run's checkpoint."""
+    """Refuse to resume a run from the checkpoint of a different run."""
     different = [name for name in was if was[name] != now.get(name)]
     if different:
         raise UserError(
             f"checkpoint {checkpoint!r} was created with a different {' and '.join(different)}. Resume with the original "
-            "settings, or start a new run in another output_dir"
+            "settings, or start a new run in a different output_dir"
         )

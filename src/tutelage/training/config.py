@@ -42,14 +42,14 @@ class CurriculumConfig(TrainingArguments):
     output_dir: str | None = field(default="tutelage-output", metadata={"help": "Folder the run is written to."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of every stage."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Decay within each stage."})
-    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up of each stage: steps, or a share below 1."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up of each stage: steps, or a fraction below 1."})
     per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Examples per device and micro-step; default: 16."}
     )
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Passes over the training data, where max_steps is not given; default: 3."}
     )
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a device in evaluation."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples per device in evaluation."})
     logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between logs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
 
@@ -57,7 +57,7 @@ class CurriculumConfig(TrainingArguments):
     task: str | None = field(
         default=None,
         metadata={
-            "help": "causal_lm, masked_lm, sequence_classification or embedding; found from the teacher if unset."
+            "help": "causal_lm, masked_lm, sequence_classification or embedding; default: found from the teacher."
         },
     )
     teacher_model_name_or_path: str | None = field(
@@ -68,7 +68,7 @@ class CurriculumConfig(TrainingArguments):
         default=None, metadata={"help": "Progressive: folders of intermediate teacher checkpoints, early to late."}
     )
     teacher_dtype: str | None = field(
-        default=None, metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; unset keeps the checkpoint's."}
+        default=None, metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; default: the checkpoint's."}
     )
     teacher_device_map: str | None = field(
         default=None,
@@ -84,12 +84,12 @@ class CurriculumConfig(TrainingArguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
     curriculum_dir: str | None = field(
         default=None,
-        metadata={"help": "An extracted curriculum (tutelage extract) to train from in the teacher's place."},
+        metadata={"help": "Train from this extracted curriculum (made by tutelage extract) instead of a teacher."},
     )
     check_curriculum: bool = field(
         default=True,
         metadata={
-            "help": "Read all of a local curriculum_dir first, to compare its checksums; false for a very large one."
+            "help": "Verify the checksums of a local curriculum_dir before training; false skips this for a very large one."
         },
     )
     layer_map: str | None = field(
@@ -108,7 +108,7 @@ class CurriculumConfig(TrainingArguments):
         metadata={"help": "Steps of every hidden stage (one number) or of each; overrides stage_fraction."},
     )
     stage_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of hidden stages; unset takes learning_rate."}
+        default=None, metadata={"help": "Peak learning rate of hidden stages; default: learning_rate."}
     )
     projection: str | None = field(
         default=None, metadata={"help": "gaussian (the paper, default), orthogonal, rademacher, pca or logits."}
@@ -130,12 +130,15 @@ class CurriculumConfig(TrainingArguments):
     )
     top_k: int | None = field(
         default=None,
-        metadata={"help": "Language models: distil so many of the teacher's outputs, the rest as one; unset is all."},
+        metadata={
+            "help": "Keep the k most likely teacher outputs and merge the rest into one bucket; default: all outputs."
+        },
     )
-    label_weight: float = field(default=0.0, metadata={"help": "Share of label loss in output stages, 0 to 1."})
+    label_weight: float = field(default=0.0, metadata={"help": "Fraction of label loss in output stages, 0 to 1."})
     embedding_loss: str = field(default="cosine", metadata={"help": "Encoders: cosine or mse on the pooled embedding."})
     logits_chunk_size: int | None = field(
-        default=None, metadata={"help": "Positions whose logits are held at a time; unset chooses it."}
+        default=None,
+        metadata={"help": "Positions whose logits are held at a time; default: chosen from the vocabulary size."},
     )
     blocks: str | None = field(
         default=None, metadata={"help": "Dotted name of the list of blocks, for models where several are found."}
@@ -143,7 +146,7 @@ class CurriculumConfig(TrainingArguments):
     eval_with_teacher: bool = field(
         default=False, metadata={"help": "Also compare with the teacher in evaluations during training."}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write over another run in output_dir."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
     def __post_init__(self) -> None:
         try:
@@ -184,7 +187,7 @@ class CurriculumConfig(TrainingArguments):
         return DEFAULTS.get(name) if given is None else given
 
     def step_examples(self, devices: int) -> int:
-        """Examples of an optimiser step over so many devices and their micro-batches."""
+        """Examples per optimiser step, over all micro-batches of `devices` devices."""
         return int(self.value("per_device_train_batch_size")) * self.gradient_accumulation_steps * devices
 
     def teacher_loading(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def measure_stage(objective: StageObjective, index: int, batch: dict[str, Any]) 
 
 
 def _teacher_flops(objective: StageObjective, batch: dict[str, Any]) -> int:
-    """Operations that a step's targets cost; none where the batch brings them along."""
+    """Operations that the targets of a step cost; 0 where the batch contains them."""
     source = objective.source
     if not objective.stage.needs_teacher:
         return 0

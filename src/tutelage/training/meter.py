@@ -21,8 +21,8 @@ class Meter:
     """Keeps a run's `Progress` up to date.
 
     Args:
-        progress: totals to go on from.
-        world_size: devices that train alike, each counting its own share of a step.
+        progress: totals to start from.
+        world_size: devices that train in parallel; each counts its own part of a step.
         total: sum of a tensor over devices.
     """
 
@@ -30,7 +30,7 @@ class Meter:
         self.progress = progress
         self._world_size, self._total = world_size, total
         self._clock: float | None = None
-        # token counts stay on the device until someone asks, so that a step waits for nothing
+        # token counts stay on the device until they are needed, so that no step waits for them
         self._token_counts: list[torch.Tensor] = []
 
     def start(self) -> None:

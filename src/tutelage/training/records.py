@@ -94,7 +94,7 @@ class MetricsFile:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_until(self, step: int) -> None:
-        """Drop what was logged after `step`, when a run goes on from an earlier checkpoint."""
+        """Drop what was logged after `step`, when a run resumes from an earlier checkpoint."""
         kept = [record for record in self.read() if record["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 

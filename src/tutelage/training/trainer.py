@@ -1,4 +1,4 @@
-"""`CurriculumTrainer`: `transformers.Trainer` that walks the student through the stages of a curriculum.
+"""`CurriculumTrainer`: a `transformers.Trainer` that trains the student through the stages of a curriculum.
 
 One `train()` covers all stages: one data order, one progress bar, one step count, checkpoints anywhere. At a stage's start
 the trainable set, the optimiser and the schedule are made anew.

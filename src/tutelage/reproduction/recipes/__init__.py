@@ -1,159 +1,178 @@
-"""Recipes: every system that the paper compares, each one function at three sizes.
+"""The paper's recipes at three sizes: `laptop` is the default, `smoke` runs in seconds, `paper` has the published numbers.
 
-Public names: `RECIPES`, `Recipe`, `resolve`, `SIZES`.
+Public names: `RECIPES`, `SIZES`, `resolve`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from tutelage.core.errors import UserError
-from tutelage.reproduction.comparison_setting import RecipeFields, System
-from tutelage.reproduction.recipes.fields import read_fields
-from tutelage.reproduction.recipes.language import PcfgFields, TextFields, pcfg, sizes, text
-from tutelage.reproduction.recipes.parity import (
-    ParityMLPFields,
-    ParityTransformerFields,
-    parity_mlp,
-    parity_transformer,
+from tutelage.reproduction.recipe import Recipe, change_fields
+from tutelage.reproduction.recipes.language import (
+    CausalPcfg,
+    CausalText,
+    LanguageRecipe,
+    MaskedPcfg,
+    MaskedText,
+    PcfgRecipe,
 )
+from tutelage.reproduction.recipes.parity import ParityMLPRecipe, ParityTransformerRecipe
 
 SIZES = ("smoke", "laptop", "paper")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A system at three sizes."""
+def _parity_mlp() -> dict[str, Recipe]:
+    laptop = ParityMLPRecipe(size="laptop")
+    smoke = dataclasses.replace(
+        laptop,
+        size="smoke",
+        d=16,
+        k=3,
+        teacher_width=500,
+        student_width=50,
+        seeds=(0, 1),
+        learning_rates=(0.1,),
+        budget_samples=96_000,
+        eval_every=3_200,
+        eval_samples=1024,
+        stage_samples=6_400,
+        teacher_max_samples=400_000,
+        teacher_checkpoint_every=3_200,
+    )
+    paper = dataclasses.replace(
+        laptop,
+        size="paper",
+        d=100,
+        k=6,
+        teacher_width=50_000,
+        student_width=1000,
+        seeds=(0, 1, 2),
+        teacher_max_samples=100_000_000,
+        teacher_checkpoint_every=1_000_000,
+        budget_samples=20_000_000,
+        eval_every=64_000,
+    )
+    return {"smoke": smoke, "laptop": laptop, "paper": paper}
 
-    about: str
-    """One line."""
-    make: Callable[[Any, str], System]
-    """From fields and the name of the size."""
-    sizes: dict[str, RecipeFields]
-    """The numbers."""
+
+def _parity_transformer() -> dict[str, Recipe]:
+    laptop = ParityTransformerRecipe(
+        size="laptop",
+        d=20,
+        k=4,
+        learning_rates=(3e-4, 1e-3, 3e-3),
+        budget_samples=128_000,
+        eval_every=3_200,
+        eval_samples=2048,
+        stage_samples=3_200,
+        stage_learning_rate=3e-3,
+        teacher_learning_rate=3e-4,
+        teacher_batch_size=64,
+        teacher_max_samples=1_000_000,
+        teacher_checkpoint_every=3_200,
+        tuning_seeds=(1000,),
+    )
+    smoke = dataclasses.replace(
+        laptop,
+        size="smoke",
+        d=8,
+        k=2,
+        teacher_heads=4,
+        student_heads=2,
+        seeds=(0,),
+        tuning_seeds=(1000, 1001),
+        learning_rates=(1e-3,),
+        budget_samples=12_800,
+        eval_every=1_280,
+        eval_samples=512,
+        stage_samples=2_560,
+        stage_learning_rate=1e-3,
+        teacher_learning_rate=1e-3,
+        teacher_max_samples=100_000,
+        teacher_checkpoint_every=1_280,
+    )
+    paper = dataclasses.replace(
+        laptop,
+        size="paper",
+        d=100,
+        k=6,
+        teacher_heads=32,
+        seeds=(0, 1, 2),
+        tuning_seeds=(1000, 1001),
+        batch_size=32,
+        budget_samples=8_000_000,
+        eval_every=32_000,
+        eval_samples=4096,
+        stage_samples=320_000,
+        stage_learning_rate=1e-3,
+        teacher_batch_size=32,
+        teacher_max_samples=32_000_000,
+        teacher_checkpoint_every=320_000,
+    )
+    return {"smoke": smoke, "laptop": laptop, "paper": paper}
 
 
-RECIPES: dict[str, Recipe] = {
-    "parity-mlp": Recipe(
-        "sparse parity, two-layer networks",
-        parity_mlp,
-        {
-            "smoke": ParityMLPFields(
-                d=16,
-                k=3,
-                teacher_width=500,
-                student_width=50,
-                seeds=(0, 1),
-                learning_rates=(0.1,),
-                budget_samples=96_000,
-                eval_every=3_200,
-                eval_samples=1024,
-                stage_samples=6_400,
-                teacher_max_samples=400_000,
-                teacher_checkpoint_every=3_200,
-            ),
-            "laptop": ParityMLPFields(),
-            "paper": ParityMLPFields(
-                d=100,
-                k=6,
-                teacher_width=50_000,
-                student_width=1000,
-                seeds=(0, 1, 2),
-                teacher_max_samples=100_000_000,
-                teacher_checkpoint_every=1_000_000,
-                budget_samples=20_000_000,
-                eval_every=64_000,
-            ),
-        },
-    ),
-    "parity-transformer": Recipe(
-        "sparse parity, GPT-2 shape",
-        parity_transformer,
-        {
-            "smoke": ParityTransformerFields(
-                d=8,
-                k=2,
-                teacher_heads=4,
-                student_heads=2,
-                seeds=(0,),
-                learning_rates=(1e-3,),
-                budget_samples=12_800,
-                eval_every=1_280,
-                eval_samples=512,
-                stage_samples=2_560,
-                stage_learning_rate=1e-3,
-                teacher_learning_rate=1e-3,
-                teacher_batch_size=64,
-                teacher_max_samples=100_000,
-                teacher_checkpoint_every=1_280,
-            ),
-            "laptop": ParityTransformerFields(
-                d=20,
-                k=4,
-                learning_rates=(3e-4, 1e-3, 3e-3),
-                budget_samples=128_000,
-                eval_every=3_200,
-                eval_samples=2048,
-                stage_samples=3_200,
-                stage_learning_rate=3e-3,
-                teacher_learning_rate=3e-4,
-                teacher_batch_size=64,
-                teacher_max_samples=1_000_000,
-                teacher_checkpoint_every=3_200,
-                tuning_seeds=(1000,),
-            ),
-            "paper": ParityTransformerFields(
-                d=100,
-                k=6,
-                teacher_heads=32,
-                seeds=(0, 1, 2),
-                learning_rates=(3e-4, 1e-3, 3e-3),
-                batch_size=32,
-                budget_samples=8_000_000,
-                eval_every=32_000,
-                stage_samples=320_000,
-                stage_learning_rate=1e-3,
-                teacher_learning_rate=3e-4,
-                teacher_batch_size=32,
-                teacher_max_samples=32_000_000,
-                teacher_checkpoint_every=320_000,
-            ),
-        },
-    ),
-    "pcfg-mlm": Recipe(
-        "a grammar's strings, masked prediction, BERT shape",
-        functools.partial(pcfg, task="masked_lm"),
-        sizes(PcfgFields),
-    ),
-    "pcfg-clm": Recipe(
-        "a grammar's strings, causal, GPT-2 shape", functools.partial(pcfg, task="causal_lm"), sizes(PcfgFields)
-    ),
-    "text-mlm": Recipe(
-        "real text, masked prediction, BERT shape",
-        functools.partial(text, task="masked_lm"),
-        sizes(TextFields, teacher_heads=8),
-    ),
-    "text-clm": Recipe(
-        "real text, causal, Llama shape",
-        functools.partial(text, task="causal_lm"),
-        sizes(TextFields, teacher_heads=8),
-    ),
+def _language(laptop: LanguageRecipe) -> dict[str, Recipe]:
+    """A few steps of tiny models; the defaults; and arXiv:2410.05464: teacher 32 heads x 8, student 8 heads x 8, batch 512."""
+    small: dict[str, Any] = {"levels": 4} if isinstance(laptop, PcfgRecipe) else {"max_length": 32}
+    large: dict[str, Any] = {"levels": 7} if isinstance(laptop, PcfgRecipe) else {"head_width": 8, "max_length": 512}
+    smoke = dataclasses.replace(
+        laptop,
+        size="smoke",
+        seeds=(0,),
+        learning_rates=(3e-3,),
+        budget_samples=320,
+        eval_every=160,
+        eval_samples=32,
+        batch_size=16,
+        layers=2,
+        teacher_heads=4,
+        student_heads=2,
+        num_stages=2,
+        stage_fraction=0.4,
+        teacher_samples=640,
+        teacher_checkpoints=2,
+        **small,
+    )
+    paper = dataclasses.replace(
+        laptop,
+        size="paper",
+        teacher_heads=32,
+        student_heads=8,
+        batch_size=512,
+        budget_samples=512 * 8_000,
+        eval_every=512 * 200,
+        eval_samples=4096,
+        teacher_samples=512 * 16_000,
+        teacher_checkpoints=32,
+        num_stages=None,
+        **large,
+    )
+    return {"smoke": smoke, "laptop": laptop, "paper": paper}
+
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    sizes["laptop"].name: sizes
+    for sizes in (
+        _parity_mlp(),
+        _parity_transformer(),
+        *(_language(kind(size="laptop")) for kind in (MaskedPcfg, CausalPcfg, MaskedText, CausalText)),
+    )
 }
 
 
-def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> System:
-    """The system of `RECIPE` or `RECIPE/SIZE` (default: laptop), with some of its fields changed.
+def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of `RECIPE` or `RECIPE/SIZE` (default: laptop), with some of its fields changed.
 
     Args:
         name: e.g. `parity-mlp/smoke`.
         overrides: fields of the recipe; text values are read as the field's type.
 
     Raises:
-        UserError: unknown recipe, size or field, or a value that cannot be read.
+        UserError: unknown recipe, size or field, a value that cannot be read, or data that cannot be used.
     """
     recipe_name, _, size = name.partition("/")
     size = size or "laptop"
@@ -161,8 +180,9 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> System:
         raise UserError(
             f"unknown recipe {recipe_name!r}: there are {', '.join(RECIPES)} and scaling (see tutelage compare --list)"
         )
-    recipe = RECIPES[recipe_name]
-    if size not in recipe.sizes:
-        raise UserError(f"unknown size {size!r} of {recipe_name}: there are {', '.join(recipe.sizes)}")
-    made = recipe.make(read_fields(recipe.sizes[size], overrides or {}, recipe_name), size)
-    return dataclasses.replace(made, again=functools.partial(resolve, name, dict(overrides or {})))
+    sizes = RECIPES[recipe_name]
+    if size not in sizes:
+        raise UserError(f"unknown size {size!r} of {recipe_name}: there are {', '.join(sizes)}")
+    recipe = change_fields(sizes[size], overrides or {}, recipe_name)
+    recipe.check()
+    return recipe

@@ -1,15 +1,16 @@
 """Sparse parity with two-layer networks and with transformers (arXiv:2503.17494, arXiv:2410.05464).
 
-Public names: `ParityMLPFields`, `ParityTransformerFields`, `parity_mlp`, `parity_transformer`.
+Public names: `ParityRecipe`, `ParityMLPRecipe`, `ParityTransformerRecipe`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,60 +19,45 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, default_data_collator
 
 from tutelage.core.errors import UserError
-from tutelage.reproduction.comparison_setting import EVAL_SEED, TEACHER_SEED, RecipeFields, System, Teacher
-from tutelage.reproduction.teachers import TeacherRule, trained_teacher
-from tutelage.tasks.base import get_task
+from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
+from tutelage.reproduction.teachers import Teacher, TeacherRule
+from tutelage.reproduction.variants import Variant, plain_variant
 from tutelage.tasks.loading import load_model
+from tutelage.tasks.outputs import EvaluationTools
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig, check_parity, planted_teacher
-from tutelage.training.evaluation import evaluate_batches
+from tutelage.tasks.registry import get_task
 
-# A constant rate, no decay of weights, and the paper's unnormalised targets.
-_PLAIN = {
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "per_device_eval_batch_size": 1024,
-    "normalize": "none",
-}
-# Fields of the recipe, besides its width and support, that a trained teacher depends on.
-_OF_TEACHER = (
-    "d",
-    "k",
-    "teacher_seed",
-    "layers",
-    "head_width",
-    "initializer_range",
-    "eval_samples",
-    "teacher_sparse_samples",
-)
+PLANTED = "planted"
+# Below this held-out accuracy a teacher was made for a different parity.
+_ABOVE_CHANCE = 0.6
 
 
 @dataclass(frozen=True)
-class ParityFields(RecipeFields):
-    """What the two parity recipes share."""
+class ParityRecipe(PaperRecipe):
+    """What the two parity recipes have in common."""
+
+    stop_at_target = True
+    metric = "accuracy"
+    better = "higher"
 
     d: int = 64
     """Input bits."""
     k: int = 5
     """Bits that the label is the parity of."""
     support: tuple[int, ...] | None = None
-    """Their coordinates; unset takes the first k (two-layer networks) or draws k (transformers)."""
+    """Their coordinates; default: the first k (two-layer networks), or k drawn at random (transformers)."""
     target: float = 0.99
     """Held-out accuracy to reach."""
-    teacher_path: str | None = None
-    """Folder of a finished teacher, instead of training one."""
-    teacher_seed: int = 0
-    """Seed of the teacher."""
     teacher_learning_rate: float = 0.5
-    """Its learning rate."""
+    """Learning rate of the teacher."""
     teacher_batch_size: int = 16
-    """Its batch."""
+    """Examples per step of the teacher's training."""
     teacher_max_samples: int = 4_000_000
-    """Examples within which it must converge."""
+    """Examples within which the teacher must converge."""
     teacher_factor: float = 2.5
-    """It is trained on to so many times the examples after which it first reached 99.9%."""
+    """The teacher is trained for this many times the examples after which it first reached 99.9%."""
     teacher_sparse_samples: int = 0
-    """Examples over which the teacher's inputs go from half sparse to uniform (arXiv:2306.16921); 0 is uniform alone."""
+    """Examples over which the teacher's inputs go from half sparse to uniform (arXiv:2306.16921); 0: uniform from the start."""
     teacher_checkpoint_every: int = 16_000
     """Examples between the checkpoints kept for progressive distillation."""
     stage_samples: int = 16_000
@@ -79,16 +65,105 @@ class ParityFields(RecipeFields):
     stage_learning_rate: float = 3.0
     """Learning rate of hidden stages."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "stage_samples", "teacher_batch_size", "teacher_max_samples", "teacher_checkpoint_every")
+        if self.teacher_sparse_samples < 0:
+            raise UserError(f"teacher_sparse_samples must not be negative, got {self.teacher_sparse_samples}")
+        if not 1 <= self.teacher_factor < float("inf"):
+            raise UserError(
+                f"teacher_factor must be at least 1, so that a teacher is past convergence: got {self.teacher_factor}"
+            )
+        if self.stage_samples >= self.budget_samples:
+            raise UserError(
+                f"budget too small for the stages: stage_samples {self.stage_samples} of budget_samples "
+                f"{self.budget_samples}"
+            )
+        check_parity(self.d, self.k, self.support)
+
+    @property
+    def coordinates(self) -> tuple[int, ...]:
+        """The k coordinates that the label is the parity of."""
+        return check_parity(self.d, self.k, self.support)
+
+    @property
+    def collator(self) -> Any:
+        return default_data_collator
+
+    def arguments(self) -> dict[str, Any]:
+        return {  # a constant learning rate, no weight decay, and the paper's unnormalised targets
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "per_device_eval_batch_size": 1024,
+            "normalize": "none",
+        }
+
+    def method_arguments(self, method: str) -> dict[str, Any]:
+        if method != "extraction":
+            return {}
+        steps = max(1, self.stage_samples // self.batch_size)
+        return {"stage_steps": [steps], "stage_learning_rate": self.stage_learning_rate}
+
+    @property
+    def batch_of_teacher(self) -> int:
+        return self.teacher_batch_size
+
+    def teacher_rule(self) -> TeacherRule:
+        return TeacherRule(
+            "accuracy", 0.999, self.teacher_factor, self.teacher_max_samples, self.teacher_checkpoint_every
+        )
+
+    def teacher_data(self, count: int) -> tuple[Any, Any]:
+        seed, support = TEACHER_SEED + self.teacher_seed, self.coordinates
+        train = ParityData(self.d, self.k, count, seed, support, self.teacher_sparse_samples)
+        return train, ParityData(self.d, self.k, self.eval_samples, seed + EVAL_SEED, support)
+
+    def teacher_identity(self) -> dict[str, Any]:
+        names = ("d", "k", "teacher_seed", "eval_samples", "teacher_sparse_samples")
+        return {**{name: getattr(self, name) for name in names}, "support": self.coordinates}
+
+    def checked_teacher(self, teacher: Teacher) -> Teacher:
+        config: Any = teacher.model.config
+        bits = getattr(config, "d", None) or getattr(config, "n_positions", None)
+        if bits != self.d:
+            raise UserError(
+                f"the teacher takes {bits} bits, the recipe has d={self.d}: give the one or change the other"
+            )
+        support = self.coordinates
+        data = ParityData(self.d, self.k, self.eval_samples, EVAL_SEED + TEACHER_SEED + 1, support)
+        batches = DataLoader(data, batch_size=512, collate_fn=self.collator)
+        accuracy = get_task(self.task).evaluate(teacher.model, batches, lambda batch: None, EvaluationTools())[
+            "accuracy"
+        ]
+        if accuracy < _ABOVE_CHANCE:
+            raise UserError(
+                f"the teacher's accuracy on this parity (d={self.d}, k={self.k}, support {list(support)}) is "
+                f"{accuracy:.3f}, which is chance: it was made for a different parity; give its d, k and support"
+            )
+        description = teacher.description
+        if self.teacher == TRAINED and self.teacher_sparse_samples:
+            description += (
+                f"; inputs went from half sparse to uniform over its first {self.teacher_sparse_samples:,} examples"
+            )
+        return dataclasses.replace(teacher, description=description, metrics={**teacher.metrics, "accuracy": accuracy})
+
 
 @dataclass(frozen=True)
-class ParityMLPFields(ParityFields):
-    """Two-layer networks, plain SGD."""
+class ParityMLPRecipe(ParityRecipe):
+    """Two-layer networks, plain SGD; all seeds train side by side as one replicated student."""
+
+    name = "parity-mlp"
+    about = "sparse parity, two-layer networks"
+    task = "classification"
+    replicated = True
+    teachers: ClassVar[tuple[str, ...]] = (TRAINED, PLANTED)
 
     learning_rates: tuple[float, ...] = (3.0, 1.0, 0.3, 10.0)
-    """The grid that every method gets. Plain SGD learns fastest just below the rate at which it diverges; the likeliest
-    come first, since a run that can no longer win is stopped."""
-    teacher: str = "trained"
-    """`trained`, or `planted`: a network that computes the parity by construction."""
+    """The learning rates that are tried for every method. Plain SGD learns fastest just below the rate at which it
+    diverges; the likeliest come first, since a run that can no longer win is stopped."""
+    teacher: str = TRAINED
+    """`trained`, `planted` (a network that computes the parity by construction), or the folder of a finished teacher."""
     teacher_width: int = 5000
     """Hidden width of the teacher."""
     student_width: int = 100
@@ -96,72 +171,73 @@ class ParityMLPFields(ParityFields):
     match_activation: str = "pre"
     """The student's side of the stage: `pre` or `post` activation."""
     planted_noise: float = 0.02
-    """Planted teacher: deviation of the weights off the support."""
+    """Planted teacher: standard deviation of the weights off the support."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "teacher_width", "student_width")
+        if self.planted_noise < 0:
+            raise UserError(f"planted_noise must not be negative, got {self.planted_noise}")
+        if self.match_activation not in ("pre", "post"):
+            raise UserError(f"unknown match_activation {self.match_activation!r}: use 'pre' or 'post'")
 
-def parity_mlp(fields: ParityMLPFields, size: str) -> System:
-    """Two-layer networks; all seeds train side by side as one replicated student."""
-    support = check_parity(fields.d, fields.k, fields.support)
-    if fields.teacher not in ("trained", "planted"):
-        raise UserError(f"unknown teacher {fields.teacher!r}: use 'trained' or 'planted'")
-    if fields.match_activation not in ("pre", "post"):
-        raise UserError(f"unknown match_activation {fields.match_activation!r}: use 'pre' or 'post'")
+    @property
+    def default_methods(self) -> tuple[Variant, ...]:
+        names = ("extraction", "one_shot", "scratch", *(() if self.teacher == PLANTED else ("progressive",)))
+        return tuple(plain_variant(name) for name in names)
 
-    def student(seeds: Sequence[int]) -> nn.Module:
-        return ParityMLP(ParityMLPConfig(fields.d, fields.student_width, replica_seeds=list(seeds)))
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "optim": "sgd", "max_grad_norm": 0.0}
 
-    def fresh_teacher() -> nn.Module:
-        torch.manual_seed(fields.teacher_seed)
-        return ParityMLP(ParityMLPConfig(fields.d, fields.teacher_width))
+    def method_arguments(self, method: str) -> dict[str, Any]:
+        made = super().method_arguments(method)
+        return {"layer_map": "1:2" if self.match_activation == "pre" else "2:2", **made} if made else made
 
-    def planted(_: Path) -> Teacher:
+    def make_teacher(self, folder: Path) -> Teacher:
+        if self.teacher != PLANTED:
+            return super().make_teacher(folder)
         model = planted_teacher(
-            fields.d,
-            fields.k,
-            fields.teacher_width,
-            support=support,
-            noise=fields.planted_noise,
-            seed=fields.teacher_seed,
+            self.d,
+            self.k,
+            self.teacher_width,
+            support=self.coordinates,
+            noise=self.planted_noise,
+            seed=self.teacher_seed,
         )
-        return Teacher(model, {"description": "planted: computes the parity by construction, not trained"})
+        return self.checked_teacher(Teacher(model, "planted: computes the parity by construction, not trained"))
 
-    plain = {**_PLAIN, "optim": "sgd", "max_grad_norm": 0.0}
-    teacher: Callable[[Path], Teacher] = planted
-    if fields.teacher == "trained" or fields.teacher_path:
-        teacher = _teacher("parity-mlp", fields, support, fresh_teacher, _load_network, "classification", plain)
-    methods = ("extraction", "one_shot", "scratch")
-    return System(
-        recipe="parity-mlp",
-        size=size,
-        fields=fields,
-        task="classification",
-        metric="accuracy",
-        better="higher",
-        target=fields.target,
-        arguments=plain,
-        methods={
-            "extraction": {
-                "layer_map": "1:2" if fields.match_activation == "pre" else "2:2",
-                **_stages(fields),
-            }
-        },
-        make_teacher=_checked(teacher, fields, support, "classification"),
-        make_student=student,
-        train_data=lambda seeds, count: ParityData(fields.d, fields.k, count, list(seeds), support),
-        eval_data=lambda seeds: ParityData(
-            fields.d, fields.k, fields.eval_samples, [seed + EVAL_SEED for seed in seeds], support
-        ),
-        collator=default_data_collator,
-        replicated=True,
-        stop_at_target=True,
-        default_methods=methods if fields.teacher == "planted" else (*methods, "progressive"),
-        sketch_teacher=None if fields.teacher_path else fresh_teacher,
-    )
+    def new_teacher(self) -> nn.Module:
+        torch.manual_seed(self.teacher_seed)
+        return ParityMLP(ParityMLPConfig(self.d, self.teacher_width))
+
+    def load_teacher(self, folder: str) -> nn.Module:
+        model = load_model(folder, AutoModel)
+        if not isinstance(model, ParityMLP):
+            raise UserError(f"teacher {folder!r} is a {type(model).__name__}, not a two-layer parity network")
+        if model.config.replica_seeds is not None:
+            raise UserError(f"teacher {folder!r} holds {len(model.config.replica_seeds)} replicas: give one network")
+        return model
+
+    def teacher_identity(self) -> dict[str, Any]:
+        return {**super().teacher_identity(), "width": self.teacher_width}
+
+    def make_student(self, seeds: Sequence[int]) -> nn.Module:
+        return ParityMLP(ParityMLPConfig(self.d, self.student_width, replica_seeds=list(seeds)))
+
+    def train_data(self, seeds: Sequence[int], count: int) -> Any:
+        return ParityData(self.d, self.k, count, list(seeds), self.coordinates)
+
+    def eval_data(self, seeds: Sequence[int]) -> Any:
+        return ParityData(self.d, self.k, self.eval_samples, [seed + EVAL_SEED for seed in seeds], self.coordinates)
 
 
 @dataclass(frozen=True)
-class ParityTransformerFields(ParityFields):
-    """GPT-2 shape, answer read at the last position."""
+class ParityTransformerRecipe(ParityRecipe):
+    """GPT-2 shape: a student with few heads, a teacher with many; the answer is read at the last position."""
+
+    name = "parity-transformer"
+    about = "sparse parity, GPT-2 shape"
+    task = "sequence_classification"
 
     layers: int = 2
     """Blocks of teacher and student."""
@@ -172,152 +248,67 @@ class ParityTransformerFields(ParityFields):
     head_width: int = 8
     """Width of a head."""
     initializer_range: float = 0.1
-    """Deviation of the initial weights; GPT-2's 0.02 learns parities far more slowly at this width."""
+    """Standard deviation of the initial weights; GPT-2's 0.02 learns parities far more slowly at this width."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "layers", "teacher_heads", "student_heads", "head_width")
 
-def parity_transformer(fields: ParityTransformerFields, size: str) -> System:
-    """Transformers with few heads from one with many."""
-    # The first k positions would be no sparse parity: at position k a causal block sees the support and nothing else.
-    support = check_parity(fields.d, fields.k, fields.support)
-    if fields.support is None:
-        drawn = np.random.RandomState(fields.teacher_seed).choice(fields.d, fields.k, replace=False)
-        support = tuple(sorted(int(coordinate) for coordinate in drawn))
-        fields = dataclasses.replace(fields, support=support)
+    @cached_property
+    def coordinates(self) -> tuple[int, ...]:
+        # The first k positions would be no sparse parity: at position k a causal block sees the support and nothing else.
+        if self.support is not None:
+            return check_parity(self.d, self.k, self.support)
+        drawn = np.random.RandomState(self.teacher_seed).choice(self.d, self.k, replace=False)
+        return tuple(sorted(int(coordinate) for coordinate in drawn))
 
-    def build(heads: int, seed: int) -> nn.Module:
+    @property
+    def default_methods(self) -> tuple[Variant, ...]:
+        return tuple(plain_variant(name) for name in ("extraction", "one_shot", "progressive", "scratch"))
+
+    def identity(self) -> dict[str, Any]:
+        return {"support": list(self.coordinates)}
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "optim": "adamw_torch", "max_grad_norm": 1.0, "warm_start": "none"}
+
+    def method_arguments(self, method: str) -> dict[str, Any]:
+        made = super().method_arguments(method)
+        return {"num_stages": self.layers, **made} if made else made
+
+    def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         config = GPT2Config(
             vocab_size=2,
-            n_positions=fields.d,
-            n_embd=heads * fields.head_width,
-            n_layer=fields.layers,
+            n_positions=self.d,
+            n_embd=heads * self.head_width,
+            n_layer=self.layers,
             n_head=heads,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            initializer_range=fields.initializer_range,
+            initializer_range=self.initializer_range,
             bos_token_id=None,
             eos_token_id=None,
         )
         config.num_labels = 2
         return GPT2ForSequenceClassification(config)
 
-    plain = {**_PLAIN, "optim": "adamw_torch", "max_grad_norm": 1.0, "warm_start": "none"}
+    def new_teacher(self) -> nn.Module:
+        return self._build(self.teacher_heads, self.teacher_seed)
 
-    def load(folder: str) -> nn.Module:
+    def load_teacher(self, folder: str) -> nn.Module:
         return load_model(folder, GPT2ForSequenceClassification)
 
-    teacher = _teacher(
-        "parity-transformer",
-        fields,
-        support,
-        lambda: build(fields.teacher_heads, fields.teacher_seed),
-        load,
-        "sequence_classification",
-        plain,
-    )
-    return System(
-        recipe="parity-transformer",
-        size=size,
-        fields=fields,
-        task="sequence_classification",
-        metric="accuracy",
-        better="higher",
-        target=fields.target,
-        arguments=plain,
-        methods={"extraction": {"num_stages": fields.layers, **_stages(fields)}},
-        make_teacher=_checked(teacher, fields, support, "sequence_classification"),
-        make_student=lambda seeds: build(fields.student_heads, 31 + seeds[0]),
-        train_data=lambda seeds, count: ParityData(fields.d, fields.k, count, seeds[0], support),
-        eval_data=lambda seeds: ParityData(fields.d, fields.k, fields.eval_samples, seeds[0] + EVAL_SEED, support),
-        collator=default_data_collator,
-        stop_at_target=True,
-        sketch_teacher=None if fields.teacher_path else lambda: build(fields.teacher_heads, fields.teacher_seed),
-    )
+    def teacher_identity(self) -> dict[str, Any]:
+        shape = {"layers": self.layers, "width": self.teacher_heads, "head_width": self.head_width}
+        return {**super().teacher_identity(), **shape, "initializer_range": self.initializer_range}
 
+    def make_student(self, seeds: Sequence[int]) -> nn.Module:
+        return self._build(self.student_heads, 31 + seeds[0])
 
-def _load_network(folder: str) -> nn.Module:
-    model = load_model(folder, AutoModel)
-    if not isinstance(model, ParityMLP):
-        raise UserError(f"teacher {folder!r} is a {type(model).__name__}, not a two-layer parity network")
-    if model.config.replica_seeds is not None:
-        raise UserError(f"teacher {folder!r} holds {len(model.config.replica_seeds)} replicas: give one network")
-    return model
+    def train_data(self, seeds: Sequence[int], count: int) -> Any:
+        return ParityData(self.d, self.k, count, seeds[0], self.coordinates)
 
-
-def _stages(fields: ParityFields) -> dict[str, Any]:
-    steps = max(1, fields.stage_samples // fields.batch_size)
-    return {"stage_steps": [steps], "stage_learning_rate": fields.stage_learning_rate}
-
-
-def _teacher(
-    name: str,
-    fields: ParityFields,
-    support: tuple[int, ...],
-    build: Callable[[], nn.Module],
-    load: Callable[[str], nn.Module],
-    task: str,
-    plain: dict[str, Any],
-) -> Callable[[Path], Teacher]:
-    """The trained teacher, or the one given by folder."""
-
-    def make(_: Path) -> Teacher:
-        if fields.teacher_path is not None:
-            return Teacher(load(fields.teacher_path), {"description": f"given: {Path(fields.teacher_path).name}"})
-        width = getattr(fields, "teacher_width", None) or getattr(fields, "teacher_heads", None)
-        identity = {
-            **{name: getattr(fields, name) for name in _OF_TEACHER if hasattr(fields, name)},
-            "support": support,
-            "width": width,
-        }
-        arguments = {
-            **plain,
-            "task": task,
-            "learning_rate": fields.teacher_learning_rate,
-            "per_device_train_batch_size": fields.teacher_batch_size,
-            "seed": fields.teacher_seed,
-            "train_sampling_strategy": "sequential",
-        }
-        rule = TeacherRule(
-            "accuracy", 0.999, fields.teacher_factor, fields.teacher_max_samples, fields.teacher_checkpoint_every
-        )
-
-        def data(count: int) -> tuple[Any, Any]:
-            seed = TEACHER_SEED + fields.teacher_seed
-            train = ParityData(fields.d, fields.k, count, seed, support, fields.teacher_sparse_samples)
-            return train, ParityData(fields.d, fields.k, fields.eval_samples, seed + EVAL_SEED, support)
-
-        made = trained_teacher(name, identity, build, load, rule, arguments, data, default_data_collator)
-        if not fields.teacher_sparse_samples:
-            return made
-        inputs = f"; inputs went from half sparse to uniform over its first {fields.teacher_sparse_samples:,} examples"
-        described = {**made.metrics, "description": made.metrics["description"] + inputs}
-        return dataclasses.replace(made, metrics=described)
-
-    return make
-
-
-def _checked(
-    make: Callable[[Path], Teacher], fields: ParityFields, support: tuple[int, ...], task: str
-) -> Callable[[Path], Teacher]:
-    """Add the teacher's held-out accuracy, after checking that it is a teacher of this parity."""
-
-    def checked(folder: Path) -> Teacher:
-        teacher = make(folder)
-        config: Any = teacher.model.config
-        bits = getattr(config, "d", None) or getattr(config, "n_positions", None)
-        if bits != fields.d:
-            raise UserError(
-                f"the teacher takes {bits} bits, the recipe has d={fields.d}: give the one or change the other"
-            )
-        data = ParityData(fields.d, fields.k, fields.eval_samples, EVAL_SEED + TEACHER_SEED + 1, support)
-        batches = DataLoader(data, batch_size=512, collate_fn=default_data_collator)
-        accuracy = evaluate_batches(teacher.model, batches, get_task(task))["accuracy"]
-        if accuracy < 0.6:
-            raise UserError(
-                f"the teacher's accuracy on this parity (d={fields.d}, k={fields.k}, support {list(support)}) is "
-                f"{accuracy:.3f}, which is chance: it was made for another one"
-            )
-        return dataclasses.replace(teacher, metrics={**teacher.metrics, "accuracy": accuracy})
-
-    return checked
+    def eval_data(self, seeds: Sequence[int]) -> Any:
+        return ParityData(self.d, self.k, self.eval_samples, seeds[0] + EVAL_SEED, self.coordinates)

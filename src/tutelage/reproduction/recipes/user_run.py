@@ -1,42 +1,45 @@
 """A comparison on the user's own teacher, student and data, described in a YAML file.
 
-Public names: `own_system`.
+Public names: `UserRecipe`, `user_recipe`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+from torch import nn
 from transformers import set_seed
 
 from tutelage.core.errors import UserError
-from tutelage.reproduction.comparison_setting import RecipeFields, System, Teacher
-from tutelage.reproduction.recipes.fields import read_fields
-from tutelage.reproduction.variants import CONTROLLED
-from tutelage.runs.options import ConfigParser, as_flags, read_options
-from tutelage.runs.settings import RunArguments, fill_defaults, prepare_run
+from tutelage.reproduction.recipe import FIXED, Recipe, change_fields
+from tutelage.reproduction.teachers import Teacher
+from tutelage.reproduction.variants import CONTROLLED, Variant, plain_variant, read_methods
+from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
+from tutelage.runs.options import OptionParser, as_flags, read_options
+from tutelage.targets.live import LiveTargets
 from tutelage.tasks.loading import load_config
 from tutelage.tasks.students import make_student, student_config
 from tutelage.training.config import CurriculumConfig
 
 
 @dataclass(frozen=True)
-class OwnFields(RecipeFields):
-    """What a comparison adds to the options of `tutelage distill`."""
+class UserRecipe(Recipe):
+    """The user's own run: what a comparison adds to the options of `tutelage distill`."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Reported seeds."""
     tuning_seeds: tuple[int, ...] = (1000,)
     """Seeds on which the learning rate is chosen."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-    """The grid that every method gets."""
+    """The learning rates that are tried for every method."""
     batch_size: int = 16
-    """Sequences a step."""
+    """Sequences per step."""
     budget_samples: int = 3_200
     """Sequences that each method may train on."""
     eval_every: int = 640
@@ -44,76 +47,134 @@ class OwnFields(RecipeFields):
     eval_samples: int = 256
     """Held-out sequences."""
     tuning_share: float = 1.0
-    """Share of the budget that tuning runs get."""
+    """Fraction of the budget that tuning runs get."""
+    title: str = field(default="own", kw_only=True, metadata=FIXED)
+    """Name in reports: that of the file."""
+    methods: tuple[Variant, ...] = field(default=(), kw_only=True, metadata=FIXED)
+    """The methods that the file lists; empty takes extraction and one-shot."""
+    options: dict[str, Any] = field(default_factory=dict, kw_only=True, metadata=FIXED)
+    """Options of `tutelage distill` that were given, as text."""
+
+    @property
+    def name(self) -> str:
+        return self.title
+
+    @property
+    def task(self) -> str:
+        return self._run.task.name
+
+    @property
+    def metric(self) -> str:
+        return self._run.task.metric
+
+    @property
+    def better(self) -> str:
+        return self._run.task.better
+
+    @property
+    def default_methods(self) -> tuple[Variant, ...]:
+        return self.methods or (plain_variant("extraction"), plain_variant("one_shot"))
+
+    def identity(self) -> dict[str, Any]:
+        return {key: str(value) for key, value in sorted(self.options.items())}
+
+    def check(self) -> None:
+        self._run  # noqa: B018 - loads models and data
+
+    @cached_property
+    def _given(self) -> tuple[RunOptions, CurriculumConfig]:
+        return _parse(self.options, self.eval_samples)
+
+    @cached_property
+    def _run(self) -> RunInputs:
+        return load_inputs(*self._given)
+
+    def arguments(self) -> dict[str, Any]:
+        names = {part.name for part in dataclasses.fields(CurriculumConfig)} - {"teacher_model_name_or_path"}
+        return {key: getattr(self._given[1], key) for key in self.options if key in names}
+
+    def make_teacher(self, folder: Path) -> Teacher:
+        return Teacher(self._teacher, f"given: {self._run.names['teacher']}")
+
+    @property
+    def _teacher(self) -> nn.Module:
+        source = self._run.source
+        assert isinstance(source, LiveTargets), "a comparison has a teacher"
+        return source.model
+
+    def make_student(self, seeds: Sequence[int]) -> nn.Module:
+        run, config = self._given
+        shape = student_config(str(run.student), load_config(str(config.teacher_model_name_or_path)))
+        set_seed(31 + seeds[0])
+        task = self._run.task
+        return make_student(str(run.student), task, shape, task.teacher_shape(self._teacher)).float()
+
+    def train_data(self, seeds: Sequence[int], count: int) -> Any:
+        assert self._run.train_dataset is not None
+        return self._run.train_dataset.shuffle(seed=seeds[0])
+
+    def eval_data(self, seeds: Sequence[int]) -> Any:
+        return self._run.eval_dataset
+
+    @property
+    def collator(self) -> Any:
+        return self._run.collator
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._run.tokenizer
 
 
-def own_system(file: Path, overrides: Mapping[str, Any]) -> System:
-    """The system of a YAML file: options of `tutelage distill`, and fields of `OwnFields`.
+def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
+    """The recipe of a YAML file: options of `tutelage distill`, fields of `UserRecipe`, and `methods`.
+
+    Args:
+        file: the file; None takes the embedded teacher, student and text where `overrides` name no others.
+        overrides: options that replace the file's.
 
     Raises:
         UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
     """
-    given = {**read_options(file, "student: layers=2"), **overrides}
-    # the keys that name models and data, for distill as for compare
+    given = {**({} if file is None else read_options(file, "student: layers=2")), **overrides}
+    where = "the command line" if file is None else f"config {str(file)!r}"
+    methods = _methods(file) if "methods" in given else ()
     options = {
         "teacher_model_name_or_path" if key == "teacher" else key: value
         for key, value in given.items()
-        if value is not None
+        if value is not None and key != "methods"
     }
-    own = {field.name for field in dataclasses.fields(OwnFields)} - {"eval_samples"}
-    run_names = {field.name for field in dataclasses.fields(RunArguments)}
-    config_names = {field.name for field in dataclasses.fields(CurriculumConfig)}
+    numbers = {part.name for part in dataclasses.fields(UserRecipe) if part.metadata != FIXED}
+    run_options = {part.name for part in (*dataclasses.fields(RunOptions), *dataclasses.fields(CurriculumConfig))}
     for key in options:
-        if key not in own | run_names | config_names:
-            raise UserError(f"config {str(file)!r} has an unknown option {key!r}")
+        if key not in numbers | run_options:
+            raise UserError(f"{where} has an unknown option {key!r}")
     for key in CONTROLLED:
         if key in options and key not in ("teacher_model_name_or_path", "task"):
             raise UserError(
-                f"config {str(file)!r}: {key} is set by the comparison itself; use --methods, --output_dir, seeds, "
+                f"{where}: {key} is set by the comparison itself; use --methods, --output_dir, seeds, "
                 "budget_samples, learning_rates, batch_size and eval_every"
             )
-    fields: OwnFields = read_fields(OwnFields(), {key: options[key] for key in options if key in own}, str(file))
-    run, config = _parse({key: options[key] for key in options if key in run_names | config_names})
-    run.eval_samples = run.eval_samples or fields.eval_samples
-    arguments = {key: getattr(config, key) for key in options if key in config_names}
-    fill_defaults(run, config)
-    prepared = prepare_run(run, config)
-    teacher = prepared.teacher
-    train_dataset = prepared.train_dataset
-    assert teacher is not None and run.student is not None and train_dataset is not None
-    base = load_config(str(config.teacher_model_name_or_path))
-    shape = student_config(run.student, base)
-
-    def student(seeds: Any) -> Any:
-        set_seed(31 + seeds[0])
-        return make_student(str(run.student), prepared.task, shape, teacher).float()
-
-    lower = prepared.task.name != "embedding"
-    arguments.pop("teacher_model_name_or_path", None)
-    return System(
-        recipe=file.stem,
-        size="own",
-        fields=fields,
-        task=prepared.task.name,
-        metric="loss" if lower else "cosine",
-        better="lower" if lower else "higher",
-        target=None,
-        arguments=arguments,
-        make_teacher=lambda _: Teacher(teacher, {"description": f"given: {prepared.names['teacher']}"}),
-        make_student=student,
-        train_data=lambda seeds, count: train_dataset.shuffle(seed=seeds[0]),
-        eval_data=lambda seeds: prepared.eval_dataset,
-        collator=prepared.collator,
-        default_methods=("extraction", "extraction:warm_start=none,normalize=none", "one_shot"),
-        tokenizer=prepared.tokenizer,
-        identity={key: str(value) for key, value in sorted(options.items()) if key not in own},
-        again=functools.partial(own_system, file, dict(overrides)),
-    )
+    rest = {key: value for key, value in options.items() if key not in numbers}
+    changes = {key: value for key, value in options.items() if key in numbers}
+    title = "own" if file is None else file.stem
+    recipe = change_fields(UserRecipe(title=title, options=rest, methods=methods), changes, where)
+    recipe.check()
+    return recipe
 
 
-def _parse(options: Mapping[str, Any]) -> tuple[RunArguments, CurriculumConfig]:
-    """Options as `tutelage distill` parses its flags."""
-    kinds: Any = (RunArguments, CurriculumConfig)
+def _methods(file: Path | None) -> tuple[Variant, ...]:
+    """The methods of a file, whose values stay text: YAML alone takes `1:2` for 62."""
+    if file is None:
+        raise UserError("methods are given by --methods and --variant")
+    given = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)["methods"]
+    if isinstance(given, dict):
+        given = {name: {} if settings in ("", "null", "~") else settings for name, settings in given.items()}
+    return read_methods(given)
+
+
+def _parse(options: Mapping[str, Any], eval_samples: int) -> tuple[RunOptions, CurriculumConfig]:
+    """Options as `tutelage distill` parses its flags, with its defaults."""
+    kinds: Any = (RunOptions, CurriculumConfig)
     flags = ["--output_dir=unused", *as_flags(options)]
-    run, config = ConfigParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
-    return run, config
+    run, config = OptionParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
+    return with_defaults(dataclasses.replace(run, max_samples=eval_samples), config)

@@ -1,0 +1,213 @@
+"""Why a curriculum helps on text: how much of each layer of a language model short contexts explain.
+
+Public names: `diagnose_language`, `NgramProbe`, `LanguageDiagnosis`.
+
+Shapes: B sequences, T positions, W width, P positions with a whole context, n length of the context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch.utils.data import DataLoader
+
+from tutelage.core.blocks import FINAL, forward_to
+from tutelage.core.errors import UserError
+from tutelage.core.inputs import model_inputs, position_mask
+from tutelage.io.files import write_atomically
+from tutelage.reproduction.probes import ngram_explained
+from tutelage.runs.environment import environment
+from tutelage.runs.plots import COLORS, save_figure
+from tutelage.targets.live import LiveTargets
+from tutelage.tasks.loading import load_tokenizer
+from tutelage.tasks.registry import detect_task
+from tutelage.tasks.text import read_dataset, split_dataset, tokenize
+
+
+@dataclass(frozen=True)
+class NgramProbe:
+    """What is probed."""
+
+    teacher: str
+    """Folder or Hub name of a language model."""
+    dataset: str
+    """Text that the probes are fitted on."""
+    eval_dataset: str | None = None
+    """Held-out text; default: the end of the dataset."""
+    length: int = 3
+    """Longest context, in tokens."""
+    max_samples: int = 256
+    """Sequences on each side (fitting, held out)."""
+    max_length: int = 128
+    """Tokens per sequence."""
+    text_column: str = "text"
+    """Column of the dataset that holds the text."""
+    blocks: str | None = None
+    """Dotted name of the teacher's list of blocks, where several are found."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.length <= len(COLORS):
+            raise UserError(f"length must be from 1 to {len(COLORS)} tokens, got {self.length}")
+        if self.max_samples < 1:
+            raise UserError(f"max_samples must be at least 1 sequence, got {self.max_samples}")
+
+
+@dataclass(frozen=True)
+class LanguageDiagnosis:
+    """What short contexts explain of a language model's layers (`ngrams.json`)."""
+
+    teacher: str
+    dataset: str
+    positions: tuple[int, ...]
+    """Positions that the probes were fitted on, and held-out ones."""
+    layers: dict[str, tuple[float, ...]]
+    """By place: the fraction of held-out variance that the last 1, 2, ... tokens explain."""
+    environment: dict[str, Any]
+    """Versions and machine."""
+
+    def to_json(self) -> str:
+        """The diagnosis as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> LanguageDiagnosis:
+        """Read a diagnosis back."""
+        known = json.loads(text)
+        known["positions"] = tuple(known["positions"])
+        known["layers"] = {place: tuple(scores) for place, scores in known["layers"].items()}
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """States and contexts of one text."""
+
+    states: dict[str, torch.Tensor]
+    """By place, (P, W)."""
+    contexts: torch.Tensor
+    """Ids of the last n tokens, newest first, (P, n)."""
+
+
+def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
+    """How much of each layer of a language model the last 1 to n tokens explain, linearly.
+
+    Layers that short contexts explain are an easier target: this shows the curriculum that extraction follows. Writes
+    ngrams.json and ngrams.png to `folder`.
+
+    Raises:
+        UserError: no language model, no tokenizer, or text that cannot be read or is too short.
+    """
+    task = detect_task(probe.teacher)
+    if not task.per_position:
+        raise UserError(f"n-gram probes are for language models; {probe.teacher!r} is a model for {task.name}")
+    tokenizer = load_tokenizer(probe.teacher)
+    if tokenizer is None:
+        raise UserError(f"found no tokenizer with {probe.teacher!r}: save one into its folder")
+    model = task.load(probe.teacher)
+    source = LiveTargets(model, task, probe.blocks)
+    collate = partial(_unmasked, task.collator(tokenizer))
+    sides = []
+    for part in _texts(probe):
+        rows = tokenize(part, tokenizer, task, probe.max_length, probe.text_column)
+        rows = rows.select(range(min(probe.max_samples, len(rows))))
+        sides.append(_states_and_contexts(source, DataLoader(rows, batch_size=16, collate_fn=collate), probe.length))
+    fitted, held_out = sides
+    found = LanguageDiagnosis(
+        teacher=probe.teacher,
+        dataset=probe.dataset,
+        positions=tuple(len(side.contexts) for side in sides),
+        layers={
+            place: tuple(ngram_explained(states, fitted.contexts, held_out.states[place], held_out.contexts))
+            for place, states in fitted.states.items()
+        },
+        environment=environment(),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "ngrams.json", found.to_json() + "\n")
+    _plot(found, folder / "ngrams.png")
+    return found
+
+
+def _texts(probe: NgramProbe) -> tuple[Any, Any]:
+    """The text that the probes are fitted on, and the held-out text."""
+    data = read_dataset(probe.dataset)
+    if probe.eval_dataset is None:
+        return split_dataset(data, 0.3)
+    parts = (data, read_dataset(probe.eval_dataset))
+    first, second = (next(iter(part.values())) if isinstance(part, dict) else part for part in parts)
+    return first, second
+
+
+def _unmasked(collator: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch whose input is left unmasked, also for masked models."""
+    batch = collator(rows)
+    longest = batch["input_ids"].shape[1]
+    ids = [list(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    return {**batch, "input_ids": torch.tensor(ids)}
+
+
+@torch.inference_mode()
+def _states_and_contexts(source: LiveTargets, batches: Any, length: int) -> _Side:
+    """States of every layer at positions with a whole context, and the last tokens there."""
+    states: dict[str, list[torch.Tensor]] = {}
+    contexts = []
+    device = next(source.model.parameters()).device
+    for batch in batches:
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        ids_BT = inputs["input_ids"]
+        captured = _all_states(source, inputs)
+        keep_BT = position_mask(inputs, captured["0"]).clone()
+        keep_BT[:, : length - 1] = False
+        shifted_BTn = torch.stack([torch.roll(ids_BT, j, dims=1) for j in range(length)], dim=-1)
+        contexts.append(shifted_BTn[keep_BT].cpu())
+        for place, state_BTW in captured.items():
+            states.setdefault(place, []).append(state_BTW[keep_BT].float().cpu())
+    return _Side({place: torch.cat(parts) for place, parts in states.items()}, torch.cat(contexts))
+
+
+def _all_states(source: LiveTargets, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """States at every place, each (B, T, W), from one forward; places are in order."""
+    found: dict[str, torch.Tensor] = {}
+
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found["0"] = args[0] if args else next(iter(kwargs.values()))
+
+    def after(number: int, _module: Any, _args: Any, output: Any) -> None:
+        found[str(number)] = output if isinstance(output, torch.Tensor) else output[0]
+
+    blocks = [source.block_names.module(source.backbone, number) for number in range(1, len(source.block_names) + 1)]
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(blocks[0].register_forward_pre_hook(before, with_kwargs=True).remove)
+        for number, block in enumerate(blocks, 1):
+            hooks.callback(block.register_forward_hook(partial(after, number)).remove)
+        found[FINAL] = forward_to(source.backbone, FINAL, **model_inputs(source.backbone, inputs))
+    return found
+
+
+def _plot(found: LanguageDiagnosis, path: Path) -> None:
+    """One line for each length of context, over the places."""
+    places = list(found.layers)
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, scores in enumerate(zip(*found.layers.values(), strict=True)):
+        label = f"last {index + 1} token(s)"
+        axis.plot(range(len(places)), scores, "o-", markersize=3, color=COLORS[index], label=label)
+    axis.set_xticks(range(len(places)), places)
+    axis.set(
+        xlabel="place in the teacher (0 = embedding)",
+        ylabel="variance explained on held-out text",
+        title=f"What the last tokens explain: {Path(found.teacher).name}",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(figure, path, dpi=120)

@@ -1,0 +1,294 @@
+"""What methods are compared on: a teacher, students, data, and the settings that all methods have in common.
+
+Public names: `Recipe`, `PaperRecipe`, `change_fields`, `at_least_one`, `EVAL_SEED`, `TEACHER_SEED`, `TRAINED`, `FIXED`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from tutelage.core.errors import UserError
+from tutelage.reproduction.teachers import Teacher, TeacherJob, TeacherRule, trained_teacher
+from tutelage.reproduction.variants import Variant
+from tutelage.runs.options import read_value, type_name
+
+# The random streams of evaluation and of teachers are far from those that students train on.
+EVAL_SEED = 1_000_000_007
+TEACHER_SEED = 2_000_000_011
+
+TRAINED = "trained"
+"""The value of `teacher` that asks for a teacher trained now."""
+FIXED = {"fixed": True}
+"""Metadata of a dataclass field that no command line or file can change."""
+
+_RENAMED = {"teacher_path": "teacher", "mask_probability": "mlm_probability"}
+_Fields = TypeVar("_Fields")
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """A system to compare methods on: its numbers are fields, everything else is a method.
+
+    A recipe can be pickled, so that a worker process gets the recipe itself; what it has computed stays behind.
+    """
+
+    about: ClassVar[str] = ""
+    """One line for `tutelage compare --list`."""
+    replicated: ClassVar[bool] = False
+    """Whether all seeds train side by side in one model."""
+    stop_at_target: ClassVar[bool] = False
+    """Whether a run ends when all its seeds have reached the target."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the reported runs: initial student, data order and random projection."""
+    tuning_seeds: tuple[int, ...] = (1000, 1001)
+    """Seeds on which learning rates and schedules are chosen; never reported."""
+    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    """The learning rates that are tried for every method."""
+    batch_size: int = 64
+    """Examples per step."""
+    budget_samples: int = 1_920_000
+    """Examples that each method may train on."""
+    eval_every: int = 8_000
+    """Examples between evaluations."""
+    eval_samples: int = 4096
+    """Held-out examples."""
+    tuning_share: float = 1.0
+    """Fraction of the budget that tuning runs get."""
+    size: str = field(default="own", kw_only=True, metadata=FIXED)
+    """`smoke`, `laptop`, `paper` or `own`."""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "batch_size", "budget_samples", "eval_every", "eval_samples")
+        if not 0 < self.tuning_share <= 1:
+            raise UserError(f"tuning_share is a fraction of the budget, above 0 and at most 1: got {self.tuning_share}")
+        if self.budget_samples < self.batch_size:
+            raise UserError(f"budget_samples {self.budget_samples} is less than one batch of {self.batch_size}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+
+    # What is compared
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name in reports."""
+
+    @property
+    @abstractmethod
+    def task(self) -> str:
+        """Name of the task (`tutelage.tasks`)."""
+
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """What is compared: a key of the evaluation."""
+
+    @property
+    @abstractmethod
+    def better(self) -> str:
+        """`higher` or `lower`."""
+
+    @property
+    def target(self) -> float | None:
+        """Value of the metric to reach; None takes the median of one-shot's final values."""
+        return None
+
+    @property
+    @abstractmethod
+    def default_methods(self) -> tuple[Variant, ...]:
+        """The methods that are compared by default."""
+
+    def reached(self, value: float, target: float) -> bool:
+        """Whether a value of the metric is as good as `target`."""
+        return value >= target if self.better == "higher" else value <= target
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that a user can change, and their values."""
+        return {part.name: getattr(self, part.name) for part in _changeable(self)}
+
+    def identity(self) -> dict[str, Any]:
+        """What the runs depend on besides `settings()`: for the record, and to tell two comparisons apart."""
+        return {}
+
+    def check(self) -> None:
+        """Raise UserError where the data cannot be used; reads them if need be."""
+
+    # What a run is made of
+
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """`CurriculumConfig` fields of every method."""
+
+    def method_arguments(self, method: str) -> dict[str, Any]:
+        """`CurriculumConfig` fields of one method, beside `arguments()`."""
+        return {}
+
+    @abstractmethod
+    def make_teacher(self, folder: Path) -> Teacher:
+        """Train, load or build the teacher.
+
+        Args:
+            folder: of the comparison, for what a recipe keeps there.
+
+        Raises:
+            UserError: the teacher does not converge, or does not fit the recipe.
+        """
+
+    def sketch_teacher(self) -> nn.Module | None:
+        """An untrained teacher of the finished one's shape; None where the shape is not known before it is loaded."""
+        return None
+
+    @abstractmethod
+    def make_student(self, seeds: Sequence[int]) -> nn.Module:
+        """The initial student of a seed, or of several seeds where they are replicated."""
+
+    @abstractmethod
+    def train_data(self, seeds: Sequence[int], count: int) -> Any:
+        """At least `count` training examples, in the order of the seeds."""
+
+    @abstractmethod
+    def eval_data(self, seeds: Sequence[int]) -> Any:
+        """Held-out examples of the seeds."""
+
+    @property
+    @abstractmethod
+    def collator(self) -> Any:
+        """Makes batches of examples."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of text; None for other data."""
+        return None
+
+
+@dataclass(frozen=True)
+class PaperRecipe(Recipe):
+    """A recipe of the paper: it trains its own teacher, unless a finished one is given by its folder."""
+
+    teachers: ClassVar[tuple[str, ...]] = (TRAINED,)
+    """Teachers that are not folders."""
+
+    teacher: str = TRAINED
+    """`trained`, or the folder of a finished teacher."""
+    teacher_seed: int = 0
+    """Seed of the teacher."""
+    teacher_learning_rate: float = 2e-3
+    """Learning rate of the teacher."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher not in self.teachers and not Path(self.teacher).is_dir():
+            known = " or ".join(repr(name) for name in self.teachers)
+            raise UserError(f"unknown teacher {self.teacher!r}: use {known}, or the folder of a finished teacher")
+
+    @property
+    def teacher_is_given(self) -> bool:
+        """Whether the teacher is read from a folder."""
+        return self.teacher not in self.teachers
+
+    def make_teacher(self, folder: Path) -> Teacher:
+        if self.teacher_is_given:
+            made = Teacher(self.load_teacher(self.teacher), f"given: {Path(self.teacher).name}")
+        else:
+            made = trained_teacher(self._teacher_job())
+        return self.checked_teacher(made)
+
+    def sketch_teacher(self) -> nn.Module | None:
+        return None if self.teacher_is_given else self.new_teacher()
+
+    def _teacher_job(self) -> TeacherJob:
+        arguments = {
+            **self.arguments(),
+            "task": self.task,
+            "learning_rate": self.teacher_learning_rate,
+            "per_device_train_batch_size": self.batch_of_teacher,
+            "seed": self.teacher_seed,
+            "train_sampling_strategy": "sequential",
+        }
+        return TeacherJob(
+            name=self.name,
+            identity=self.teacher_identity(),
+            rule=self.teacher_rule(),
+            arguments=arguments,
+            build=self.new_teacher,
+            load=self.load_teacher,
+            data=self.teacher_data,
+            collator=self.collator,
+        )
+
+    @property
+    def batch_of_teacher(self) -> int:
+        """Examples per step of the teacher's training."""
+        return self.batch_size
+
+    @abstractmethod
+    def new_teacher(self) -> nn.Module:
+        """The teacher before its training."""
+
+    @abstractmethod
+    def load_teacher(self, folder: str) -> nn.Module:
+        """Read a teacher from a folder; UserError where there is none of this kind."""
+
+    @abstractmethod
+    def checked_teacher(self, teacher: Teacher) -> Teacher:
+        """The teacher with its metrics on held-out data; UserError where it was made for other data."""
+
+    @abstractmethod
+    def teacher_rule(self) -> TeacherRule:
+        """When the teacher has been trained enough."""
+
+    @abstractmethod
+    def teacher_data(self, count: int) -> tuple[Any, Any]:
+        """`count` training examples of the teacher, and its evaluation data."""
+
+    @abstractmethod
+    def teacher_identity(self) -> dict[str, Any]:
+        """Every setting that a trained teacher depends on, besides its rule and arguments."""
+
+
+def at_least_one(recipe: Any, *names: str) -> None:
+    """Raise UserError where one of these fields is below 1."""
+    for name in names:
+        if getattr(recipe, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(recipe, name)}")
+
+
+def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fields:
+    """A dataclass with some fields changed; text is read as the field's type.
+
+    Args:
+        values: the dataclass.
+        changes: new values by field.
+        name: of the dataclass, for messages.
+
+    Raises:
+        UserError: an unknown field, or a value that cannot be read.
+    """
+    hints = typing.get_type_hints(type(values))
+    known = [part.name for part in _changeable(values)]
+    read = {}
+    for key, value in changes.items():
+        if key not in known:
+            renamed = (
+                f"it is now called {_RENAMED[key]!r}" if _RENAMED.get(key) in known else f"it has {', '.join(known)}"
+            )
+            raise UserError(f"{name} has no field {key!r}: {renamed}")
+        try:
+            read[key] = read_value(value, hints[key])
+        except ValueError:
+            raise UserError(f"cannot read {key}={value!r} as {type_name(hints[key])}") from None
+    return dataclasses.replace(values, **read)  # type: ignore[type-var]
+
+
+def _changeable(values: Any) -> list[dataclasses.Field[Any]]:
+    return [part for part in dataclasses.fields(values) if not part.metadata.get("fixed")]

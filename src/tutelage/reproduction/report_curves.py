@@ -1,0 +1,136 @@
+"""The curves of a comparison: each method's seeds, and their median and range, against each cost.
+
+Public names: `method_curves`, `MethodCurves`, `draw_curves`, `AXES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from tutelage.io.files import replacing
+from tutelage.reproduction.display import show_number
+from tutelage.reproduction.results import Comparison, MethodResult, RunRecord
+from tutelage.runs import plots
+
+AXES = {"samples": "training samples", "flops": plots.AXES["flops"], "seconds": plots.AXES["seconds"]}
+_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}  # plotly's name: matplotlib's
+_BAND_POINTS = 400  # points of a median in the page, at most
+_WIDE_LEGEND = 45  # characters of a name; the legend of longer ones has one column
+
+
+@dataclass(frozen=True)
+class SeedCurve:
+    """The metric of one run."""
+
+    seed: int
+    x: list[float]
+    y: list[float]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Median and range over runs."""
+
+    x: list[float]
+    median: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class AxisCurves:
+    """A method against one cost."""
+
+    runs: tuple[SeedCurve, ...]
+    band: Band
+
+
+@dataclass(frozen=True)
+class MethodCurves:
+    """A method and how it is drawn."""
+
+    name: str
+    color: str
+    dash: str
+    """As plotly names it."""
+    axes: Mapping[str, AxisCurves]
+
+
+def method_curves(comparison: Comparison) -> tuple[MethodCurves, ...]:
+    """The curves of every method, each in its own colour and dash."""
+    found = []
+    for number, method in enumerate(comparison.methods):
+        rounds, color = divmod(number, len(plots.COLORS))
+        dash = list(_DASHES)[rounds % len(_DASHES)]
+        axes = {axis: _against(axis, method, comparison.metric) for axis in AXES}
+        found.append(MethodCurves(method.name, plots.COLORS[color], dash, axes))
+    return tuple(found)
+
+
+def _against(axis: str, method: MethodResult, metric: str) -> AxisCurves:
+    lines = [(run, _line(run, axis, metric)) for run in method.runs]
+    drawn = [(run, line) for run, line in lines if line.x]
+    band = _band([(line, run.at_target is not None) for run, line in drawn])
+    return AxisCurves(tuple(line for _, line in drawn), band)
+
+
+def _line(run: RunRecord, axis: str, metric: str) -> SeedCurve:
+    """The points of a run that have the metric, in order of x."""
+    points = sorted((point.cost(axis), point.metrics[metric]) for point in run.curve if metric in point.metrics)
+    return SeedCurve(run.seed, [_round(x) for x, _ in points], [_round(y) for _, y in points])
+
+
+def _band(lines: Sequence[tuple[SeedCurve, bool]]) -> Band:
+    """Median, smallest and largest at every x that any line has, as far as all lines go.
+
+    A line that reached the target (its second value) may have stopped there: it keeps its last value.
+    """
+    if not lines:
+        return Band([], [], [], [])
+    grid = np.unique(np.concatenate([line.x for line, _ in lines]))
+    end = min((line.x[-1] for line, held in lines if not held), default=grid[-1])
+    grid = grid[(grid >= max(line.x[0] for line, _ in lines)) & (grid <= end)]
+    if not grid.size:
+        return Band([], [], [], [])
+    if grid.size > _BAND_POINTS:
+        grid = grid[np.linspace(0, grid.size - 1, _BAND_POINTS).round().astype(int)]
+    values = np.stack([np.interp(grid, line.x, line.y) for line, _ in lines])
+    rows = (grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0))
+    return Band(*([_round(float(value)) for value in row] for row in rows))
+
+
+def draw_curves(curves: Sequence[MethodCurves], comparison: Comparison, axis: str, path: Path) -> None:
+    """The static picture of all methods against one cost."""
+    columns = 1 if max((len(curve.name) for curve in curves), default=0) > _WIDE_LEGEND else 2
+    rows = math.ceil((len(curves) + 1) / columns)
+    figure = Figure(figsize=(8, 4.5 + 0.22 * rows), layout="constrained")  # the legend has its own height
+    ax = figure.subplots()
+    for curve in curves:
+        style: dict[str, Any] = {"color": curve.color, "linestyle": _DASHES[curve.dash]}
+        lines, band = curve.axes[axis].runs, curve.axes[axis].band
+        for line in lines:
+            ax.plot(line.x, line.y, linewidth=0.8, alpha=0.45, **style)
+        ax.fill_between(band.x, band.low, band.high, color=curve.color, alpha=0.15, linewidth=0)
+        ax.plot(band.x, band.median, linewidth=2.2, label=curve.name.replace("$", r"\$"), **style)
+    if comparison.target is not None:
+        ax.axhline(comparison.target, color="#777777", linestyle=":", label=f"target {show_number(comparison.target)}")
+    ax.set(xlabel=AXES[axis], ylabel=f"held-out {comparison.metric}".replace("$", r"\$"))
+    ax.grid(alpha=0.3)
+    if axis != "seconds":
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def _round(value: float) -> float:
+    """Six digits: enough for a plot, and half the page's data."""
+    return float(f"{value:.6g}")

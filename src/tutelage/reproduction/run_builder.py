@@ -1,0 +1,137 @@
+"""Settings, curricula and trainers of the runs of a comparison.
+
+Public names: `RunBuilder`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PrinterCallback, TrainerCallback
+
+from tutelage.core.blocks import find_blocks
+from tutelage.core.curriculum import Curriculum, OutputStage
+from tutelage.reproduction.recipe import Recipe
+from tutelage.reproduction.teachers import Teacher
+from tutelage.reproduction.variants import Candidate, Variant, build_curriculum, candidates
+from tutelage.targets.live import LiveTargets
+from tutelage.tasks.registry import get_task
+from tutelage.training import warm_start
+from tutelage.training.config import CurriculumConfig
+from tutelage.training.objective import StageObjective
+from tutelage.training.trainer import CurriculumTrainer
+
+
+@dataclass(frozen=True)
+class RunBuilder:
+    """Builds what a run needs from a variant and a candidate; the rest is equal for all."""
+
+    recipe: Recipe
+    teacher: Teacher
+    root: Path
+    """Folder of the comparison."""
+
+    def folder(self, variant: Variant, candidate: Candidate, seeds: Sequence[int], what: str = "runs") -> Path:
+        """Folder of a run; variants of one name and different settings have different folders."""
+        settings = [variant.name, variant.method, dict(variant.overrides), variant.budget_fraction]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+        name = re.sub(r"[^a-z0-9_.=-]+", "-", variant.name.lower())[:60]
+        seed = "-".join(map(str, seeds))
+        return self.root / what / f"{name}-{digest}" / f"{candidate.label.replace(' ', '-')}-seed-{seed}"
+
+    def arguments(self, variant: Variant, candidate: Candidate, folder: Path, seed: int) -> CurriculumConfig:
+        """Settings of a run."""
+        recipe = self.recipe
+        evaluate_every = max(1, recipe.eval_every // recipe.batch_size)
+        fields = {
+            "output_dir": str(folder),
+            "method": variant.method,
+            "task": recipe.task,
+            "learning_rate": candidate.learning_rate,
+            "seed": seed,
+            "data_seed": seed,
+            "per_device_train_batch_size": recipe.batch_size,
+            "eval_strategy": "steps",
+            "eval_steps": evaluate_every,
+            "eval_on_start": True,
+            "save_strategy": "steps",
+            "save_steps": 20 * evaluate_every,
+            "save_total_limit": 1,
+            "logging_steps": evaluate_every,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "train_sampling_strategy": "sequential",
+            **recipe.arguments(),
+            **recipe.method_arguments(variant.method),
+            **{key: value for key, value in variant.overrides.items() if key != "schedule"},
+        }
+        if "layer_map" in variant.overrides:  # the variant's map takes the place of the recipe's uniform one
+            fields.pop("num_stages", None)
+        if "num_stages" in variant.overrides:
+            fields.pop("layer_map", None)
+        return CurriculumConfig(**fields)
+
+    def check(self, variant: Variant) -> None:
+        """Raise UserError where a variant has no curriculum on this recipe, before anything is run."""
+        student, teacher = self.recipe.make_student(self.recipe.seeds[:1]), self.teacher.model
+        source = LiveTargets(teacher, get_task(self.recipe.task))
+        for candidate in candidates(variant, self.recipe.learning_rates):
+            made = self.curriculum(variant, candidate, self.budget_steps)
+            source.attach(made, student)
+            warm_start.check(StageObjective(student, source))
+
+    @property
+    def budget_steps(self) -> int:
+        """Optimiser steps of the whole budget."""
+        return max(1, self.recipe.budget_samples // self.recipe.batch_size)
+
+    def steps(self, variant: Variant) -> int:
+        """Optimiser steps of a variant's fraction of the budget."""
+        return max(1, int(self.recipe.budget_samples * variant.budget_fraction) // self.recipe.batch_size)
+
+    def curriculum(self, variant: Variant, candidate: Candidate, steps: int) -> Curriculum:
+        """Curriculum of a run of `steps` optimiser steps."""
+        args = self.arguments(variant, candidate, self.root, 0)
+        fraction = min(1.0, steps / self.budget_steps)
+        return build_curriculum(args, candidate, self._blocks, self.teacher, steps, self.recipe.batch_size, fraction)
+
+    @functools.cached_property
+    def _blocks(self) -> tuple[int, int]:
+        """Numbers of blocks of student and teacher."""
+        student = self.recipe.make_student(self.recipe.seeds[:1])
+        backbone = get_task(self.recipe.task).backbone
+        return len(find_blocks(backbone(student))), len(find_blocks(backbone(self.teacher.model)))
+
+    def trainer(
+        self,
+        args: CurriculumConfig,
+        seeds: Sequence[int],
+        curriculum: Curriculum,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> CurriculumTrainer:
+        """The trainer of a run."""
+        recipe, teacher = self.recipe, self.teacher.model
+        # progressive distillation changes the teacher's weights; a run that ends early must not leave them changed
+        if any(isinstance(stage, OutputStage) and stage.teacher_checkpoint for stage in curriculum.stages):
+            teacher = copy.deepcopy(teacher)
+        needs_teacher = any(stage.needs_teacher for stage in curriculum.stages)
+        trainer = CurriculumTrainer(
+            model=recipe.make_student(seeds),
+            teacher_model=teacher if needs_teacher else None,
+            args=args,
+            train_dataset=recipe.train_data(seeds, curriculum.total_steps * recipe.batch_size),
+            eval_dataset=recipe.eval_data(seeds),
+            processing_class=recipe.tokenizer,
+            data_collator=recipe.collator,
+            curriculum=curriculum,
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer

@@ -1,0 +1,145 @@
+"""A comparison in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from tests.reproduction.comparing import made, tiny
+from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, TeacherRecord
+from tutelage.reproduction.statistics import Estimate, PairedRatio
+from tutelage.reproduction.variants import Variant
+from tutelage.reproduction.verdict import verdict
+
+
+def run_of(seed: int, reached: int | None) -> RunRecord:
+    curve = (CurvePoint(1000, 0.0, 0.0, {"accuracy": 0.5 if reached is None else 0.99}),)
+    return RunRecord(seed, curve, at_target=None if reached is None else CurvePoint(reached, 0.0, 0.0, {}))
+
+
+def compared(
+    mine: list[int | None], theirs: list[int | None], ratio: PairedRatio | None, seeds: int | None = None
+) -> Comparison:
+    """Extraction and one-shot: samples to the target of each seed, and their ratio."""
+    methods = []
+    for name, reached in (("extraction", mine), ("one_shot", theirs)):
+        median = sorted(reached, key=lambda value: value or 10**9)[len(reached) // 2]
+        runs = tuple(run_of(seed, value) for seed, value in enumerate(reached))
+        methods.append(MethodResult(Variant(name, name), runs=runs, samples_to_target=Estimate(median)))
+    count = len(mine) if seeds is None else seeds
+    return Comparison(
+        recipe="r",
+        size="own",
+        command=None,
+        complete=True,
+        match="samples",
+        budget=1000,
+        metric="accuracy",
+        better="higher",
+        target=0.9,
+        seeds=tuple(range(len(mine))),
+        settings={},
+        teacher=TeacherRecord("given", {}),
+        environment={},
+        methods=tuple(methods),
+        ratios=() if ratio is None else (Ratio("extraction", "one_shot", "samples", count, ratio),),
+    )
+
+
+def test_verdict_leaves_out_what_has_not_run(tmp_path: Path) -> None:
+    result = made(tiny(), tmp_path / "o", ("extraction", "one_shot"))
+    extraction, one_shot = result.methods
+    result = dataclasses.replace(result, methods=(extraction, dataclasses.replace(one_shot, runs=())))
+    assert "one_shot" not in verdict(result)
+    assert "extraction reached" in verdict(result)
+
+
+def test_verdict_before_any_run() -> None:
+    result = compared([None] * 3, [None] * 3, None)
+    assert verdict(dataclasses.replace(result, methods=())) == "No run has finished yet."
+    waiting = (MethodResult(Variant("extraction", "extraction")),)
+    assert verdict(dataclasses.replace(result, methods=waiting)) == "No run has finished yet."
+
+
+def test_verdict_where_both_arrive() -> None:
+    ratio = PairedRatio(Estimate(0.25, 0.2, 0.3), 3)
+    words = verdict(compared([100, 100, 200], [400, 400, 800], ratio))
+    assert "extraction reached accuracy 0.9 on 3 of 3 seeds, after 100 samples (median)." in words
+    assert "one_shot reached accuracy 0.9 on 3 of 3 seeds, after 400 samples (median)." in words
+    assert (
+        "extraction needed 0.25 times the samples of one_shot (range over 3 seeds: 0.2 to 0.3): extraction is better here."
+        in words
+    )
+
+
+def test_verdict_says_the_flops_too() -> None:
+    ratio = PairedRatio(Estimate(0.25, 0.2, 0.3), 3)
+    result = compared([100, 100, 200], [400, 400, 800], ratio)
+    flops = Ratio("extraction", "one_shot", "flops", 3, PairedRatio(Estimate(0.5, 0.4, 0.6), 3))
+    told = verdict(dataclasses.replace(result, ratios=(*result.ratios, flops)))
+    assert "0.2 to 0.3) and 0.5 times its FLOPs: extraction is better here." in told
+    flops = dataclasses.replace(flops, paired=dataclasses.replace(flops.paired, unreached=3))
+    told = verdict(dataclasses.replace(result, ratios=(*result.ratios, flops)))
+    assert "and at most 0.5 times its FLOPs" in told
+
+
+def test_verdict_where_the_interval_crosses_one() -> None:
+    ratio = PairedRatio(Estimate(0.9, 0.5, 1.5), 3)
+    assert verdict(compared([100] * 3, [110] * 3, ratio)).endswith("these runs show no significant difference.")
+
+
+def test_verdict_where_extraction_is_worse() -> None:
+    ratio = PairedRatio(Estimate(2.0, 1.5, 2.5), 3)
+    assert verdict(compared([200] * 3, [100] * 3, ratio)).endswith("one_shot is better here.")
+
+
+def test_verdict_where_the_other_never_arrives() -> None:
+    ratio = PairedRatio(Estimate(0.1, 0.1, 0.2), 3, unreached=3)
+    words = verdict(compared([100] * 3, [None] * 3, ratio))
+    assert re.search(
+        r"one_shot did not reach .*within 1,000 samples \(0 of 3 seeds reached it; median final accuracy: 0\.5\)", words
+    )
+    assert "extraction needed at most 0.1 times the samples of one_shot" in words
+    assert words.endswith("extraction is better here.")
+
+
+def test_verdict_where_only_the_other_arrives() -> None:
+    ratio = PairedRatio(Estimate(None, None, None), 3)
+    words = verdict(compared([None] * 3, [100] * 3, ratio))
+    assert re.search(r"extraction did not reach .*within 1,000 samples \(0 of 3 seeds reached it", words)
+    assert words.endswith("where one_shot did: one_shot is better here.")
+
+
+def test_verdict_does_not_speak_for_seeds_that_did_not_arrive() -> None:
+    ratio = PairedRatio(Estimate(0.5, 0.5, 0.5), 1)
+    words = verdict(compared([100, None, None], [200, None, None], ratio))
+    assert words.endswith("on 1 of 3 seeds; on the other seeds neither reached the target.")
+    few = PairedRatio(Estimate(0.5, 0.5, 0.6), 2)
+    assert verdict(compared([100] * 2, [200] * 2, few)).endswith("too few seeds to decide.")
+    many = PairedRatio(Estimate(0.5, 0.5, 0.6), 5)
+    assert "(95% interval over 5 seeds: 0.5 to 0.6): extraction is better" in verdict(
+        compared([100] * 5, [200] * 5, many)
+    )
+    none = PairedRatio(Estimate(None, None, None), 0)
+    assert "Neither" not in verdict(compared([100], [200], none, seeds=0))
+
+
+def test_verdict_where_neither_arrives() -> None:
+    words = verdict(compared([None] * 3, [None] * 3, PairedRatio(Estimate(None, None, None), 0)))
+    assert words.endswith("Neither extraction nor one_shot reached the target.")
+
+
+def test_verdict_names_the_target_even_where_the_first_method_misses_it() -> None:
+    words = verdict(compared([None] * 3, [100] * 3, PairedRatio(Estimate(None, None, None), 3)))
+    assert "accuracy 0.9" in words[: words.index("one_shot")]
+
+
+def test_verdict_is_that_of_the_runs(tmp_path: Path) -> None:
+    result = made(tiny(budget_samples=6400, eval_every=160, stage_samples=1280, target=0.95), tmp_path / "o")
+    for entry in result.methods:
+        name = entry.name
+        reached = sum(run.to_target("samples") is not None for run in entry.runs)
+        assert f"{reached} of 2 seeds" in result.verdict
+        assert f"{name} reached" in result.verdict or f"{name} did not reach" in result.verdict
+    assert "times the samples of one_shot" in result.verdict
