@@ -191,7 +191,8 @@ class ParityMLPRecipe(ParityRecipe):
 
     def method_arguments(self, method: str) -> dict[str, Any]:
         made = super().method_arguments(method)
-        return {"layer_map": "1:2" if self.match_activation == "pre" else "2:2", **made} if made else made
+        layer_map = "1:2" if self.match_activation == "pre" else "2:2"
+        return {"layer_map": layer_map, **made} if made else made
 
     def make_teacher(self, folder: Path) -> Teacher:
         if self.teacher != PLANTED:
