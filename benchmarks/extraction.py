@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tutelage.targets.reading import Reading, StoredRows
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage
@@ -39,7 +40,6 @@ from tutelage.runs.inputs import RunOptions, fill_defaults, prepare_run
 from tutelage.targets import rows
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.manifest import ShardWriter
-from tutelage.targets.reading import Reading, StoredRows
 from tutelage.training.config import CurriculumConfig
 
 STUDENT = "layers=4,hidden_size=192"
@@ -101,8 +101,8 @@ def throughput(options: Any, folder: Path) -> dict[str, float]:
 
 def step(options: Any, curriculum: Path) -> dict[str, Any]:
     """Milliseconds of a step from disk and from memory, by stage."""
-    from tutelage.tasks.registry import get_task
     from tutelage.tasks.loading import load_config
+    from tutelage.tasks.registry import get_task
     from tutelage.tasks.students import make_student, student_config
     from tutelage.training.objective import StageObjective
 

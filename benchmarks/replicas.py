@@ -21,8 +21,8 @@ from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.reproduction.recipes import resolve
 from tutelage.runs.distill import environment
 from tutelage.targets.live import LiveTargets, calibrate
-from tutelage.tasks.registry import get_task, replica_seeds
 from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
+from tutelage.tasks.registry import get_task, replica_seeds
 from tutelage.training.objective import StageObjective
 
 STAGES = {

@@ -132,7 +132,7 @@ def read_value(value: Any, hint: Any) -> Any:
         return _read_bool(str(value))
     if hint is int and isinstance(value, str):
         number = float(value)  # 2e6 and 2_000_000 alike
-        if not number.is_integer():
+        if not number.is_integer():  # nor inf or nan
             raise ValueError
         return int(number)
     try:

@@ -99,9 +99,8 @@ class ParityRecipe(PaperRecipe):
             "normalize": "none",
         }
 
-    def method_arguments(self, method: str) -> dict[str, Any]:
-        if method != "extraction":
-            return {}
+    def _stages(self) -> dict[str, Any]:
+        """`CurriculumConfig` fields of the hidden stages."""
         steps = max(1, self.stage_samples // self.batch_size)
         return {"stage_steps": [steps], "stage_learning_rate": self.stage_learning_rate}
 
@@ -190,9 +189,10 @@ class ParityMLPRecipe(ParityRecipe):
         return {**super().arguments(), "optim": "sgd", "max_grad_norm": 0.0}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
-        made = super().method_arguments(method)
-        layer_map = "1:2" if self.match_activation == "pre" else "2:2"
-        return {"layer_map": layer_map, **made} if made else made
+        if method != "extraction":
+            return {}
+        blocks = "1:2" if self.match_activation == "pre" else "2:2"
+        return {"layer_map": blocks, **self._stages()}
 
     def make_teacher(self, folder: Path) -> Teacher:
         if self.teacher != PLANTED:
@@ -274,8 +274,7 @@ class ParityTransformerRecipe(ParityRecipe):
         return {**super().arguments(), "optim": "adamw_torch", "max_grad_norm": 1.0, "warm_start": "none"}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
-        made = super().method_arguments(method)
-        return {"num_stages": self.layers, **made} if made else made
+        return {"num_stages": self.layers, **self._stages()} if method == "extraction" else {}
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
