@@ -33,6 +33,13 @@ def test_every_room_is_read() -> None:
     assert "core" in existing
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_says_what_lives_there(room: str) -> None:
+    docstring = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert len(docstring.splitlines()) >= 2, f"{room}/__init__.py: say what lives there and what does not"
+
+
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
@@ -46,6 +53,15 @@ def test_every_room_is_read() -> None:
         ("tutelage.tasks", "from tutelage.targets.live import LiveTargets", "tasks imports targets"),
         ("tutelage.tasks.text", "from tutelage.training import CurriculumTrainer", "tasks imports training"),
         ("tutelage.training.trainer", "from tutelage.runs import distill", "training imports runs"),
+        ("tutelage.io.store", "from tutelage.targets import manifest", "io imports targets"),
+        ("tutelage.tasks.base", "from tutelage.training.config import CurriculumConfig", "tasks imports training"),
+        (
+            "tutelage.targets.source",
+            "from tutelage.training.objective import StageObjective",
+            "targets imports training",
+        ),
+        ("tutelage.runs.distill", "from tutelage.reproduction.compare import compare", "runs imports reproduction"),
+        ("tutelage.runs.extraction.job", "from ...reproduction import recipes", "runs imports reproduction"),
         ("tutelage.reproduction.compare", "from tutelage.cli import main", "reproduction imports cli"),
         ("tutelage.cli", "from tutelage import CurriculumTrainer", "cli imports tutelage.CurriculumTrainer"),
         ("tutelage.utils", "import torch", "tutelage.utils lies in no room"),

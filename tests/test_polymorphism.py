@@ -32,15 +32,15 @@ def test_training_does_not_know_where_targets_come_from(name: str) -> None:
     assert names(FILES[name].read_text(encoding="utf-8")).isdisjoint(SOURCES)
 
 
-def test_only_an_extraction_and_a_plan_ask_for_a_live_teacher() -> None:
-    """What is extracted must be a teacher in memory; a plan counts the operations of one."""
+def test_only_what_needs_a_teacher_in_memory_asks_for_one() -> None:
+    """An extraction runs it, a plan counts its operations, and a comparison gives it to every run."""
     asking = {
         name
         for name, path in FILES.items()
         for kind in instances(path.read_text(encoding="utf-8"))
         if SOURCES & names(kind)
     }
-    assert asking <= {"runs/extraction/job.py", "runs/plan.py"}
+    assert asking <= {"runs/extraction/job.py", "runs/plan.py", "reproduction/recipes/user_run.py"}
 
 
 @pytest.mark.parametrize(

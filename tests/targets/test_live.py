@@ -242,7 +242,7 @@ def test_a_sentence_encoders_checkpoint(tmp_path: Path, embedding_size: int | No
         ({"hidden_size": 16}, r"model.embed_tokens.weight has shape \[102, 16\] there and \[102, 32\] in the teacher"),
         (
             {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
-            "its num_attention_heads is 8, the teacher's 4",
+            "its num_attention_heads is 8, the teacher's is 4",
         ),
     ],
 )
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_architecture(
 ) -> None:
     folder = save_llama(tmp_path / "other", **fields)
     for check in (check_checkpoint, load_checkpoint):
-        with pytest.raises(ValueError, match=f"is of another architecture than the teacher: {message}"):
+        with pytest.raises(ValueError, match=f"has a different architecture than the teacher: {message}"):
             check(teacher.model, str(folder))
 
 

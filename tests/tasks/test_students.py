@@ -25,7 +25,9 @@ from transformers import (
 )
 
 from tests.conftest import bert_config, llama_config
+from tutelage.core.errors import UserError
 from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.parity import ParityMLPConfig
 from tutelage.tasks.registry import TASKS
 from tutelage.tasks.students import is_preset, make_student, student_config
 
@@ -210,6 +212,13 @@ def test_student_files_that_are_no_config(tmp_path: Path) -> None:
         student_config(str(file), llama_config())
     with pytest.raises(ValueError, match="no student at '/nowhere/student'"):
         student_config("/nowhere/student", llama_config())
+
+
+def test_a_preset_over_a_network_without_attention_is_refused() -> None:
+    with pytest.raises(
+        UserError, match="needs a teacher whose configuration has num_attention_heads, but ParityMLPConfig"
+    ):
+        student_config("width=20", ParityMLPConfig(8, 40))
 
 
 def test_an_encoder_student_gets_a_head_to_the_teachers_width(tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
             raise UserError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
         settings[_ALIASES.get(key, key)] = yaml.safe_load(value)
     config = copy.deepcopy(teacher)
+    for needed in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if getattr(config, needed, None) is None:
+            raise UserError(
+                f"student preset {text!r} needs a teacher whose configuration has {needed}, but {type(config).__name__} has "
+                "none: give a folder or a config.json as the student"
+            )
     common = {own: name for name, own in config.attribute_map.items()}  # GPT-2's n_embd is hidden_size
     settings = {common.get(key, key): value for key, value in settings.items()}
     known = {*config.to_dict(), *config.attribute_map}
