@@ -52,10 +52,14 @@ def test_a_pickle_beside_safetensors_is_ignored(folder: Path) -> None:
 
 def test_nothing_there() -> None:
     with pytest.raises(
-        ValueError, match="no teacher at '/nowhere/teacher': there is no local folder of that name, and it was not found on the Hub"
+        ValueError,
+        match="no teacher at '/nowhere/teacher': there is no local folder of that name, and it was not found on the Hub",
     ):
         load_model("/nowhere/teacher", AutoModelForCausalLM)
-    with pytest.raises(ValueError, match="no student at 'nobody/nothing': there is no local folder of that name, and it was not found on the Hub"):
+    with pytest.raises(
+        ValueError,
+        match="no student at 'nobody/nothing': there is no local folder of that name, and it was not found on the Hub",
+    ):
         load_config("nobody/nothing", what="student")
 
 
