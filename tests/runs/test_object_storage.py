@@ -9,9 +9,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from tests.runs.test_extract import settings, texts, train
+from tests.runs.conftest import no_space_left, settings, texts, train
 from tutelage.cli import main
-from tutelage.runs.extraction.job import ExtractOptions, extract
+from tutelage.runs.extraction.job import extract
+from tutelage.runs.extraction.options import ExtractOptions
 from tutelage.targets import manifest as storage
 
 moto_server = pytest.importorskip("moto.server", reason="needs moto[server] and s3fs")
@@ -102,13 +103,13 @@ def test_the_command_line(
 
         def write_two(writer: storage.ShardWriter, number: int, parts: Any) -> Any:
             if len(written) == 2:
-                raise OSError("killed")
+                parts = no_space_left()
             written.append(number)
             return write(writer, number, parts)
 
         killed.setattr(storage.ShardWriter, "write", write_two)
         assert main(command) == 2
-    capsys.readouterr()
+    assert "could not write 's3://bucket/cli/" in capsys.readouterr().err
     assert main(["inspect", folder]) == 2
     assert "is unfinished: run the same" in capsys.readouterr().err
     before = {name: s3.modified(name) for name in s3.find("bucket/cli") if name.endswith(".arrow")}

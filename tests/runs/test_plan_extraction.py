@@ -11,7 +11,7 @@ import torch
 from tutelage.cli import main
 from tutelage.core.topk import top_k
 from tutelage.io.store import Store
-from tutelage.runs.plan_extraction import bytes_per_token, read_count
+from tutelage.runs.plan_extraction import ExtractionPlan, bytes_per_token, describe_extraction_plan, read_count
 from tutelage.targets import rows
 from tutelage.targets.manifest import ShardWriter
 from tutelage.targets.rows import RowFormat
@@ -25,7 +25,7 @@ def test_counts(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "T", "many", "-1", "0", "infT", "nan"])
-def test_what_is_no_count_is_refused(text: str) -> None:
+def test_text_that_is_not_a_count_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="count"):
         read_count(text)
 
@@ -48,22 +48,25 @@ def test_a_token_takes_what_the_plan_says(tmp_path: Path, dtype: str, vocabulary
     assert shard.bytes / shard.tokens == pytest.approx(planned, rel=0.03)
 
 
-def test_the_targets_of_size() -> None:
+def test_a_token_takes_at_most_the_intended_bytes() -> None:
     """At r = 192 in int8 a hidden-stage token takes at most 256 bytes, an output-stage token with 64 outputs at most 320."""
     assert bytes_per_token("int8", 49_152, 192, 64) <= 256
     assert bytes_per_token("int8", 49_152, None, 64) <= 320
 
 
-def test_the_command_line(causal_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_with_tokens_on_the_command_line(causal_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--teacher", str(causal_teacher), "--student", "layers=2,hidden_size=16", "--use_cpu", "true"]
     assert main([*command, "--tokens", "1B"]) == 0
     assert "live teacher in 3 runs" in capsys.readouterr().out
     assert main([*command, "--tokens", "1B", "--tokens_per_second", "1000", "--runs", "5", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["extraction"]
-    assert sum(stage["tokens"] for stage in found["stages"]) == pytest.approx(1e9)
-    assert found["total"]["live"]["hours"] == pytest.approx(5 * found["total"]["once"]["hours"])
+    found = ExtractionPlan.from_dict(json.loads(capsys.readouterr().out)["extraction"])
+    assert sum(stage.tokens for stage in found.stages) == pytest.approx(1e9)
+    assert found.runs == 5
     whole = 1e9 / 1000 / 3600  # if every token went through the whole teacher
-    assert 0.5 * whole < found["total"]["once"]["hours"] < whole
+    assert found.hours is not None and 0.5 * whole < found.hours < whole
+    printed = describe_extraction_plan(found)
+    assert f"live teacher in 5 runs: {5 * found.teacher_flops:.3g} teacher FLOPs" in printed
+    assert f", {5 * found.hours:,.1f} accelerator-hours" in printed
     assert main([*command, "--tokens", "lots"]) == 2
     assert "cannot read 'lots' as a count" in capsys.readouterr().err
 
@@ -85,7 +88,7 @@ def test_numbers_that_make_no_sense(
     assert message in capsys.readouterr().err
 
 
-def test_a_classifier_has_one_output_a_row(classifier_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_has_one_output_per_row(classifier_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--teacher", str(classifier_teacher), "--student", "layers=2,hidden_size=16", "--json"]
     assert main([*command, "--tokens", "1B", "--max_length", "16", "--use_cpu", "true"]) == 0
     found = json.loads(capsys.readouterr().out)["extraction"]

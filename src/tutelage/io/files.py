@@ -1,6 +1,6 @@
 """Writing files that nobody ever reads half of.
 
-Public names: `replacing`, `write_atomically`.
+Public names: `replacing`, `write_atomically`, `writing_errors`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from tutelage.core.errors import UserError
+
+
+@contextmanager
+def writing_errors(path: str | Path) -> Iterator[None]:
+    """Say which path could not be written, and why, where the block raises an OSError.
+
+    Raises:
+        UserError: the disk is full, the folder is read-only, a file is in the place of a folder...
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"could not write {str(path)!r}: {reason}; free space there, or choose a different folder"
+        ) from error
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well."""
+    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    with writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
 
 
 def write_atomically(path: Path, text: str) -> None:

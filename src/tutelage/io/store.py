@@ -22,7 +22,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from tutelage.io.files import replacing, write_atomically
+from tutelage.core.errors import UserError
+from tutelage.io.files import replacing, write_atomically, writing_errors
 
 
 def sha256_of(handle: Any) -> str:
@@ -39,11 +40,15 @@ class Store:
     Args:
         url: the folder.
         kept: fetched files that stay on this machine at a time, where the folder is elsewhere; the oldest goes first.
+
+    Raises:
+        UserError: here and in every method, an address that cannot be used or reached, or a file that cannot be written.
     """
 
     def __init__(self, url: str | Path, kept: int = 8):
         self.url, self.kept = str(url).rstrip("/"), kept
-        self._fs, self.root = fsspec.core.url_to_fs(self.url)
+        with self._reaching():
+            self._fs, self.root = fsspec.core.url_to_fs(self.url)
         self.local = Path(self.root) if isinstance(self._fs, LocalFileSystem) else None
         self._fetched: OrderedDict[str, Path] = OrderedDict()
         self._folder: Path | None = None
@@ -63,59 +68,77 @@ class Store:
     def __str__(self) -> str:
         return self.url
 
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Say which address could not be reached, and why."""
+        try:
+            yield
+        except (UserError, FileNotFoundError):
+            raise
+        except Exception as error:  # each file system has its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"could not reach {self.url!r}: {reason}; check the address, your permissions and credentials"
+            ) from error
+
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        return bool(self.fs.isfile(self._path(name)))
+        with self._reaching():
+            return bool(self.fs.isfile(self._path(name)))
 
     def is_empty(self) -> bool:
         """Whether there is nothing at all."""
-        return not (self.fs.exists(self.root) and self.fs.find(self.root))
+        with self._reaching():
+            return not (self.fs.exists(self.root) and self.fs.find(self.root))
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
-        return int(self.fs.size(self._path(name)))
+        with self._reaching():
+            return int(self.fs.size(self._path(name)))
 
     def files(self, folder: str) -> list[str]:
         """Names of the files below a folder."""
         start = len(self.root.rstrip("/")) + 1
-        if not self.fs.exists(self._path(folder)):
-            return []
-        return sorted(str(path)[start:] for path in self.fs.find(self._path(folder)))
+        with self._reaching():
+            if not self.fs.exists(self._path(folder)):
+                return []
+            return sorted(str(path)[start:] for path in self.fs.find(self._path(folder)))
 
     def read(self, name: str) -> str:
         """A text file."""
-        return str(self.fs.cat_file(self._path(name)).decode("utf-8"))
+        with self._reaching():
+            content: bytes = self.fs.cat_file(self._path(name))
+        return content.decode("utf-8")
 
     def write(self, name: str, text: str) -> None:
         """Write a text file whole."""
         if self.local is None:
-            self.fs.pipe_file(self._path(name), text.encode("utf-8"))
+            with writing_errors(f"{self.url}/{name}"), self._reaching():
+                self.fs.pipe_file(self._path(name), text.encode("utf-8"))
             return
-        path = self.local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(self.local / name, text)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A path to write to; the file takes its name, whole, when the block ends well."""
         if self.local is not None:
-            path = self.local / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
+            with replacing(self.local / name) as temporary:
                 yield temporary
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with writing_errors(f"{self.url}/{name}"), tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / Path(name).name
             yield temporary
-            self.fs.put_file(str(temporary), self._path(name))
+            with self._reaching():
+                self.fs.put_file(str(temporary), self._path(name))
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
         if self.exists(name):
-            self.fs.rm_file(self._path(name))
+            with self._reaching():
+                self.fs.rm_file(self._path(name))
 
     def fetch(self, name: str) -> Path:
         """A file as one on this machine: itself, or a copy that is kept for a while."""
@@ -129,8 +152,7 @@ class Store:
             self._folder = Path(tempfile.mkdtemp(prefix="tutelage-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, self._reaching():
             fs.get_file(self._path(name), str(temporary))
         self._fetched[name] = path
         while len(self._fetched) > self.kept:
@@ -145,7 +167,7 @@ class Store:
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a file."""
-        with self.fs.open(self._path(name), "rb") as handle:
+        with self._reaching(), self.fs.open(self._path(name), "rb") as handle:
             return sha256_of(handle)
 
     # a copy in another process fetches its own files

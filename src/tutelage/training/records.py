@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.core.errors import UserError
-from tutelage.io.files import write_atomically
+from tutelage.io.files import write_atomically, writing_errors
 
 CURRICULUM_FILE = "curriculum.json"
 TARGETS_FILE = "target_stats.safetensors"
@@ -83,7 +83,7 @@ class MetricsFile:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; a reader sees whole lines only."""
-        with open(self.path, "a", encoding="utf-8") as handle:
+        with writing_errors(self.path), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:

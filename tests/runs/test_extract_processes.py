@@ -1,0 +1,78 @@
+"""Extraction and training on the command line and in several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs.conftest import STUDENT, files_of
+from tutelage.cli import main
+from tutelage.io.store import Store
+from tutelage.targets import manifest as storage
+
+
+def test_extract_inspect_and_distill_on_the_command_line(
+    corpus: Path, causal_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = str(tmp_path / "C"), str(corpus / "text.jsonl")
+    small = ["--max_length", "16", "--max_steps", "4", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
+    teacher = ["--teacher", str(causal_teacher), "--dataset", data, "--student", STUDENT]
+    assert main(["extract", *teacher, "--output_dir", folder, *small]) == 0
+    assert "stage_2       output" in capsys.readouterr().out
+    assert main(["inspect", folder]) == 0
+    assert "checksums: all as in the manifest" in capsys.readouterr().out
+    assert main(["inspect", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identity"]["width"] == 16
+    student = ["--curriculum_dir", folder, "--student", "layers=1,hidden_size=8", "--use_cpu", "true"]
+    assert main(["distill", *student, "--output_dir", str(tmp_path / "S"), "--per_device_train_batch_size", "4"]) == 0
+    assert (tmp_path / "S" / "model.safetensors").is_file() and (tmp_path / "S" / "tokenizer.json").is_file()
+    assert main(["distill", "--curriculum_dir", folder, "--output_dir", str(tmp_path / "T")]) == 2
+    assert "name a student" in capsys.readouterr().err
+
+
+def test_one_and_three_processes_write_the_same_curriculum(corpus: Path, causal_teacher: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 3):
+        folder = tmp_path / f"by-{processes}"
+        options = ["--teacher", str(causal_teacher), "--dataset", str(corpus / "text.jsonl"), "--student", STUDENT]
+        options += ["--max_length", "16", "--num_train_epochs", "1", "--per_device_train_batch_size", "4"]
+        options += ["--use_cpu", "true", "--dtype", "float32", "--shard_tokens", "200", "--output_dir", str(folder)]
+        command = [sys.executable, "-m", "tutelage", "extract", *options]
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            command = [sys.executable, *launcher, *command[1:]]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(files_of(folder))
+        assert len([name for name in found[-1] if name.startswith("stage_2")]) > 2
+        assert storage.read_manifest(Store(folder)).identity.seed == 42
+    assert found[0] == found[1]
+
+
+def test_two_processes_train_one_student_from_disk(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = extracted(max_steps=12, per_device_train_batch_size=8)
+    students = []
+    for processes in (1, 2):
+        output = tmp_path / f"student-{processes}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tutelage", "distill"]
+        command += [f"--curriculum_dir={folder}", f"--student={STUDENT}", f"--output_dir={output}", "--optim=sgd"]
+        command += [f"--per_device_train_batch_size={8 // processes}", "--use_cpu=true", "--save_strategy=no"]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        students.append(load_file(output / "model.safetensors"))
+    one, two = students
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
