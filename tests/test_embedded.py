@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.cli.conftest import run
 from tutelage.core.curriculum import Curriculum
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
-from tutelage.tasks.registry import detect_task, load_task_model
+from tutelage.tasks.registry import detect_task
 from tutelage.tasks.text import read_dataset
 
 TEACHER = Path(DEFAULT_TEACHER)
@@ -36,7 +36,7 @@ def test_the_teachers_files() -> None:
 def test_the_teacher_is_a_small_causal_transformer() -> None:
     task = detect_task(DEFAULT_TEACHER)
     assert task.name == "causal_lm"
-    model = load_task_model(task, DEFAULT_TEACHER)
+    model = task.load(DEFAULT_TEACHER)
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 2e6
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     with safe_open(TEACHER / "model.safetensors", "pt") as handle:
@@ -89,10 +89,10 @@ def test_distill_with_no_arguments_but_a_shorter_budget(tmp_path: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == student.config.vocab_size
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["student"]["parameters"] < result["teacher"]["parameters"]
-    assert result["teacher"]["loss"] < result["student"]["loss"]
+    assert result["teacher"]["metrics"]["loss"] < result["student"]["metrics"]["loss"]
 
 
 def test_plan_with_no_arguments() -> None:
     planned = json.loads(run("plan", "--json"))
     assert planned["teacher"]["name"] == DEFAULT_TEACHER
-    assert planned["total"]["flops"] < planned["total"]["one_shot_flops"]
+    assert planned["flops"] < planned["one_shot_flops"]

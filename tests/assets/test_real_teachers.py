@@ -47,7 +47,7 @@ def test_distil_smollm2(assets: Path, tmp_path: Path, method: str, capsys: pytes
         "max_steps": "4",
         "per_device_train_batch_size": "2",
         "calibration_samples": "4",
-        "eval_samples": "2",
+        "max_samples": "2",
         "save_strategy": "no",
         "output_dir": output,
     }
@@ -62,7 +62,7 @@ def test_distil_smollm2(assets: Path, tmp_path: Path, method: str, capsys: pytes
         == AutoTokenizer.from_pretrained(teacher)("a b")["input_ids"]
     )
     result = json.loads((tmp_path / "student/result.json").read_text())
-    assert result["teacher"]["loss"] < 5 < result["student"]["loss"] < 12
+    assert result["teacher"]["metrics"]["loss"] < 5 < result["student"]["metrics"]["loss"] < 12
     capsys.readouterr()
 
 
@@ -111,8 +111,8 @@ def test_distil_minilm_into_sentence_transformers_format(assets: Path, tmp_path:
         torch.testing.assert_close(model(**batch), theirs, rtol=1e-4, atol=1e-5)
     assert AutoModel.from_pretrained(output).config.hidden_size == 96
     result = json.loads((tmp_path / "student/result.json").read_text())
-    assert -1 <= result["student"]["cosine"] <= 1
-    assert {"similarity_pearson", "similarity_spearman"} <= result["student"].keys()
+    assert -1 <= result["student"]["metrics"]["cosine"] <= 1
+    assert {"similarity_pearson", "similarity_spearman"} <= result["student"]["metrics"].keys()
 
 
 def test_evaluate_smollm2_against_itself(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_evaluate_smollm2_against_itself(assets: Path, tmp_path: Path, capsys: p
         "4",
     ]
     assert main(["evaluate", *arguments, "--json"]) == 0
-    metrics = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert metrics["kl"] == pytest.approx(0, abs=1e-5)
     assert metrics["agreement"] == 1
     assert 2 < metrics["loss"] < 4.5

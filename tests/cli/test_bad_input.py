@@ -26,7 +26,7 @@ from transformers import (
 from tests.cli.conftest import budget, run
 from tests.conftest import POSITIONS, VOCAB, WORDS, llama_config, make_tokenizer, save_llama
 from tutelage.cli import main
-from tutelage.training import calibration as calibration_module
+from tutelage.targets import live
 from tutelage.training.objective import StageObjective
 from tutelage.training.trainer import CurriculumTrainer
 
@@ -62,7 +62,7 @@ def refused(
         pytest.fail("something was computed before the mistake was found")
 
     monkeypatch.setattr(CurriculumTrainer, "training_step", forbidden)
-    monkeypatch.setattr(calibration_module, "calibrate", forbidden)
+    monkeypatch.setattr(live, "calibrate", forbidden)
     monkeypatch.setattr(StageObjective, "forward", forbidden)
 
     def error(**flags: Any) -> str:
@@ -247,7 +247,7 @@ def test_other_classes(refused: Refused, classifier_teacher: Path, corpus: Path,
     assert "the student has 2 classes, the teacher 3: they must be the same classes" in line
     Dataset.from_dict({"text": ["ba"] * 40, "label": [0, 3] * 20}).to_json(tmp_path / "labels.jsonl")
     line = refused(**teacher, dataset=tmp_path / "labels.jsonl")
-    assert "the dataset has the label 3: the teacher has classes 0 to 2" in line
+    assert "the dataset has the label 3, but the teacher has the classes 0 to 2: correct the labels" in line
 
 
 @pytest.mark.parametrize(
@@ -263,9 +263,9 @@ def test_students_that_cannot_be_made(refused: Refused, student: str, message: s
     assert message in refused(student=student)
 
 
-def test_no_student_or_dataset_for_a_teacher_of_ones_own(refused: Refused) -> None:
-    assert "name a student, e.g. --student layers=3,hidden_size=192" in refused(student=None)
-    assert "name a dataset, e.g. --dataset corpus.txt" in refused(dataset=None)
+def test_a_teacher_without_student_or_dataset(refused: Refused) -> None:
+    assert "no student was given: name one, e.g. --student layers=3,hidden_size=192" in refused(student=None)
+    assert "no dataset was given: name one, e.g. --dataset corpus.txt" in refused(dataset=None)
 
 
 # ---- Data ----
@@ -321,11 +321,11 @@ def test_the_shorter_of_student_and_teacher_counts(refused: Refused) -> None:
 # ---- Output ----
 
 
-def test_a_folder_that_holds_another_run(refused: Refused, tmp_path: Path) -> None:
+def test_a_folder_that_contains_a_different_run(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "curriculum.json").write_text("{}")
     line = refused(output_dir=tmp_path / "old")
-    assert "holds another run: choose another folder, go on with it by --resume_from_checkpoint true" in line
+    assert "already contains a run. Choose another folder, resume the run with --resume_from_checkpoint true" in line
     assert (tmp_path / "old" / "curriculum.json").read_text() == "{}"
 
 
@@ -333,14 +333,14 @@ def test_the_teachers_own_folder(refused: Refused, causal_teacher: Path) -> None
     before = (causal_teacher / "model.safetensors").read_bytes()
     for overwrite in ("false", "true"):
         line = refused(output_dir=causal_teacher, overwrite_output_dir=overwrite)
-        assert "holds a model that is not from a run of tutelage: choose another folder" in line
+        assert "contains a model that was not made by a run of tutelage: choose another folder" in line
     assert (causal_teacher / "model.safetensors").read_bytes() == before
 
 
 def test_a_file_in_the_place_of_the_folder(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "is a file: choose a folder" in refused(output_dir=tmp_path / "file")
-    assert "Not a directory" in refused(output_dir=tmp_path / "file" / "out")
+    assert "is inside a file" in refused(output_dir=tmp_path / "file" / "out")
 
 
 def test_resuming_where_nothing_is(refused: Refused, tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_flags(refused: Refused, error_of: Callable[..., str]) -> None:
     assert "unknown option '--shape=round': see tutelage distill --help" in refused(shape="round")
     assert "argument --max_steps" in refused(max_steps="many")
     assert main(["paint"]) == 2
-    assert "the following arguments are required: --model, --dataset" in error_of("evaluate")
+    assert "no dataset was given: name one, e.g. --dataset held-out.txt" in error_of("evaluate", "--model", "m")
 
 
 @pytest.mark.parametrize(
@@ -429,11 +429,11 @@ def test_a_missing_config_file(error_of: Callable[..., str]) -> None:
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paint"]) == 2
     known = "plan, distill, extract, inspect, evaluate, compare, report, diagnose"
-    assert capsys.readouterr().err == f"tutelage: no command 'paint': use one of {known}\n"
+    assert capsys.readouterr().err == f"tutelage: there is no command 'paint': use one of {known}\n"
 
 
 def test_plan(error_of: Callable[..., str], causal_teacher: Path) -> None:
-    assert "name a student" in error_of("plan", "--teacher", causal_teacher)
+    assert "no student was given: name one" in error_of("plan", "--teacher", causal_teacher)
     assert "no teacher at '/nowhere/t'" in error_of("plan", "--teacher", "/nowhere/t", "--student", STUDENT)
     flags = ("plan", "--teacher", causal_teacher, "--student", STUDENT, "--warm_start=none")
     assert "is not strictly increasing" in error_of(*flags, "--layer_map", "2:2,1:4")

@@ -7,6 +7,7 @@ Public names: `TrainingDiverged`, `diverged`, `check_tokenizers`, `shared_output
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -130,6 +131,11 @@ def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
     """Refuse a folder that contains a different run, or a model that no run made."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {str(output_dir)!r} is a file: choose a folder")
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir {str(output_dir)!r} is inside a file, {str(existing)!r}: choose a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir {str(output_dir)!r} cannot be written: choose a folder that you may write to")
     ours = (output_dir / CURRICULUM_FILE).exists()
     if not ours and any(output_dir.glob("*.safetensors")):
         raise UserError(
