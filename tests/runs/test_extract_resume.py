@@ -32,7 +32,7 @@ def test_an_interrupted_extraction_resumes_with_the_missing_shards(
 
     monkeypatch.setattr(storage.ShardWriter, "write", full)
     with pytest.raises(
-        UserError, match="could not write .*arrow.*: No space left on device; free space there, or choose"
+        UserError, match=r"could not write .*arrow.*: No space left on device; free space there, or choose"
     ):
         extracted("cut")
     with pytest.raises(ValueError, match="is unfinished: run the same `tutelage extract` again"):

@@ -9,9 +9,11 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from logging import CRITICAL
 from typing import Any
 
 import torch
+from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 from tutelage.cli.help import CommandHelp, render_help
@@ -240,5 +242,6 @@ _COMMANDS: dict[str, Callable[[Arguments], None]] = {
 def run_command(name: str, arguments: Arguments) -> None:
     """Run a command with libraries quietened."""
     transformers_logging.set_verbosity_error()
+    datasets_logging.set_verbosity(CRITICAL)  # its reasons are in our errors
     quiet_unless_terminal()
     _COMMANDS[name](arguments)

@@ -1,7 +1,13 @@
-"""The one exception that means a user's mistake.
+"""The one exception that means a user's mistake, and the checks that raise it.
 
-Public names: `UserError`.
+Public names: `UserError`, `check_range`, `check_positive`, `as_user_error`, `reason_of`.
 """
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -9,3 +15,45 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with code 2. Any other exception is a bug of tutelage.
     """
+
+
+def check_range(name: str, value: float | None, least: int, most: float = math.inf) -> None:
+    """Raise UserError where a setting is not a finite number from `least` to `most`; None means not given."""
+    if value is None or (least <= value <= most and math.isfinite(value)):
+        return
+    expected = f"at least {least}" if least else "a number from 0 up"
+    if most < math.inf:
+        expected = f"a number from {least} to {most}"
+    raise UserError(f"{name} must be {expected}, got {value}")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise UserError where a setting is not a finite number above 0; None means not given."""
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"{name} must be positive and finite, got {value}")
+
+
+@contextmanager
+def as_user_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn the errors that a library raises for bad settings or files into `UserError(f"{what}: {reason}")`.
+
+    Args:
+        what: what did not work, and with what.
+        kinds: the errors; none given means every exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if kinds and not isinstance(error, kinds):
+            raise
+        raise UserError(f"{what}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """First line of the original error, which libraries wrap in general ones."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return (str(text).strip().splitlines() or [type(error).__name__])[0]

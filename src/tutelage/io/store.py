@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import as_user_error
 from tutelage.io.files import replacing, write_atomically, writing_errors
 
 
@@ -71,15 +71,8 @@ class Store:
     @contextmanager
     def _reaching(self) -> Iterator[None]:
         """Say which address could not be reached, and why."""
-        try:
-            yield
-        except (UserError, FileNotFoundError):
-            raise
-        except Exception as error:  # each file system has its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"could not reach {self.url!r}: {reason}; check the address, your permissions and credentials"
-            ) from error
+        with as_user_error(f"could not reach {self.url!r} (check the address, your permissions and credentials)"):
+            yield  # each file system has errors of its own
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback
 
-from tutelage.io.files import write_atomically
+from tutelage.io.files import write_atomically, writing_errors
 from tutelage.runs.environment import environment, quiet_unless_terminal
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
 from tutelage.runs.model_card import write_card
@@ -55,7 +55,8 @@ def distill(options: RunOptions | None = None, args: CurriculumConfig | None = N
     trainer.train(resume_from_checkpoint=resume)
     result = _result(trainer, inputs)
     if trainer.is_world_process_zero():
-        trainer.save_model()
+        with writing_errors(folder):
+            trainer.save_model()
         _write_records(trainer, result, folder)
     if args.push_to_hub:
         trainer.push_to_hub()

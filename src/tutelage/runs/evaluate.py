@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.core.records import Record
-from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, sequence_length
+from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, check_data_numbers, sequence_length
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
 from tutelage.tasks.base import Task
@@ -57,6 +57,10 @@ class EvaluateOptions:
         default=None, metadata={"help": "Dotted name of the teacher's list of blocks, where several are found."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+
+    def __post_init__(self) -> None:
+        check_data_numbers(self.max_length, self.max_samples, self.mlm_probability)
+        check_range("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_positive, check_range
 from tutelage.core.inputs import usable_positions
 from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.live import LiveTargets
@@ -69,6 +69,18 @@ class RunOptions:
         default=False,
         metadata={"help": "Read the dataset only as far as max_steps needs it, e.g. from object storage."},
     )
+
+    def __post_init__(self) -> None:
+        check_data_numbers(self.max_length, self.max_samples, self.mlm_probability)
+        check_range("eval_fraction", self.eval_fraction, 0, 1)
+
+
+def check_data_numbers(max_length: int | None, max_samples: int | None, mlm_probability: float | None) -> None:
+    """Raise UserError for numbers that no run or evaluation can have."""
+    check_range("max_length", max_length, 1)
+    check_range("max_samples", max_samples, 1)
+    check_positive("mlm_probability", mlm_probability)
+    check_range("mlm_probability", mlm_probability, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -276,10 +288,15 @@ def sequence_length(
 ) -> int:
     """Tokens of the longest sequence: what was asked, else what the models take, at most 256 for text."""
     positions = min(usable_positions(config) or _NO_LIMIT for config in configs)
-    if asked is not None and asked > positions:
-        raise UserError(f"max_length {asked} is longer than the model's {positions} positions: lower it")
     if asked is not None:
+        check_length(asked, positions)
         return asked
     if "input_ids" in (data.column_names or next(iter(data))):  # a stream may learn its columns from its rows
         return positions
     return min(positions, tokenizer.model_max_length, DEFAULT_LENGTH)
+
+
+def check_length(asked: int, positions: int) -> None:
+    """Raise UserError where sequences are longer than the model's positions."""
+    if asked > positions:
+        raise UserError(f"max_length {asked} is longer than the model's {positions} positions: lower it")

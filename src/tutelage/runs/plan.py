@@ -16,7 +16,7 @@ from tutelage.core.curriculum import Curriculum, HiddenStage, Stage, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import usable_positions
 from tutelage.core.records import Record
-from tutelage.runs.inputs import DEFAULT_LENGTH, RunOptions
+from tutelage.runs.inputs import DEFAULT_LENGTH, RunOptions, check_length
 from tutelage.runs.plan_extraction import ExtractionPlan
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
@@ -94,8 +94,14 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
     teacher, student = _names(options, args)
     base = load_config(teacher, trust_remote_code=args.trust_remote_code)
     task = get_task(args.task) if args.task else detect_task(teacher, args.trust_remote_code)
-    length = options.max_length or DEFAULT_LENGTH
-    length = min(length, usable_positions(base) or length)
+    if not task.tokenized:
+        raise UserError(
+            f"a plan needs a model that reads tokens, but task {task.name} is for plain networks: leave task out"
+        )
+    positions = usable_positions(base)
+    if options.max_length is not None and positions is not None:
+        check_length(options.max_length, positions)
+    length = options.max_length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
     steps = args.max_steps if args.max_steps > 0 else _DEFAULT_STEPS
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher_model = task.build(base)

@@ -6,11 +6,10 @@ Public names: `plan_extraction`, `ExtractionRequest`, `ExtractionPlan`, `describ
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_positive, check_range
 from tutelage.core.records import Record
 from tutelage.targets.rows import DTYPES, RowFormat
 
@@ -58,10 +57,8 @@ class ExtractionRequest:
 
     def __post_init__(self) -> None:
         for name, value in (("projection_dim", self.width), ("top_k", self.top_k), ("runs", self.runs)):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        if self.tokens_per_second is not None and not 0 < self.tokens_per_second < math.inf:
-            raise UserError(f"tokens_per_second must be a positive number, got {self.tokens_per_second}")
+            check_range(name, value, 1)
+        check_positive("tokens_per_second", self.tokens_per_second)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -34,7 +33,7 @@ def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = F
         raise UserError(f"{what} folder {path!r} has no config.json: it is not a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each kind of config has its own
         if Path(path).exists():
             raise UserError(f"could not read the config of {what} {path!r}: {_first_line(error)}") from error
         raise UserError(
@@ -108,7 +107,7 @@ def load_model(
         model, info = auto_class.from_pretrained(
             path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # each architecture and quantisation library has its own
         raise UserError(f"could not load {what} {path!r}: {_first_line(error)}") from error
     # a student may start from an encoder and a new head, and no task reads a pooler that `AutoModel` adds
     missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
@@ -121,7 +120,11 @@ def load_model(
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer stored at `path`, padding with its end token if it has no other; None where there is none."""
+    """The tokenizer stored at `path`, padding with its end token if it has no other; None where there is none.
+
+    Raises:
+        UserError: a local one is damaged.
+    """
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         return None
@@ -129,8 +132,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return None
+    except Exception as error:  # each kind of tokenizer has its own
+        if not folder.is_dir():
+            return None
+        raise UserError(f"could not read the tokenizer in {path!r}: {_first_line(error)}; save it again") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
 from tutelage.tasks.base import Task
 from tutelage.tasks.loading import has_weights, load_config
 
@@ -45,7 +45,8 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         fields = _read_json(path)
         if not isinstance(fields, dict) or "model_type" not in fields:
             raise UserError(f"student config {student!r} has no model_type: it is not a transformers configuration")
-        return AutoConfig.for_model(**fields)
+        with as_user_error(f"student config {student!r} cannot be used"):
+            return AutoConfig.for_model(**fields)
     return load_config(student, what="student")
 
 
@@ -87,7 +88,8 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         key = key.strip()
         if not equals or not key:
             raise UserError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
-        settings[_ALIASES.get(key, key)] = yaml.safe_load(value)
+        with as_user_error(f"student preset {text!r}: cannot read {part!r}", yaml.YAMLError):
+            settings[_ALIASES.get(key, key)] = yaml.safe_load(value)
     config = copy.deepcopy(teacher)
     for needed in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         if getattr(config, needed, None) is None:
@@ -114,7 +116,8 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         kinds = config.layer_types
         config.layer_types = [kinds[min(depth - 1, i * depth // new_depth)] for i in range(new_depth)]
     for key, value in settings.items():
-        setattr(config, key, value)
+        with as_user_error(f"student preset {text!r}: {key}={value} cannot be used"):
+            setattr(config, key, value)
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if new_width % heads and not getattr(config, "head_dim", None):
         raise UserError(f"student preset {text!r}: hidden_size {new_width} is not divisible by {heads} heads")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, reason_of
 from tutelage.io.store import Store
 from tutelage.tasks.base import Task
 
@@ -52,7 +52,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
         try:
             data = load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train", **options)
         except Exception as error:  # each format has its own
-            raise UserError(f"could not read {path!r} as {file.suffix}: {_reason(error)}") from error
+            raise UserError(f"could not read {path!r} as {file.suffix}: {reason_of(error)}") from error
     elif file.is_dir():
         try:
             data = load_from_disk(path)
@@ -62,6 +62,8 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
             ) from error
         except IndexError as error:  # how `datasets` reads a folder saved without rows
             raise UserError(f"dataset {path!r} is empty: it needs at least one example") from error
+        except Exception as error:  # each damaged file has its own
+            raise UserError(f"could not read dataset folder {path!r}: {reason_of(error)}; save it again") from error
     elif file.suffix in _BUILDERS:
         raise UserError(f"no dataset file {path!r}")
     else:
@@ -69,7 +71,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
             data = load_dataset(path)
         except Exception as error:
             raise UserError(
-                f"no dataset {path!r}: no such file or folder, and the Hub gave none ({_reason(error)})"
+                f"no dataset {path!r}: no such file or folder, and the Hub gave none ({reason_of(error)})"
             ) from error
     if split is not None:
         if not isinstance(data, DatasetDict) or split not in data:
@@ -89,7 +91,7 @@ def _read_url(url: str) -> Dataset | DatasetDict:
     try:
         return read_dataset(str(store.fetch(name))) if Path(url).suffix in _BUILDERS else load_from_disk(url)
     except Exception as error:  # each file system has its own
-        raise UserError(f"could not read dataset {url!r}: {_reason(error)}") from error
+        raise UserError(f"could not read dataset {url!r}: {reason_of(error)}") from error
 
 
 def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
@@ -119,7 +121,7 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
         if next(iter(stream), None) is None:
             raise UserError("there is no file, or no file contains a row")
     except Exception as error:  # each file system has its own
-        raise UserError(f"could not stream dataset {path!r}: {_reason(error)}") from error
+        raise UserError(f"could not stream dataset {path!r}: {reason_of(error)}") from error
     return stream
 
 
@@ -132,7 +134,7 @@ def _saved_files(url: str, split: str | None) -> list[str]:
             store = Store(url)
         return [f"{url.rstrip('/')}/{file['filename']}" for file in json.loads(store.read("state.json"))["_data_files"]]
     except Exception as error:  # each file system has its own
-        raise UserError(f"{url!r} was not written by datasets' save_to_disk: {_reason(error)}") from error
+        raise UserError(f"{url!r} was not written by datasets' save_to_disk: {reason_of(error)}") from error
 
 
 def keep_rows(stream: IterableDataset, count: int) -> Dataset:
@@ -257,13 +259,6 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
     first, last = special.index(0), len(special) - special[::-1].index(0)
     return ids[:first], ids[last:]
-
-
-def _reason(error: BaseException) -> str:
-    """First line of the original error, which `datasets` wraps in a general one."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_utf8(file: Path) -> None:

@@ -1,7 +1,7 @@
 """Checks made before any compute is spent.
 
-Public names: `TrainingDiverged`, `diverged`, `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_output_dir`,
-`claim_output_dir`, `require_unused_search`, `run_identity`, `check_same_run`.
+Public names: `TrainingDiverged`, `diverged`, `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_best_metric`,
+`check_output_dir`, `claim_output_dir`, `require_unused_search`, `run_identity`, `check_same_run`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,13 @@ def require_unused_search(args: Any, curriculum: Curriculum) -> None:
             "ddp_find_unused_parameters=False cannot work: a hidden stage leaves the parameters above it unused"
         )
     args.ddp_find_unused_parameters = True
+
+
+def check_best_metric(name: str | None, metrics: Mapping[str, float]) -> None:
+    """Refuse to choose the best model by a metric that evaluations do not have."""
+    if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        known = ", ".join(key.removeprefix("eval_") for key in metrics if key.startswith("eval_"))
+        raise UserError(f"metric_for_best_model {name!r} is not a metric of the evaluation: use one of {known}")
 
 
 def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:

@@ -6,15 +6,17 @@ Public names: `CurriculumConfig`, `DEFAULTS`.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.quantizers import AutoQuantizationConfig
 
 from tutelage.core.curriculum import METHODS
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error, check_positive, check_range
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -26,6 +28,15 @@ DEFAULTS: dict[str, Any] = {
     "calibration_samples": 64,
     "temperature": 1.0,
 }
+
+_RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
+    (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1, math.inf),
+    (("calibration_samples", "logits_chunk_size", "top_k"), 1, math.inf),
+    (("learning_rate", "stage_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), 0, math.inf),
+    (("dataloader_num_workers", "neftune_noise_alpha"), 0, math.inf),
+    (("seed", "data_seed", "projection_seed"), 0, 2**32 - 1),
+)
+"""Names of settings, and the smallest and largest value that they may have."""
 
 
 @dataclass
@@ -149,32 +160,41 @@ class CurriculumConfig(TrainingArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
     def __post_init__(self) -> None:
-        try:
+        self._check_numbers()
+        with as_user_error(
+            "transformers refuses these training arguments", ValueError, TypeError, ImportError, OSError
+        ):
             super().__post_init__()
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(f"transformers refuses these training arguments: {error}") from error
+        self._check_reports()
         if self.method not in METHODS:
             raise UserError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.embedding_loss not in ("cosine", "mse"):
             raise UserError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
         if self.teacher_dtype is not None and not isinstance(getattr(torch, self.teacher_dtype, None), torch.dtype):
             raise UserError(f"unknown teacher_dtype {self.teacher_dtype!r}: use a torch dtype such as bfloat16")
-        if self.logits_chunk_size is not None and self.logits_chunk_size < 1:
-            raise UserError(f"logits_chunk_size must be at least 1 position, got {self.logits_chunk_size}")
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature must be positive and finite, got {self.temperature}")
-        for name in ("learning_rate", "stage_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 <= rate < float("inf"):
-                raise UserError(f"{name} must be a number from 0 up, got {rate}")
         if self.label_smoothing_factor:
             raise UserError("label_smoothing_factor has no part in the losses here: use temperature or label_weight")
-        if self.calibration_samples is not None and self.calibration_samples < 1:
-            raise UserError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
         # The trainer stops at a loss that is not finite; the filter would hide it.
         self.logging_nan_inf_filter = False
+
+    def _check_numbers(self) -> None:
+        for names, least, most in _RANGES:
+            for name in names:
+                check_range(name, getattr(self, name), least, most)
+        check_positive("temperature", self.temperature)
+        check_positive("num_train_epochs", self.num_train_epochs)
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
+        if self.output_dir == "":
+            raise UserError("output_dir is empty: name a folder, or leave it out")
+
+    def _check_reports(self) -> None:
+        installed = get_available_reporting_integrations()
+        for name in self.report_to or []:
+            if name in INTEGRATION_TO_CALLBACK and name not in installed:
+                raise UserError(f"report_to names {name!r}, which is not installed: install it, or leave it out")
 
     @property
     def order_seed(self) -> int:

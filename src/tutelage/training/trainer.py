@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import batch_positions
+from tutelage.io.files import writing_errors
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.outputs import EvaluationTools
 from tutelage.training import checks
@@ -83,12 +84,13 @@ class CurriculumTrainer(Trainer):
         resolved = run.arguments(args)
         checks.require_unused_search(resolved, self.curriculum)
         self.meter = Meter(Progress(), args.world_size, self._sum_over_devices)
-        self.metrics_file = MetricsFile(Path(args.output_dir or ".") / METRICS_FILE)
+        self.folder = Path(args.output_dir or ".")
+        self.metrics_file = MetricsFile(self.folder / METRICS_FILE)
         self.compares_with_teacher = args.eval_with_teacher or not self.task.learns_from_labels
         self._resumed_stage: int | None = None
         if data_collator is None and prepared.tokenizer is not None and self.task.tokenized:
             data_collator = self.task.collator(prepared.tokenizer)
-        try:
+        with writing_errors(self.folder), as_user_error("transformers refuses the arguments", ValueError, ImportError):
             super().__init__(
                 model=prepared.student,
                 args=resolved,
@@ -99,8 +101,6 @@ class CurriculumTrainer(Trainer):
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
             )
-        except (ValueError, ImportError) as error:
-            raise UserError(f"transformers.Trainer refuses these arguments: {error}") from error
         samples, size = run.calibration_samples, run.reading.batch_size
         self.feed = StageFeed(self.source, self.train_dataset, self._collate, samples, size)
         self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
@@ -125,11 +125,10 @@ class CurriculumTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """Run the whole curriculum, or resume it; see `transformers.Trainer.train`."""
-        output_dir = Path(self.args.output_dir or ".")
-        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.folder)
         if self.is_world_process_zero():
-            overwrite = self.args.overwrite_output_dir
-            checks.claim_output_dir(output_dir, self.curriculum, checkpoint is not None, overwrite)
+            resuming, overwrite = checkpoint is not None, self.args.overwrite_output_dir
+            checks.claim_output_dir(self.folder, self.curriculum, resuming, overwrite)
         self.accelerator.wait_for_everyone()
         identity = checks.run_identity(self.args, self.curriculum, self.source, self.train_dataset)
         progress, self._resumed_stage = Progress(identity=identity), None
@@ -164,14 +163,11 @@ class CurriculumTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Let `Trainer` prepare the stage objective in the student's place, for the stage that the run is in."""
-        if resume_from_checkpoint is not None and self.is_world_process_zero():
+        resuming = resume_from_checkpoint is not None
+        if resuming and self.is_world_process_zero():
             self.metrics_file.keep_until(self.state.global_step)
         self.meter.start()
-        file = StatisticsFile(
-            Path(self.args.output_dir or ".") / TARGETS_FILE,
-            read=resume_from_checkpoint is not None,
-            write=self.is_world_process_zero(),
-        )
+        file = StatisticsFile(self.folder / TARGETS_FILE, read=resuming, write=self.is_world_process_zero())
         with self.accelerator.autocast():
             self.source.prepare(file, self.feed.calibration, self.args.device)
         self._move_to_stage(self.state.global_step)
@@ -236,7 +232,8 @@ class CurriculumTrainer(Trainer):
         self.args.learning_rate = stage.learning_rate if stage.learning_rate is not None else run_rate
         self.transition.set_trainable(self.transition.trainable)
         try:
-            return super().create_optimizer(model)
+            with as_user_error("the optimiser cannot be made", ImportError, ValueError, TypeError):
+                return super().create_optimizer(model)
         finally:
             self.args.learning_rate = run_rate
             self.transition.set_trainable(trainable)
@@ -246,7 +243,8 @@ class CurriculumTrainer(Trainer):
         index = self.objective.stage_index
         while self.curriculum.stages[index].continues:  # resumed in one of them
             index -= 1
-        return super().create_scheduler(self.curriculum.schedule_steps(index), optimizer)
+        with as_user_error("lr_scheduler_type cannot be used with these lr_scheduler_kwargs", ValueError, TypeError):
+            return super().create_scheduler(self.curriculum.schedule_steps(index), optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore the optimiser, unless the checkpoint ends a stage and the next one begins with a new one."""
@@ -285,13 +283,12 @@ class CurriculumTrainer(Trainer):
     def _stop_diverged(self, what: str) -> None:
         stage, step = self.objective.stage, self.state.global_step + 1
         where = f"step {step}, stage {self.objective.stage_index + 1} ({stage.name})"
-        raise checks.diverged(what, where, Path(self.args.output_dir or "."))
+        raise checks.diverged(what, where, self.folder)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Measured FLOPs of a micro-step, teacher included, for `total_flos`."""
-        if self.objective.stage_index not in self.transition.costs:
-            return 0
-        return int(self.transition.costs[self.objective.stage_index].flops * batch_positions(inputs))
+        cost = self.transition.costs.get(self.objective.stage_index)
+        return 0 if cost is None else int(cost.flops * batch_positions(inputs))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As in transformers; rows that are in the order of the steps already are not shuffled."""
@@ -304,10 +301,9 @@ class CurriculumTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the labels, and the columns that student or teacher takes."""
-        known = self._signature_columns is not None
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        if not known:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
             columns += [name for name in ("labels", *self.source.columns) if name not in columns]
 
     # ---- Logs, checkpoints, evaluation ----
@@ -328,9 +324,13 @@ class CurriculumTrainer(Trainer):
         }
         self.metrics_file.append(record)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        checks.check_best_metric(self.args.metric_for_best_model, metrics)
+        return super()._determine_best_metric(metrics, trial)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers; refuses weights that are not finite, and ends with the file that makes it complete."""
-        with self.meter.stopped():
+        with self.meter.stopped(), writing_errors(self.folder):
             self._check_weights()
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
@@ -341,15 +341,15 @@ class CurriculumTrainer(Trainer):
         """Write the plain student and its tokenizer; nothing of tutelage, and no pickle, beside it."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        self.task.save(self.model, folder)
+        folder = Path(output_dir or self.folder)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        self.task.save(self.model, folder)
         if processor is not None:
             processor.save_pretrained(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, unless the folder has a card already (`tutelage distill` writes a fuller one)."""
-        if not (Path(self.args.output_dir or ".") / "README.md").exists():
+        if not (self.folder / "README.md").exists():
             super().create_model_card(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

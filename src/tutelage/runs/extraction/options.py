@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from tutelage.core.blocks import FINAL, Place
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.rows import DTYPES
 from tutelage.training.config import CurriculumConfig
@@ -55,9 +55,7 @@ def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"an extraction follows a random or sequential order, not {args.train_sampling_strategy!r}")
     for name in ("shard_tokens", "devices", "projection_dim"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+        check_range(name, getattr(options, name), 1)
     if options.dtype not in DTYPES:
         raise UserError(f"unknown dtype {options.dtype!r}: use one of {', '.join(DTYPES)}")
 
