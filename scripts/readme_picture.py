@@ -8,15 +8,15 @@ Thin lines are seeds, thick lines are their median. FLOPs include those of the t
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+
+from tutelage.reproduction.results import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "results" / "pcfg_mlm" / "comparison.json"
@@ -27,24 +27,10 @@ Curve = list[tuple[float, float]]
 """(FLOPs, held-out loss) of one run, in the order of training."""
 
 
-def read_curves(comparison: dict[str, Any], method: str) -> list[Curve]:
-    """The curves of a method, one per seed.
-
-    Raises:
-        ValueError: the comparison has no such method, or its points have no FLOPs and loss.
-    """
-    methods = comparison["methods"]
-    if isinstance(methods, list):
-        methods = {entry["name"]: entry for entry in methods}
-    if method not in methods:
-        raise ValueError(f"the comparison has no method {method!r}; it has {', '.join(methods)}")
-    curves = []
-    for run in methods[method]["runs"]:
-        points = [{**point, **point.get("metrics", {})} for point in run["curve"]]
-        curves.append([(float(point["flops"]), float(point["loss"])) for point in points if "loss" in point])
-    if not all(curves):
-        raise ValueError(f"the runs of method {method!r} have no points with FLOPs and loss")
-    return curves
+def read_curves(comparison: Comparison, method: str) -> list[Curve]:
+    """The curves of a method, one per seed."""
+    runs = comparison.method(method).runs
+    return [[(point.flops, point.metrics["loss"]) for point in run.curve if "loss" in point.metrics] for run in runs]
 
 
 def median_curve(curves: Sequence[Curve]) -> Curve:
@@ -57,7 +43,7 @@ def median_curve(curves: Sequence[Curve]) -> Curve:
 
 def draw(source: Path, picture: Path) -> None:
     """Read a comparison.json and write the picture."""
-    comparison = json.loads(source.read_text(encoding="utf-8"))
+    comparison = Comparison.read(source.parent)
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for method, (label, color) in LINES.items():
@@ -67,7 +53,7 @@ def draw(source: Path, picture: Path) -> None:
         median = median_curve(curves)
         axes.plot(*zip(*median, strict=True), color=color, linewidth=2.2, label=label)
         axes.annotate(f"{median[-1][1]:.3f}", median[-1], (0, 6), textcoords="offset points", color=color)
-    teacher = float(comparison["teacher"].get("loss", "nan"))
+    teacher = comparison.teacher.metrics["loss"]
     axes.axhline(teacher, color="0.35", linestyle=":", label=f"teacher ({teacher:.3f})")
     axes.set(xlabel="training FLOPs, the teacher's included", ylabel="held-out loss (nats per masked token)")
     axes.xaxis.set_major_formatter(EngFormatter())

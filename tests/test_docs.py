@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
 
 import pytest
+
+from tutelage.reproduction.results import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,7 +43,7 @@ def test_the_picture_is_drawn_from_the_committed_result(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from readme_picture import PICTURE, SOURCE, draw, median_curve, read_curves
 
-    curves = read_curves(json.loads(SOURCE.read_text(encoding="utf-8")), "extraction")
+    curves = read_curves(Comparison.read(SOURCE.parent), "extraction")
     assert len(curves) == 3
     assert round(median_curve(curves)[-1][1], 3) == 0.718  # as the README's table says
     draw(SOURCE, tmp_path / "picture.png")
