@@ -200,7 +200,9 @@ def test_several_lists_of_blocks(refused: Refused, corpus: Path, tmp_path: Path)
 def test_a_missing_teacher(refused: Refused) -> None:
     for teacher in ("/nowhere/teacher", "nobody/nothing"):
         line = refused(teacher_model_name_or_path=teacher)
-        assert f"no teacher at '{teacher}': it is no folder here, and the Hub gave none" in line
+        assert (
+            f"no teacher at '{teacher}': there is no local folder of that name, and it was not found on the Hub" in line
+        )
         assert "give an existing folder or a Hub name" in line
 
 
@@ -220,7 +222,7 @@ def test_progressive_without_checkpoints(refused: Refused) -> None:
 def test_progressive_with_a_checkpoint_of_another_architecture(refused: Refused, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", num_hidden_layers=2)
     line = refused(method="progressive", teacher_checkpoints=other)
-    assert f"checkpoint '{other}' is of another architecture than the teacher: it lacks model.layers.2." in line
+    assert f"checkpoint '{other}' has a different architecture than the teacher: it lacks model.layers.2." in line
     line = refused(method="progressive", teacher_checkpoints="/nowhere/early")
     assert "teacher checkpoint '/nowhere/early' is not a folder with model.safetensors in it" in line
 
@@ -325,7 +327,9 @@ def test_a_folder_that_contains_a_different_run(refused: Refused, tmp_path: Path
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "curriculum.json").write_text("{}")
     line = refused(output_dir=tmp_path / "old")
-    assert "already contains a run. Choose another folder, resume the run with --resume_from_checkpoint true" in line
+    assert (
+        "already contains a run. Choose a different folder, resume the run with --resume_from_checkpoint true" in line
+    )
     assert (tmp_path / "old" / "curriculum.json").read_text() == "{}"
 
 
@@ -333,7 +337,7 @@ def test_the_teachers_own_folder(refused: Refused, causal_teacher: Path) -> None
     before = (causal_teacher / "model.safetensors").read_bytes()
     for overwrite in ("false", "true"):
         line = refused(output_dir=causal_teacher, overwrite_output_dir=overwrite)
-        assert "contains a model that was not made by a run of tutelage: choose another folder" in line
+        assert "contains a model that was not made by a run of tutelage: choose a different folder" in line
     assert (causal_teacher / "model.safetensors").read_bytes() == before
 
 

@@ -123,11 +123,22 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         raise UserError(f"student preset {text!r}: hidden_size {new_width} is not divisible by {heads} heads")
     if groups and heads % groups:
         raise UserError(f"student preset {text!r}: {heads} heads are not divisible by {groups} key/value heads")
+    _check_rotary(text, config, getattr(config, "head_dim", None) or new_width // heads)
     config.name_or_path = ""
     for stale in ("quantization_config", "_name_or_path"):
         if hasattr(config, stale):
             delattr(config, stale)
     return config
+
+
+def _check_rotary(text: str, config: PreTrainedConfig, size: int) -> None:
+    """Refuse heads of an odd size where positions are rotations of pairs."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope and int(size * (rope.get("partial_rotary_factor") or 1)) % 2:
+        raise UserError(
+            f"student preset {text!r}: each head has {size} values, but rotary position embeddings need an even number: change "
+            "hidden_size or heads"
+        )
 
 
 def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int, new_width: int) -> None:

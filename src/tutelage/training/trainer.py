@@ -324,10 +324,6 @@ class CurriculumTrainer(Trainer):
         }
         self.metrics_file.append(record)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        checks.check_best_metric(self.args.metric_for_best_model, metrics)
-        return super()._determine_best_metric(metrics, trial)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers; refuses weights that are not finite, and ends with the file that makes it complete."""
         with self.meter.stopped(), writing_errors(self.folder):
@@ -365,7 +361,10 @@ class CurriculumTrainer(Trainer):
         """As in transformers; its time does not count as training, and a collator that draws masks draws the same each time."""
         with self.meter.stopped(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.args.seed)
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        if self.is_in_train and kwargs.get("metric_key_prefix", "eval") == "eval":
+            checks.check_best_metric(self.args.metric_for_best_model, metrics)
+        return metrics
 
     def evaluation_loop(
         self,
