@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 from tests.conftest import WORDS, make_tokenizer, save_llama
 from tests.runs.conftest import STUDENT, texts, train
+from tutelage.core.curriculum import Curriculum
 from tutelage.runs.inputs import RunOptions
+from tutelage.targets.folder import ExtractedCurriculum
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,37 @@ def test_settings_that_the_curriculum_does_not_contain_are_refused(
     folder = extracted()
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "student", folder, RunOptions(student=student), **fields)
+
+
+@pytest.mark.parametrize(
+    ("made", "given"),
+    [
+        ({"temperature": 2.0}, {"temperature": 1.0}),
+        ({"normalize": "none"}, {"normalize": "standardize"}),
+        ({"projection": "rademacher"}, {"projection": "gaussian"}),
+        ({"projection_seed": 3}, {"projection_seed": 0}),
+        ({}, {"calibration_samples": 64}),
+    ],
+)
+def test_an_explicit_default_that_contradicts_the_curriculum_is_refused(
+    extracted: Callable[..., Path], tmp_path: Path, made: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """None means not given; a default that is given is a setting like any other."""
+    ((name, value),) = given.items()
+    folder = extracted(warm_start="none", **made)
+    with pytest.raises(ValueError, match=f"was made with {name}=.*, but {name}={value} was given: leave {name} out"):
+        train(tmp_path / "student", folder, **given)
+    train(tmp_path / "student", folder, **{"calibration_samples": None, name: made.get(name)})
+    curriculum = Curriculum.from_json((tmp_path / "student" / "curriculum.json").read_text())
+    assert {name: getattr(curriculum, name) for name in made} == made
+
+
+def test_a_budget_in_epochs_is_not_overridden_by_the_curriculum(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = extracted()
+    assert train(tmp_path / "as-extracted", folder, max_steps=-1).budget.steps == 8
+    rows = ExtractedCurriculum(folder).identity.data.rows
+    found = train(tmp_path / "epochs", folder, max_steps=-1, num_train_epochs=0.5)
+    assert found.budget.steps == math.ceil(0.5 * math.ceil(rows / 4)) != 8
 
 
 def test_a_transplant_needs_a_stored_output_head(extracted: Callable[..., Path], tmp_path: Path) -> None:
