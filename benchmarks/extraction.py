@@ -28,19 +28,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tutelage.targets.reading import Reading, StoredRows
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage
 from tutelage.core.inputs import model_inputs
 from tutelage.io.store import Store
-from tutelage.runs.distill import environment
-from tutelage.runs.extraction.job import ExtractOptions, _Work, extract
-from tutelage.runs.inputs import RunOptions, fill_defaults, prepare_run
+from tutelage.runs.environment import environment
+from tutelage.runs.extraction.encoder import Encoder
+from tutelage.runs.extraction.job import extract
+from tutelage.runs.extraction.options import ExtractOptions
+from tutelage.runs.extraction.schedule import Schedule, plan_shards
+from tutelage.runs.inputs import RunOptions, load_inputs, with_defaults
 from tutelage.targets import rows
+from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.folder import ExtractedCurriculum
+from tutelage.targets.live import LiveTargets
 from tutelage.targets.manifest import ShardWriter
+from tutelage.targets.order import Reading
+from tutelage.targets.source import StatisticsFile
+from tutelage.targets.stored_rows import StoredRows
+from tutelage.tasks.loading import load_config
+from tutelage.tasks.registry import get_task
+from tutelage.tasks.students import make_student, student_config
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.objective import StageObjective
+from tutelage.training.preparation import Given, prepare
 
 STUDENT = "layers=4,hidden_size=192"
 WIDTHS = (192, 128, 96)
@@ -65,29 +77,39 @@ def settings(options: Any, folder: str, **fields: Any) -> tuple[RunOptions, Curr
 
 def throughput(options: Any, folder: Path) -> dict[str, float]:
     """Tokens a second of extraction and of a bare loop, by stage."""
-    run, args = settings(options, str(folder / "unused"))
-    fill_defaults(run, args)
-    work = _Work(prepare_run(run, args), args, ExtractOptions(), torch.device("cpu"))
-    work._prepare_targets(folder / "target_stats.safetensors", resuming=False)
-    model: Any = work.teacher.model
+    run, args = with_defaults(*settings(options, str(folder / "unused")))
+    inputs = load_inputs(run, args)
+    source, data = inputs.source, inputs.train_dataset
+    assert isinstance(source, LiveTargets) and data is not None
+    given = Given(inputs.student, source, data, inputs.eval_dataset, inputs.tokenizer, None)
+    resolved = prepare(given, args).run
+    schedule = Schedule(resolved.curriculum, len(data), resolved.reading)
+    vocabulary = max(len(inputs.tokenizer), int(source.model.config.vocab_size))  # type: ignore[union-attr]
+    encoder = Encoder(source, data, inputs.eval_dataset, inputs.collator, vocabulary, ExtractOptions().dtype)
+    rows_of_stages = [schedule.examples(index) for index in range(len(resolved.curriculum.stages))]
+    batches_of = [plan_shards(found, [options.length] * len(found), options.batch, 10**6) for found in rows_of_stages]
+    calibration = [encoder.batch(list(range(resolved.calibration_samples)))]
+    source.prepare(StatisticsFile(folder / "unused", read=False, write=False), lambda: calibration, "cpu")
+    model: Any = source.model
     found = {}
-    for index, (name, stage) in enumerate(zip(work.names, work.curriculum.stages, strict=True)):
-        batches = [batch for shard in work._shards(work._examples(index)) for batch in shard][: options.batches]
+    for index, stage in enumerate(resolved.curriculum.stages):
+        batches = [batch for shard in batches_of[index] for batch in shard][: options.batches]
+        form = encoder.form(stage, encoder.batch([0]))
         bare: Callable[..., Any] = model
         if isinstance(stage, HiddenStage):
             assert stage.teacher_place == FINAL, "the bare loop knows the stage before the output head"
             bare = model.get_decoder()
-        writer = ShardWriter(Store(folder / "shards"), name, len(batches), work.features[name])
+        writer = ShardWriter(Store(folder / "shards"), f"stage_{index + 1}", len(batches), form.features)
         times: dict[str, list[float]] = {"bare": [], "extract": []}
         for number, examples in enumerate(batches):
-            batch = work._batch(examples)
+            batch = encoder.batch(examples)
             for key in ("bare", "extract") if number % 2 else ("extract", "bare"):
                 start = time.perf_counter()
                 if key == "bare":
                     with torch.inference_mode():
                         bare(**model_inputs(model, batch))
                 else:
-                    writer.write(number, work._maker(index)([examples]))
+                    writer.write(number, encoder.stage_columns(index, form, [examples]))
                 times[key].append(time.perf_counter() - start)
         medians = {key: statistics.median(values[1:]) for key, values in times.items()}
         tokens = options.batch * options.length
@@ -101,15 +123,12 @@ def throughput(options: Any, folder: Path) -> dict[str, float]:
 
 def step(options: Any, curriculum: Path) -> dict[str, Any]:
     """Milliseconds of a step from disk and from memory, by stage."""
-    from tutelage.tasks.loading import load_config
-    from tutelage.tasks.registry import get_task
-    from tutelage.tasks.students import make_student, student_config
-    from tutelage.training.objective import StageObjective
-
     stored = ExtractedCurriculum(curriculum, check=False)
     task = get_task("causal_lm")
     student = make_student(STUDENT, task, student_config(STUDENT, load_config(str(stored.teacher_config)))).float()
-    objective = StageObjective(student, None, stored.curriculum, task, [None] * len(stored.curriculum.stages))
+    source = ExtractedTargets(stored)
+    source.attach(stored.curriculum, student)
+    objective = StageObjective(student, source)
     data = StoredRows(stored, stored.curriculum, 192, Reading(options.batch, options.batch, seed=1))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     found = {}
@@ -140,7 +159,7 @@ def step(options: Any, curriculum: Path) -> dict[str, Any]:
 def scale_errors(options: Any, curriculum: Path) -> dict[str, float]:
     """Mean square error of int8 targets over their mean square, with a scale a token and a scale a dimension."""
     stored = ExtractedCurriculum(curriculum, check=False)
-    data = StoredRows(stored, stored.curriculum, stored.width, Reading(options.batch, options.batch, seed=1))
+    data = StoredRows(stored, stored.curriculum, stored.identity.width, Reading(options.batch, options.batch, seed=1))
     last = min(16 * options.batch, int(data.starts[1]))
     starts = range(0, last, options.batch)
     batches = [data.__getitems__(list(range(start, start + options.batch))).tensors(0) for start in starts]
@@ -210,9 +229,9 @@ def main() -> None:
             dtype: {split.name: split.bytes / split.tokens for split in made.splits if split.name.startswith("stage")}
             for dtype, made in curricula.items()
         }
-        teacher = ExtractedCurriculum(folder / "int8", check=False).identity["teacher"]
+        teacher = ExtractedCurriculum(folder / "int8", check=False).identity.teacher
         config = json.loads((folder / "int8" / "teacher" / "config.json").read_text(encoding="utf-8"))
-        found["uncompressed"] = {"hidden": 4 * config["hidden_size"], "logits": 4 * teacher["outputs"]}
+        found["uncompressed"] = {"hidden": 4 * config["hidden_size"], "logits": 4 * teacher.outputs}
         print(found["bytes_per_token"], found["uncompressed"])
         stored = [f"--curriculum_dir={folder / 'int8'}"]
         live = [f"--teacher_model_name_or_path={options.teacher}", "--top_k=64", *text_flags(options)]

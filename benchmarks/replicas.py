@@ -19,10 +19,11 @@ import torch
 
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.reproduction.recipes import resolve
-from tutelage.runs.distill import environment
-from tutelage.targets.live import LiveTargets, calibrate
+from tutelage.runs.environment import environment
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
-from tutelage.tasks.registry import get_task, replica_seeds
+from tutelage.tasks.registry import get_task
 from tutelage.training.objective import StageObjective
 
 STAGES = {
@@ -36,14 +37,14 @@ def stepper(stage: HiddenStage | OutputStage, replicas: int, fields: Any) -> Any
     """A function that makes one SGD step of a stage with so many students."""
     seeds = list(range(replicas))
     torch.manual_seed(0)
-    teacher = LiveTargets(ParityMLP(ParityMLPConfig(fields.d, fields.teacher_width)))
+    teacher = LiveTargets(ParityMLP(ParityMLPConfig(fields.d, fields.teacher_width)), get_task("classification"))
     student = ParityMLP(ParityMLPConfig(fields.d, fields.student_width, replica_seeds=seeds))
     stages = (stage, OutputStage(1)) if isinstance(stage, HiddenStage) else (stage,)
-    curriculum = Curriculum("benchmark", stages, normalize="none")
+    teacher.attach(Curriculum("benchmark", stages, normalize="none"), student)
     rows = [resolve("parity-mlp/laptop").train_data(seeds, 640)[index] for index in range(fields.batch_size)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    maps = calibrate(teacher, curriculum, [batch], fields.student_width, replicas=replica_seeds(student))
-    objective = StageObjective(student, teacher, curriculum, get_task("classification"), maps)
+    teacher.prepare(StatisticsFile(Path("unused"), read=False, write=False), lambda: [batch], "cpu")
+    objective = StageObjective(student, teacher)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
 
     def step() -> None:

@@ -23,8 +23,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tutelage.reproduction.recipes import resolve
-from tutelage.runs.distill import distill, environment
-from tutelage.runs.extraction.job import DEFAULT_TOP_K, ExtractOptions, extract
+from tutelage.runs.distill import distill
+from tutelage.runs.environment import environment
+from tutelage.runs.extraction.job import extract
+from tutelage.runs.extraction.options import DEFAULT_TOP_K, ExtractOptions
 from tutelage.runs.inputs import RunOptions
 from tutelage.tasks.pcfg import build_grammar, pcfg_tokens
 from tutelage.training.config import CurriculumConfig
@@ -92,10 +94,10 @@ def pair(system: dict[str, Any], seed: int, folder: Path) -> dict[str, float]:
     extract(RunOptions(**system["run"]), stored, ExtractOptions(), log=lambda line: None)
     disk = {"curriculum_dir": stored.output_dir, "max_steps": -1}
     from_disk = distill(RunOptions(student=run.student), settings("student", **disk))
-    found = {"live": live["student"]["loss"], "stored": from_disk["student"]["loss"]}
+    found = {"live": live.student.metrics["loss"], "stored": from_disk.student.metrics["loss"]}
     if system["truncates"]:
         top = distill(RunOptions(**system["run"]), settings("top", top_k=DEFAULT_TOP_K, **teacher))
-        found["live_top_k"] = top["student"]["loss"]
+        found["live_top_k"] = top.student.metrics["loss"]
     print(seed, found, flush=True)
     return found
 
