@@ -3,14 +3,14 @@
     python benchmarks/extraction.py --teacher .assets/smollm2 --dataset .assets/wikipedia/train.jsonl \\
         --output results/extraction
 
-- *throughput*: tokens a second of an extraction (forward, projection, top-k, quantising, writing) over those of a bare
+- *throughput*: tokens per second of an extraction (forward, projection, top-k, quantising, writing) over those of a bare
   `model(**batch)` loop on the same batches, truncated at the same blocks; the two alternate, batch by batch.
 - *step*: a training step whose batch comes from disk (from the system's file cache, as rows that were read before) over one
   whose batch is in memory already.
 - *memory*: peak resident memory of `tutelage distill --curriculum_dir` over that of `--method scratch` on the same student and
   text.
-- *bytes*: a token by stage and dtype, over float32 hidden states and full logits.
-- *scale*: what int8 loses with a scale a token, and with a scale a dimension.
+- *bytes*: per token, by stage and dtype, over float32 hidden states and full logits.
+- *scale*: what int8 loses with a scale per token, and with a scale per dimension.
 - *students*: seconds of three students from one extraction over three live distillations.
 """
 
@@ -76,7 +76,7 @@ def settings(options: Any, folder: str, **fields: Any) -> tuple[RunOptions, Curr
 
 
 def throughput(options: Any, folder: Path) -> dict[str, float]:
-    """Tokens a second of extraction and of a bare loop, by stage."""
+    """Tokens per second of extraction and of a bare loop, by stage."""
     run, args = with_defaults(*settings(options, str(folder / "unused")))
     inputs = load_inputs(run, args)
     source, data = inputs.source, inputs.train_dataset
@@ -157,7 +157,7 @@ def step(options: Any, curriculum: Path) -> dict[str, Any]:
 
 
 def scale_errors(options: Any, curriculum: Path) -> dict[str, float]:
-    """Mean square error of int8 targets over their mean square, with a scale a token and a scale a dimension."""
+    """Mean square error of int8 targets over their mean square, with a scale per token and a scale per dimension."""
     stored = ExtractedCurriculum(curriculum, check=False)
     data = StoredRows(stored, stored.curriculum, stored.identity.width, Reading(options.batch, options.batch, seed=1))
     last = min(16 * options.batch, int(data.starts[1]))
@@ -202,6 +202,36 @@ def text_flags(options: Any) -> list[str]:
     return [f"--dataset={options.dataset}", f"--max_length={options.length}", "--max_samples=32"]
 
 
+def live_flags(options: Any) -> list[str]:
+    return [f"--teacher={options.teacher}", "--top_k=64", *text_flags(options)]
+
+
+def memory(options: Any, folder: Path) -> dict[str, float]:
+    """Peak resident memory, MiB, of training from disk, from labels alone, and with the live teacher."""
+    stored = [f"--curriculum_dir={folder / 'int8'}"]
+    labels = ["--method=scratch", f"--teacher={options.teacher}", *text_flags(options)]
+    _, from_disk = command(["distill", *flags(options, folder / "a", STUDENT), *stored])
+    _, alone = command(["distill", *flags(options, folder / "b", STUDENT), *labels])
+    _, live = command(["distill", *flags(options, folder / "c", STUDENT), *live_flags(options)])
+    return {"from disk": from_disk, "student alone": alone, "live teacher": live, "ratio": from_disk / alone}
+
+
+def students(options: Any, folder: Path) -> dict[str, Any]:
+    """Seconds of one extraction and three students from it, and of three live distillations."""
+    once = folder / "once"
+    widest = ["--projection_dim=192", *live_flags(options)]
+    extraction, _ = command(["extract", *flags(options, once, STUDENT)[:-1], *widest])
+    seconds: dict[str, list[float]] = {"live": [], "stored": []}
+    for width in WIDTHS:
+        student = f"layers=4,hidden_size={width}"
+        stored = [*flags(options, folder / f"s{width}", student), f"--curriculum_dir={once}"]
+        seconds["stored"].append(command(["distill", *stored])[0])
+        live = [*flags(options, folder / f"l{width}", student), *live_flags(options)]
+        seconds["live"].append(command(["distill", *live])[0])
+    total = extraction + sum(seconds["stored"])
+    return {"extraction": extraction, **seconds, "ratio": total / sum(seconds["live"])}
+
+
 def main() -> None:
     """Measure, and write results.json and README.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -233,34 +263,9 @@ def main() -> None:
         config = json.loads((folder / "int8" / "teacher" / "config.json").read_text(encoding="utf-8"))
         found["uncompressed"] = {"hidden": 4 * config["hidden_size"], "logits": 4 * teacher.outputs}
         print(found["bytes_per_token"], found["uncompressed"])
-        stored = [f"--curriculum_dir={folder / 'int8'}"]
-        live = [f"--teacher_model_name_or_path={options.teacher}", "--top_k=64", *text_flags(options)]
-        _, with_curriculum = command(["distill", *flags(options, folder / "a", STUDENT), *stored])
-        _, alone = command(
-            ["distill", *flags(options, folder / "b", STUDENT), "--method=scratch", *live[:1], *text_flags(options)]
-        )
-        _, with_teacher = command(["distill", *flags(options, folder / "c", STUDENT), *live])
-        found["memory_mib"] = {
-            "from disk": with_curriculum,
-            "student alone": alone,
-            "live teacher": with_teacher,
-            "ratio": with_curriculum / alone,
-        }
+        found["memory_mib"] = memory(options, folder)
         print(found["memory_mib"])
-        seconds: dict[str, list[float]] = {"live": [], "stored": []}
-        extraction, _ = command(
-            ["extract", *flags(options, folder / "once", STUDENT)[:-1], "--projection_dim=192", *live]
-        )
-        for width in WIDTHS:
-            student = f"layers=4,hidden_size={width}"
-            seconds["stored"].append(
-                command(
-                    ["distill", *flags(options, folder / f"s{width}", student), f"--curriculum_dir={folder / 'once'}"]
-                )[0]
-            )
-            seconds["live"].append(command(["distill", *flags(options, folder / f"l{width}", student), *live])[0])
-        total = extraction + sum(seconds["stored"])
-        found["students_seconds"] = {"extraction": extraction, **seconds, "ratio": total / sum(seconds["live"])}
+        found["students_seconds"] = students(options, folder)
         print(found["students_seconds"])
     write(options, found)
 
@@ -297,10 +302,10 @@ def write(options: Any, found: dict[str, Any]) -> None:
         f"(live teacher {memory['live teacher']:.0f}) | {memory['ratio']:.2f} |",
         f"| three students from one extraction over three live runs | {students['extraction']:.0f} + "
         f"{sum(students['stored']):.0f} s and {sum(students['live']):.0f} s | {students['ratio']:.2f} |",
-        f"| int8 error (share of the mean square), a scale a token and a scale a dimension | {scale['token']:.2e} and "
+        f"| int8 error (fraction of the mean square), a scale per token and a scale per dimension | {scale['token']:.2e} and "
         f"{scale['dimension']:.2e} | {scale['token'] / scale['dimension']:.2f} |",
         "",
-        "Bytes a token, everything in the files counted; float32 hidden states take "
+        "Bytes per token, everything in the files counted; float32 hidden states take "
         f"{found['uncompressed']['hidden']:,}, float32 logits {found['uncompressed']['logits']:,}.",
         "",
         "| dtype | " + " | ".join(next(iter(found["bytes_per_token"].values()))) + " |",

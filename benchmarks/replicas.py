@@ -87,7 +87,7 @@ def main() -> None:
         f"By `{command}`; {result['environment']['machine']}, one thread, torch {result['environment']['torch']}.",
         "",
         f"A step of `parity-mlp/laptop` ((64, 5), teacher width {fields.teacher_width:,}, student width "
-        f"{fields.student_width}, {fields.batch_size} examples a student), median of {options.steps}.",
+        f"{fields.student_width}, {fields.batch_size} examples per student), median of {options.steps}.",
         "",
         f"| step | 1 student, ms | {options.replicas} students, ms | ratio |",
         "|---|---|---|---|",

@@ -1,7 +1,7 @@
 """Speed and memory of tutelage's training step, as ratios measured within one run.
 
     python benchmarks/speed.py            # about 5 minutes on 2 quiet cores
-    python benchmarks/speed.py --quick    # smoke run, tiny models: its figures mean nothing
+    python benchmarks/speed.py --quick    # smoke run, tiny models: its numbers mean nothing
 
 Models are Llamas with random weights: nothing is downloaded. The two sides of a ratio alternate (A B, B A, ...) and each
 counts with its median, so that a drift of the machine meets both alike.
@@ -20,10 +20,8 @@ import gc
 import json
 import os
 import platform
-import resource
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,45 +34,31 @@ import torch
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset
+from speed_memory import memory_of
+from speed_models import (
+    LEARNING_RATE,
+    QUICK,
+    Sizes,
+    enter,
+    llama,
+    make_objective,
+    optimizer_of,
+    step_of,
+    token_batch,
+    token_rows,
+    tutelage_step,
+)
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 import tutelage
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
-from tutelage.core.heads import OutputHead
-from tutelage.core.losses import output_loss
-from tutelage.targets.live import LiveTargets, TargetMap, calibrate
+from tutelage.targets.live import LiveTargets, TargetMap
 from tutelage.tasks.collators import CausalCollator
-from tutelage.tasks.registry import get_task
-from tutelage.training.objective import StageObjective
-from tutelage.training.transition import StageSwitch
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNING_RATE = 1e-4
 WARM_UP = 3  # untimed steps before each measurement
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured, and how often."""
-
-    teacher_blocks: int = 12
-    student_blocks: int = 6
-    teacher_width: int = 256
-    student_width: int = 128
-    vocabulary: int = 32_000
-    batch: int = 8
-    length: int = 128
-    stage_rounds: int = 20
-    one_shot_rounds: int = 10
-    trainer_steps: int = 100
-    loss_vocabulary: int = 150_000
-    loss_positions: int = 2048
-    loss_width: int = 256
-
-
-QUICK = Sizes(4, 2, 64, 32, 1000, 2, 32, 3, 2, 10, 20_000, 1024, 64)
 
 
 @dataclass(frozen=True)
@@ -96,76 +80,6 @@ def figure(name: str, top: float, bottom: float, unit: str, *, most: float = 0.0
     target, met = (f"≤ {most:g}", ratio <= most) if most else (f"≥ {least:g}", ratio >= least)
     print(f"  {name}: {ratio:.3f} (target {target})", flush=True)
     return Figure(name, ratio, target, met, top, bottom, unit)
-
-
-# ---- Models and steps ----
-
-
-def llama(sizes: Sizes, blocks: int, width: int, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights and untied embeddings."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2 * sizes.length,
-    )
-    return LlamaForCausalLM(config)
-
-
-def token_rows(sizes: Sizes, count: int) -> list[dict[str, list[int]]]:
-    """Blocks of random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, sizes.vocabulary, (count * sizes.batch, sizes.length), generator=generator).tolist()
-    return [{"input_ids": row} for row in ids]
-
-
-def token_batch(sizes: Sizes) -> dict[str, torch.Tensor]:
-    """One batch of random tokens."""
-    return CausalCollator()(token_rows(sizes, 1))
-
-
-def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
-    """transformers' default optimiser, over the parameters that train."""
-    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=LEARNING_RATE, fused=True)
-
-
-def step_of(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], float]:
-    """One training step that tells its loss."""
-
-    def step() -> float:
-        value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(value.detach())
-
-    return step
-
-
-def make_objective(sizes: Sizes, curriculum: Curriculum | None = None) -> tuple[StageObjective, StageSwitch]:
-    """Objective and switch of a curriculum (the pair's extraction), calibrated, as the trainer makes them."""
-    student = llama(sizes, sizes.student_blocks, sizes.student_width, seed=1)
-    teacher = LiveTargets(llama(sizes, sizes.teacher_blocks, sizes.teacher_width, seed=2))
-    curriculum = curriculum or extraction(sizes.student_blocks, sizes.teacher_blocks, steps=20 * sizes.student_blocks)
-    maps = calibrate(teacher, curriculum, [token_batch(sizes)], sizes.student_width)
-    objective = StageObjective(student.train(), teacher, curriculum, get_task("causal_lm"), maps)
-    return objective, StageSwitch(objective)
-
-
-def enter(objective: StageObjective, switch: StageSwitch, index: int, batch: dict[str, Any]) -> None:
-    """Put everything in the state of stage `index`."""
-    switch.enter(index, True, lambda: {name: value[:1] for name, value in batch.items()})
-    switch.set_trainable(switch.trainable)
-    objective.zero_grad()
-
-
-def tutelage_step(objective: StageObjective, batch: dict[str, Any]) -> Callable[[], float]:
-    """What the trainer runs in the current stage."""
-    return step_of(lambda: objective(**batch)["loss"], optimizer_of(objective.student))
 
 
 def truncated(model: LlamaForCausalLM, blocks: int) -> nn.Module:
@@ -227,14 +141,15 @@ def hidden_stages(sizes: Sizes) -> list[Figure]:
     """Each hidden stage over the hand-written loop; both must give the same loss."""
     figures = []
     batch = token_batch(sizes)
-    objective, switch = make_objective(sizes)
-    assert objective.teacher is not None
+    objective, transition = make_objective(sizes)
+    source = objective.source
+    assert isinstance(source, LiveTargets)
     for index, stage in enumerate(objective.curriculum.stages):
-        target_map = objective.maps[index]
+        target_map = source.maps[index]
         if target_map is None:
             continue
-        enter(objective, switch, index, batch)
-        plain = plain_step(objective.student, objective.teacher.model, stage, target_map, batch)  # type: ignore[arg-type]
+        enter(objective, transition, index, batch)
+        plain = plain_step(objective.student, source.model, stage, target_map, batch)  # type: ignore[arg-type]
         ours = tutelage_step(objective, batch)
         losses = ours(), plain()
         if abs(losses[0] - losses[1]) > 1e-4 * losses[1]:
@@ -249,8 +164,8 @@ def first_stage_and_one_shot(sizes: Sizes) -> Figure:
     batch = token_batch(sizes)
     steps = []
     for index in (-1, 0):
-        objective, switch = make_objective(sizes)
-        enter(objective, switch, index % len(objective.curriculum.stages), batch)
+        objective, transition = make_objective(sizes)
+        enter(objective, transition, index % len(objective.curriculum.stages), batch)
         steps.append(tutelage_step(objective, batch))
     top, bottom = alternate(steps[0], steps[1], sizes.one_shot_rounds)
     return figure(f"one-shot step / first-stage step, vocabulary {sizes.vocabulary:,}", top, bottom, "s", least=8.0)
@@ -282,8 +197,8 @@ def trainer_overhead(sizes: Sizes) -> Figure:
     teacher_place = 2 * sizes.teacher_blocks // sizes.student_blocks
     stage = HiddenStage(count, student_place=2, teacher_place=teacher_place)
     curriculum = Curriculum("extraction", (stage,))
-    objective, switch = make_objective(sizes, curriculum)
-    enter(objective, switch, 0, batches[0])
+    objective, transition = make_objective(sizes, curriculum)
+    enter(objective, transition, 0, batches[0])
     optimizer = optimizer_of(objective.student)
     parameters = [p for p in objective.student.parameters() if p.requires_grad]
 
@@ -319,78 +234,7 @@ def trainer_overhead(sizes: Sizes) -> Figure:
         )
         trainer.train()
     top, bottom = (statistics.median(times[WARM_UP:]) for times in turns.times)
-    return figure(f"CurriculumTrainer / bare loop, {1000 * bottom:.0f} ms a step", top, bottom, "s", most=1.05)
-
-
-# ---- Memory ----
-
-
-def resident() -> int:
-    """Bytes of memory resident now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def high_water() -> int:
-    """Most bytes that were ever resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def stage_case(sizes: Sizes, index: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """A training step of a stage on one short row, and the same on a batch."""
-    batch = token_batch(sizes)
-    row = {name: value[:1, :8].contiguous() for name, value in batch.items()}
-    objective, switch = make_objective(sizes)
-    enter(objective, switch, index, row)
-    optimizer = optimizer_of(objective.student)
-    small = step_of(lambda: objective(**row)["loss"], optimizer)
-    return small, step_of(lambda: objective(**batch)["loss"], optimizer)
-
-
-def loss_case(sizes: Sizes, chunked: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Forward and backward of the output loss on a few positions, and the same on all."""
-    generator = torch.Generator().manual_seed(0)
-    heads = [nn.Linear(sizes.loss_width, sizes.loss_vocabulary, bias=False) for _ in range(2)]
-    states = [torch.randn(sizes.loss_positions, sizes.loss_width, generator=generator) for _ in range(2)]
-    student_head, teacher_head = heads[0], heads[1].requires_grad_(False)
-    hidden = states[0].requires_grad_()
-
-    def run(count: int) -> None:
-        if chunked:
-            loss = output_loss(hidden[:count], OutputHead(student_head), states[1][:count], OutputHead(teacher_head))
-        else:
-            with torch.no_grad():
-                log_p = F.log_softmax(teacher_head(states[1][:count]), dim=-1)
-            log_q = F.log_softmax(student_head(hidden[:count]), dim=-1)
-            loss = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        loss.backward()
-        student_head.zero_grad()
-        hidden.grad = None
-
-    return lambda: run(4), lambda: run(sizes.loss_positions)
-
-
-def memory_worker(case: str, sizes: Sizes) -> int:
-    """Growth of resident memory in one step of `case`: a stage's index, `chunked` or `plain`."""
-    small, full = stage_case(sizes, int(case)) if case.isdigit() else loss_case(sizes, case == "chunked")
-    small()
-    gc.collect()
-    # memory that the set-up had and gave back would hide the step's: take it, so that the high-water mark is now
-    ballast = torch.ones(max(0, high_water() - resident()) + 2**20, dtype=torch.uint8)
-    before = resident()
-    full()
-    peak = high_water()
-    del ballast
-    if peak <= before:
-        raise RuntimeError(f"memory case {case}: the step's growth could not be seen")
-    return peak - before
-
-
-def memory_of(case: str, quick: bool) -> int:
-    """`memory_worker` in a process of its own."""
-    command = [sys.executable, __file__, "--memory_case", case, *(["--quick"] if quick else [])]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    return figure(f"CurriculumTrainer / bare loop, {1000 * bottom:.0f} ms per step", top, bottom, "s", most=1.05)
 
 
 def memory(sizes: Sizes, quick: bool) -> list[Figure]:
@@ -443,7 +287,7 @@ def table(figures: list[Figure]) -> str:
 
 def readme(figures: list[Figure], sizes: Sizes, where: dict[str, Any], command: str, quick: bool) -> str:
     """The report as Markdown."""
-    smoke = "**A smoke run (`--quick`): these figures mean nothing.**\n\n" if quick else ""
+    smoke = "**A smoke run (`--quick`): these numbers mean nothing.**\n\n" if quick else ""
     return f"""# Speed and memory of a training step
 
 {smoke}`{command}`
@@ -469,12 +313,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "speed", help="folder of the report")
-    parser.add_argument("--memory_case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
-    if options.memory_case is not None:
-        print(memory_worker(options.memory_case, sizes))
-        return
     where, start = machine(), time.perf_counter()
     command = shlex.join(["python", *sys.argv])
     figures = hidden_stages(sizes)

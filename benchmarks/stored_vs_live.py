@@ -117,7 +117,7 @@ def main() -> None:
     line = f"python benchmarks/stored_vs_live.py --teacher {Path(options.teacher).name} "
     line += f"--dataset {Path(options.dataset).name} --output {options.output.name} "
     line += f"--steps {options.steps} --seeds {options.seeds}"
-    machine, file = environment(), options.output / "results.json"
+    file = options.output / "results.json"
     options.output.mkdir(parents=True, exist_ok=True)
     found = json.loads(file.read_text(encoding="utf-8"))["systems"] if file.exists() else {}
     for name in options.systems:
@@ -137,8 +137,15 @@ def main() -> None:
         found[name]["stored_less_live"] = interval(runs, "stored", "live")
         if system["truncates"]:
             found[name]["stored_less_live_top_k"] = interval(runs, "stored", "live_top_k")
-        result = {"command": line, "environment": machine, "systems": found}
+        result = {"command": line, "environment": environment(), "systems": found}
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    table = "\n".join(report(found, line, options.seeds))
+    (options.output / "README.md").write_text(table, encoding="utf-8")
+
+
+def report(found: dict[str, Any], line: str, seeds: int) -> list[str]:
+    """Lines of README.md."""
+    machine = environment()
     rows = []
     for name, entry in found.items():
         for key, what in (("stored_less_live", "live"), ("stored_less_live_top_k", "live, top 64")):
@@ -148,20 +155,19 @@ def main() -> None:
                     f"| {name} | {entry['live']:.4f} | {entry['live_sd']:.4f} | {what} | {entry[key]['mean']:+.5f} | "
                     f"{low:+.5f} to {high:+.5f} | {', '.join(f'{value:+.5f}' for value in entry[key]['by_seed'])} |"
                 )
-    lines = [
+    return [
         "# A student from disk and one from the live teacher",
         "",
         f"By `{line}`; {machine['machine']}, {machine['threads']} thread(s), torch {machine['torch']}.",
         "",
         "From disk: int8 hidden states and the top 64 outputs. Live: float32 and the full divergence, or that of the top 64.",
-        f"Held-out loss, in pairs of equal students and data order, {options.seeds} seeds.",
+        f"Held-out loss, in pairs of equal students and data order, {seeds} seeds.",
         "",
         "| system | live, mean | its deviation over seeds | from disk less | mean | 95% interval (t) | by seed |",
         "|---|---|---|---|---|---|---|",
         *rows,
         "",
     ]
-    (options.output / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def interval(runs: list[dict[str, float]], over: str, under: str) -> dict[str, Any]:
