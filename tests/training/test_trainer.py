@@ -335,7 +335,7 @@ def test_half_written_checkpoint_is_not_resumed_from(make_trainer: Make, tmp_pat
 def test_output_dir_of_another_run_is_refused(make_trainer: Make) -> None:
     settings = {"save_strategy": "steps", "save_steps": 4}
     make_trainer(**settings).train()
-    with pytest.raises(ValueError, match=r"already contains a run\. Choose another folder, resume the run"):
+    with pytest.raises(ValueError, match=r"already contains a run\. Choose a different folder, resume the run"):
         make_trainer(**settings).train()
     with pytest.raises(ValueError, match="contains a run with a different method, stages"):
         make_trainer(method="one_shot", **settings).train(resume_from_checkpoint=True)
