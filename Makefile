@@ -3,6 +3,7 @@ PYTHON ?= python3
 ASSETS ?= $(or $(TUTELAGE_ASSETS),.assets)
 BIN := .venv/bin
 DEV := .[dev,gguf,peft,report,sentence-transformers]
+NEWEST := 'transformers<6'
 # What the oldest and the newest environment have in other versions than constraints.txt.
 VARIED := ^(accelerate|huggingface_hub|tokenizers|transformers)==
 
@@ -20,7 +21,7 @@ test-lowest: .venv-lowest/.installed-dev
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2
 
 test-newest: .venv/.installed-dev
-	@found=$$($(BIN)/python -m pip install --dry-run --no-deps --upgrade 'transformers<6') || exit 1; \
+	@found=$$($(BIN)/python -m pip install --dry-run --no-deps --upgrade $(NEWEST)) || exit 1; \
 	case "$$found" in \
 	  *"Would install"*) $(MAKE) test-upgraded ;; \
 	  *) echo "constraints.txt has the newest transformers: \`make test\` covers it" ;; \
@@ -30,7 +31,7 @@ test-newest: .venv/.installed-dev
 test-upgraded:
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	grep -vE '$(VARIED)' constraints.txt > .venv-newest/constraints.txt
-	.venv-newest/bin/python -m pip install -q --upgrade -c .venv-newest/constraints.txt -e '$(DEV)'
+	.venv-newest/bin/python -m pip install -q --upgrade -c .venv-newest/constraints.txt -e '$(DEV)' $(NEWEST)
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2
 
 test-assets: assets  ## the tests on real teachers and texts

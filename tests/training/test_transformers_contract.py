@@ -122,6 +122,8 @@ CONTRACT = (
     Relied("datasets.Dataset", "_indices", "training/checks.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensor", "core/inputs.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensorMode", "runs/plan.py"),
+    Relied("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "core/blocks.py"),
+    Relied("transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/blocks.py"),
     Relied("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "targets/live.py"),
 )
 
@@ -267,18 +269,14 @@ def resolve(dotted: str) -> Any:
 
 @cache
 def names_of(owner: Any) -> frozenset[str]:
-    """Attributes of a module, a class (those its methods set included), or those that a function sets."""
+    """Attributes of a module, a class (those its methods set or read included), or those that a function sets."""
     if inspect.ismodule(owner):
         return frozenset(dir(owner))
     if inspect.isfunction(owner):
         return frozenset(node.attr for node in attributes(owner) if isinstance(node.ctx, ast.Store))
     names = set(dir(owner)) | set(getattr(owner, "__dataclass_fields__", ()))
     for cls in bases(owner, ours=False):
-        names |= {
-            node.attr
-            for node in attributes(cls)
-            if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
-        }
+        names |= {node.attr for node in attributes(cls) if isinstance(node.value, ast.Name) and node.value.id == "self"}
     return frozenset(names)
 
 

@@ -177,6 +177,16 @@ def _stop_at(module: nn.Module, before: bool) -> Iterator[None]:
     def stop_after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         raise _Reached(_first(output))
 
+    if not before and _is_recomputed(module):
+        # Before transformers 5.23 a block's hooks run inside the recomputed function, where states may have no gradient.
+        block: Any = module
+        recompute = block._gradient_checkpointing_func
+        block._gradient_checkpointing_func = lambda *args: stop_after(module, args, recompute(*args))
+        try:
+            yield
+        finally:
+            block._gradient_checkpointing_func = recompute
+        return
     handle = (
         module.register_forward_pre_hook(stop_before, with_kwargs=True)
         if before
@@ -186,6 +196,12 @@ def _stop_at(module: nn.Module, before: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _is_recomputed(module: nn.Module) -> bool:
+    """Whether transformers will run this block under gradient checkpointing."""
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return "GradientCheckpointingLayer" in names and bool(module.gradient_checkpointing) and module.training
 
 
 def _first(output: Any) -> torch.Tensor:
