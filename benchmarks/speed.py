@@ -45,7 +45,7 @@ from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
 from tutelage.core.heads import OutputHead
 from tutelage.core.losses import output_loss
 from tutelage.targets.live import LiveTargets, TargetMap, calibrate
-from tutelage.tasks.collators import CausalCollator
+from tutelage.tasks.language import CausalCollator
 from tutelage.tasks.registry import get_task
 from tutelage.training.objective import StageObjective
 from tutelage.training.transition import StageSwitch

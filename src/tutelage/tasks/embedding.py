@@ -1,6 +1,6 @@
-"""Sentence encoders: an encoder, pooling, and a linear head, in sentence-transformers' folder format.
+"""Sentence encoders, distilled on their pooled embedding; their folders have the format of sentence-transformers.
 
-Public names: `EmbeddingModel`, `load_embedding_model`.
+Public names: `SentenceEmbedding` (the task), `EmbeddingModel` (encoder, pooling, linear head), `load_embedding_model`.
 
 Shapes: B batch, T positions, D encoder width, E embedding width.
 """
@@ -8,27 +8,115 @@ Shapes: B batch, T positions, D encoder width, E embedding width.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import usable_positions
+from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import model_inputs, usable_positions
+from tutelage.core.losses import OutputSettings, embedding_loss
+from tutelage.tasks.base import Batch, Clues, EvaluationTools, OutputTarget, Task
 from tutelage.tasks.loading import check_weights, find_file, load_config, load_model
 
+# The number of pairs grows with the square of the number of sentences: 1,000 give half a million pairs.
+_PAIRED_SENTENCES = 1000
 POOLINGS = ("mean", "cls")
 _DENSE = "2_Dense"
-_MODULES = {
-    "Transformer": "sentence_transformers.models.Transformer",
-    "Pooling": "sentence_transformers.models.Pooling",
-    "Dense": "sentence_transformers.models.Dense",
-    "Normalize": "sentence_transformers.models.Normalize",
-}
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+
+
+@final
+class SentenceEmbedding(Task):
+    """Encoder, pooling and a linear head (`EmbeddingModel`); the output is the embedding itself."""
+
+    name = "embedding"
+    suffixes = ("SentenceTransformer",)
+    learns_from_labels = False
+    warm_start = "head"
+    metric, better = "cosine", "higher"
+    pipeline_tag, library = "sentence-similarity", "sentence-transformers"
+
+    def recognizes(self, clues: Clues) -> bool:
+        if clues.model is not None:
+            return isinstance(clues.model, EmbeddingModel)
+        first = clues.names[0]
+        return super().recognizes(clues) or (first.endswith("Model") and not first.endswith("LMHeadModel"))
+
+    def load(self, path: str, *, what: str = "teacher", **kwargs: Any) -> nn.Module:
+        return load_embedding_model(path, what=what, **kwargs)
+
+    def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
+        """An encoder; with a teacher's shape, with its pooling and a head to its embedding width."""
+        encoder: Any = super().build(config)
+        return EmbeddingModel(encoder, **(shape or {}))
+
+    def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
+        assert isinstance(teacher, EmbeddingModel)
+        return {"embedding_size": teacher.embedding_size, "pooling": teacher.pooling, "normalize": teacher.normalize}
+
+    def fit_to_teacher(self, student: nn.Module, shape: Mapping[str, Any] | None) -> None:
+        assert isinstance(student, EmbeddingModel)
+        if shape is not None:
+            student.fit_head(shape["embedding_size"])
+
+    def backbone(self, model: nn.Module) -> nn.Module:
+        return model.encoder if isinstance(model, EmbeddingModel) else model
+
+    def output_head(self, model: nn.Module, outputs: int | None = None) -> OutputHead | None:
+        """The linear map on the pooled state; None where the embedding is the pooled state."""
+        head = model.head if isinstance(model, EmbeddingModel) else None
+        return None if head is None else OutputHead(head)
+
+    def restore(self, model: nn.Module, folder: Path, standard: Callable[[], None]) -> None:
+        model.load_state_dict(load_embedding_model(str(folder)).state_dict())
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
+        return DataCollatorWithPadding(tokenizer)
+
+    def output_loss(
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
+    ) -> torch.Tensor:
+        assert target is not None and target.whole is not None
+        return embedding_loss(student(**model_inputs(student, batch)), target.whole, settings.embedding_loss)
+
+    def measure(
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
+    ) -> torch.Tensor:
+        """Embeddings of student and teacher, (B, 2, E)."""
+        if target is None or target.whole is None:
+            raise UserError("an embedding model is evaluated against its teacher: give one with --teacher")
+        return torch.stack([student(**model_inputs(student, batch)).float(), target.whole.float()], dim=1)
+
+    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+        """`loss` (1 - cosine), `cosine` (mean over sentences), and over all pairs of the first 1,000 sentences the Pearson
+        and Spearman correlation of pairwise cosine similarities, `similarity_pearson` and `similarity_spearman`."""
+        student_BE, teacher_BE = torch.cat(parts).transpose(0, 1).contiguous()
+        cosine = F.cosine_similarity(student_BE, teacher_BE, dim=-1).mean().item()
+        metrics = {"loss": 1 - cosine, "cosine": cosine}
+        count = min(len(student_BE), _PAIRED_SENTENCES)
+        if count >= 3:
+            upper = torch.triu_indices(count, count, offset=1)
+            units = [F.normalize(embeddings[:count], dim=-1) for embeddings in (student_BE, teacher_BE)]
+            similarities = [(unit @ unit.T)[upper[0], upper[1]].double().numpy() for unit in units]
+            ranks = [np.argsort(np.argsort(values)) for values in similarities]
+            metrics["similarity_pearson"] = float(np.corrcoef(np.stack(similarities))[0, 1])
+            metrics["similarity_spearman"] = float(np.corrcoef(np.stack(ranks))[0, 1])
+        return metrics
 
 
 class EmbeddingModel(nn.Module):
@@ -134,7 +222,7 @@ class EmbeddingModel(nn.Module):
             modules.append(("Normalize", f"{len(modules)}_Normalize"))
             (folder / modules[-1][1]).mkdir(exist_ok=True)
         entries = [
-            {"idx": index, "name": str(index), "path": path, "type": _MODULES[kind]}
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for index, (kind, path) in enumerate(modules)
         ]
         _write_json(folder / "modules.json", entries)

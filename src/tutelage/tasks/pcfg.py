@@ -20,7 +20,7 @@ from transformers import BertConfig, GPT2Config
 
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import IGNORED_LABEL
-from tutelage.tasks.collators import CausalCollator
+from tutelage.tasks.language import CausalCollator
 from tutelage.tasks.pcfg_grammar import Grammar, Strings, build_grammar, hash_words, sample
 
 __all__ = [

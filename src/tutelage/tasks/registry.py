@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig
 from tutelage.core.errors import UserError
 from tutelage.tasks.base import Clues, Task
 from tutelage.tasks.classification import PlainClassification, SequenceClassification
+from tutelage.tasks.embedding import SentenceEmbedding
 from tutelage.tasks.language import CausalLM, MaskedLM
 from tutelage.tasks.loading import find_file, load_config
-from tutelage.tasks.sentences import SentenceEmbedding
 
 TASKS: dict[str, Task] = {}
 

@@ -21,7 +21,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import batch_positions
 from tutelage.targets.source import StatisticsFile
-from tutelage.tasks.outputs import EvaluationTools
+from tutelage.tasks.base import EvaluationTools
 from tutelage.training import checks
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.feed import StageFeed
