@@ -26,7 +26,8 @@ from tutelage.reproduction.recipes import resolve
 from tutelage.runs.distill import distill, environment
 from tutelage.runs.extraction.job import DEFAULT_TOP_K, ExtractOptions, extract
 from tutelage.runs.inputs import RunOptions
-from tutelage.tasks.pcfg import build_grammar, pcfg_tokens
+from tutelage.tasks.pcfg import pcfg_tokens
+from tutelage.tasks.pcfg_grammar import build_grammar
 from tutelage.training.config import CurriculumConfig
 
 # two-sided 95% points of Student's t, by degrees of freedom

@@ -104,7 +104,7 @@ def output_loss(
     spec = _OutputSpec(student_head, teacher_hidden_NE, teacher_head, labels_N, settings, targets)
     chunk_size = settings.chunk_size or chunk_positions(student_head)
     return _ChunkedOutputLoss.apply(
-        student_hidden_ND, spec, chunk_size, torch.is_grad_enabled(), *student_head.parameters
+        student_hidden_ND, spec, chunk_size, torch.is_grad_enabled(), *student_head.linear.parameters()
     )
 
 

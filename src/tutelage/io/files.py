@@ -1,4 +1,4 @@
-"""Writing files that nobody ever reads half of.
+"""Write files so that nobody reads them half-written.
 
 Public names: `replacing`, `write_atomically`.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well."""
+    """A temporary path to write to; it is synced and renamed to `path` when the block ends without an error."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
     with open(temporary, "rb") as handle:

@@ -2,8 +2,8 @@
 
 Public names: `Store`, `sha256_of`.
 
-Nothing is ever read half-written: local files are written beside their place, synced and renamed, objects appear when their
-upload is complete.
+A file is never read half-written: a local file is written to a temporary file, synced and renamed; an object in remote
+storage appears when its upload is complete.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from tutelage.io.files import replacing, write_atomically
+from tutelage.io.files import replacing
 
 
 def sha256_of(handle: Any) -> str:
-    """SHA-256 of what an open binary file still holds."""
+    """SHA-256 of the rest of an open binary file."""
     digest = hashlib.sha256()
     while block := handle.read(1 << 22):
         digest.update(block)
@@ -34,12 +34,7 @@ def sha256_of(handle: Any) -> str:
 
 
 class Store:
-    """Files below a folder or URL.
-
-    Args:
-        url: the folder.
-        kept: fetched files that stay on this machine at a time, where the folder is elsewhere; the oldest goes first.
-    """
+    """The files in a folder or URL. Of a remote folder at most `kept` fetched files stay on this machine at a time."""
 
     def __init__(self, url: str | Path, kept: int = 8):
         self.url, self.kept = str(url).rstrip("/"), kept
@@ -51,12 +46,12 @@ class Store:
 
     @property
     def fs(self) -> Any:
-        """The file system. A forked process, such as a data loader's worker, gets its own, and fetches its own files."""
+        """The file system. A forked process, such as a data loader's worker, has its own, and fetches its own files."""
         if self._process != os.getpid():
             self._process = os.getpid()
             self._fs, _ = fsspec.core.url_to_fs(self.url)
             self._fetched = OrderedDict()
-            # inside the folder of the process that it was forked from, which deletes it
+            # inside the folder of the parent process, which deletes it
             self._folder = None if self._folder is None else Path(tempfile.mkdtemp(dir=self._folder))
         return self._fs
 
@@ -67,40 +62,34 @@ class Store:
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
         return bool(self.fs.isfile(self._path(name)))
 
     def is_empty(self) -> bool:
-        """Whether there is nothing at all."""
+        """Whether the folder has no files."""
         return not (self.fs.exists(self.root) and self.fs.find(self.root))
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Size of a file in bytes."""
         return int(self.fs.size(self._path(name)))
 
     def files(self, folder: str) -> list[str]:
-        """Names of the files below a folder."""
+        """Names of the files in a folder and below it; none if there is no folder."""
         start = len(self.root.rstrip("/")) + 1
-        if not self.fs.exists(self._path(folder)):
-            return []
         return sorted(str(path)[start:] for path in self.fs.find(self._path(folder)))
 
     def read(self, name: str) -> str:
-        """A text file."""
+        """The contents of a text file."""
         return str(self.fs.cat_file(self._path(name)).decode("utf-8"))
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file whole."""
-        if self.local is None:
-            self.fs.pipe_file(self._path(name), text.encode("utf-8"))
-            return
-        path = self.local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        """Write a text file whole or not at all."""
+        with self.writing(name) as path:
+            path.write_text(text, encoding="utf-8")
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A path to write to; the file takes its name, whole, when the block ends well."""
+        """A temporary path to write to; the file gets its name when the block ends without an error."""
         if self.local is not None:
             path = self.local / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +107,7 @@ class Store:
             self.fs.rm_file(self._path(name))
 
     def fetch(self, name: str) -> Path:
-        """A file as one on this machine: itself, or a copy that is kept for a while."""
+        """Path of a file on this machine: the file itself, or a copy that is kept for a while."""
         if self.local is not None:
             return self.local / name
         fs = self.fs
@@ -135,11 +124,11 @@ class Store:
         self._fetched[name] = path
         while len(self._fetched) > self.kept:
             _, oldest = self._fetched.popitem(last=False)
-            oldest.unlink(missing_ok=True)  # what is mapped from it stays readable
+            oldest.unlink(missing_ok=True)  # memory maps of it stay readable
         return path
 
     def fetch_folder(self, folder: str) -> Path:
-        """A small folder as one on this machine."""
+        """Path of a small folder on this machine: the folder itself, or a copy."""
         paths = [self.fetch(name) for name in self.files(folder)]
         return paths[0].parent if paths else Path(self.root) / folder
 
@@ -148,7 +137,7 @@ class Store:
         with self.fs.open(self._path(name), "rb") as handle:
             return sha256_of(handle)
 
-    # a copy in another process fetches its own files
+    # a copy in a different process fetches its own files
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "kept": self.kept}
 

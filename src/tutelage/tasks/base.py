@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_model
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModel, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tutelage.core.blocks import FINAL, forward_to
 from tutelage.core.curriculum import HiddenStage, Stage
@@ -187,9 +187,9 @@ class Task(ABC):
 
     # ---- Data ----
 
-    @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
-        """The data collator."""
+        """The data collator; default: padding."""
+        return DataCollatorWithPadding(tokenizer)
 
     def check_rows(self, rows: Any, config: PreTrainedConfig) -> None:
         """Raise UserError for training rows that do not fit the teacher."""

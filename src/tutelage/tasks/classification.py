@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     default_data_collator,
@@ -58,9 +57,6 @@ class SequenceClassification(HeadTask):
             raise UserError(
                 f"the dataset has the label {wrong}, but the teacher has the classes 0 to {classes - 1}: correct the labels"
             )
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
-        return DataCollatorWithPadding(tokenizer)
 
     def example(self, length: int) -> Batch:
         return {**super().example(length), "labels": torch.zeros((1,), dtype=torch.long)}

@@ -17,14 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForTextEncoding,
-    DataCollatorWithPadding,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
@@ -35,7 +28,8 @@ from tutelage.tasks.loading import check_weights, find_file, load_config, load_m
 
 # The number of pairs grows with the square of the number of sentences: 1,000 give half a million pairs.
 _PAIRED_SENTENCES = 1000
-POOLINGS = ("mean", "cls")
+_POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+POOLINGS = tuple(_POOLING_KEYS)
 _DENSE = "2_Dense"
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 
@@ -61,7 +55,7 @@ class SentenceEmbedding(Task):
         return load_embedding_model(path, what=what, **kwargs)
 
     def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
-        """An encoder; with a teacher's shape, with its pooling and a head to its embedding width."""
+        """An encoder; with the `shape` of a teacher it has the teacher's pooling and embedding width."""
         encoder: Any = super().build(config)
         return EmbeddingModel(encoder, **(shape or {}))
 
@@ -78,15 +72,12 @@ class SentenceEmbedding(Task):
         return model.encoder if isinstance(model, EmbeddingModel) else model
 
     def output_head(self, model: nn.Module, outputs: int | None = None) -> OutputHead | None:
-        """The linear map on the pooled state; None where the embedding is the pooled state."""
+        """The linear map from the pooled state to the embedding; None if they are the same."""
         head = model.head if isinstance(model, EmbeddingModel) else None
         return None if head is None else OutputHead(head)
 
     def restore(self, model: nn.Module, folder: Path, standard: Callable[[], None]) -> None:
         model.load_state_dict(load_embedding_model(str(folder)).state_dict())
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
-        return DataCollatorWithPadding(tokenizer)
 
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
@@ -114,17 +105,17 @@ class SentenceEmbedding(Task):
             units = [F.normalize(embeddings[:count], dim=-1) for embeddings in (student_BE, teacher_BE)]
             similarities = [(unit @ unit.T)[upper[0], upper[1]].double().numpy() for unit in units]
             ranks = [np.argsort(np.argsort(values)) for values in similarities]
-            metrics["similarity_pearson"] = float(np.corrcoef(np.stack(similarities))[0, 1])
-            metrics["similarity_spearman"] = float(np.corrcoef(np.stack(ranks))[0, 1])
+            metrics["similarity_pearson"] = float(np.corrcoef(similarities[0], similarities[1])[0, 1])
+            metrics["similarity_spearman"] = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
         return metrics
 
 
 class EmbeddingModel(nn.Module):
-    """An encoder with mean or first-token pooling, an optional linear head, and unit-norm output.
+    """An encoder with mean or first-token pooling, an optional linear head, and optional normalisation.
 
     Args:
         encoder: a `transformers` encoder without an output head.
-        embedding_size: E, the width of the head's output; None leaves the head out (E = D).
+        embedding_size: E, the width of the head's output; None for no head (E = D).
         pooling: `mean` over non-padding positions, or `cls`.
         normalize: scale embeddings to unit norm.
     """
@@ -145,22 +136,20 @@ class EmbeddingModel(nn.Module):
         return self.encoder.config.hidden_size if self.head is None else self.head.out_features
 
     def fit_head(self, embedding_size: int) -> None:
-        """Give an encoder without a head a new one to `embedding_size`, where its own width differs.
+        """Add a head with the output width `embedding_size`, if the encoder has no head and a different width.
 
-        Raises:
-            UserError: it has a head with a different output width.
-        """
+        Raises UserError for an encoder with a head of a different output width."""
         if self.embedding_size == embedding_size:
             return
         if self.head is not None:
             raise UserError(
                 f"the student's embeddings have {self.embedding_size} dimensions, the teacher's {embedding_size}: "
-                "use a student without a Dense module, it gets one of the right size"
+                "use a student without a Dense module; tutelage adds one of the right size"
             )
         self.head = nn.Linear(self.encoder.config.hidden_size, embedding_size)
 
     def stored_parts(self) -> list[tuple[str, nn.Module, str]]:
-        """Where `save_pretrained` puts the weights: folder, module, and prefix of the names in the file."""
+        """The parts that `save_pretrained` writes: folder, module, and prefix of the names in the file."""
         return [("", self.encoder, "")] + ([] if self.head is None else [(_DENSE, self.head, "linear.")])
 
     @property
@@ -191,32 +180,20 @@ class EmbeddingModel(nn.Module):
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write the encoder at the folder's root and the rest as sentence-transformers modules."""
+        """Write the encoder to the root of the folder, and the other parts as modules of sentence-transformers."""
         folder = Path(folder)
         kwargs.pop("state_dict", None)
         self.encoder.save_pretrained(folder, **kwargs)
         width = self.encoder.config.hidden_size
         modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-        _write_json(
-            folder / "1_Pooling" / "config.json",
-            {
-                "word_embedding_dimension": width,
-                "pooling_mode_cls_token": self.pooling == "cls",
-                "pooling_mode_mean_tokens": self.pooling == "mean",
-            },
-        )
+        pooling = {key: self.pooling == name for name, key in _POOLING_KEYS.items()}
+        _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **pooling})
         if self.head is not None:
             modules.append(("Dense", _DENSE))
-            _write_json(
-                folder / _DENSE / "config.json",
-                {
-                    "in_features": width,
-                    "out_features": self.head.out_features,
-                    "bias": True,
-                    "activation_function": "torch.nn.modules.linear.Identity",
-                },
-            )
-            weights = {"linear.weight": self.head.weight.detach().cpu(), "linear.bias": self.head.bias.detach().cpu()}
+            shape = {"in_features": width, "out_features": self.head.out_features, "bias": True}
+            activation = {"activation_function": "torch.nn.modules.linear.Identity"}
+            _write_json(folder / _DENSE / "config.json", {**shape, **activation})
+            weights = {f"linear.{name}": value.cpu() for name, value in self.head.state_dict().items()}
             save_file(weights, folder / _DENSE / "model.safetensors", metadata={"format": "pt"})
         if self.normalize:
             modules.append(("Normalize", f"{len(modules)}_Normalize"))
@@ -231,13 +208,11 @@ class EmbeddingModel(nn.Module):
 
 
 def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -> EmbeddingModel:
-    """Load an encoder, with pooling and head as its sentence-transformers files say (mean pooling if it has none).
+    """Load an encoder, with the pooling and head of its sentence-transformers files (default: mean pooling, no head).
 
-    Raises:
-        UserError: a module or pooling this class does not have.
-    """
+    Raises UserError for an unknown module or pooling."""
     config = load_config(folder, what=what, trust_remote_code=bool(kwargs.get("trust_remote_code")))
-    # a T5 encoder is half of an encoder-decoder model
+    # a T5 encoder is one half of an encoder-decoder model
     names = config.architectures or [""]
     half = getattr(config, "is_encoder_decoder", False) or names[0].endswith("EncoderModel")
     auto_class = AutoModelForTextEncoding if half else AutoModel
@@ -254,13 +229,10 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
     if "Pooling" in kinds:
         settings = json.loads(_part(folder, f"{kinds['Pooling']}/config.json", what).read_text(encoding="utf-8"))
         chosen = [key for key, value in settings.items() if key.startswith("pooling_mode") and value is True]
-        by_key = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-        if len(chosen) == 1 and chosen[0] in by_key:
-            pooling = by_key[chosen[0]]
-        elif chosen or settings.get("pooling_mode", "mean") not in POOLINGS:
-            raise UserError(f"{what} {folder!r} pools by {chosen or settings['pooling_mode']}; known: mean, cls")
-        else:
-            pooling = settings.get("pooling_mode", "mean")
+        named = [name for name, key in _POOLING_KEYS.items() if chosen == [key]]
+        pooling = named[0] if named else settings.get("pooling_mode", "mean")
+        if (chosen and not named) or pooling not in POOLINGS:
+            raise UserError(f"{what} {folder!r} pools by {sorted(chosen) or pooling}; known: mean, cls")
     weights = _dense_weights(folder, kinds["Dense"], what) if "Dense" in kinds else None
     size = None if weights is None else len(weights["weight"])
     model = EmbeddingModel(encoder, size, pooling, "Normalize" in kinds)
@@ -277,7 +249,7 @@ def _part(folder: str, name: str, what: str) -> Path:
 
 
 def _dense_weights(folder: str, part: str, what: str) -> dict[str, torch.Tensor]:
-    """State of the linear head that a Dense module holds; a missing bias is zero."""
+    """State of the linear head in a Dense module; a missing bias is zero."""
     whose = f"{what} {folder!r}"
     config = json.loads(_part(folder, f"{part}/config.json", what).read_text(encoding="utf-8"))
     activation = config.get("activation_function", "Tanh")

@@ -69,7 +69,7 @@ class CausalLM(_LanguageModel):
 
 @final
 class MaskedLM(_LanguageModel):
-    """Masked positions predict the token that was there."""
+    """Masked positions predict the original token."""
 
     name = "masked_lm"
     auto_class = AutoModelForMaskedLM
@@ -84,11 +84,11 @@ class MaskedLM(_LanguageModel):
 
 
 class CausalCollator:
-    """Stacks packed blocks; pads ragged ones at their end, with labels ignored there.
+    """Stacks packed blocks; pads shorter rows at their end, where the labels are ignored.
 
     Args:
         pad_token_id: id of the padding; None is 0.
-        always_mask: give an attention mask also where no row is padded.
+        always_mask: return an attention mask even if no row is padded.
     """
 
     def __init__(self, pad_token_id: int | None = None, always_mask: bool = False):
@@ -112,9 +112,9 @@ class CausalCollator:
 
 
 class StableMaskingCollator(DataCollatorForLanguageModeling):
-    """Random masking (80/10/10) seeded by the batch's content.
+    """Random masking (80/10/10) seeded by the content of the batch.
 
-    The same batch is masked alike in every method and after a resume, whatever else has drawn random numbers.
+    The masks of a batch are therefore the same for every method and after a resume.
     """
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
