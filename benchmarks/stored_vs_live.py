@@ -28,7 +28,8 @@ from tutelage.runs.environment import environment
 from tutelage.runs.extraction.job import extract
 from tutelage.runs.extraction.options import DEFAULT_TOP_K, ExtractOptions
 from tutelage.runs.inputs import RunOptions
-from tutelage.tasks.pcfg import build_grammar, pcfg_tokens
+from tutelage.tasks.pcfg import pcfg_tokens
+from tutelage.tasks.pcfg_grammar import build_grammar
 from tutelage.training.config import CurriculumConfig
 
 # two-sided 95% points of Student's t, by degrees of freedom

@@ -1,4 +1,4 @@
-"""Networks whose blocks have no places of their own."""
+"""Networks whose blocks cannot be addressed individually."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_blocks_that_share_weights_are_refused() -> None:
     config = AlbertConfig(
         vocab_size=20, embedding_size=8, hidden_size=8, num_hidden_layers=6, num_attention_heads=2, intermediate_size=8
     )
-    with pytest.raises(ValueError, match="6 times over: blocks that share weights have no places of their own"):
+    with pytest.raises(ValueError, match="6 times over: blocks that share weights cannot be addressed individually"):
         find_blocks(AlbertModel(config))
 
 

@@ -50,7 +50,7 @@ def test_logits_loss_is_output_loss(temperature: float, label_weight: float) -> 
     labels = labels_of(N)
     labels[3] = -100  # has no label loss
     settings = {"temperature": temperature, "label_weight": label_weight}
-    inputs = [hidden, *student_head.parameters]
+    inputs = [hidden, *student_head.linear.parameters()]
     mine = logits_loss(
         student_head(hidden), teacher_head(teacher_hidden).detach(), labels, settings=OutputSettings(**settings)
     )

@@ -43,7 +43,7 @@ def test_output_loss_is_exact(
     chunk_size: int | None, temperature: float, label_weight: float, softcap: float | None
 ) -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces(softcap)
-    inputs = [hidden, *head.parameters]
+    inputs = [hidden, *head.linear.parameters()]
     settings = {"temperature": temperature, "label_weight": label_weight}
     mine = output_loss(
         hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(chunk_size=chunk_size, **settings)
@@ -194,7 +194,7 @@ def test_embedding_loss() -> None:
 def test_positions_without_a_label_have_no_label_loss(label_weight: float, chunk_size: int | None) -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
     labels[::3] = -100
-    inputs = [hidden, *head.parameters]
+    inputs = [hidden, *head.linear.parameters()]
     mine = output_loss(
         hidden,
         head,
@@ -211,7 +211,7 @@ def test_positions_without_a_label_have_no_label_loss(label_weight: float, chunk
 
 def test_two_micro_batches_give_the_gradient_of_one_batch() -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
-    inputs = [hidden, *head.parameters]
+    inputs = [hidden, *head.linear.parameters()]
     whole = (
         output_loss(hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(label_weight=0.5)) / N
     )
@@ -236,7 +236,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch() -> None:
 @pytest.mark.parametrize("frozen", ["state", "head"])
 def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
-    inputs = [hidden, *head.parameters]
+    inputs = [hidden, *head.linear.parameters()]
     expected = torch.autograd.grad(output_loss(hidden, head, teacher_hidden, teacher_head, labels), inputs)
     for tensor in inputs[:1] if frozen == "state" else inputs[1:]:
         tensor.requires_grad_(False)
@@ -262,14 +262,14 @@ def test_no_positions() -> None:
     )
     loss.backward()
     assert loss.item() == 0
-    assert all(torch.equal(parameter.grad, torch.zeros_like(parameter)) for parameter in head.parameters)
+    assert all(torch.equal(parameter.grad, torch.zeros_like(parameter)) for parameter in head.linear.parameters())
     assert output_metrics(hidden[:0], head, labels[:0]).shape == (0, 6)
 
 
 @pytest.mark.parametrize("chunk_size", [5, None])
 def test_autocast_gradients_are_those_of_the_formula_under_autocast(chunk_size: int | None) -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
-    inputs = [hidden, *head.parameters]
+    inputs = [hidden, *head.linear.parameters()]
     with torch.autocast("cpu", torch.bfloat16):
         mine = output_loss(
             hidden,

@@ -50,7 +50,9 @@ def test_classifier_ignores_what_a_language_model_does_to_its_logits(linear: nn.
 def test_outputs_in_use(hidden: torch.Tensor, bias: bool) -> None:
     linear = nn.Linear(6, 10, bias=bias)
     head = OutputHead.of(Headed(linear), outputs=7)
-    assert [id(parameter) for parameter in head.parameters] == [id(parameter) for parameter in linear.parameters()]
+    assert [id(parameter) for parameter in head.linear.parameters()] == [
+        id(parameter) for parameter in linear.parameters()
+    ]
     torch.testing.assert_close(head(hidden), linear(hidden)[..., :7])
 
 

@@ -32,8 +32,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.inputs import IGNORED_LABEL, at_positions, label_positions
 from tutelage.runs.evaluate import EvaluateOptions, evaluate
 from tutelage.runs.results import RESULT_FILE, RunResult
-from tutelage.tasks.base import Batch, HeadTask
-from tutelage.tasks.outputs import Selected
+from tutelage.tasks.base import Batch, HeadTask, Selected
 from tutelage.tasks.registry import TASKS
 from tutelage.training.records import METRICS_FILE, MetricsFile
 

@@ -23,15 +23,12 @@ from tutelage.tasks.pcfg import (
     FIRST_TERMINAL,
     MASK,
     PAD,
-    Grammar,
     PcfgDataset,
-    Strings,
-    build_grammar,
     pcfg_collator,
     pcfg_config,
     pcfg_tokens,
-    sample,
 )
+from tutelage.tasks.pcfg_grammar import Grammar, Strings, build_grammar, sample
 
 TINY = build_grammar(levels=4, symbols=2, seed=3)
 SMALL = build_grammar(levels=5)

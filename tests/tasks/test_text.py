@@ -99,7 +99,10 @@ def test_a_byte_that_is_no_utf8_is_found_beyond_the_first_block(tmp_path: Path) 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no dataset file '/nowhere/text.txt'"):
         read_dataset("/nowhere/text.txt")
-    with pytest.raises(ValueError, match="no dataset 'nobody/nothing': no such file or folder, and the Hub gave none"):
+    with pytest.raises(
+        ValueError,
+        match="no dataset 'nobody/nothing': there is no local file or folder of that name, and it was not found",
+    ):
         read_dataset("nobody/nothing")
     with pytest.raises(ValueError, match="was not written by datasets' save_to_disk"):
         read_dataset(str(tmp_path))
@@ -194,14 +197,14 @@ def test_tokenised_data_pass_through(plain: PreTrainedTokenizerBase) -> None:
     [
         ({"body": ["a"]}, CAUSAL, 8, r"no column 'text' \(it has body\); .* needs text: rename the column or set"),
         ({"text": ["a"]}, CLASSIFIER, 8, r"no column 'label' \(it has text\); .* needs text and label"),
-        ({"text": [1]}, CAUSAL, 8, "column 'text' of the dataset holds int64: expected text"),
-        ({"text": [["a"]]}, CAUSAL, 8, "column 'text' of the dataset holds List.*: expected text"),
+        ({"text": [1]}, CAUSAL, 8, "column 'text' of the dataset has the type int64: expected text"),
+        ({"text": [["a"]]}, CAUSAL, 8, "column 'text' of the dataset has the type List.*: expected text"),
         ({"text": ["a", None]}, CAUSAL, 8, "column 'text' of the dataset has rows without a value"),
         (
             {"text": ["a"], "label": ["good"]},
             CLASSIFIER,
             8,
-            "'label' of the dataset holds string: expected class numbers",
+            "'label' of the dataset has the type string: expected class numbers",
         ),
         ({"text": ["ba den"]}, CAUSAL, 8, "too short for one block of 8 tokens: lower --max_length"),
         ({"text": ["ba den"]}, CAUSAL, 1, "max_length 1 is too short: task causal_lm needs at least 2 tokens"),

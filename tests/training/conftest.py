@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.tasks.collators import CausalCollator
+from tutelage.tasks.language import CausalCollator
 
 VOCAB, LENGTH = 61, 12
 

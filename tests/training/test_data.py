@@ -11,7 +11,7 @@ from datasets import Dataset
 from tests.conftest import WORDS, make_tokenizer, save_llama, sentences
 from tests.training.conftest import token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.tasks.collators import CausalCollator
+from tutelage.tasks.language import CausalCollator
 from tutelage.tasks.loading import load_tokenizer
 
 Make = Callable[..., CurriculumTrainer]

@@ -17,7 +17,7 @@ import sys
 import torch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.tasks.collators import CausalCollator
+from tutelage.tasks.language import CausalCollator
 
 output, batch, checkpointing = sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3
 args = CurriculumConfig(

@@ -14,8 +14,8 @@ from transformers import BertModel
 from tests.conftest import bert_config
 from tests.training.conftest import llama
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.tasks.collators import CausalCollator
 from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.language import CausalCollator
 from tutelage.tasks.loading import load_tokenizer
 
 Make = Callable[..., CurriculumTrainer]

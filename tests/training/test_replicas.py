@@ -16,7 +16,7 @@ from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extra
 from tutelage.core.projection import RandomProjection, StackedProjection
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.maps import Calibration, calibrate, load_target_maps, random_projection, save_target_maps
-from tutelage.tasks.outputs import EvaluationTools
+from tutelage.tasks.base import EvaluationTools
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig
 from tutelage.tasks.registry import get_task
 from tutelage.training.objective import StageObjective

@@ -24,7 +24,7 @@ from tutelage.runs.inputs import RunOptions
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.order import Reading
 from tutelage.targets.source import FixedSettings
-from tutelage.tasks.collators import CausalCollator
+from tutelage.tasks.language import CausalCollator
 from tutelage.training.config import DEFAULTS
 from tutelage.training.resolution import resolve
 

@@ -1,4 +1,4 @@
 """The method itself: blocks, projections, standardiser, stages and losses.
 
-Of third parties only torch and numpy are imported here.
+Of third-party packages, only torch and numpy are imported here.
 """

@@ -1,17 +1,15 @@
-"""The repeated blocks of a network, and running it only up to one of them.
+"""Find the repeated blocks of a network, and run the network only up to one of them.
 
 Public names: `find_blocks`, `Blocks`, `forward_to`, `output_head`, `head_module`, `FINAL`.
 
-A *place* is an integer or `FINAL`. Place 0 is what enters the first block (the embedding output, as `hidden_states[0]`
-of transformers), place b the output of block b, and `FINAL` what enters the output head (after the final norm).
+A *place* is an integer or `FINAL`. Place 0 is the input of the first block (the embedding output, `hidden_states[0]` in
+transformers), place b is the output of block b, and `FINAL` is the input of the output head (after the final norm).
 
 Shapes: B batch, T positions, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from tutelage.core.errors import UserError
 FINAL = "final"
 Place = int | str
 
-# Where a classifier's or a pooled encoder's last linear map usually lives; models with output embeddings say so themselves.
+# Usual names of a classifier's last linear map; models with output embeddings have a method that returns them.
 _CLASSIFIER_NAMES = ("classifier.out_proj", "classifier", "score", "lm_head", "head")
 
 
@@ -77,37 +75,33 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
         return _names("", model)
     if not candidates:
         raise UserError(
-            f"found no blocks in {type(model).__name__}: it holds no nn.ModuleList or nn.Sequential of equal modules; "
+            f"found no blocks in {type(model).__name__}: it has no nn.ModuleList or nn.Sequential of equal modules; "
             "name the list of blocks with `blocks=`"
         )
-    if len(candidates) > 1:
-        depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-        matching = {name: blocks for name, blocks in candidates.items() if len(blocks) == depth}
-        if len(matching) != 1:
-            raise UserError(
-                f"{type(model).__name__} has several lists of blocks: {_describe(candidates)}; "
-                "name one with `blocks=`, e.g. "
-                f"blocks={next(iter(candidates))!r}"
-            )
-        candidates = matching
-    ((name, blocks),) = candidates.items()
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    if isinstance(depth, int) and len(blocks) < depth and depth % len(blocks) == 0:
+    depth = _depth(model)
+    matching = {name: blocks for name, blocks in candidates.items() if len(blocks) == depth or len(candidates) == 1}
+    if len(matching) != 1:
+        raise UserError(
+            f"{type(model).__name__} has several lists of blocks: {_describe(candidates)}; "
+            f"name one with `blocks=`, e.g. blocks={next(iter(candidates))!r}"
+        )
+    ((name, blocks),) = matching.items()
+    if depth is not None and len(blocks) < depth and depth % len(blocks) == 0:
         raise UserError(
             f"{type(model).__name__} runs its {len(blocks)} block(s) {name!r} {depth // len(blocks)} times over: blocks that "
-            "share weights have no places of their own; name a list with `blocks=` if this is a mistake"
+            "share weights cannot be addressed individually; if this is a mistake, name a list with `blocks=`"
         )
     return _names(name, blocks)
 
 
 def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Name and module of the map from the last hidden state to the outputs; None for a model without one."""
+    """Name and module of the map from the last hidden state to the outputs; None if the model has no such map."""
     head = head_module(model)
     return None if head is None else next((name, head) for name, module in model.named_modules() if module is head)
 
 
 def head_module(model: nn.Module) -> nn.Module | None:
-    """The module of `output_head`, without the search for its name: this runs in every output step."""
+    """The module of `output_head`, without the slow search for its name: this runs in every output step."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     if head is not None:
@@ -125,32 +119,27 @@ def head_module(model: nn.Module) -> nn.Module | None:
 def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None = None, **inputs: Any) -> torch.Tensor:
     """Run `model` up to `place` and return the hidden state there; nothing deeper is executed.
 
-    Block b's *raw* output is returned: some models (Llama, GPT-2) apply their final norm to the last entry of
+    The result is the *raw* output of block b. Some models (Llama, GPT-2) apply their final norm to the last entry of
     `hidden_states`; `FINAL` is the place after that norm. Gradients flow as in a full forward.
 
     Args:
-        model: the network.
         place: 0 (embedding output) to the number of blocks, or `FINAL`.
-        args, inputs: what the model's own forward takes.
+        args, inputs: the arguments of the model's own forward.
         blocks: `find_blocks(model)`, if the caller has it already.
 
     Returns:
-        The hidden state, (B, T, D) for a transformer; for `FINAL` of a model with no output head, `last_hidden_state`.
+        The hidden state, (B, T, D) for a transformer; `last_hidden_state` for `FINAL` of a model without an output head.
 
     Raises:
-        UserError: no such place in this model.
+        UserError: the model has no such place.
     """
     if place == FINAL:
         head = head_module(model)
-        if head is None:
-            return _first(model(*args, **inputs))
-        return _run_until(model, head, before=True, args=args, inputs=inputs)
+        return _first(model(*args, **inputs)) if head is None else _run_until(model, head, True, args, inputs)
     if not isinstance(place, int):
         raise UserError(f"no place {place!r} in {type(model).__name__}: use a block number or {FINAL!r}")
-    blocks = blocks or find_blocks(model)
-    if place == 0:
-        return _run_until(model, blocks.module(model, 1), before=True, args=args, inputs=inputs)
-    return _run_until(model, blocks.module(model, place), before=False, args=args, inputs=inputs)
+    module = (blocks or find_blocks(model)).module(model, place or 1)
+    return _run_until(model, module, place == 0, args, inputs)
 
 
 class _Reached(Exception):
@@ -161,16 +150,8 @@ class _Reached(Exception):
 
 
 def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inputs: Any) -> torch.Tensor:
-    with _stop_at(module, before):
-        try:
-            model(*args, **inputs)
-        except _Reached as reached:
-            return reached.hidden
-    raise UserError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
+    """Run `model` and stop before or after `module`; the input or output of the module there."""
 
-
-@contextmanager
-def _stop_at(module: nn.Module, before: bool) -> Iterator[None]:
     def stop_before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(_first(args if args else tuple(kwargs.values())))
 
@@ -193,9 +174,12 @@ def _stop_at(module: nn.Module, before: bool) -> Iterator[None]:
         else module.register_forward_hook(stop_after)
     )
     try:
-        yield
+        model(*args, **inputs)
+    except _Reached as reached:
+        return reached.hidden
     finally:
         handle.remove()
+    raise UserError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
 
 
 def _is_recomputed(module: nn.Module) -> bool:
@@ -205,12 +189,15 @@ def _is_recomputed(module: nn.Module) -> bool:
 
 
 def _first(output: Any) -> torch.Tensor:
-    """The hidden state of a module's output: a tensor, the first of a tuple, or `last_hidden_state`."""
+    """The hidden state in a module's output: a tensor, the first entry of a tuple, or `last_hidden_state`."""
     if isinstance(output, torch.Tensor):
         return output
-    if hasattr(output, "last_hidden_state"):
-        return output.last_hidden_state
-    return output[0]
+    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+
+def _depth(model: nn.Module) -> int | None:
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else None
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
@@ -219,19 +206,17 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
     A list of several classes (a hybrid of attention and Mamba blocks) counts if `config.num_hidden_layers` is its length;
     otherwise neither it nor the lists inside it are candidates.
     """
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     found: dict[str, nn.ModuleList | nn.Sequential] = {}
     mixed: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(outer + ".") for outer in (*found, *mixed)) or not isinstance(
-            module, nn.ModuleList | nn.Sequential
-        ):
+        inside = any(name.startswith(outer + ".") for outer in (*found, *mixed))
+        if not name or inside or not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         children = list(module)
-        same_class = len({type(child) for child in children}) == 1
-        if not name or not children or not any(True for _ in children[0].parameters()):
+        if not children or not any(True for _ in children[0].parameters()):
             continue
-        if same_class or (isinstance(module, nn.ModuleList) and len(children) == depth):
+        same_class = len({type(child) for child in children}) == 1
+        if same_class or (isinstance(module, nn.ModuleList) and len(children) == _depth(model)):
             found[name] = module
         elif isinstance(module, nn.ModuleList):
             mixed.append(name)

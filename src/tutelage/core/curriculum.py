@@ -1,4 +1,4 @@
-"""Curricula: every method is a list of stages.
+"""Curricula: each distillation method is a list of stages.
 
 Public names: `HiddenStage`, `OutputStage`, `Stage` (their base), `Curriculum`, `extraction`, `one_shot`, `progressive`,
 `scratch`, `uniform_layer_map`, `parse_layer_map`, `METHODS`, `WARM_STARTS`.
@@ -12,7 +12,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
@@ -30,6 +30,11 @@ LayerMap = Sequence[tuple[Place, Place]]
 class Stage(Record, ABC):
     """One part of a curriculum: what the student matches, and for how many optimiser steps."""
 
+    kind: ClassVar[str]
+    """Name of the class in JSON."""
+    continues = False
+    """Whether the stage keeps the optimiser and the schedule of the stage before it."""
+
     steps: int
     """Optimiser steps."""
 
@@ -45,23 +50,15 @@ class Stage(Record, ABC):
 
     @property
     def learning_rate(self) -> float | None:
-        """Peak learning rate; None takes the run's."""
+        """Peak learning rate; None uses that of the run."""
         return None
 
-    @property
-    def continues(self) -> bool:
-        """Whether the stage keeps the optimiser and the schedule of the stage before it."""
-        return False
-
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, with the `kind` of stage."""
-        return {"kind": "hidden" if isinstance(self, HiddenStage) else "output", **super().to_dict()}
+        return {"kind": self.kind, **super().to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Any:
-        """The stage of the `kind` that `fields` name."""
-        values = dict(fields)
-        kinds = {"hidden": HiddenStage, "output": OutputStage}
+        values, kinds = dict(fields), {stage.kind: stage for stage in (HiddenStage, OutputStage)}
         kind = values.pop("kind")
         if kind not in kinds:
             raise UserError(f"a stage has the unknown kind {kind!r}: expected one of {', '.join(kinds)}")
@@ -72,39 +69,31 @@ class Stage(Record, ABC):
 class HiddenStage(Stage):
     """The student matches projected hidden states of the teacher."""
 
+    kind = "hidden"
+    needs_teacher = True
     student_place: Place
     """The student's block (1-based) or `final`."""
     teacher_place: Place
     """The teacher's block (1-based) or `final`."""
     learning_rate: float | None = None
-    """Peak learning rate; None takes the run's."""
 
     @property
     def name(self) -> str:
         return f"hidden {self.student_place}:{self.teacher_place}"
 
-    @property
-    def needs_teacher(self) -> bool:
-        return True
-
-    @property
-    def at_final(self) -> bool:
-        """Whether the stage pairs the places before the two output heads."""
-        return (self.student_place, self.teacher_place) == (FINAL, FINAL)
-
 
 @dataclass(frozen=True)
 class OutputStage(Stage):
-    """The student matches the teacher's output, and labels."""
+    """The student matches the teacher's output, labels, or both."""
 
+    kind = "output"
     teacher_checkpoint: str | None = None
-    """Progressive distillation: folder of the teacher checkpoint; None is the finished teacher."""
+    """Folder of the teacher checkpoint, for progressive distillation; None is the final teacher."""
     label_weight: float = 0.0
-    """Fraction of the loss that is label loss; 1 trains on labels alone and needs no teacher."""
+    """Fraction of the loss that is label loss; 1 trains on labels alone, without a teacher."""
     learning_rate: float | None = None
-    """Peak learning rate; None takes the run's."""
     continues: bool = False
-    """Keep the previous output stage's optimiser and schedule, so that only the teacher's weights change."""
+    """Keep the optimiser and the schedule of the output stage before, so that only the teacher's weights change."""
 
     @property
     def name(self) -> str:
@@ -128,16 +117,16 @@ class Curriculum(Record):
     projection: str = "gaussian"
     """Kind of projection in hidden stages (`tutelage.core.projection.KINDS`)."""
     projection_seed: int = 0
-    """Seed of the random projections; stage matrices are drawn from (seed, teacher place)."""
+    """Seed of the random projections; the matrix of a stage is drawn from (seed, teacher place)."""
     normalize: str = "standardize"
     """`standardize` the teacher's states before projecting, or `none` as in the paper."""
     warm_start: str = "none"
-    """What starts from the teacher's own weights: `none` (the paper), `head`, `embedding`, `head+embedding`."""
+    """Which weights of the teacher the student starts with: `none` (the paper), `head`, `embedding`, `head+embedding`."""
     temperature: float = 1.0
     """Softmax temperature of the output loss."""
     top_k: int | None = None
-    """Language models: the output loss keeps the k most likely teacher outputs and merges the rest into one bucket
-    (`tutelage.core.topk`); None keeps all outputs."""
+    """The output loss keeps the k most likely teacher outputs and merges the rest into one bucket (`tutelage.core.topk`);
+    None keeps all outputs."""
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -154,7 +143,7 @@ class Curriculum(Record):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole curriculum."""
+        """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> tuple[int, int]:
@@ -167,12 +156,8 @@ class Curriculum(Record):
 
     def schedule_steps(self, index: int) -> int:
         """Steps of the learning-rate schedule that begins with stage `index`: its own and those that continue it."""
-        steps = self.stages[index].steps
-        for stage in self.stages[index + 1 :]:
-            if not stage.continues:
-                break
-            steps += stage.steps
-        return steps
+        later = itertools.takewhile(lambda stage: stage.continues, self.stages[index + 1 :])
+        return self.stages[index].steps + sum(stage.steps for stage in later)
 
     @property
     def hidden_stages(self) -> list[HiddenStage]:
@@ -183,13 +168,11 @@ class Curriculum(Record):
     def transplant_stage(self) -> int | None:
         """Index of the stage after which the output head is transplanted; None without a head transplant.
 
-        Raises:
-            UserError: the warm start needs such a stage and there is none.
-        """
+        Raises UserError if the warm start needs such a stage, but there is none."""
         if "head" not in self.warm_start:
             return None
         for index, stage in enumerate(self.stages):
-            if isinstance(stage, HiddenStage) and stage.at_final:
+            if isinstance(stage, HiddenStage) and (stage.student_place, stage.teacher_place) == (FINAL, FINAL):
                 return index
         raise UserError(
             f"warm_start={self.warm_start!r} needs a stage that pairs the places before the two output heads: "
@@ -204,7 +187,7 @@ def _check_stage(number: int, stage: Stage, before: Stage | None) -> None:
             "raise max_steps, or lower stage_fraction, stage_steps or num_stages"
         )
     if stage.continues and not isinstance(before, OutputStage):
-        raise UserError(f"stage {number} cannot continue the one before it: both must be output stages")
+        raise UserError(f"stage {number} cannot continue the stage before it: both must be output stages")
     if isinstance(stage, OutputStage) and not 0 <= stage.label_weight <= 1:
         raise UserError(f"label_weight must be a fraction from 0 to 1, got {stage.label_weight}")
 
@@ -223,13 +206,12 @@ def extraction(
     """Curriculum extraction (arXiv:2503.17494): projected hidden layers, shallow to deep, then the output.
 
     Args:
-        student_blocks, teacher_blocks: L_S and L_T.
-        steps: optimiser steps of the whole curriculum.
-        layer_map: pairs (student place, teacher place), both strictly increasing; a number is the number of hidden stages
-            of the uniform map; None is a hidden stage for every student block.
+        steps: optimiser steps of all stages.
+        layer_map: pairs (student place, teacher place), both strictly increasing; or the number of hidden stages of the
+            uniform map; None gives one hidden stage per student block.
         stage_steps: steps of every hidden stage (a whole number) or of each (a list); a number below 1 is the fraction of
             `steps` that the hidden stages get together, split evenly.
-        stage_learning_rate: peak learning rate of the hidden stages; None takes the run's.
+        stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
         settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`.
 
@@ -248,14 +230,12 @@ def extraction(
 
 
 def _hidden_steps(stage_steps: float | int | Sequence[int], stages: int, steps: int) -> list[int]:
-    """Steps of each hidden stage."""
     if isinstance(stage_steps, Sequence):
-        counts = list(stage_steps)
-        if len(counts) != stages:
+        if len(stage_steps) != stages:
             raise UserError(
-                f"stage_steps has {len(counts)} entries for {stages} hidden stages: give one entry for each"
+                f"stage_steps has {len(stage_steps)} entries for {stages} hidden stages: give one entry per stage"
             )
-        return counts
+        return list(stage_steps)
     if isinstance(stage_steps, int):
         return [stage_steps] * stages
     if not 0 < stage_steps < 1:
@@ -266,25 +246,25 @@ def _hidden_steps(stage_steps: float | int | Sequence[int], stages: int, steps: 
 
 
 def one_shot(steps: int, *, label_weight: float = 0.0, **settings: Any) -> Curriculum:
-    """Plain distillation: the finished teacher's output alone."""
+    """Plain distillation on the output of the final teacher."""
     return Curriculum("one_shot", (OutputStage(steps, label_weight=label_weight),), **settings)
 
 
 def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float = 0.0, **settings: Any) -> Curriculum:
-    """Progressive distillation (arXiv:2410.05464): successive teacher checkpoints, then the finished teacher.
+    """Progressive distillation (arXiv:2410.05464): successive teacher checkpoints, then the final teacher.
 
     Args:
-        steps: optimiser steps in all, split evenly over the checkpoints and the finished teacher.
+        steps: optimiser steps in total, split evenly over the checkpoints and the final teacher.
         checkpoints: folders of intermediate teacher checkpoints, early to late.
     """
     if not checkpoints:
         raise UserError(
             "progressive distillation needs the teacher's intermediate checkpoints: pass teacher_checkpoints, "
-            "or use method='extraction', which needs the finished teacher alone"
+            "or use method='extraction', which needs only the final teacher"
         )
     teachers: list[str | None] = [*checkpoints, None]
-    share = steps // len(teachers)
-    counts = [share] * (len(teachers) - 1) + [steps - share * (len(teachers) - 1)]
+    each = steps // len(teachers)
+    counts = [each] * len(checkpoints) + [steps - each * len(checkpoints)]
     stages = tuple(
         OutputStage(count, teacher_checkpoint=teacher, label_weight=label_weight)
         for count, teacher in zip(counts, teachers, strict=True)
@@ -293,7 +273,7 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
 
 
 def scratch(steps: int, **settings: Any) -> Curriculum:
-    """No teacher: labels alone."""
+    """Training on labels alone, without a teacher."""
     return Curriculum("scratch", (OutputStage(steps, label_weight=1.0),), **settings)
 
 
@@ -304,7 +284,7 @@ def uniform_layer_map(
     if student_blocks > teacher_blocks:
         raise UserError(
             f"the student has {student_blocks} blocks, the teacher {teacher_blocks}: the uniform layer map needs a "
-            "student that is not deeper; give a layer_map such as '1:1,final:final' or a shallower student"
+            "student that is not deeper. Give a layer_map such as '1:1,final:final', or a shallower student"
         )
     stages = student_blocks if num_stages is None else num_stages
     if not 1 <= stages <= student_blocks:
@@ -339,19 +319,15 @@ def _check_layer_map(pairs: LayerMap, student_blocks: int, teacher_blocks: int) 
     if not pairs:
         raise UserError("layer_map is empty: give pairs such as '1:2,final:final', or None for the uniform map")
     ranks = []
-    for student, teacher in pairs:
-        for who, place, last in (("student", student, student_blocks), ("teacher", teacher, teacher_blocks)):
+    for pair in pairs:
+        for who, place, last in zip(("student", "teacher"), pair, (student_blocks, teacher_blocks), strict=True):
             if place != FINAL and not (isinstance(place, int) and 1 <= place <= last):
                 raise UserError(f"layer_map: the {who} has blocks 1 to {last} and {FINAL!r}, not {place!r}")
-        ranks.append((_rank(student, student_blocks), _rank(teacher, teacher_blocks)))
+        ranks.append([float("inf") if place == FINAL else int(place) for place in pair])
     for (s0, t0), (s1, t1) in itertools.pairwise(ranks):
         if s1 <= s0 or t1 <= t0:
             shown = ",".join(f"{s}:{t}" for s, t in pairs)
             raise UserError(f"layer_map {shown} is not strictly increasing in both student and teacher")
-
-
-def _rank(place: Place, blocks: int) -> int:
-    return blocks + 1 if place == FINAL else int(place)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The map from the last hidden state to the outputs, as a function of its own.
+"""The map from the last hidden state to the outputs, separate from the model.
 
 Public names: `OutputHead`.
 """
@@ -17,9 +17,9 @@ from tutelage.core.errors import UserError
 
 @dataclass(frozen=True)
 class OutputHead:
-    """A model's output head with what its forward does after it (`logit_scale`, soft-capping).
+    """A model's output head and what its forward does after it (`logit_scale`, soft-capping).
 
-    Splitting the head off lets the loss run it over chunks of positions, and lets hidden stages leave it out.
+    With the head split off, the loss can run it over chunks of positions, and hidden stages can skip it.
     """
 
     linear: nn.Linear
@@ -28,15 +28,11 @@ class OutputHead:
     scale: float = 1.0
     """Logits are multiplied by this (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`)."""
     outputs: int | None = None
-    """Outputs in use, where the vocabulary is padded; None for all."""
+    """Number of outputs in use, if the vocabulary is padded; None for all."""
 
     @classmethod
     def of(cls, model: nn.Module, outputs: int | None = None) -> OutputHead:
-        """The head of `model`.
-
-        Raises:
-            UserError: the model has no linear output head.
-        """
+        """The head of `model`; UserError if it has no linear output head."""
         head = head_module(model)
         if not isinstance(head, nn.Linear):
             found = output_head(model)
@@ -46,23 +42,18 @@ class OutputHead:
                 "load the model with a language-modelling or classification head"
             )
         get = getattr(model, "get_output_embeddings", None)
-        # what a language model does to its logits, a classifier built on the same config does not
+        # a language model scales and caps its logits; a classifier with the same config does not
         config = None if get is not None and get() is None else getattr(model, "config", None)
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return cls(head, getattr(config, "final_logit_softcapping", None), float(scale), outputs)
 
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        """Weight, and bias if there is one."""
-        return list(self.linear.parameters())
-
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits for `hidden`, (..., D) -> (..., outputs)."""
         linear, outputs = self.linear, self.outputs
         if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
-            # the plain product, for the outputs in use only; module hooks (a FLOP counter's) would not survive the
-            # gradients that the loss takes inside its forward pass
+            # the plain product, for the outputs in use only; hooks on the module (of a FLOP counter) would break the
+            # gradients that the loss computes inside its forward pass
             bias = linear.bias if linear.bias is None else linear.bias[:outputs]
             logits = F.linear(hidden, linear.weight[:outputs], bias)
         else:  # quantised or offloaded

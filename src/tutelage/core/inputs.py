@@ -1,4 +1,4 @@
-"""What a model's forward takes from a batch, and which positions of a batch count.
+"""Select what a model's forward takes from a batch, and which positions of a batch count.
 
 Public names: `model_inputs`, `output_tensor`, `position_mask`, `label_positions`, `at_positions`, `last_token`,
 `batch_size`, `batch_positions`, `usable_positions`.
@@ -21,7 +21,7 @@ IGNORED_LABEL = -100
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `batch` that `model.forward` names, without labels and with the key/value cache off."""
-    wrapped: Any = getattr(model, "get_base_model", None)  # an adapter's own forward names nothing
+    wrapped: Any = getattr(model, "get_base_model", None)  # an adapter's own forward has no named arguments
     parameters = inspect.signature((wrapped() if wrapped is not None else model).forward).parameters
     inputs = {key: value for key, value in batch.items() if key in parameters and key != "labels"}
     if "use_cache" in parameters:
@@ -30,7 +30,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def output_tensor(output: Any) -> torch.Tensor:
-    """What a model's forward puts out, as one tensor: itself, or its `logits`."""
+    """The output of a model's forward as one tensor: the output itself, or its `logits`."""
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
@@ -43,10 +43,10 @@ def position_mask(batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tenso
 
 
 def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Where the output loss is taken: mask (B, T) of positions that predict, and their labels (N,).
+    """The positions of the output loss: mask (B, T) of positions that predict, and their labels (N,).
 
-    A causal model predicts label t + 1 at position t. Without labels every non-padding position counts (for a causal
-    model, every one that has a successor), and no labels are returned.
+    A causal model predicts label t + 1 at position t. Without labels every non-padding position counts (in a causal model
+    every one that has a successor), and the labels are None.
     """
     labels = batch.get("labels")
     if labels is None:
@@ -64,13 +64,13 @@ def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tenso
 def at_positions(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...).
 
-    All of them for fake tensors, whose values are unknown: a plan counts every position.
+    All rows for fake tensors, whose values are unknown: a plan counts every position.
     """
     return values.flatten(0, 1) if isinstance(values, FakeTensor) else values[mask]
 
 
 def last_token(hidden: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """State at the last non-padding position, (B, T, D) -> (B, D); states that are pooled already pass through."""
+    """State at the last non-padding position, (B, T, D) -> (B, D); pooled states (B, D) are returned as they are."""
     if hidden.dim() == 2:
         return hidden
     mask = position_mask(batch, hidden)
@@ -84,13 +84,13 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 
 
 def batch_positions(batch: Mapping[str, Any]) -> int:
-    """Number of positions, padding included; what compute grows with."""
+    """Number of positions including padding, which determines the compute."""
     ids = batch.get("input_ids")
     return int(ids.numel()) if ids is not None else batch_size(batch)
 
 
 def usable_positions(config: Any) -> int | None:
-    """Tokens of the longest sequence that a model of this config accepts; None if there is no limit."""
+    """Largest number of tokens per sequence that a model with this config accepts; None if there is no limit."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1

@@ -1,10 +1,14 @@
-"""The losses of the two kinds of stage.
+"""The losses of hidden and output stages, and the metrics that belong to them.
+
+The KL divergence between teacher and student is computed in `_divergence` for models with a large output head
+(`output_loss`, in chunks of positions), in `tutelage.core.topk.top_k_divergence` if only the largest teacher outputs are
+kept, and in `logits_loss` for a few outputs.
 
 Public names: `hidden_loss`, `output_loss`, `OutputSettings`, `logits_loss`, `output_metrics`, `logits_metrics`,
-`embedding_loss`, `chunk_positions`.
+`METRIC_COLUMNS`, `embedding_loss`, `chunk_positions`.
 
-Every loss here is a *sum* over positions (or sequences): the caller divides by the number of items in the whole
-optimiser step, so that accumulating gradients over micro-batches changes nothing.
+Every loss is a *sum* over positions (or sequences): the caller divides by the number of items in the whole optimiser step,
+so that gradient accumulation does not change the result.
 
 Shapes: N positions, D student width, E teacher width, R projected width, V outputs.
 """
@@ -25,19 +29,22 @@ from tutelage.core.topk import TopK, top_k, top_k_divergence
 # Logits held at a time: 2^24 float32 values are 64 MiB per tensor, large enough that the matrix products stay efficient.
 CHUNK_LOGITS = 2**24
 
+METRIC_COLUMNS = ("loss", "accuracy", "kl", "agreement", "teacher_loss", "teacher_accuracy")
+"""Columns of `output_metrics`."""
+
 
 def hidden_loss(student: torch.Tensor, target: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Squared distance between student states and projected teacher states, per dimension, summed over kept positions.
 
-    This is the stage loss of arXiv:2503.17494 divided by the width R, which leaves the minimiser as it is and makes
-    values, learning rates and gradient clipping comparable between widths.
+    This is the stage loss of arXiv:2503.17494 divided by the width R. The minimiser is the same, and values, learning rates
+    and gradient clipping are comparable between widths.
 
     Args:
         student: (..., R) states with gradients.
         target: (..., R) targets.
         keep: (...) boolean; padding and attention sinks are False.
     """
-    # masked before squaring: 0 * inf would put NaN into the gradient where a left-out state is not finite
+    # masked before squaring: a masked state that is not finite would put NaN into the gradient (0 * inf)
     difference = torch.where(keep[..., None], student.float() - target, 0.0)
     return difference.square().mean(-1).sum()
 
@@ -47,15 +54,17 @@ class OutputSettings:
     """Settings of the output loss."""
 
     temperature: float = 1.0
-    """t, of both softmaxes."""
+    """t, used in both softmaxes."""
     label_weight: float = 0.0
-    """a, the fraction of label loss."""
+    """a, the fraction of the loss that is label loss."""
     top_k: int | None = None
-    """Compare the k most likely teacher outputs and merge the rest into one bucket (`top_k_divergence`); None compares all."""
+    """Keep the k most likely teacher outputs and merge the rest into one bucket (`top_k_divergence`); None keeps all."""
     chunk_size: int | None = None
     """Positions per chunk; None chooses it so that a chunk holds about 2^24 logits."""
     embedding_loss: str = "cosine"
     """Sentence encoders: `cosine` or `mse`."""
+    outputs: int | None = None
+    """Number of outputs that student and teacher share, if a vocabulary is padded; None for all."""
 
 
 @dataclass(frozen=True)
@@ -80,29 +89,32 @@ def output_loss(
 ) -> torch.Tensor:
     """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once.
 
-    Logits exist for one chunk of positions at a time. Their gradient is known in closed form, so it is pushed through
-    the head inside the forward pass, while the chunk's logits are still there: nothing is recomputed in the backward
-    pass and nothing of size N x V is kept. Softmax and loss are in float32 whatever the autocast dtype.
+    Logits exist for one chunk of positions at a time. Their gradient is known in closed form, so the forward pass already
+    computes the gradients of hidden states and head while it holds the chunk's logits: the backward pass recomputes
+    nothing, and nothing of size N x V is kept. Softmax and loss are in float32 for every autocast dtype.
 
     Args:
-        student_hidden_ND: what enters the student's head.
-        student_head: the student's head.
-        teacher_hidden_NE, teacher_head: the teacher's; None with label_weight 1.
-        labels_N: target ids, needed if label_weight > 0; positions labelled -100 have no label loss.
-        settings: temperature, label weight, top k and chunk size.
-        targets: the teacher's largest outputs at this temperature, in place of its hidden states and head.
+        student_hidden_ND: input of the student's head.
+        teacher_hidden_NE, teacher_head: the same for the teacher; None with label_weight 1.
+        labels_N: target ids, needed if label_weight > 0; positions with the label -100 have no label loss.
+        targets: the teacher's largest outputs at this temperature, instead of its hidden states and head.
     """
-    if settings.label_weight > 0 and labels_N is None:
-        raise UserError(
-            "a label_weight above 0 needs labels in the batch: add a labels column, or set label_weight to 0"
-        )
-    if settings.label_weight < 1 and targets is None and (teacher_hidden_NE is None or teacher_head is None):
-        raise UserError("a label_weight below 1 needs the teacher's hidden states and head: pass both, or set it to 1")
+    has_teacher = targets is not None or (teacher_hidden_NE is not None and teacher_head is not None)
+    _check_inputs(settings, labels_N, has_teacher, "hidden states and head")
     spec = _OutputSpec(student_head, teacher_hidden_NE, teacher_head, labels_N, settings, targets)
     chunk_size = settings.chunk_size or chunk_positions(student_head)
     return _ChunkedOutputLoss.apply(
-        student_hidden_ND, spec, chunk_size, torch.is_grad_enabled(), *student_head.parameters
+        student_hidden_ND, spec, chunk_size, torch.is_grad_enabled(), *student_head.linear.parameters()
     )
+
+
+def _check_inputs(settings: OutputSettings, labels: torch.Tensor | None, has_teacher: bool, needed: str) -> None:
+    if settings.label_weight > 0 and labels is None:
+        raise UserError(
+            "a label_weight above 0 needs labels in the batch: add a labels column, or set label_weight to 0"
+        )
+    if settings.label_weight < 1 and not has_teacher:
+        raise UserError(f"a label_weight below 1 needs the teacher's {needed}: pass them, or set label_weight to 1")
 
 
 def chunk_positions(head: OutputHead) -> int:
@@ -130,13 +142,11 @@ class _ChunkedOutputLoss(torch.autograd.Function):
                 continue
             sources = [t for t, want in zip([chunk, *parameters], wanted, strict=True) if want]
             pushed = iter(torch.autograd.grad(logits, sources, logit_grad.to(logits.dtype)))
-            for index, want in enumerate(wanted):
-                if not want:
-                    continue
-                if index == 0:
-                    grads[0][rows] = next(pushed)  # type: ignore[index]
-                else:
-                    grads[index] += next(pushed)  # type: ignore[operator]
+            if grads[0] is not None:
+                grads[0][rows] = next(pushed)
+            for grad in grads[1:]:
+                if grad is not None:
+                    grad += next(pushed)
             del logits, logit_grad
         ctx.grads = grads
         return total
@@ -152,35 +162,33 @@ class _ChunkedOutputLoss(torch.autograd.Function):
 def _loss_and_logit_grad(
     logits: torch.Tensor, spec: _OutputSpec, rows: slice, with_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss summed over a chunk and its gradient with respect to the logits (empty if not wanted)."""
+    """Loss summed over a chunk, and its gradient with respect to the logits (empty if not wanted)."""
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     gradient = logits.new_empty(0)
-    share, t = 1 - spec.settings.label_weight, spec.settings.temperature
-    if share > 0:
+    weight, t = spec.settings.label_weight, spec.settings.temperature
+    if weight < 1:
         log_q = torch.log_softmax(logits.float() / t if t != 1 else logits.float(), dim=-1)
         divergence, found = _divergence(log_q, spec, rows, with_grad)
-        loss += share * t * t * divergence
+        loss += (1 - weight) * t * t * divergence
         if found is not None:
-            gradient = found.mul_(share * t)
-    if spec.settings.label_weight > 0:
+            gradient = found.mul_((1 - weight) * t)
+    if weight > 0:
         assert spec.labels is not None
         labels = spec.labels[rows]
         log_q = torch.log_softmax(logits.float(), dim=-1)
-        loss += spec.settings.label_weight * F.nll_loss(log_q, labels, reduction="sum")
+        loss += weight * F.nll_loss(log_q, labels, reduction="sum")
         if with_grad:
-            label_gradient = log_q.exp_().mul_(spec.settings.label_weight)
-            label_gradient[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= (
-                spec.settings.label_weight
-            )
+            label_gradient = log_q.exp_().mul_(weight)
+            label_gradient[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= weight
             label_gradient.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
-            gradient = label_gradient if share == 0 else gradient.add_(label_gradient)
+            gradient = label_gradient if weight == 1 else gradient.add_(label_gradient)
     return loss, gradient
 
 
 def _divergence(
     log_q: torch.Tensor, spec: _OutputSpec, rows: slice, with_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """KL(teacher || student) at the loss's temperature, and its gradient with respect to the student's scaled logits."""
+    """KL(teacher || student) at the temperature of the loss, and its gradient with respect to the student's scaled logits."""
     if spec.targets is not None:
         return top_k_divergence(log_q, spec.targets[rows], with_grad)
     assert spec.teacher_hidden is not None and spec.teacher_head is not None
@@ -204,11 +212,9 @@ def output_metrics(
     teacher_head: OutputHead | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Per-position metrics, (N, 6).
-
-    Columns: label loss (nats), top-1 correct, KL(teacher || student) (nats), top-1 agreement, and the teacher's own label
-    loss and top-1 correct. Those that need a teacher are zero without one.
-    """
+    """Metrics per position, (N, 6), with the columns `METRIC_COLUMNS`: label loss (nats), top-1 correct,
+    KL(teacher || student) (nats), top-1 agreement, and the teacher's label loss and top-1 correct. Without a teacher the last
+    four are zero."""
     chunk_size = chunk_size or chunk_positions(student_head)
     parts = []
     for start in range(0, len(student_hidden_ND), chunk_size):
@@ -226,14 +232,9 @@ def logits_loss(
     labels: torch.Tensor | None = None,
     settings: OutputSettings = OutputSettings(),
 ) -> torch.Tensor:
-    """The loss of `output_loss` from logits (..., V) and labels (...), where there are few outputs."""
+    """The loss of `output_loss` from logits (..., V) and labels (...), for models with few outputs."""
     weight, t = settings.label_weight, settings.temperature
-    if weight > 0 and labels is None:
-        raise UserError(
-            "a label_weight above 0 needs labels in the batch: add a labels column, or set label_weight to 0"
-        )
-    if weight < 1 and teacher is None:
-        raise UserError("a label_weight below 1 needs the teacher's logits: pass them, or set label_weight to 1")
+    _check_inputs(settings, labels, teacher is not None, "logits")
     loss = torch.zeros((), device=student.device)
     if teacher is not None and weight < 1:
         log_q = torch.log_softmax(student.float() / t, dim=-1)

@@ -25,44 +25,43 @@ KINDS = (*RANDOM_KINDS, "pca", "logits")
 
 
 class Projection(ABC):
-    """A fixed linear map; not an `nn.Module`, so that it can never end up in a checkpoint."""
+    """A fixed linear map. It is not an `nn.Module`, so that no checkpoint contains it."""
 
     in_features: int
     out_features: int
+    _cached: tuple[Any, torch.Tensor] | None = None
 
     @abstractmethod
     def matrix(self) -> torch.Tensor:
         """The map as a float32 CPU tensor, (in_features, out_features)."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix on `device` in `dtype`, kept between calls."""
+        """The matrix on `device` in `dtype`, cached between calls."""
         wanted = (torch.device(device), dtype)
-        kept: tuple[Any, torch.Tensor] | None = getattr(self, "_kept", None)
-        if kept is None or kept[0] != wanted:
-            kept = (wanted, self.matrix().to(device=device, dtype=dtype))
-            self._kept = kept
-        return kept[1]
+        if self._cached is None or self._cached[0] != wanted:
+            self._cached = (wanted, self.matrix().to(device=device, dtype=dtype))
+        return self._cached[1]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project `hidden`, (..., in_features) -> (..., out_features)."""
         return hidden @ self.to(hidden.device, hidden.dtype)
 
     def decoder(self, second_moment_DD: torch.Tensor | None = None, max_gain: float | None = None) -> torch.Tensor:
-        """The linear map back, (out_features, in_features), with least expected squared error.
+        """The linear map back, (out_features, in_features), with the least expected squared error.
 
         Args:
-            second_moment_DD: E[h h^T] of the projected states; None takes the identity, which gives the pseudo-inverse.
-            max_gain: largest mean square that noise of the targets' own size may have after the map. A square gaussian
-                matrix is so ill-conditioned that its inverse magnifies noise a thousandfold; where the bound is passed, the
-                map has the least error for noisy targets. None sets no bound.
+            second_moment_DD: E[h h^T] of the projected states; None uses the identity, which gives the pseudo-inverse.
+            max_gain: largest mean square, after the map, of noise that is as large as the targets. The inverse of a square
+                gaussian matrix can magnify noise a thousandfold; if the bound is exceeded, the map is the one with the least
+                error for noisy targets. None sets no bound.
         """
         encode = self.matrix().double()
         moment = torch.eye(len(encode), dtype=torch.float64)
         if second_moment_DD is not None:
             moment = second_moment_DD.double().cpu()
-            # A ridge of 1e-9 of the mean variance keeps directions that the calibration text never used invertible.
+            # A ridge of 1e-9 of the mean variance: directions that the calibration text never used stay invertible.
             moment = moment + 1e-9 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-        # min_D |C^{1/2} (1 - P D)|: by least squares on the root, which a P that widens (rank below R) does not upset
+        # min_D |C^{1/2} (1 - P D)|, by least squares on the root; this also works if P widens (rank below R)
         root = _square_root(moment)
         decode = torch.linalg.lstsq(root @ encode, root, driver="gelsd").solution
         code = encode.T @ moment @ encode
@@ -75,16 +74,15 @@ class Projection(ABC):
 
 
 class RandomProjection(Projection):
-    """A random matrix that anyone can draw again from its seed.
+    """A random matrix that can be drawn again from its seed.
 
-    The stream is NumPy's frozen legacy generator (MT19937), drawn column by column in float64 and rounded to float32, so
-    `gaussian` and `rademacher` are bit-identical on every machine and device and the first r columns of a wider
-    projection *are* the narrower one. `orthogonal` has orthonormal columns (QR of the gaussian one, nested as well) and
-    is identical up to the rounding of the linear algebra library.
+    NumPy's frozen legacy generator (MT19937) draws it column by column in float64, and it is rounded to float32. `gaussian`
+    and `rademacher` are therefore bit-identical on every machine and device, and the first r columns of a wider projection
+    are the narrower projection. `orthogonal` has orthonormal columns (QR of the gaussian matrix, nested as well) and is
+    identical up to the rounding of the linear algebra library.
 
     Args:
-        in_features: teacher width d_T.
-        out_features: student width r.
+        in_features, out_features: the widths d_T of the teacher and r of the student.
         seed: a non-negative integer, or a sequence of them.
         kind: `gaussian` (entries N(0, 1/d_T), as in the paper), `orthogonal`, or `rademacher` (entries ±1/sqrt(d_T)).
 
@@ -109,7 +107,7 @@ class RandomProjection(Projection):
         generator = np.random.RandomState(self.seed if isinstance(self.seed, int) else list(self.seed))
         shape = (self.out_features, self.in_features)
         if self.kind == "rademacher":
-            # one 32-bit word a sign, in sequence, so that a prefix of columns does not depend on the number of columns
+            # one 32-bit word per sign, in sequence, so that a prefix of columns does not depend on the number of columns
             signs = np.frombuffer(generator.bytes(4 * shape[0] * shape[1]), dtype="<u4").reshape(shape) & 1
             columns = (2.0 * signs - 1.0) / np.sqrt(self.in_features)
         else:
@@ -121,7 +119,7 @@ class RandomProjection(Projection):
 
 
 class StackedProjection(Projection):
-    """One projection for each of G replicas, (B, G, in_features) -> (B, G, out_features)."""
+    """One projection per replica, (B, G, in_features) -> (B, G, out_features)."""
 
     def __init__(self, parts: Sequence[Projection]):
         self.parts = list(parts)
@@ -137,7 +135,7 @@ class StackedProjection(Projection):
 
 
 class DataProjection(Projection):
-    """A projection given by its matrix, (in_features, out_features), as the data-aware builders make it."""
+    """A projection given by its matrix, (in_features, out_features), computed from data."""
 
     def __init__(self, matrix_DR: torch.Tensor, kind: str):
         self._matrix, self.kind = matrix_DR.float().cpu(), kind
@@ -153,16 +151,12 @@ def pca_projection(second_moment_DD: torch.Tensor, out_features: int) -> DataPro
 
 
 def logits_projection(second_moment_DD: torch.Tensor, logit_gram_DD: torch.Tensor, out_features: int) -> DataProjection:
-    """The directions of the final state that the teacher's logits depend on.
+    """The directions of the final state that the teacher's logits depend on: the rank-R code with the least squared error in
+    the logits.
 
-    With C the second moment of the standardised state and M = W^T W (W the output head, centred over the vocabulary, in
-    standardised coordinates), take the top eigenvectors U of M^{1/2} C M^{1/2} and encode z = U^T M^{1/2} h, scaled to
-    unit mean square: the rank-R code with the least squared error in the logits.
-
-    Args:
-        second_moment_DD: C.
-        logit_gram_DD: M.
-        out_features: R.
+    With C the second moment of the standardised state and M = W^T W (`logit_gram_DD`; W is the output head, centred over the
+    vocabulary, in standardised coordinates), take the top eigenvectors U of M^{1/2} C M^{1/2} and encode
+    z = U^T M^{1/2} h, scaled to unit mean square.
     """
     return _spectral(second_moment_DD, logit_gram_DD, out_features, "logits")
 

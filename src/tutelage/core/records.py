@@ -1,4 +1,4 @@
-"""Values that go to JSON and come back as they were.
+"""Dataclasses that are written to JSON and read back.
 
 Public names: `Record`.
 """
@@ -19,7 +19,7 @@ class Record:
     """Base of frozen dataclasses whose fields are JSON values, records, or lists, tuples and mappings of these."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The fields as JSON values."""
         fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
         return {field.name: _encode(getattr(self, field.name)) for field in fields}
 
@@ -29,7 +29,7 @@ class Record:
 
     @classmethod
     def from_dict(cls: type[_Self], fields: Mapping[str, Any]) -> _Self:
-        """The inverse of `to_dict`; a field that is left out takes its default."""
+        """The inverse of `to_dict`; a missing field gets its default."""
         hints = typing.get_type_hints(cls)
         return cls(**{name: _decode(hints.get(name), value) for name, value in fields.items()})
 

@@ -1,12 +1,12 @@
-"""Per-dimension standardisation of teacher states, and finding attention sinks.
+"""Standardisation of teacher states per dimension, and detection of attention sinks.
 
 Public names: `Standardizer`, `SINK_FACTOR`.
 
 Pretrained language models have massive activations: a few dimensions, and a few positions (attention sinks, mostly the
-first token), hundreds of times larger than the rest. Unless they are scaled away, a projection shows little else.
+first token), hundreds of times larger than the rest. Without standardisation they dominate every projection.
 
-A position is a *sink* where the norm of its state is above `SINK_FACTOR` times the median norm over the calibration
-text. The threshold is a number fixed at calibration, so whether a position counts never depends on its batch.
+A position is a *sink* if the norm of its state is above `SINK_FACTOR` times the median norm over the calibration text. The
+threshold is fixed at calibration, so whether a position counts does not depend on its batch.
 
 Shapes: B batch, T positions, D width.
 """
@@ -27,27 +27,19 @@ class Standardizer:
     """`(hidden - mean) / scale` per dimension, and the norm above which a position is an attention sink."""
 
     mean: torch.Tensor
-    """Per-dimension mean over calibration positions, (D,); zeros where the states are not centred."""
+    """Per-dimension mean over calibration positions, (D,); zeros if the states are not centred."""
     scale: torch.Tensor
     """Per-dimension standard deviation (root mean square if not centred), (D,)."""
     sink_norm: float = float("inf")
-    """Positions whose state has a larger Euclidean norm are left out of statistics and loss."""
-
+    """Positions whose state has a larger Euclidean norm are excluded from statistics and loss."""
     is_identity: bool = False
-    """Whether this is the identity, so that steps need not compute it."""
+    """Whether this is the identity, which steps need not compute."""
 
     @classmethod
     def fit(cls, states_ND: torch.Tensor, center: bool = True, sink_factor: float = SINK_FACTOR) -> Standardizer:
-        """Fit on calibration states of non-padding positions, (N, D).
+        """Fit on calibration states of non-padding positions; `center=False` scales by the root mean square only.
 
-        Args:
-            states_ND: the states, any float dtype.
-            center: subtract the mean; False scales by the root mean square instead.
-            sink_factor: multiple of the median norm above which a position is a sink.
-
-        Raises:
-            UserError: fewer than two positions, or states that are not finite.
-        """
+        Raises UserError for fewer than two positions and for states that are not finite."""
         if len(states_ND) < 2:
             raise UserError(f"standardising needs at least 2 calibration positions, got {len(states_ND)}")
         states = states_ND.double()
@@ -58,13 +50,13 @@ class Standardizer:
         kept = states[norms <= sink_norm]
         mean = kept.mean(0) if center else torch.zeros_like(kept[0])
         scale = (kept - mean).square().mean(0).sqrt()
-        # a dimension that never moves carries nothing: leave it at its (zero) deviation instead of dividing by ~0
+        # a dimension that is constant carries no information: keep its deviation of zero instead of dividing by ~0
         scale = torch.where(scale > 1e-6 * scale.max().clamp_min(1e-12), scale, torch.ones_like(scale))
         return cls(mean.float(), scale.float(), sink_norm)
 
     @classmethod
     def identity(cls, width: int) -> Standardizer:
-        """Changes nothing and finds no sinks: the paper's setting (`normalize="none"`)."""
+        """No change and no sinks: the setting of the paper (`normalize="none"`)."""
         return cls(torch.zeros(width), torch.ones(width), is_identity=True)
 
     def to(self, device: torch.device | str) -> Standardizer:

@@ -1,10 +1,10 @@
-"""A distribution over outputs by its k largest entries and the mass of all others.
+"""A distribution over outputs, given by its k largest entries and the total probability of all others.
 
 Public names: `TopK`, `top_k`, `top_k_divergence`.
 
-The divergence takes the entries left out as one bucket. By the data-processing inequality it is a lower bound of the full
-KL(p || q), too small by p_rest KL(p(. | rest) || q(. | rest)): how the student divides its mass among the entries left out is
-not taught. With k = V it is the full KL.
+The divergence merges all other entries into one bucket. By the data-processing inequality it is a lower bound of the full
+KL(p || q), too small by p_rest KL(p(. | rest) || q(. | rest)): the student does not learn how to divide its probability
+among the entries in the bucket. With k = V it is the full KL.
 
 Shapes: N positions, V outputs, K = k.
 """
@@ -25,7 +25,7 @@ class TopK:
     log_probs: torch.Tensor
     """Their log-probabilities (N, K) in nats, float32."""
     log_rest: torch.Tensor
-    """Log of the mass of all other outputs (N,); -inf where there are none."""
+    """Log of the total probability of all other outputs (N,); -inf if there are none."""
 
     def __getitem__(self, rows: slice) -> TopK:
         return TopK(self.ids[rows], self.log_probs[rows], self.log_rest[rows])
@@ -35,11 +35,11 @@ class TopK:
 
 
 def top_k(logits_NV: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The k largest entries of softmax(logits / temperature); all of them where k is V or more."""
+    """The k largest entries of softmax(logits / temperature); all entries if k is V or more."""
     logits = logits_NV.float() / temperature if temperature != 1 else logits_NV.float()
     log_p = torch.log_softmax(logits, dim=-1)
     log_probs, ids = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
-    # summed over the entries themselves: one minus the mass kept would be lost in rounding where little is left
+    # the sum of the entries themselves: one minus the sum of the others would be lost in rounding if it is small
     rest = log_p.exp_().scatter_(-1, ids, 0.0).sum(-1)
     return TopK(ids, log_probs, rest.log())
 
@@ -47,12 +47,9 @@ def top_k(logits_NV: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
 def top_k_divergence(
     log_q_NV: torch.Tensor, target: TopK, with_grad: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum over positions of KL(target || q), with the entries left out as one bucket, and its gradient.
+    """Sum over positions of KL(target || q), with all other entries as one bucket, and its gradient for the logits, (N, V).
 
-    Args:
-        log_q_NV: the student's log-probabilities; overwritten.
-        target: its probabilities are normalised first, since stored ones are rounded.
-        with_grad: also give the gradient with respect to the logits, (N, V).
+    Overwrites `log_q_NV`. The probabilities of `target` are normalised first, because stored ones are rounded.
     """
     ids, rest = target.ids, target.log_rest.float().exp()
     p = target.log_probs.float().exp()
@@ -64,7 +61,7 @@ def top_k_divergence(
     q_NV.scatter_(-1, ids, 0.0)
     q_rest = q_NV.sum(-1)
     loss = (torch.special.xlogy(p, p) - p * log_q).sum()
-    # a student that gives the bucket less than the smallest float32 is charged as if it gave it that
+    # the student's probability of the bucket counts as at least the smallest float32
     tiny = torch.finfo(torch.float32).tiny
     loss = loss + (torch.special.xlogy(rest, rest) - rest * q_rest.clamp_min(tiny).log()).sum()
     if not with_grad:

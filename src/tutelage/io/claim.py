@@ -1,4 +1,4 @@
-"""Making a folder one's own, once, for everything that writes a folder: runs, extractions, comparisons, teachers.
+"""Claim a folder for a run, an extraction, a comparison or a teacher, so that nothing else writes to it.
 
 Public names: `Claim`, `claim`.
 """
@@ -16,40 +16,33 @@ from tutelage.io.store import Store
 
 @dataclass(frozen=True)
 class Claim:
-    """What a folder is for, and the file in it that says so."""
+    """The purpose of a folder, and the file in it that records the purpose."""
 
     record: str
     """Name of the file."""
     contents: Mapping[str, Any]
-    """Its JSON values: a folder with other values belongs to someone else."""
+    """Its JSON values: a folder with different values has a different owner."""
     what: str
-    """For messages, e.g. `a comparison`."""
+    """Description for messages, e.g. `a comparison`."""
 
 
 def claim(store: Store, mine: Claim) -> bool:
-    """Write the record into an empty folder, or find it there; True where it was there.
+    """Write the record into an empty folder, or check the record that is there; True if there was one.
 
-    Raises:
-        UserError: the folder contains something else, or the same kind of thing with different values.
-    """
-    contents = json.loads(json.dumps(mine.contents, default=str))
+    Raises UserError if the folder contains something else, or a record with different values."""
     if not store.exists(mine.record):
         if not store.is_empty():
             raise UserError(
                 f"{str(store)!r} is not empty and does not contain {mine.what}: choose a different --output_dir"
             )
-        store.write(mine.record, json.dumps(contents, indent=1) + "\n")
+        store.write(mine.record, json.dumps(mine.contents, indent=1, default=str) + "\n")
         return False
     check_same(store, mine, read_record(store, mine.record))
     return True
 
 
 def read_record(store: Store, record: str) -> dict[str, Any]:
-    """The JSON values of a record.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The JSON values of a record; UserError if it is damaged."""
     try:
         values = json.loads(store.read(record))
         if not isinstance(values, dict):
@@ -62,7 +55,7 @@ def read_record(store: Store, record: str) -> dict[str, Any]:
 
 
 def check_same(store: Store, mine: Claim, theirs: Mapping[str, Any]) -> None:
-    """Raise UserError where a folder's record has different values."""
+    """Raise UserError if the record of a folder has different values."""
     contents = json.loads(json.dumps(mine.contents, default=str))
     different = sorted(key for key in contents.keys() | theirs.keys() if contents.get(key) != theirs.get(key))
     if different:

@@ -1,4 +1,4 @@
-"""Writing files that nobody ever reads half of.
+"""Write files so that nobody reads them half-written.
 
 Public names: `replacing`, `write_atomically`, `writing_errors`.
 """

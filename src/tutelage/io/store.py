@@ -2,8 +2,8 @@
 
 Public names: `Store`, `sha256_of`.
 
-Nothing is ever read half-written: local files are written beside their place, synced and renamed, objects appear when their
-upload is complete.
+A file is never read half-written: a local file is written to a temporary file, synced and renamed; an object in remote
+storage appears when its upload is complete.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tutelage.io.files import replacing, write_atomically, writing_errors
 
 
 def sha256_of(handle: Any) -> str:
-    """SHA-256 of what an open binary file still holds."""
+    """SHA-256 of the rest of an open binary file."""
     digest = hashlib.sha256()
     while block := handle.read(1 << 22):
         digest.update(block)
@@ -56,12 +56,12 @@ class Store:
 
     @property
     def fs(self) -> Any:
-        """The file system. A forked process, such as a data loader's worker, gets its own, and fetches its own files."""
+        """The file system. A forked process, such as a data loader's worker, has its own, and fetches its own files."""
         if self._process != os.getpid():
             self._process = os.getpid()
             self._fs, _ = fsspec.core.url_to_fs(self.url)
             self._fetched = OrderedDict()
-            # inside the folder of the process that it was forked from, which deletes it
+            # inside the folder of the parent process, which deletes it
             self._folder = None if self._folder is None else Path(tempfile.mkdtemp(dir=self._folder))
         return self._fs
 
@@ -93,7 +93,7 @@ class Store:
             return int(self.fs.size(self._path(name)))
 
     def files(self, folder: str) -> list[str]:
-        """Names of the files below a folder."""
+        """Names of the files in a folder and below it; none if there is no folder."""
         start = len(self.root.rstrip("/")) + 1
         with self._reaching():
             if not self.fs.exists(self._path(folder)):
@@ -116,7 +116,7 @@ class Store:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A path to write to; the file takes its name, whole, when the block ends well."""
+        """A temporary path to write to; the file gets its name when the block ends without an error."""
         if self.local is not None:
             with replacing(self.local / name) as temporary:
                 yield temporary
@@ -134,7 +134,7 @@ class Store:
                 self.fs.rm_file(self._path(name))
 
     def fetch(self, name: str) -> Path:
-        """A file as one on this machine: itself, or a copy that is kept for a while."""
+        """Path of a file on this machine: the file itself, or a copy that is kept for a while."""
         if self.local is not None:
             return self.local / name
         fs = self.fs
@@ -150,11 +150,11 @@ class Store:
         self._fetched[name] = path
         while len(self._fetched) > self.kept:
             _, oldest = self._fetched.popitem(last=False)
-            oldest.unlink(missing_ok=True)  # what is mapped from it stays readable
+            oldest.unlink(missing_ok=True)  # memory maps of it stay readable
         return path
 
     def fetch_folder(self, folder: str) -> Path:
-        """A small folder as one on this machine."""
+        """Path of a small folder on this machine: the folder itself, or a copy."""
         paths = [self.fetch(name) for name in self.files(folder)]
         return paths[0].parent if paths else Path(self.root) / folder
 
@@ -163,7 +163,7 @@ class Store:
         with self._reaching(), self.fs.open(self._path(name), "rb") as handle:
             return sha256_of(handle)
 
-    # a copy in another process fetches its own files
+    # a copy in a different process fetches its own files
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "kept": self.kept}
 

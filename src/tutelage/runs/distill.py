@@ -16,8 +16,8 @@ from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaul
 from tutelage.runs.model_card import write_card
 from tutelage.runs.plots import plot_run
 from tutelage.runs.results import RESULT_FILE, Budget, ModelMetrics, RunResult
+from tutelage.tasks.language import perplexity
 from tutelage.tasks.loading import count_parameters
-from tutelage.tasks.metrics import perplexity
 from tutelage.training.checks import check_output_dir
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import evaluation_metrics

@@ -17,10 +17,9 @@ from tutelage.core.records import Record
 from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, check_data_numbers, sequence_length
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
-from tutelage.tasks.base import Task
+from tutelage.tasks.base import EvaluationTools, Task
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER
 from tutelage.tasks.loading import load_config, load_tokenizer
-from tutelage.tasks.outputs import EvaluationTools
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.text import read_dataset, tokenize
 from tutelage.training.checks import check_tokenizers, shared_outputs

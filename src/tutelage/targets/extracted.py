@@ -22,8 +22,7 @@ from tutelage.targets.maps import save_target_maps
 from tutelage.targets.order import Reading
 from tutelage.targets.source import FixedSettings, StatisticsFile, TargetSource
 from tutelage.targets.stored_rows import StoredCollator, StoredRows
-from tutelage.tasks.base import Batch
-from tutelage.tasks.outputs import OutputTarget
+from tutelage.tasks.base import Batch, OutputTarget
 from tutelage.tasks.registry import get_task
 
 

@@ -31,9 +31,8 @@ from tutelage.targets.maps import (
     save_target_maps,
 )
 from tutelage.targets.source import StatisticsFile, TargetSource
-from tutelage.tasks.base import Batch, Task
+from tutelage.tasks.base import Batch, OutputTarget, Task
 from tutelage.tasks.loading import count_parameters
-from tutelage.tasks.outputs import OutputTarget
 from tutelage.tasks.registry import detect_task
 
 

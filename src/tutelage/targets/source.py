@@ -25,8 +25,7 @@ from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.targets.maps import TargetMap
 from tutelage.targets.order import Reading
-from tutelage.tasks.base import Batch, Task
-from tutelage.tasks.outputs import OutputTarget
+from tutelage.tasks.base import Batch, OutputTarget, Task
 
 
 @dataclass(frozen=True)

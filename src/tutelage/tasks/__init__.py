@@ -1,4 +1,4 @@
-"""Tasks: one class each says how its models are loaded, fed, compared, measured and saved; also data and student presets.
+"""Tasks: one class per task defines how models are loaded, run, compared, measured and saved. Also data and student presets.
 
-Nothing here trains.
+This folder has no training code.
 """

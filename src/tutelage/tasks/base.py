@@ -1,11 +1,12 @@
-"""What a task is: how its models are loaded, fed, compared, measured and saved.
+"""The interface of a task: how its models are loaded, run, compared, measured and saved.
 
-Public names: `Task`, `HeadTask`, `Clues`.
+Public names: `Task`, `HeadTask`, `Clues`, and what tasks, targets and training pass to each other about a model's output:
+`OutputTarget`, `Selected`, `EvaluationTools`.
 
-A new task is a subclass of `Task` (or of `HeadTask`, whose output head is split off) that is registered with
-`tutelage.tasks.registry.register_task`; nothing else needs to know of it.
+A new task is a subclass of `Task`, or of `HeadTask` if its output comes from one linear output head; register it with
+`tutelage.tasks.registry.register_task` (docs/new_task.md). The losses themselves are in `tutelage.core.losses`.
 
-Shapes: B batch, T positions, D width, N positions that predict, V outputs.
+Shapes: B batch, T positions, D width, E teacher width, N positions that predict, V outputs.
 """
 
 from __future__ import annotations
@@ -19,71 +20,110 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_model
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModel, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tutelage.core.blocks import FINAL, forward_to
 from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_size, last_token, model_inputs
-from tutelage.core.losses import OutputSettings, output_loss, output_metrics
+from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
+from tutelage.core.topk import TopK
 from tutelage.tasks.loading import load_model
-from tutelage.tasks.metrics import name_metrics
-from tutelage.tasks.outputs import EvaluationTools, OutputTarget, Selected
 
 Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OutputTarget:
+    """The teacher's output for a batch, in one of three forms."""
+
+    state: torch.Tensor | None = None
+    """The input of the teacher's output head, (B, T, E) or pooled (B, E); it comes with `head`."""
+    head: OutputHead | None = None
+    top_k: TopK | None = None
+    """The largest outputs at the N positions that predict."""
+    whole: torch.Tensor | None = None
+    """The complete output: an embedding (B, E), or logits (..., V)."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Hidden states at the positions that predict."""
+
+    state: torch.Tensor
+    """(N, D)."""
+    labels: torch.Tensor | None
+    """(N,); None if the batch has no labels."""
+    rows: torch.Tensor
+    """Index of the example that each position belongs to, (N,)."""
+
+
+@dataclass(frozen=True)
+class EvaluationTools:
+    """What an evaluation needs in addition to models and batches."""
+
+    outputs: int | None = None
+    """Number of outputs that student and teacher share, if a vocabulary is padded; None for all."""
+    chunk_size: int | None = None
+    """Positions whose logits are held at a time; None chooses it."""
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    """Collects the rows of a tensor from all devices."""
+    on_step: Callable[[], None] = lambda: None
+    """Called after each batch."""
+
+
 Targets = Callable[[Batch], OutputTarget | None]
 
 
 @dataclass(frozen=True)
 class Clues:
-    """What tells the task of a model."""
+    """What is known about a model whose task is to be detected."""
 
     names: tuple[str, ...]
-    """Class names: of the model and its bases, or those under `architectures` in a configuration, or
+    """Class names: of the model and its base classes, or those under `architectures` in a configuration, or
     `SentenceTransformer` for a folder of that library."""
     model: nn.Module | None = None
 
 
 class Task(ABC):
-    """How the models of a task are loaded, fed, compared, measured and saved."""
+    """How the models of a task are loaded, run, compared, measured and saved."""
 
     name: ClassVar[str]
     """Value of the `task` setting."""
     auto_class: ClassVar[Any] = AutoModel
     """The transformers auto class with the task's head."""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """How class names of models of this task end."""
+    """Endings of the class names of this task's models."""
     columns: ClassVar[tuple[str, ...]] = ("text",)
-    """Dataset columns needed, where the dataset is not tokenised yet."""
+    """Columns that a dataset needs before it is tokenised."""
     tokenized: ClassVar[bool] = True
-    """Whether data are token ids; otherwise models and data are any module and any tensors, without a tokenizer."""
+    """Whether the data are token ids; otherwise models and data are any module and any tensors, without a tokenizer."""
     per_position: ClassVar[bool] = False
     """Whether outputs belong to positions (language models) and text is packed into blocks."""
     causal: ClassVar[bool] = False
     """Whether position t predicts token t + 1."""
     pools_final: ClassVar[bool] = False
-    """Whether only the last token's state counts at the place `final`."""
+    """Whether a hidden stage at the place `final` compares only the state of the last token."""
     splits_head: ClassVar[bool] = False
-    """Whether the output stage compares logits that the output head makes of the final states, in chunks; otherwise it
-    compares whole outputs."""
+    """Whether the output stage runs the output head over the final states, in chunks; otherwise it compares whole outputs."""
     learns_from_labels: ClassVar[bool] = True
-    """Whether there are labels to learn from without a teacher."""
+    """Whether the task can be trained on labels without a teacher."""
     warm_start: ClassVar[str] = "none"
-    """`warm_start` of extraction where nothing is given."""
+    """Default of the `warm_start` setting for extraction."""
     metric: ClassVar[str] = "loss"
     """The metric by which runs are compared."""
     better: ClassVar[str] = "lower"
-    """`lower` or `higher`."""
+    """Which values of `metric` are better: `lower` or `higher`."""
     pipeline_tag: ClassVar[str] = "text-classification"
-    """Of model cards."""
+    """Pipeline tag of model cards."""
     library: ClassVar[str] = "transformers"
     """Library that loads a student, for model cards."""
 
     # ---- Models ----
 
     def recognizes(self, clues: Clues) -> bool:
-        """Whether a model is of this task."""
+        """Whether a model belongs to this task."""
         return any(name.endswith(self.suffixes) for name in clues.names)
 
     def load(self, path: str, *, what: str = "teacher", **kwargs: Any) -> nn.Module:
@@ -91,42 +131,36 @@ class Task(ABC):
         return load_model(path, self.auto_class, what=what, **kwargs)
 
     def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
-        """A randomly initialised model.
-
-        Args:
-            config: its configuration.
-            shape: `teacher_shape` of the teacher; None without one.
-        """
+        """A randomly initialised model; `shape` is the `teacher_shape` of the teacher, None without a teacher."""
         try:
             return self.auto_class.from_config(config)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"could not build the {config.model_type} student: {error}") from error
 
     def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
-        """What a student must know of its teacher beside the configuration, as JSON values."""
+        """What a student must know about its teacher in addition to the configuration, as JSON values."""
         return None
 
     def fit_to_teacher(self, student: nn.Module, shape: Mapping[str, Any] | None) -> None:
-        """Give a student with weights of its own what it lacks to be compared with the teacher."""
+        """Add what a student that was loaded with weights lacks to be compared with the teacher."""
 
     def check_model(self, model: nn.Module) -> None:
         """Raise UserError for a model that cannot be distilled."""
 
     def backbone(self, model: nn.Module) -> nn.Module:
-        """The part of a model that hidden stages run in."""
+        """The part of a model that hidden stages run."""
         return model
 
     def width(self, model: nn.Module) -> int:
         """Width of a model's hidden states."""
-        config: Any = self.backbone(model).config
-        return int(config.hidden_size)
+        return int(self.backbone(model).config.hidden_size)  # type: ignore[arg-type, union-attr]
 
     def replica_seeds(self, model: nn.Module) -> list[int] | None:
-        """Seeds of the networks that train side by side in a replicated model; None for an ordinary one."""
+        """Seeds of the networks that a replicated model trains side by side; None for an ordinary model."""
         return getattr(self.backbone(model).config, "replica_seeds", None)
 
     def output_head(self, model: nn.Module, outputs: int | None = None) -> OutputHead | None:
-        """The linear map from the final state to the output; None where the output is the state itself."""
+        """The linear map from the final state to the output; None if the output is the state itself."""
         return OutputHead.of(model, outputs)
 
     def head_has_bias(self, model: nn.Module) -> bool:
@@ -135,12 +169,12 @@ class Task(ABC):
         return head is not None and head.linear.bias is not None
 
     def output_count(self, model: nn.Module) -> int | None:
-        """Outputs of a head that student and teacher must share; None where there is nothing to share."""
+        """Number of outputs of the head; student and teacher must have the same. None if the head is not split off."""
         head = self.output_head(model) if self.splits_head else None
         return None if head is None else head.linear.out_features
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write a plain model."""
+        """Write the model to a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder)  # type: ignore[operator]
@@ -148,24 +182,24 @@ class Task(ABC):
             save_model(model, str(folder / "model.safetensors"))
 
     def restore(self, model: nn.Module, folder: Path, standard: Callable[[], None]) -> None:
-        """Load what `save` wrote into `model`; `standard` is the trainer's own way."""
+        """Load what `save` wrote into `model`; `standard()` is the default of the trainer."""
         standard()
 
     # ---- Data ----
 
-    @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
-        """The data collator."""
+        """The data collator; default: padding."""
+        return DataCollatorWithPadding(tokenizer)
 
     def check_rows(self, rows: Any, config: PreTrainedConfig) -> None:
         """Raise UserError for training rows that do not fit the teacher."""
 
     def example(self, length: int) -> Batch:
-        """A batch of one sequence of zeros, to count operations on."""
+        """A batch with one sequence of zeros, used to count operations."""
         return {"input_ids": torch.zeros((1, length), dtype=torch.long)}
 
     def outputs_per_token(self, length: int, mlm_probability: float) -> float:
-        """Fraction of the tokens of a sequence of `length` at which the teacher's output is stored."""
+        """Fraction of the tokens at which the teacher's output is stored, for sequences of `length` tokens."""
         return 1 / length
 
     # ---- Hidden stages ----
@@ -175,62 +209,76 @@ class Task(ABC):
         return self.pools_final and isinstance(stage, HiddenStage) and stage.student_place == FINAL
 
     def stage_state(self, stage: Stage, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The states that a hidden stage compares: `hidden`, or the last token's."""
+        """The states that a hidden stage compares: `hidden`, or only the state of the last token."""
         return last_token(hidden, batch) if self.pools(stage) else hidden
 
     def count_items(self, stage: Stage, batch: Batch) -> torch.Tensor:
-        """What the loss of a stage is a mean over: positions, labelled positions, or sequences."""
+        """Number of items that the loss of a stage is averaged over: positions, labelled positions, or sequences."""
         if not isinstance(stage, HiddenStage):
             return self.count_outputs(batch)
         ids = batch.get("input_ids")
         if ids is None or not self.tokenized or self.pools(stage):
-            return self._count_examples(batch)
+            return Task.count_outputs(self, batch)
         mask = batch.get("attention_mask")
         return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()
 
     # ---- Output stages ----
 
     def count_outputs(self, batch: Batch) -> torch.Tensor:
-        """Outputs that are compared in a batch: one per sequence unless a task says otherwise."""
-        return self._count_examples(batch)
-
-    @abstractmethod
-    def output_loss(
-        self,
-        student: nn.Module,
-        batch: Batch,
-        target: OutputTarget | None,
-        settings: OutputSettings,
-        outputs: int | None,
-    ) -> torch.Tensor:
-        """Loss of an output stage, summed over what `count_outputs` counts.
-
-        Args:
-            student: the student.
-            batch: model inputs, labels and stored targets.
-            target: the teacher's output; None where the stage learns from labels alone.
-            settings: temperature, label weight and so on.
-            outputs: outputs that student and teacher share; None for all.
-        """
-
-    @abstractmethod
-    def teacher_outputs(self, target: OutputTarget, batch: Batch) -> torch.Tensor:
-        """The teacher's outputs that `output_loss` compares: logits (N, V), stored log-probabilities (N, K), or whole."""
-
-    @abstractmethod
-    def evaluate(
-        self, student: nn.Module, batches: Iterable[Batch], targets: Targets, tools: EvaluationTools
-    ) -> dict[str, float]:
-        """Metrics of `student` over `batches`, means over outputs; `targets` gives the teacher's output, or None."""
-
-    @staticmethod
-    def _count_examples(batch: Batch) -> torch.Tensor:
+        """Number of outputs that are compared in a batch; default: one per example."""
         ids = batch.get("input_ids")
         return torch.tensor(batch_size(batch), device=None if ids is None else ids.device)
 
+    @abstractmethod
+    def output_loss(
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
+    ) -> torch.Tensor:
+        """Loss of an output stage, summed over the items that `count_outputs` counts.
+
+        Args:
+            batch: model inputs, labels and stored targets.
+            target: the teacher's output; None if the stage learns from labels alone.
+        """
+
+    def teacher_outputs(self, target: OutputTarget, batch: Batch) -> torch.Tensor:
+        """The teacher's outputs that `output_loss` compares: logits (N, V), stored log-probabilities (N, K), or whole."""
+        assert target.whole is not None
+        return target.whole
+
+    # ---- Evaluation ----
+
+    @torch.inference_mode()
+    def evaluate(
+        self, student: nn.Module, batches: Iterable[Batch], targets: Targets, tools: EvaluationTools
+    ) -> dict[str, float]:
+        """Metrics of `student` over `batches`; `targets` gives the teacher's output for a batch, or None."""
+        student.eval()
+        parts, with_teacher = [], False
+        for batch in batches:
+            target = targets(batch)
+            with_teacher = target is not None
+            parts.append(tools.gather(self.measure(student, batch, target, tools)).cpu())
+            tools.on_step()
+        return self.summarize(parts, with_teacher)
+
+    @abstractmethod
+    def measure(
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
+    ) -> torch.Tensor:
+        """What `summarize` needs from a batch, (B, ...): one row per example, so that `tools.gather` can drop repeated ones."""
+
+    @abstractmethod
+    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+        """Metrics by name from the results of `measure` for all batches."""
+
+
+def name_metrics(means: torch.Tensor, with_teacher: bool) -> dict[str, float]:
+    """The columns of `tutelage.core.losses.output_metrics` by name; without a teacher, only the first two."""
+    return dict(zip(METRIC_COLUMNS if with_teacher else METRIC_COLUMNS[:2], means.tolist(), strict=False))
+
 
 class HeadTask(Task):
-    """A task whose output head is run in chunks over the final states at the positions that predict."""
+    """A task whose output head runs over the final states at the positions that predict, in chunks."""
 
     splits_head = True
 
@@ -239,19 +287,11 @@ class HeadTask(Task):
         """The final states (N, D) of `hidden`, (B, T, D), at the positions that predict, and their labels."""
 
     def output_loss(
-        self,
-        student: nn.Module,
-        batch: Batch,
-        target: OutputTarget | None,
-        settings: OutputSettings,
-        outputs: int | None,
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
     ) -> torch.Tensor:
         selected = self.select(forward_to(student, FINAL, **model_inputs(student, batch)), batch)
-        teacher_state = teacher_head = top_k = None
-        if target is not None:
-            teacher_head, top_k = target.head, target.top_k
-            teacher_state = None if target.state is None else self.select(target.state, batch).state
-        head = OutputHead.of(student, outputs)
+        teacher_state, teacher_head = self._teacher(target, batch)
+        head, top_k = OutputHead.of(student, settings.outputs), None if target is None else target.top_k
         return output_loss(
             selected.state, head, teacher_state, teacher_head, selected.labels, settings=settings, targets=top_k
         )
@@ -259,43 +299,38 @@ class HeadTask(Task):
     def teacher_outputs(self, target: OutputTarget, batch: Batch) -> torch.Tensor:
         if target.top_k is not None:
             return target.top_k.log_probs
-        assert target.state is not None and target.head is not None
-        return target.head(self.select(target.state, batch).state)
+        state, head = self._teacher(target, batch)
+        assert state is not None and head is not None
+        return head(state)
 
-    @torch.inference_mode()
-    def evaluate(
-        self, student: nn.Module, batches: Iterable[Batch], targets: Targets, tools: EvaluationTools
-    ) -> dict[str, float]:
-        """`loss` (nats), `accuracy` (top 1), and with a teacher `kl` (teacher || student, nats), `agreement` (top 1), and the
-        teacher's own `teacher_loss` and `teacher_accuracy`."""
-        student.eval()
-        totals, count, with_teacher = torch.zeros(6, dtype=torch.float64), 0.0, False
-        for batch in batches:
-            target = targets(batch)
-            with_teacher = target is not None
-            per_example = tools.gather(self._per_example(student, batch, target, tools)).double().cpu()
-            totals += per_example[:, :-1].sum(0)
-            count += float(per_example[:, -1].sum())
-            tools.on_step()
+    def measure(
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
+    ) -> torch.Tensor:
+        """Sums over the positions of each example: the columns of `output_metrics`, then the number of positions, (B, 7)."""
+        selected = self.select(forward_to(student, FINAL, **model_inputs(student, batch)), batch)
+        if selected.labels is None:
+            raise UserError("evaluation needs labels, but the evaluation set has none: give one with a labels column")
+        head = OutputHead.of(student, tools.outputs)
+        values = output_metrics(
+            selected.state, head, selected.labels, *self._teacher(target, batch), chunk_size=tools.chunk_size
+        )
+        values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
+        sums = torch.zeros(len(batch["input_ids"]), values.shape[1], device=values.device)
+        return sums.index_add_(0, selected.rows, values)
+
+    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+        """Means over positions: `loss` (nats) and `accuracy` (top 1); with a teacher also `kl` (teacher || student, nats),
+        `agreement` (top 1), and the teacher's own `teacher_loss` and `teacher_accuracy`."""
+        totals, count = torch.zeros(6, dtype=torch.float64), 0.0
+        for part in parts:
+            totals += part.double()[:, :-1].sum(0)
+            count += float(part.double()[:, -1].sum())
         if count == 0:
             raise UserError("nothing to evaluate: the evaluation set has no labelled position; give one with labels")
         return name_metrics(totals / count, with_teacher)
 
-    def _per_example(
-        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
-    ) -> torch.Tensor:
-        """Sums of the columns of `output_metrics` and the number of positions, for each example, (B, 7).
-
-        Kept by example so that gathering over devices can drop the rows that only fill up the last batch.
-        """
-        mine = self.select(forward_to(student, FINAL, **model_inputs(student, batch)), batch)
-        if mine.labels is None:
-            raise UserError("evaluation needs labels: the evaluation set has none; give one with a labels column")
-        teacher_state = teacher_head = None
-        if target is not None and target.state is not None:
-            teacher_state, teacher_head = self.select(target.state, batch).state, target.head
-        head = OutputHead.of(student, tools.outputs)
-        values = output_metrics(mine.state, head, mine.labels, teacher_state, teacher_head, tools.chunk_size)
-        values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
-        examples = len(batch["input_ids"])
-        return torch.zeros(examples, values.shape[1], device=values.device).index_add_(0, mine.rows, values)
+    def _teacher(self, target: OutputTarget | None, batch: Batch) -> tuple[torch.Tensor | None, OutputHead | None]:
+        """The teacher's final states (N, E) at the positions that predict, and its head; None if not in the target."""
+        if target is None or target.state is None:
+            return None, None
+        return self.select(target.state, batch).state, target.head

@@ -1,4 +1,4 @@
-"""Classifiers: of token sequences, and of whatever a plain network reads.
+"""Classifiers of token sequences, and plain networks that classify any tensors.
 
 Public names: `SequenceClassification`, `PlainClassification`.
 
@@ -7,14 +7,12 @@ Shapes: B batch, G replicas, V classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, final
 
 import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     default_data_collator,
@@ -23,17 +21,15 @@ from transformers import (
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import last_token, model_inputs, output_tensor
 from tutelage.core.losses import OutputSettings, logits_loss, logits_metrics
-from tutelage.tasks.base import Batch, HeadTask, Targets, Task
-from tutelage.tasks.metrics import name_metrics
-from tutelage.tasks.outputs import EvaluationTools, OutputTarget, Selected
+from tutelage.tasks.base import Batch, EvaluationTools, HeadTask, OutputTarget, Selected, Task, name_metrics
 
 
 @final
 class SequenceClassification(HeadTask):
-    """One class per token sequence, read at the last token or from a pooled state.
+    """One class per token sequence, from the last token or a pooled state.
 
-    Classifiers put a nonlinearity before their head, whose output range does not match the targets, so extraction uses the
-    paper's stages without a head transplant by default.
+    Classifiers have a nonlinearity before their head, whose output range does not match the targets. Extraction therefore
+    uses the paper's stages by default, without a head transplant.
     """
 
     name = "sequence_classification"
@@ -43,7 +39,7 @@ class SequenceClassification(HeadTask):
     pools_final = True
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse classifiers whose outputs are not one class of several: a softmax over them means nothing."""
+        """Refuse models whose outputs are not the classes of a softmax."""
         config: Any = getattr(model, "config", None)
         if config is None:
             return
@@ -62,9 +58,6 @@ class SequenceClassification(HeadTask):
                 f"the dataset has the label {wrong}, but the teacher has the classes 0 to {classes - 1}: correct the labels"
             )
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
-        return DataCollatorWithPadding(tokenizer)
-
     def example(self, length: int) -> Batch:
         return {**super().example(length), "labels": torch.zeros((1,), dtype=torch.long)}
 
@@ -75,7 +68,7 @@ class SequenceClassification(HeadTask):
 
 @final
 class PlainClassification(Task):
-    """Plain networks compared on their logits; replicated ones on those of every replica."""
+    """Plain networks, compared on their logits; replicated networks on the logits of every replica."""
 
     name = "classification"
     columns = ("input_ids", "labels")
@@ -85,34 +78,20 @@ class PlainClassification(Task):
         return default_data_collator
 
     def output_loss(
-        self,
-        student: nn.Module,
-        batch: Batch,
-        target: OutputTarget | None,
-        settings: OutputSettings,
-        outputs: int | None,
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
     ) -> torch.Tensor:
         logits = output_tensor(student(**model_inputs(student, batch)))
         return logits_loss(logits, None if target is None else target.whole, batch.get("labels"), settings)
 
-    def teacher_outputs(self, target: OutputTarget, batch: Batch) -> torch.Tensor:
-        assert target.whole is not None
-        return target.whole
+    def measure(
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
+    ) -> torch.Tensor:
+        logits = output_tensor(student(**model_inputs(student, batch)))
+        return logits_metrics(logits, batch["labels"], None if target is None else target.whole)
 
-    @torch.inference_mode()
-    def evaluate(
-        self, student: nn.Module, batches: Iterable[Batch], targets: Targets, tools: EvaluationTools
-    ) -> dict[str, float]:
-        """Means over examples; for a replicated student over all replicas, and `loss_0`, `accuracy_0`... of each."""
-        student.eval()
-        parts, with_teacher = [], False
-        for batch in batches:
-            logits, target = output_tensor(student(**model_inputs(student, batch))), targets(batch)
-            with_teacher = target is not None
-            values = logits_metrics(logits, batch["labels"], None if target is None else target.whole)
-            parts.append(tools.gather(values).double().cpu())
-            tools.on_step()
-        means = torch.cat(parts).mean(0)  # (6,) or, replicated, (G, 6)
+    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+        """Means over examples; a replicated student has means over all replicas, and `loss_0`, `accuracy_0`... of each."""
+        means = torch.cat(parts).double().mean(0)  # (6,) or, replicated, (G, 6)
         if means.dim() == 1:
             return name_metrics(means, with_teacher)
         metrics = name_metrics(means.mean(0), with_teacher)

@@ -1,4 +1,4 @@
-"""The teacher and text that the package carries, so that everything works offline.
+"""The teacher and the text that are part of the package, so that every command works offline.
 
 Public names: `DEFAULT_TEACHER`, `DEFAULT_STUDENT`, `DEFAULT_TEXT`, `DEFAULT_EVAL_TEXT`.
 """

@@ -1,6 +1,6 @@
-"""Sentence encoders: an encoder, pooling, and a linear head, in sentence-transformers' folder format.
+"""Sentence encoders, distilled on their pooled embedding; their folders have the format of sentence-transformers.
 
-Public names: `EmbeddingModel`, `load_embedding_model`.
+Public names: `SentenceEmbedding` (the task), `EmbeddingModel` (encoder, pooling, linear head), `load_embedding_model`.
 
 Shapes: B batch, T positions, D encoder width, E embedding width.
 """
@@ -8,35 +8,114 @@ Shapes: B batch, T positions, D encoder width, E embedding width.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import usable_positions
+from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import model_inputs, usable_positions
+from tutelage.core.losses import OutputSettings, embedding_loss
+from tutelage.tasks.base import Batch, Clues, EvaluationTools, OutputTarget, Task
 from tutelage.tasks.loading import check_weights, find_file, load_config, load_model
 
-POOLINGS = ("mean", "cls")
+# The number of pairs grows with the square of the number of sentences: 1,000 give half a million pairs.
+_PAIRED_SENTENCES = 1000
+_POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+POOLINGS = tuple(_POOLING_KEYS)
 _DENSE = "2_Dense"
-_MODULES = {
-    "Transformer": "sentence_transformers.models.Transformer",
-    "Pooling": "sentence_transformers.models.Pooling",
-    "Dense": "sentence_transformers.models.Dense",
-    "Normalize": "sentence_transformers.models.Normalize",
-}
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+
+
+@final
+class SentenceEmbedding(Task):
+    """Encoder, pooling and a linear head (`EmbeddingModel`); the output is the embedding itself."""
+
+    name = "embedding"
+    suffixes = ("SentenceTransformer",)
+    learns_from_labels = False
+    warm_start = "head"
+    metric, better = "cosine", "higher"
+    pipeline_tag, library = "sentence-similarity", "sentence-transformers"
+
+    def recognizes(self, clues: Clues) -> bool:
+        if clues.model is not None:
+            return isinstance(clues.model, EmbeddingModel)
+        first = clues.names[0]
+        return super().recognizes(clues) or (first.endswith("Model") and not first.endswith("LMHeadModel"))
+
+    def load(self, path: str, *, what: str = "teacher", **kwargs: Any) -> nn.Module:
+        return load_embedding_model(path, what=what, **kwargs)
+
+    def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
+        """An encoder; with the `shape` of a teacher it has the teacher's pooling and embedding width."""
+        encoder: Any = super().build(config)
+        return EmbeddingModel(encoder, **(shape or {}))
+
+    def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
+        assert isinstance(teacher, EmbeddingModel)
+        return {"embedding_size": teacher.embedding_size, "pooling": teacher.pooling, "normalize": teacher.normalize}
+
+    def fit_to_teacher(self, student: nn.Module, shape: Mapping[str, Any] | None) -> None:
+        assert isinstance(student, EmbeddingModel)
+        if shape is not None:
+            student.fit_head(shape["embedding_size"])
+
+    def backbone(self, model: nn.Module) -> nn.Module:
+        return model.encoder if isinstance(model, EmbeddingModel) else model
+
+    def output_head(self, model: nn.Module, outputs: int | None = None) -> OutputHead | None:
+        """The linear map from the pooled state to the embedding; None if they are the same."""
+        head = model.head if isinstance(model, EmbeddingModel) else None
+        return None if head is None else OutputHead(head)
+
+    def restore(self, model: nn.Module, folder: Path, standard: Callable[[], None]) -> None:
+        model.load_state_dict(load_embedding_model(str(folder)).state_dict())
+
+    def output_loss(
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
+    ) -> torch.Tensor:
+        assert target is not None and target.whole is not None
+        return embedding_loss(student(**model_inputs(student, batch)), target.whole, settings.embedding_loss)
+
+    def measure(
+        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
+    ) -> torch.Tensor:
+        """Embeddings of student and teacher, (B, 2, E)."""
+        if target is None or target.whole is None:
+            raise UserError("an embedding model is evaluated against its teacher: give one with --teacher")
+        return torch.stack([student(**model_inputs(student, batch)).float(), target.whole.float()], dim=1)
+
+    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+        """`loss` (1 - cosine), `cosine` (mean over sentences), and over all pairs of the first 1,000 sentences the Pearson
+        and Spearman correlation of pairwise cosine similarities, `similarity_pearson` and `similarity_spearman`."""
+        student_BE, teacher_BE = torch.cat(parts).transpose(0, 1).contiguous()
+        cosine = F.cosine_similarity(student_BE, teacher_BE, dim=-1).mean().item()
+        metrics = {"loss": 1 - cosine, "cosine": cosine}
+        count = min(len(student_BE), _PAIRED_SENTENCES)
+        if count >= 3:
+            upper = torch.triu_indices(count, count, offset=1)
+            units = [F.normalize(embeddings[:count], dim=-1) for embeddings in (student_BE, teacher_BE)]
+            similarities = [(unit @ unit.T)[upper[0], upper[1]].double().numpy() for unit in units]
+            ranks = [np.argsort(np.argsort(values)) for values in similarities]
+            metrics["similarity_pearson"] = float(np.corrcoef(similarities[0], similarities[1])[0, 1])
+            metrics["similarity_spearman"] = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+        return metrics
 
 
 class EmbeddingModel(nn.Module):
-    """An encoder with mean or first-token pooling, an optional linear head, and unit-norm output.
+    """An encoder with mean or first-token pooling, an optional linear head, and optional normalisation.
 
     Args:
         encoder: a `transformers` encoder without an output head.
-        embedding_size: E, the width of the head's output; None leaves the head out (E = D).
+        embedding_size: E, the width of the head's output; None for no head (E = D).
         pooling: `mean` over non-padding positions, or `cls`.
         normalize: scale embeddings to unit norm.
     """
@@ -57,22 +136,20 @@ class EmbeddingModel(nn.Module):
         return self.encoder.config.hidden_size if self.head is None else self.head.out_features
 
     def fit_head(self, embedding_size: int) -> None:
-        """Give an encoder without a head a new one to `embedding_size`, where its own width differs.
+        """Add a head with the output width `embedding_size`, if the encoder has no head and a different width.
 
-        Raises:
-            UserError: it has a head with a different output width.
-        """
+        Raises UserError for an encoder with a head of a different output width."""
         if self.embedding_size == embedding_size:
             return
         if self.head is not None:
             raise UserError(
                 f"the student's embeddings have {self.embedding_size} dimensions, the teacher's {embedding_size}: "
-                "use a student without a Dense module, it gets one of the right size"
+                "use a student without a Dense module; tutelage adds one of the right size"
             )
         self.head = nn.Linear(self.encoder.config.hidden_size, embedding_size)
 
     def stored_parts(self) -> list[tuple[str, nn.Module, str]]:
-        """Where `save_pretrained` puts the weights: folder, module, and prefix of the names in the file."""
+        """The parts that `save_pretrained` writes: folder, module, and prefix of the names in the file."""
         return [("", self.encoder, "")] + ([] if self.head is None else [(_DENSE, self.head, "linear.")])
 
     @property
@@ -103,38 +180,26 @@ class EmbeddingModel(nn.Module):
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write the encoder at the folder's root and the rest as sentence-transformers modules."""
+        """Write the encoder to the root of the folder, and the other parts as modules of sentence-transformers."""
         folder = Path(folder)
         kwargs.pop("state_dict", None)
         self.encoder.save_pretrained(folder, **kwargs)
         width = self.encoder.config.hidden_size
         modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-        _write_json(
-            folder / "1_Pooling" / "config.json",
-            {
-                "word_embedding_dimension": width,
-                "pooling_mode_cls_token": self.pooling == "cls",
-                "pooling_mode_mean_tokens": self.pooling == "mean",
-            },
-        )
+        pooling = {key: self.pooling == name for name, key in _POOLING_KEYS.items()}
+        _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **pooling})
         if self.head is not None:
             modules.append(("Dense", _DENSE))
-            _write_json(
-                folder / _DENSE / "config.json",
-                {
-                    "in_features": width,
-                    "out_features": self.head.out_features,
-                    "bias": True,
-                    "activation_function": "torch.nn.modules.linear.Identity",
-                },
-            )
-            weights = {"linear.weight": self.head.weight.detach().cpu(), "linear.bias": self.head.bias.detach().cpu()}
+            shape = {"in_features": width, "out_features": self.head.out_features, "bias": True}
+            activation = {"activation_function": "torch.nn.modules.linear.Identity"}
+            _write_json(folder / _DENSE / "config.json", {**shape, **activation})
+            weights = {f"linear.{name}": value.cpu() for name, value in self.head.state_dict().items()}
             save_file(weights, folder / _DENSE / "model.safetensors", metadata={"format": "pt"})
         if self.normalize:
             modules.append(("Normalize", f"{len(modules)}_Normalize"))
             (folder / modules[-1][1]).mkdir(exist_ok=True)
         entries = [
-            {"idx": index, "name": str(index), "path": path, "type": _MODULES[kind]}
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for index, (kind, path) in enumerate(modules)
         ]
         _write_json(folder / "modules.json", entries)
@@ -143,13 +208,11 @@ class EmbeddingModel(nn.Module):
 
 
 def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -> EmbeddingModel:
-    """Load an encoder, with pooling and head as its sentence-transformers files say (mean pooling if it has none).
+    """Load an encoder, with the pooling and head of its sentence-transformers files (default: mean pooling, no head).
 
-    Raises:
-        UserError: a module or pooling this class does not have.
-    """
+    Raises UserError for an unknown module or pooling."""
     config = load_config(folder, what=what, trust_remote_code=bool(kwargs.get("trust_remote_code")))
-    # a T5 encoder is half of an encoder-decoder model
+    # a T5 encoder is one half of an encoder-decoder model
     names = config.architectures or [""]
     half = getattr(config, "is_encoder_decoder", False) or names[0].endswith("EncoderModel")
     auto_class = AutoModelForTextEncoding if half else AutoModel
@@ -166,13 +229,10 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
     if "Pooling" in kinds:
         settings = json.loads(_part(folder, f"{kinds['Pooling']}/config.json", what).read_text(encoding="utf-8"))
         chosen = [key for key, value in settings.items() if key.startswith("pooling_mode") and value is True]
-        by_key = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-        if len(chosen) == 1 and chosen[0] in by_key:
-            pooling = by_key[chosen[0]]
-        elif chosen or settings.get("pooling_mode", "mean") not in POOLINGS:
-            raise UserError(f"{what} {folder!r} pools by {chosen or settings['pooling_mode']}; known: mean, cls")
-        else:
-            pooling = settings.get("pooling_mode", "mean")
+        named = [name for name, key in _POOLING_KEYS.items() if chosen == [key]]
+        pooling = named[0] if named else settings.get("pooling_mode", "mean")
+        if (chosen and not named) or pooling not in POOLINGS:
+            raise UserError(f"{what} {folder!r} pools by {sorted(chosen) or pooling}; known: mean, cls")
     weights = _dense_weights(folder, kinds["Dense"], what) if "Dense" in kinds else None
     size = None if weights is None else len(weights["weight"])
     model = EmbeddingModel(encoder, size, pooling, "Normalize" in kinds)
@@ -189,7 +249,7 @@ def _part(folder: str, name: str, what: str) -> Path:
 
 
 def _dense_weights(folder: str, part: str, what: str) -> dict[str, torch.Tensor]:
-    """State of the linear head that a Dense module holds; a missing bias is zero."""
+    """State of the linear head in a Dense module; a missing bias is zero."""
     whose = f"{what} {folder!r}"
     config = json.loads(_part(folder, f"{part}/config.json", what).read_text(encoding="utf-8"))
     activation = config.get("activation_function", "Tanh")

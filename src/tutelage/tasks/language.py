@@ -1,22 +1,25 @@
-"""Language models: causal and masked.
+"""Language models, causal and masked, and their data collators.
 
-Public names: `CausalLM`, `MaskedLM`.
+Public names: `CausalLM`, `MaskedLM`, `CausalCollator`, `StableMaskingCollator`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import math
 from typing import Any, final
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+)
 
-from tutelage.core.inputs import at_positions, label_positions
-from tutelage.tasks.base import Batch, HeadTask, Targets
-from tutelage.tasks.collators import CausalCollator, StableMaskingCollator
-from tutelage.tasks.metrics import perplexity
-from tutelage.tasks.outputs import EvaluationTools, Selected
+from tutelage.core.inputs import IGNORED_LABEL, at_positions, label_positions
+from tutelage.tasks.base import Batch, HeadTask, Selected
 
 
 class _LanguageModel(HeadTask):
@@ -36,12 +39,15 @@ class _LanguageModel(HeadTask):
     def example(self, length: int) -> Batch:
         return {**super().example(length), "labels": torch.zeros((1, length), dtype=torch.long)}
 
-    def evaluate(
-        self, student: nn.Module, batches: Iterable[Batch], targets: Targets, tools: EvaluationTools
-    ) -> dict[str, float]:
-        """As of every `HeadTask`, and `perplexity`."""
-        metrics = super().evaluate(student, batches, targets, tools)
+    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+        """The metrics of every `HeadTask`, and `perplexity`."""
+        metrics = super().summarize(parts, with_teacher)
         return {**metrics, "perplexity": perplexity(metrics["loss"])}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), limited so that it does not overflow."""
+    return math.exp(min(loss, 700.0))
 
 
 @final
@@ -63,7 +69,7 @@ class CausalLM(_LanguageModel):
 
 @final
 class MaskedLM(_LanguageModel):
-    """Masked positions predict the token that was there."""
+    """Masked positions predict the original token."""
 
     name = "masked_lm"
     auto_class = AutoModelForMaskedLM
@@ -75,3 +81,43 @@ class MaskedLM(_LanguageModel):
 
     def outputs_per_token(self, length: int, mlm_probability: float) -> float:
         return mlm_probability
+
+
+class CausalCollator:
+    """Stacks packed blocks; pads shorter rows at their end, where the labels are ignored.
+
+    Args:
+        pad_token_id: id of the padding; None is 0.
+        always_mask: return an attention mask even if no row is padded.
+    """
+
+    def __init__(self, pad_token_id: int | None = None, always_mask: bool = False):
+        self.pad_token_id, self.always_mask = pad_token_id or 0, always_mask
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        longest = int(lengths.max())
+
+        def stack(column: str, fill: int) -> torch.Tensor:
+            return pad_sequence([torch.as_tensor(row[column]) for row in rows], batch_first=True, padding_value=fill)
+
+        batch = {"input_ids": stack("input_ids", self.pad_token_id)}
+        batch["labels"] = stack("labels" if "labels" in rows[0] else "input_ids", IGNORED_LABEL)
+        if "attention_mask" in rows[0]:  # rows that were padded before
+            batch["attention_mask"] = stack("attention_mask", 0)
+            batch["labels"][batch["attention_mask"] == 0] = IGNORED_LABEL
+        elif self.always_mask or bool((lengths != longest).any()):
+            batch["attention_mask"] = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+        return batch
+
+
+class StableMaskingCollator(DataCollatorForLanguageModeling):
+    """Random masking (80/10/10) seeded by the content of the batch.
+
+    The masks of a batch are therefore the same for every method and after a resume.
+    """
+
+    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        content = hashlib.sha256(str([list(example["input_ids"]) for example in examples]).encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(content[:7], "little"))
+        return super().torch_call(examples)

@@ -1,7 +1,7 @@
 """Loading models and tokenizers safely.
 
 Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `find_file`, `has_weights`,
-`count_parameters`.
+`count_parameters`, `first_line`.
 
 Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
 """
@@ -24,27 +24,22 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load a model's configuration from a folder or the Hub.
-
-    Raises:
-        UserError: no such folder and nothing on the Hub, or a folder without `config.json`.
-    """
+    """Load a model's configuration from a folder or the Hub; UserError if there is none."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{what} folder {path!r} has no config.json: it is not a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # each kind of config has its own
         if Path(path).exists():
-            raise UserError(f"could not read the config of {what} {path!r}: {_first_line(error)}") from error
+            raise UserError(f"could not read the config of {what} {path!r}: {first_line(error)}") from error
         raise UserError(
             f"no {what} at {path!r}: there is no local folder of that name, and it was not found on the Hub "
-            f"({_first_line(error)}); "
-            "give an existing folder or a Hub name such as org/model"
+            f"({first_line(error)}); give an existing folder or a Hub name such as org/model"
         ) from error
 
 
 def check_weights(path: str, *, what: str = "teacher") -> None:
-    """Refuse a local folder whose weights are missing or stored as pickles only."""
+    """Raise UserError for a local folder whose weights are missing or stored only as pickles."""
     folder = Path(path)
     if not folder.is_dir() or _find(folder, _SAFE):
         return
@@ -57,7 +52,7 @@ def check_weights(path: str, *, what: str = "teacher") -> None:
 
 
 def find_file(path: str, name: str) -> Path | None:
-    """A file of a model, from its folder or from the Hub; None where there is none."""
+    """A file of a model, from its folder or from the Hub; None if there is no such file."""
     if Path(path).exists():
         file = Path(path) / name
         return file if file.is_file() else None
@@ -69,7 +64,7 @@ def find_file(path: str, name: str) -> Path | None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a local folder holds weights in any format, pickles included."""
+    """Whether a local folder contains weights in any format, including pickles."""
     return bool(_find(folder, (*_SAFE, *_PICKLES)))
 
 
@@ -90,14 +85,13 @@ def load_model(
 
     Args:
         path: folder or Hub name.
-        auto_class: the `AutoModelFor...` to load with.
-        what: the model's part, for messages.
-        dtype: parameter dtype; None keeps the checkpoint's.
+        auto_class: the `AutoModelFor...` class.
+        what: `teacher` or `student`, for messages.
+        dtype: parameter dtype; None keeps that of the checkpoint.
         kwargs: further arguments of `from_pretrained` (`device_map`, `quantization_config`, `gguf_file`, ...).
 
     Raises:
-        UserError: nothing there, a pickle, a folder without weights, weights that do not fit the config, or a teacher
-            whose weights are not all there.
+        UserError: no model, a pickle, no weights, weights that do not fit the config, or a teacher without some weights.
     """
     load_config(path, what=what, trust_remote_code=trust_remote_code)
     check_weights(path, what=what)
@@ -114,7 +108,7 @@ def load_model(
     if missing and what != "student":
         raise UserError(
             f"{what} {path!r} has no weights for {missing[0]}: it was saved without the part that {auto_class.__name__} "
-            "needs; set task to what it was trained for"
+            "needs; set task to the task that it was trained for"
         )
     return model
 
@@ -126,9 +120,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         UserError: a local one is damaged.
     """
     folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
-        return None
-    if folder.is_file():
+    if folder.is_file() or (folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]):
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -142,9 +134,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model, shared ones once."""
+    """Number of parameters of a model; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class if there is no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

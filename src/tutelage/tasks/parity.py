@@ -23,24 +23,20 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from tutelage.core.errors import UserError
 
-_SPARSITY = 0.1  # of a sparse example's bits, how many are -1
+_SPARSITY = 0.1  # fraction of a sparse example's bits that are -1
 _CHUNK = 4096
-_FIT_EXAMPLES = 20_000  # of the least-squares fit of a planted teacher
+_FIT_EXAMPLES = 20_000  # for the least-squares fit of a planted teacher
 
 
 def check_parity(d: int, k: int, support: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The support of a (d, k) parity: the one given, or the first k coordinates.
+    """The support of a (d, k) parity; default: the first k coordinates.
 
-    Raises:
-        UserError: k outside 1..d, or a support that is out of range, repeated, or not of k coordinates.
-    """
+    Raises UserError for k outside 1..d, and for a support that is out of range, repeated, or not of k coordinates."""
     if d < 1:
         raise UserError(f"a parity needs at least one bit, got d={d}")
     if not 1 <= k <= d:
-        raise UserError(
-            f"a parity needs k from 1 to d={d} support coordinates, got k={k}"
-            + (" (with k=0 the label is constant)" if k == 0 else "")
-        )
+        why = " (with k=0 the label is constant)" if k == 0 else ""
+        raise UserError(f"a parity needs k from 1 to d={d} support coordinates, got k={k}{why}")
     if support is None:
         return tuple(range(k))
     if len(support) != k or len(set(support)) != k:
@@ -51,16 +47,16 @@ def check_parity(d: int, k: int, support: Sequence[int] | None = None) -> tuple[
 
 
 class ParityData(Dataset[dict[str, torch.Tensor]]):
-    """Fresh examples of a parity, made on the fly and reproducible by (seed, index).
+    """Examples of a parity, made on access and reproducible by (seed, index).
 
     Args:
         d, k, support: the parity; see `check_parity`.
         count: number of examples.
-        seed: one stream, rows `input_ids` (d,) and `labels` (); or several, rows (G, d) and (G,), one stream a replica.
-            A stream depends on its own seed alone.
+        seed: one seed gives rows `input_ids` (d,) and `labels` (); several give rows (G, d) and (G,), one stream per replica
+            that depends only on its own seed.
         sparse_until: example i is sparse (each bit -1 with probability 0.1, else +1) with probability
-            (1 - i / sparse_until) / 2, so that all are uniform from there on: a curriculum over inputs, by which networks
-            learn parities that uniform inputs alone do not teach them (arXiv:2306.16921). 0 is uniform from the start.
+            (1 - i / sparse_until) / 2; later examples are uniform. With this curriculum over inputs networks learn parities
+            that they do not learn from uniform inputs alone (arXiv:2306.16921). 0: all examples are uniform.
     """
 
     def __init__(
@@ -81,26 +77,20 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def longest(self) -> int:
-        """Bits of an example."""
+        """Number of bits per example."""
         return self.d
 
     def _make_chunk(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
-        # the counter-based Philox generator gives each (seed, chunk) a stream of its own
+        # the counter-based Philox generator has a separate stream for each (seed, chunk)
         streams = [np.random.Generator(np.random.Philox(key=[seed, number])) for seed in seeds]
-        packed = [stream.bytes(_CHUNK * math.ceil(self.d / 8)) for stream in streams]
-        bits = np.stack(
-            [
-                np.unpackbits(np.frombuffer(raw, dtype=np.uint8).reshape(_CHUNK, -1), axis=1)[:, : self.d]
-                for raw in packed
-            ],
-            axis=1,
-        )
+        packed = [np.frombuffer(stream.bytes(_CHUNK * math.ceil(self.d / 8)), dtype=np.uint8) for stream in streams]
+        bits = np.stack([np.unpackbits(raw.reshape(_CHUNK, -1), axis=1, count=self.d) for raw in packed], axis=1)
         index_N = number * _CHUNK + np.arange(_CHUNK)
         if index_N[0] < self.sparse_until:
-            share_N = (1 - index_N / self.sparse_until).clip(0) / 2
+            fraction_N = (1 - index_N / self.sparse_until).clip(0) / 2
             for replica, stream in enumerate(streams):
-                sparse_N = stream.random(_CHUNK) < share_N
+                sparse_N = stream.random(_CHUNK) < fraction_N
                 bits[sparse_N, replica] = stream.random((sparse_N.sum(), self.d)) >= _SPARSITY
         zeros = len(self.support) - bits[..., list(self.support)].sum(-1, dtype=np.int64)
         ids, labels = torch.from_numpy(bits).long(), torch.from_numpy(1 - zeros % 2)
@@ -130,8 +120,8 @@ class ReplicatedLinear(nn.Module):
     """G independent linear maps as one batched product, (B, G, in) -> (B, G, out).
 
     Args:
-        seeds: one replica each, initialised as `nn.Linear` is after `torch.manual_seed(seed)`.
-        index: number of this layer in the network, so that layers of one seed differ.
+        seeds: one per replica; the weights have the distribution of `nn.Linear`.
+        index: number of this layer in the network, so that layers with the same seed have different weights.
     """
 
     def __init__(self, seeds: Sequence[int], in_features: int, out_features: int, index: int):
@@ -165,8 +155,8 @@ class ParityMLPConfig(PreTrainedConfig):
 class ParityMLP(PreTrainedModel):
     """x -> W x + b -> ReLU -> 2 logits; block 1 is the linear map ("pre"), block 2 the ReLU ("post").
 
-    With `replica_seeds` it is G independent networks side by side: inputs (B, G, d), logits (B, G, 2), and a loss summed
-    over replicas gives each the gradients that it would have alone.
+    With `replica_seeds` it has G independent networks: inputs (B, G, d), logits (B, G, 2). With a loss that is summed over
+    replicas, each network has the gradients that it would have alone.
     """
 
     config_class = ParityMLPConfig
@@ -185,7 +175,7 @@ class ParityMLP(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The layers initialise themselves, by seed."""
+        """Nothing: the layers initialise their own weights, by seed."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits, (..., 2), of bits (..., d)."""
@@ -210,14 +200,10 @@ def planted_teacher(
     confidence: float = 5.0,
     seed: int = 0,
 ) -> ParityMLP:
-    """A two-layer network that computes a parity by construction, where training one is out of reach.
+    """A two-layer network that computes a parity by construction, for parities that are too hard to train.
 
-    First-layer weights are ±1/2 on the support and N(0, noise^2) off it, biases uniform on [-k/2, k/2]; the second layer
-    is the ridge least-squares fit of the label (±1) on random examples, scaled to logits of ±`confidence`.
-
-    Args:
-        noise: deviation of the off-support weights; 0 makes the support plain to see.
-        confidence: mean size of the logits.
+    The weights of the first layer are ±1/2 on the support and N(0, `noise`^2) elsewhere, its biases uniform on [-k/2, k/2].
+    The second layer is the ridge least-squares fit of the label (±1) on random examples, scaled to logits of ±`confidence`.
     """
     data = ParityData(d, k, _FIT_EXAMPLES, seed=seed + 1_000_003, support=support)
     generator = torch.Generator().manual_seed(seed)

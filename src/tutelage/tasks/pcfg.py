@@ -1,7 +1,7 @@
-"""Training on the synthetic language "cfg3": token ids, an endless dataset, collators and model shapes.
+"""Training data and models for the synthetic language "cfg3" of `pcfg_grammar`: token ids, dataset, collators, model shapes.
 
-Public names: `Grammar`, `build_grammar`, `Strings`, `sample` (of `pcfg_grammar`), `pcfg_tokens`,
-`PcfgDataset`, `pcfg_collator`, `pcfg_config`, and the token ids `PAD`, `MASK`, `BOS`, `EOS`, `FIRST_TERMINAL`.
+Public names: `pcfg_tokens`, `PcfgDataset`, `pcfg_collator`, `pcfg_config`, and the token ids `PAD`, `MASK`, `BOS`, `EOS`,
+`FIRST_TERMINAL`.
 
 A row is `<bos>`, the terminals of one string, `<eos>`; terminal t has the id FIRST_TERMINAL + t.
 
@@ -20,24 +20,8 @@ from transformers import BertConfig, GPT2Config
 
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import IGNORED_LABEL
-from tutelage.tasks.collators import CausalCollator
-from tutelage.tasks.pcfg_grammar import Grammar, Strings, build_grammar, hash_words, sample
-
-__all__ = [
-    "BOS",
-    "EOS",
-    "FIRST_TERMINAL",
-    "MASK",
-    "PAD",
-    "Grammar",
-    "PcfgDataset",
-    "Strings",
-    "build_grammar",
-    "pcfg_collator",
-    "pcfg_config",
-    "pcfg_tokens",
-    "sample",
-]
+from tutelage.tasks.language import CausalCollator
+from tutelage.tasks.pcfg_grammar import Grammar, check_seed, hash_words, sample
 
 PAD, MASK, BOS, EOS, FIRST_TERMINAL = range(5)
 
@@ -49,18 +33,17 @@ def pcfg_tokens(grammar: Grammar) -> dict[str, int]:
 
 
 class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
-    """Strings of a grammar as rows `{"input_ids": (T,)}`, drawn when asked for.
+    """Strings of a grammar as rows `{"input_ids": (T,)}`, drawn on access.
 
-    Row i depends on the grammar, the seed and i alone, so nothing is kept, any order costs the same, and a shorter dataset
-    is the beginning of a longer one. Datasets of different seeds are different streams; a small grammar has so few strings
-    that equal ones occur in both all the same (levels=4 has some hundreds).
+    Row i depends only on the grammar, the seed and i: nothing is stored, and a shorter dataset is the beginning of a longer
+    one. Datasets with different seeds are different streams, but a small grammar has few strings (levels=4 has some
+    hundreds), so both may contain the same string.
 
     Args:
-        grammar: the language.
-        count: rows.
+        count: number of rows.
         seed: 0 to 2^64 - 1.
-        max_length: cut longer rows to their first `max_length` tokens (which lose `<eos>` and are not members); None keeps
-            every string whole.
+        max_length: longer rows are cut to their first `max_length` tokens (they lose `<eos>` and are not members of the
+            language); None cuts no row.
 
     Raises:
         UserError: no rows, a seed out of range, or a `max_length` that leaves nothing to predict.
@@ -71,13 +54,14 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
             raise UserError(f"a dataset needs a count of at least 1, got {count}")
         if max_length is not None and max_length < 3:
             raise UserError(f"max_length {max_length} is too short: <bos> and two more tokens need 3")
-        sample(grammar, 0, seed)  # refuses a wrong seed now, not in a worker
+        check_seed(seed)
         self.grammar, self.count, self.seed, self.max_length = grammar, count, seed, max_length
 
     @property
     def longest(self) -> int:
-        """Tokens that a row can have at most."""
-        return min(self.grammar.longest + 2, self.max_length or self.grammar.longest + 2)
+        """Largest number of tokens per row."""
+        longest = self.grammar.longest + 2
+        return min(longest, self.max_length or longest)
 
     def __len__(self) -> int:
         return self.count
@@ -86,7 +70,7 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Rows drawn together, which is much faster than one by one; PyTorch's loader calls it."""
+        """Draw rows together, which is much faster than one by one; PyTorch's data loader calls it."""
         index_N = np.asarray(indices, dtype=np.int64)
         outside = index_N[(index_N < -self.count) | (index_N >= self.count)]
         if len(outside):
@@ -100,26 +84,22 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
         inner[starts] = inner[ends - 1] = False
         tokens[inner] = strings.symbols + FIRST_TERMINAL
         rows = torch.from_numpy(tokens).split((ends - starts).tolist())
-        # a cut row gets storage of its own, or a worker would send the whole batch with it
+        # each row has its own storage: otherwise a worker would send the whole batch with every row
         return [{"input_ids": row[: self.max_length].clone()} for row in rows]
 
 
-# ---- Collators ----
-
-
 def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3, seed: int | None = None) -> Any:
-    """The data collator for a task: pads, and gives `input_ids`, `attention_mask` and `labels`, each (N, T).
+    """The data collator for a task: pads, and returns `input_ids`, `attention_mask` and `labels`, each (N, T).
 
-    Causal models get the ids themselves as labels (the model shifts them). For masked models each terminal is chosen with
-    `mask_probability`; of the chosen, 80% become `<mask>`, 10% a random terminal and 10% stay, as in BERT; the labels are the
-    ids of the chosen. Padding and positions not chosen are labelled -100.
+    For causal models the labels are the ids (the model shifts them). For masked models each terminal is chosen with
+    `mask_probability`; of the chosen terminals 80% become `<mask>`, 10% become a random terminal and 10% stay, as in BERT;
+    the labels are the ids of the chosen terminals. Padding and all other positions have the label -100.
 
     Args:
         task: masked_lm or causal_lm.
-        grammar: its number of terminals is used.
         mask_probability: above 0, at most 1.
-        seed: None draws from PyTorch's global generator, so that the trainer's seed governs the masks. A number makes a row's
-            masks depend on the seed and the row alone, whatever the batch: the same at every evaluation.
+        seed: None draws from PyTorch's global generator, so that the trainer's seed determines the masks. With a number the
+            masks of a row depend only on the seed and the row, so they are the same in every evaluation.
 
     Raises:
         UserError: an unknown task, or a probability or a seed out of range.
@@ -127,13 +107,11 @@ def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3, se
     _check_task(task)
     if not 0 < mask_probability <= 1:
         raise UserError(f"mask_probability must be above 0 and at most 1, got {mask_probability}")
-    if seed is not None and not 0 <= seed < 1 << 64:
-        raise UserError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
-    return (
-        CausalCollator(PAD, always_mask=True)
-        if task == "causal_lm"
-        else MaskingCollator(grammar.terminals, mask_probability, seed)
-    )
+    if seed is not None:
+        check_seed(seed)
+    if task == "causal_lm":
+        return CausalCollator(PAD, always_mask=True)
+    return MaskingCollator(grammar.terminals, mask_probability, seed)
 
 
 class MaskingCollator(CausalCollator):
@@ -155,7 +133,7 @@ class MaskingCollator(CausalCollator):
         return batch
 
     def _uniform(self, ids_NT: torch.Tensor, real_NT: torch.Tensor) -> torch.Tensor:
-        """Three uniform numbers in [0, 1) for each position, (3, N, T)."""
+        """Three uniform numbers in [0, 1) per position, (3, N, T)."""
         if self.seed is None:
             return torch.rand(3, *ids_NT.shape, dtype=torch.float64)
         place_T = np.arange(ids_NT.shape[1])
@@ -165,24 +143,18 @@ class MaskingCollator(CausalCollator):
         return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)
 
 
-# ---- Models ----
-
-
 def pcfg_config(
     task: str, layers: int, heads: int, head_width: int, grammar: Grammar, max_length: int | None = None, **fields: Any
 ) -> BertConfig | GPT2Config:
-    """The config of a model for a grammar: a BERT for masked_lm, a GPT-2 with tied embeddings for causal_lm.
+    """The config of a model for a grammar: a BERT for masked_lm, a GPT-2 with tied embeddings for causal_lm, no dropout.
 
-    No dropout; the feed-forward layers are four times as wide as the hidden states, heads * head_width.
+    The hidden states have the width heads * head_width, the feed-forward layers four times that width.
 
     Args:
         task: masked_lm or causal_lm.
-        layers: blocks.
-        heads: attention heads of a block.
-        head_width: width of a head.
-        grammar: gives the vocabulary and the longest row.
-        max_length: positions; None takes what the grammar's longest string needs.
-        fields: more fields of the config, or other values for those set here.
+        grammar: determines the vocabulary and the longest row.
+        max_length: positions; None uses the length of the grammar's longest row.
+        fields: more fields of the config, or different values for the fields set here.
 
     Raises:
         UserError: an unknown task, or a size below 1.
@@ -191,33 +163,16 @@ def pcfg_config(
     for name, value in (("layers", layers), ("heads", heads), ("head_width", head_width), ("max_length", max_length)):
         if value is not None and value < 1:
             raise UserError(f"a model needs {name} of at least 1, got {value}")
-    width = heads * head_width
+    width, positions = heads * head_width, max_length or grammar.longest + 2
     shared = {"vocab_size": len(pcfg_tokens(grammar)), "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    positions = max_length or grammar.longest + 2
     if task == "masked_lm":
-        bert = {
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * width,
-            "max_position_embeddings": positions,
-            "type_vocab_size": 1,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        }
-        return BertConfig(**{**shared, **bert, **fields})
-    gpt = {
-        "n_embd": width,
-        "n_layer": layers,
-        "n_head": heads,
-        "n_inner": 4 * width,
-        "n_positions": positions,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "tie_word_embeddings": True,
-    }
-    return GPT2Config(**{**shared, **gpt, **fields})
+        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "type_vocab_size": 1}
+        shape |= {"intermediate_size": 4 * width, "max_position_embeddings": positions}
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return BertConfig(**{**shared, **shape, **dropout, **fields})
+    shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_inner": 4 * width, "n_positions": positions}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2Config(**{**shared, **shape, **dropout, "tie_word_embeddings": True, **fields})
 
 
 def _check_task(task: str) -> None:

@@ -1,10 +1,10 @@
-"""The synthetic language "cfg3": its grammars, a sampler and an exact membership test. NumPy only.
+"""The synthetic language "cfg3": its grammars and a sampler. NumPy only.
 
-Public names: `Grammar`, `build_grammar`, `Strings`, `sample`.
+Public names: `Grammar`, `build_grammar`, `Strings`, `sample`, `hash_words`, `check_seed`.
 
-The family is that of Allen-Zhu and Li, "Physics of Language Models: Part 1" (arXiv:2305.13673): symbols live on levels;
-a symbol of one level is rewritten to 2 or 3 symbols of the next by one of its rules, all equally likely; level 0 is the
-root, the last level the terminals. The grammars are our own draws with the same statistics, not the paper's.
+The family is that of Allen-Zhu and Li, "Physics of Language Models: Part 1" (arXiv:2305.13673). Symbols belong to levels:
+level 0 is the root, the last level has the terminals. A rule rewrites a symbol to 2 or 3 symbols of the next level; the rules
+of a symbol are equally likely. The grammars are our own draws with the same statistics, not those of the paper.
 
 Shapes: N strings, M symbols of all strings one after the other, S symbols of a level, R rules of a symbol.
 """
@@ -25,16 +25,14 @@ _COVER_ATTEMPTS = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A grammar whose symbols live on levels; each level's symbols are numbered from 0.
+    """A grammar whose symbols belong to levels; the symbols of each level are numbered from 0.
 
-    Raises:
-        UserError: fewer than two levels, more than one root, or rules that do not fit the levels.
-    """
+    Raises UserError for fewer than two levels, more than one root, and rules that do not fit the levels."""
 
     levels: tuple[int, ...]
     """Symbols of each level: (1, 3, 3, 3) has a root, two more levels of non-terminals and three terminals."""
     rules: tuple[np.ndarray, ...]
-    """For each level but the last, (S, R, 3): what symbol s may become, by next-level number; -1 where a rule is short."""
+    """For each level except the last, (S, R, 3): the symbols of the next level that replace symbol s; -1 fills a short rule."""
 
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or self.levels[0] != 1 or min(self.levels) < 1:
@@ -48,18 +46,12 @@ class Grammar:
         frozen = []
         for level, (rules, below) in enumerate(zip(self.rules, self.levels[1:], strict=True)):
             table = np.array(rules, dtype=np.int64)
-            if (
-                table.ndim != 3
-                or table.shape[0] != self.levels[level]
-                or 0 in table.shape
-                or table.shape[2] != LONGEST_RULE
-            ):
+            if table.ndim != 3 or 0 in table.shape or table.shape[::2] != (self.levels[level], LONGEST_RULE):
                 raise UserError(
                     f"the rules of level {level} have shape {table.shape}: expected "
                     f"({self.levels[level]}, rules per symbol, {LONGEST_RULE}), rules of two symbols filled with {NONE}"
                 )
-            lowest = np.array([0, 0, NONE])
-            if (table < lowest).any() or table.max() >= below:
+            if (table < [0, 0, NONE]).any() or table.max() >= below:
                 raise UserError(
                     f"a rule of level {level} has a symbol outside 0 to {below - 1}: use the numbers of level {level + 1} "
                     f"({NONE} in the third place only)"
@@ -99,14 +91,14 @@ class Grammar:
 def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int = 2) -> Grammar:
     """Draw a grammar; the defaults have the shape of cfg3, with strings of 127 to 579 symbols, 283 on average.
 
-    Rules have 2 or 3 symbols with equal odds. Within a level no two have the same right-hand side, and every symbol of the
-    next level occurs on one. The draw is NumPy's frozen legacy generator (MT19937): the same on every machine.
+    Rules have 2 or 3 symbols with equal probability. Within a level the right-hand sides are different, and every symbol of
+    the next level occurs in one of them. NumPy's frozen legacy generator (MT19937) draws the same on every machine.
 
     Args:
-        levels: levels, root and terminals included; a string has 2^(levels-1) to 3^(levels-1) symbols.
-        symbols: symbols of each level under the root.
+        levels: number of levels with root and terminals; a string has 2^(levels-1) to 3^(levels-1) symbols.
+        symbols: number of symbols per level below the root.
         seed: 0 to 2^64 - 1.
-        rules: rules of each symbol.
+        rules: number of rules per symbol.
 
     Raises:
         UserError: an argument out of range, more rules than there are right-hand sides, or too few to use all symbols.
@@ -114,13 +106,12 @@ def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int =
     for name, value, least in (("levels", levels, 2), ("symbols", symbols, 1), ("rules", rules, 1)):
         if value < least:
             raise UserError(f"a grammar needs {name} of at least {least}, got {value}")
-    _check_seed(seed)
+    check_seed(seed)
     counts = (1, *[symbols] * (levels - 1))
-    available = symbols**2 + symbols**3
-    needed = max(counts[:-1]) * rules
-    if needed > available:
+    largest, available = max(counts[:-1]), symbols**2 + symbols**3
+    if largest * rules > available:
         raise UserError(
-            f"{max(counts[:-1])} symbols with {rules} rules each need {needed} different right-hand sides, but {symbols} "
+            f"{largest} symbols with {rules} rules each need {largest * rules} different right-hand sides, but {symbols} "
             f"symbols make {available} of length 2 or 3: ask for fewer rules or more symbols"
         )
     if LONGEST_RULE * rules < symbols:
@@ -155,7 +146,7 @@ class Strings:
     symbols: np.ndarray
     """Terminals of all strings, (M,)."""
     offsets: np.ndarray
-    """Where each string starts, then the end of the last, (N + 1,)."""
+    """Start of each string, then the end of the last string, (N + 1,)."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -175,25 +166,21 @@ class Strings:
         return (self[index] for index in range(len(self)))
 
 
-# ---- Sampling ----
-
-
 def sample(grammar: Grammar, strings: int | Sequence[int] | np.ndarray, seed: int = 0) -> Strings:
     """Draw strings, all at once, level by level.
 
-    String i of a seed depends on (seed, i) alone: the rule of a node is a hash of the seed, the string's number, the
-    node's level and its place (SplitMix64, integer arithmetic only), so any set of strings costs what its tokens cost, in
-    any order, and is the same on every machine and with every version of NumPy.
+    String i of a seed depends only on (seed, i): the rule of a node is a hash of the seed, the number of the string, and the
+    level and place of the node (SplitMix64, integer arithmetic only). The strings are therefore the same in any order, on
+    every machine and with every version of NumPy.
 
     Args:
-        grammar: the language.
-        strings: how many, taken from number 0 on, or the numbers of the wanted strings.
+        strings: the number of strings, counted from string 0, or the numbers of the wanted strings.
         seed: 0 to 2^64 - 1.
 
     Raises:
         UserError: a negative count or number, or a seed out of range.
     """
-    _check_seed(seed)
+    check_seed(seed)
     if isinstance(strings, (int, np.integer)):
         numbers, lowest = np.arange(strings), strings
     else:
@@ -225,6 +212,7 @@ def hash_words(keys: np.ndarray, counters: np.ndarray | int) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed outside 0 to 2^64 - 1."""
     if not 0 <= seed < 1 << 64:
         raise UserError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")

@@ -1,4 +1,4 @@
-"""The tasks that tutelage knows, by name.
+"""The registered tasks, by name.
 
 Public names: `TASKS`, `register_task`, `get_task`, `detect_task`.
 """
@@ -11,15 +11,15 @@ from transformers import PreTrainedConfig
 from tutelage.core.errors import UserError
 from tutelage.tasks.base import Clues, Task
 from tutelage.tasks.classification import PlainClassification, SequenceClassification
+from tutelage.tasks.embedding import SentenceEmbedding
 from tutelage.tasks.language import CausalLM, MaskedLM
 from tutelage.tasks.loading import find_file, load_config
-from tutelage.tasks.sentences import SentenceEmbedding
 
 TASKS: dict[str, Task] = {}
 
 
 def register_task(task: Task) -> None:
-    """Make a task known by its name; registering a name again replaces its task."""
+    """Register a task under its name; a task that already has the name is replaced."""
     TASKS[task.name] = task
 
 
@@ -28,18 +28,15 @@ for _task in (CausalLM(), MaskedLM(), SequenceClassification(), SentenceEmbeddin
 
 
 def get_task(name: str) -> Task:
-    """Look a task up by name."""
+    """The registered task of that name."""
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}: use one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def detect_task(model_or_config: nn.Module | PreTrainedConfig | str, trust_remote_code: bool = False) -> Task:
-    """The task of a model, from its class, its config's `architectures`, or sentence-transformers' `modules.json`.
-
-    Raises:
-        UserError: no task recognises it.
-    """
+    """The task of a model, detected from its class, the `architectures` of its config, or the `modules.json` of
+    sentence-transformers; UserError if no task recognises it."""
     clues = _clues(model_or_config, trust_remote_code)
     for task in TASKS.values():
         if task.recognizes(clues):

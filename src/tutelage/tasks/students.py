@@ -27,12 +27,12 @@ _SIZES = {"num_hidden_layers", "hidden_size", *_HEADS, *_FEED_FORWARD}
 
 
 def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration that `student` names.
+    """The configuration of a student.
 
     Args:
         student: a model folder, a `config.json`, or a preset such as `layers=3,hidden_size=192`: comma-separated settings
-            over the teacher's configuration. Heads and feed-forward width follow the hidden size unless given; every
-            other field (vocabulary, positions, activation...) is the teacher's.
+            that replace those of the teacher. Heads and feed-forward width follow the hidden size unless they are given;
+            every other field (vocabulary, positions, activation...) is that of the teacher.
         teacher: the teacher's configuration.
 
     Raises:
@@ -42,7 +42,10 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         return _preset(student, teacher)
     path = Path(student)
     if path.is_file():
-        fields = _read_json(path)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(fields, dict) or "model_type" not in fields:
             raise UserError(f"student config {student!r} has no model_type: it is not a transformers configuration")
         with as_user_error(f"student config {student!r} cannot be used"):
@@ -58,12 +61,10 @@ def is_preset(student: str) -> bool:
 def make_student(
     student: str, task: Task, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """The student model: loaded where `student` is a folder or Hub name with weights, else randomly initialised.
+    """The student model: loaded if `student` is a folder or Hub name with weights, else randomly initialised.
 
     Args:
-        student: as in `student_config`.
-        task: what it is for.
-        config: what `student_config` gave.
+        student, config: argument and result of `student_config`.
         shape: `Task.teacher_shape` of the teacher.
     """
     path = Path(student)
@@ -72,13 +73,6 @@ def make_student(
     model = task.load(student, what="student")
     task.fit_to_teacher(model, shape)
     return model
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -112,7 +106,7 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     if new_width != width or not settings.keys().isdisjoint(_HEADS):
         _scale_width(config, settings, width, new_width)
     if getattr(config, "layer_types", None):
-        # keep the mixture of attention kinds: student layer i takes the kind of the teacher layer it stands for
+        # keep the mixture of attention types: student layer i has the type of the teacher layer that it corresponds to
         kinds = config.layer_types
         config.layer_types = [kinds[min(depth - 1, i * depth // new_depth)] for i in range(new_depth)]
     for key, value in settings.items():
@@ -142,7 +136,7 @@ def _check_rotary(text: str, config: PreTrainedConfig, size: int) -> None:
 
 
 def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int, new_width: int) -> None:
-    """Let heads (of the teacher's size) and feed-forward width follow the hidden size, where not given."""
+    """Set heads (of the teacher's head size) and feed-forward width for the hidden size, unless they are given."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or width // heads
     if "num_attention_heads" not in settings:
@@ -161,7 +155,6 @@ def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int,
     for name in _FEED_FORWARD:
         if getattr(config, name, None) and name not in settings:
             settings[name] = max(8, round(getattr(config, name) * new_width / width / 8) * 8)
-    if "embedding_size" in config.to_dict() and config.embedding_size == width:
-        settings.setdefault("embedding_size", new_width)
-    if "word_embed_proj_dim" in config.to_dict() and config.word_embed_proj_dim == width:
-        settings.setdefault("word_embed_proj_dim", new_width)
+    for name in ("embedding_size", "word_embed_proj_dim"):
+        if config.to_dict().get(name) == width:
+            settings.setdefault(name, new_width)

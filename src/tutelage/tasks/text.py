@@ -1,4 +1,4 @@
-"""Text in, model inputs out: reading, tokenising, packing and collating datasets.
+"""Read, tokenise and pack datasets.
 
 Public names: `read_dataset`, `stream_dataset`, `keep_rows`, `split_dataset`, `tokenize`.
 """
@@ -6,7 +6,6 @@ Public names: `read_dataset`, `stream_dataset`, `keep_rows`, `split_dataset`, `t
 from __future__ import annotations
 
 import atexit
-import codecs
 import itertools
 import json
 import shutil
@@ -22,11 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.core.errors import UserError, reason_of
 from tutelage.io.store import Store
 from tutelage.tasks.base import Task
+from tutelage.tasks.loading import first_line
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# Documents, or lines, whose tokens are packed as one text.
+_OPTIONS = {".txt": {"keep_linebreaks": True}}
+# Number of documents or lines whose tokens are packed as one text.
 _PACKED_TOGETHER = 20_000
-# Rows that a stream is checked on before it is read.
+# Number of rows of a stream that are checked before it is read.
 _SAMPLE = 100
 
 Rows = TypeVar("Rows", Dataset, IterableDataset)
@@ -35,9 +36,7 @@ Rows = TypeVar("Rows", Dataset, IterableDataset)
 def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
     """Read a Hub dataset, a folder saved by `datasets`, or a .txt/.jsonl/.parquet file; the latter two also by fsspec URL.
 
-    Raises:
-        UserError: there is no such data, the file format is unknown, a text file that is not UTF-8, or an empty dataset.
-    """
+    Raises UserError for missing data, an unknown file format, a text file that is not UTF-8, and an empty dataset."""
     file = Path(path)
     if "://" in path:
         data = _read_url(path)
@@ -65,7 +64,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
         except Exception as error:  # each damaged file has its own
             raise UserError(f"could not read dataset folder {path!r}: {reason_of(error)}; save it again") from error
     elif file.suffix in _BUILDERS:
-        raise UserError(f"no dataset file {path!r}")
+        raise UserError(f"no dataset file {path!r}: give an existing file")
     else:
         try:
             data = load_dataset(path)
@@ -80,14 +79,47 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
         data = data[split]
     parts = data.values() if isinstance(data, DatasetDict) else [data]
     if not any(len(part) for part in parts):
-        raise UserError(f"dataset {path!r} is empty: it needs at least one example")
+        raise _empty(path)
     return data
 
 
+def _empty(path: str | Path) -> UserError:
+    return UserError(f"dataset {str(path)!r} is empty: it needs at least one example")
+
+
+def _read_file(file: Path) -> Dataset:
+    if file.suffix not in _BUILDERS:
+        raise UserError(f"dataset {str(file)!r} ends in {file.suffix!r}: expected .txt, .jsonl or .parquet")
+    if file.stat().st_size == 0:
+        raise _empty(file)
+    if file.suffix != ".parquet":
+        _check_utf8(file)
+    try:
+        return load_dataset(
+            _BUILDERS[file.suffix], data_files=str(file), split="train", **_OPTIONS.get(file.suffix, {})
+        )
+    except Exception as error:  # the exception classes depend on the format
+        raise UserError(f"could not read {str(file)!r} as {file.suffix}: {_reason(error)}") from error
+
+
+def _check_utf8(file: Path) -> None:
+    offset = 0
+    with file.open("rb") as handle:
+        for line in handle:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file} is not UTF-8: byte {line[error.start]:#04x} near offset {offset + error.start}; "
+                    f"convert it, e.g. `iconv -f ISO-8859-1 -t UTF-8 {file}`"
+                ) from error
+            offset += len(line)
+
+
 def _read_url(url: str) -> Dataset | DatasetDict:
-    """A file, which is fetched and read as one on this machine, or a folder that `datasets` saved."""
+    """Fetch a file and read it, or read a folder that `datasets` saved."""
     folder, _, name = url.rpartition("/")
-    store = Store(folder)  # what it fetches lives as long as it does
+    store = Store(folder)  # deletes the fetched file at its own end
     try:
         return read_dataset(str(store.fetch(name))) if Path(url).suffix in _BUILDERS else load_from_disk(url)
     except Exception as error:  # each file system has its own
@@ -95,29 +127,21 @@ def _read_url(url: str) -> Dataset | DatasetDict:
 
 
 def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
-    """What `read_dataset` reads, read only as far as it is iterated: nothing is fetched whole.
+    """Like `read_dataset`, but rows are fetched only as they are iterated. A URL may contain a `*`, for many files.
 
-    A URL may hold a `*`, for many files.
-
-    Raises:
-        UserError: there is no such data, the file format is unknown, or there are no rows.
-    """
-    suffix = Path(path).suffix
-    options: dict[str, Any] = {"split": split or "train", "streaming": True}
+    Raises UserError for missing data, an unknown file format, and data without rows."""
+    suffix, split_name = Path(path).suffix, split or "train"
+    options: dict[str, Any] = {"path": path, "split": split_name, "streaming": True}
     if "://" not in path and not any(mark in path for mark in "*?["):
         if Path(path).exists() or suffix in _BUILDERS:
             data = read_dataset(path, split)
-            return (
-                data.get("train") or next(iter(data.values())) if isinstance(data, dict) else data
-            ).to_iterable_dataset()
+            return (_training_split(data) if isinstance(data, DatasetDict) else data).to_iterable_dataset()
     elif suffix in _BUILDERS:
-        options |= {"path": _BUILDERS[suffix], "data_files": {options["split"]: path}}
-        if suffix == ".txt":
-            options["keep_linebreaks"] = True
+        options |= {"path": _BUILDERS[suffix], "data_files": {split_name: path}, **_OPTIONS.get(suffix, {})}
     elif "://" in path:
-        options |= {"path": "arrow", "data_files": {options["split"]: _saved_files(path, split)}}
+        options |= {"path": "arrow", "data_files": {split_name: _saved_files(path, split_name)}}
     try:
-        stream = load_dataset(**{"path": path, **options})
+        stream = load_dataset(**options)
         if next(iter(stream), None) is None:
             raise UserError("there is no file, or no file contains a row")
     except Exception as error:  # each file system has its own
@@ -125,8 +149,8 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
     return stream
 
 
-def _saved_files(url: str, split: str | None) -> list[str]:
-    """Files of a folder that `datasets` saved; it may hold others."""
+def _saved_files(url: str, split: str) -> list[str]:
+    """The data files in a folder that `datasets` saved; it may contain more files."""
     try:
         store = Store(url)
         if store.exists("dataset_dict.json"):
@@ -138,10 +162,7 @@ def _saved_files(url: str, split: str | None) -> list[str]:
 
 
 def keep_rows(stream: IterableDataset, count: int) -> Dataset:
-    """The first `count` rows of a stream, or all if there are fewer, in a memory-mapped file of this process.
-
-    Token ids take a few bytes each, a small part of what a curriculum takes; the file goes when the process ends.
-    """
+    """The first `count` rows of a stream, or all if there are fewer, in a memory-mapped file that is deleted at exit."""
 
     def rows() -> Iterator[dict[str, Any]]:
         yield from itertools.islice(stream, count)
@@ -152,9 +173,9 @@ def keep_rows(stream: IterableDataset, count: int) -> Dataset:
 
 
 def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Dataset, Dataset]:
-    """Training and evaluation parts: the dataset's own splits, else its last `eval_fraction` of examples."""
+    """Training and evaluation parts: the dataset's own splits, else the last `eval_fraction` of its examples."""
     if isinstance(data, DatasetDict):
-        train = data["train"] if "train" in data else next(iter(data.values()))
+        train = _training_split(data)
         held_out = next((data[name] for name in ("validation", "eval", "test") if name in data), None)
         if held_out is not None:
             return train, held_out
@@ -168,14 +189,18 @@ def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Da
     return data.select(range(len(data) - count)), data.select(range(len(data) - count, len(data)))
 
 
+def _training_split(data: DatasetDict) -> Dataset:
+    return data["train"] if "train" in data else next(iter(data.values()))
+
+
 def tokenize(
     data: Rows, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, text_column: str = "text"
 ) -> Rows:
-    """Turn text into model inputs, a stream as it is read: the rows are the same.
+    """Turn text into model inputs; a stream is tokenised as it is read and has the same rows.
 
-    Language models get packed blocks of exactly `max_length` tokens (the lines of a .txt file joined as they are, other
-    data with the end-of-text token after each document; the remainder is dropped); the other tasks one truncated
-    example per row. Datasets that have `input_ids` already pass through, checked for length.
+    Language models get packed blocks of exactly `max_length` tokens: the lines of a .txt file are joined as they are, other
+    data get the end-of-text token after each document, and the remainder is dropped. Other tasks get one truncated example
+    per row. A dataset with `input_ids` is only checked for its length.
 
     Raises:
         UserError: a column is missing or has a different type, rows are longer than `max_length`, or there is too little
@@ -193,12 +218,11 @@ def tokenize(
             )
         return data
     needed = [text_column, *(column for column in task.columns if column != "text")]
-    for column in needed:
-        if column not in columns:
-            raise UserError(
-                f"the dataset has no column {column!r} (it has {', '.join(columns)}); "
-                f"task {task.name} needs {' and '.join(needed)}: rename the column or set --text_column"
-            )
+    if missing := [column for column in needed if column not in columns]:
+        raise UserError(
+            f"the dataset has no column {missing[0]!r} (it has {', '.join(columns)}); "
+            f"task {task.name} needs {' and '.join(needed)}: rename the column or set --text_column"
+        )
     _check_column(sample, text_column, "str", "text")
     special = tokenizer.num_special_tokens_to_add() if not task.causal else 1  # a causal model predicts from 1 token on
     if max_length <= special:
@@ -229,13 +253,13 @@ def tokenize(
 def _check_column(data: Dataset, column: str, wanted: str, meaning: str) -> None:
     dtype = str(getattr(data.features[column], "dtype", data.features[column]))
     if wanted not in dtype or dtype.startswith("List"):
-        raise UserError(f"column {column!r} of the dataset holds {dtype}: expected {meaning}")
+        raise UserError(f"column {column!r} of the dataset has the type {dtype}: expected {meaning}")
     if data.data.column(column).null_count:
         raise UserError(f"column {column!r} of the dataset has rows without a value: drop them first")
 
 
 def _is_running_text(data: Dataset, text_column: str, builder: str | None) -> bool:
-    """Whether the rows are the lines of a text file, line breaks kept: one running text, not documents."""
+    """Whether the rows are the lines of one text file, with their line breaks, and not separate documents."""
     return builder == "text" and any(line.endswith("\n") for line in data[:100][text_column])
 
 

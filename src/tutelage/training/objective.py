@@ -88,7 +88,12 @@ class StageObjective(nn.Module):
     def _output_loss(self, stage: OutputStage, batch: dict[str, Any]) -> torch.Tensor:
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""
         settings = OutputSettings(
-            self.curriculum.temperature, stage.label_weight, self.curriculum.top_k, self.chunk_size, self.embedding_loss
+            self.curriculum.temperature,
+            stage.label_weight,
+            self.curriculum.top_k,
+            self.chunk_size,
+            self.embedding_loss,
+            self.source.outputs,
         )
         target = self.source.output(batch) if stage.needs_teacher else None
-        return self.task.output_loss(self.student, batch, target, settings, self.source.outputs)
+        return self.task.output_loss(self.student, batch, target, settings)

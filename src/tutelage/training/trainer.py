@@ -22,7 +22,7 @@ from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import batch_positions
 from tutelage.io.files import writing_errors
 from tutelage.targets.source import StatisticsFile
-from tutelage.tasks.outputs import EvaluationTools
+from tutelage.tasks.base import EvaluationTools
 from tutelage.training import checks
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.feed import StageFeed

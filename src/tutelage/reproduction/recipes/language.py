@@ -28,9 +28,9 @@ from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, PaperRecipe, at_least_one
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
+from tutelage.tasks.base import EvaluationTools
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
 from tutelage.tasks.loading import load_model, load_tokenizer
-from tutelage.tasks.outputs import EvaluationTools
 from tutelage.tasks.pcfg import PcfgDataset, pcfg_collator, pcfg_config
 from tutelage.tasks.pcfg_grammar import Grammar, build_grammar
 from tutelage.tasks.registry import get_task

@@ -22,8 +22,8 @@ from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, plain_variant
+from tutelage.tasks.base import EvaluationTools
 from tutelage.tasks.loading import load_model
-from tutelage.tasks.outputs import EvaluationTools
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig, check_parity, planted_teacher
 from tutelage.tasks.registry import get_task
 

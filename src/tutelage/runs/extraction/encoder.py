@@ -21,8 +21,7 @@ from tutelage.runs.extraction.schedule import Batches
 from tutelage.targets import rows
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.rows import RowFormat
-from tutelage.tasks.base import HeadTask
-from tutelage.tasks.outputs import OutputTarget
+from tutelage.tasks.base import HeadTask, OutputTarget
 
 Columns = dict[str, Any]
 
