@@ -269,7 +269,7 @@ def test_the_folder_of_a_different_comparison_is_refused(
 ) -> None:
     succeeds("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch", "--output_dir", "o")
     line = error_of("compare", "parity-mlp/smoke", *flags(d=9), "--methods", "scratch", "--output_dir", "o")
-    assert "'o' holds a different comparison" in line and "choose a different --output_dir" in line
+    assert "'o' contains a comparison with a different" in line and "choose a different --output_dir" in line
     Path("notes.txt").write_text("mine", encoding="utf-8")
     line = error_of("compare", "parity-mlp/smoke", *flags(), "--methods", "scratch", "--output_dir", "notes.txt")
     assert "notes.txt" in line

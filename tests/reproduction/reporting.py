@@ -10,8 +10,9 @@ from typing import Any
 
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.reproduction.report import write_report
-from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, TeacherRecord, Trial
+from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, Trial
 from tutelage.reproduction.statistics import Estimate, PairedRatio
+from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Candidate, Variant
 
 EVIL = '</script><script>document.title="bad"</script>:projection=logits,warm_start=head|a/b*'

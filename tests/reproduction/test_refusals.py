@@ -18,16 +18,19 @@ from tutelage.reproduction.variants import Variant, parse_variant
 def test_a_folder_of_a_different_comparison_is_refused(tmp_path: Path) -> None:
     made(tiny(), tmp_path / "o", ["scratch"])
     before = (tmp_path / "o" / COMPARISON_FILE).read_bytes()
-    with pytest.raises(
-        ValueError, match=r"holds a different comparison \(different d\): choose a different --output_dir"
-    ):
+    refused = (
+        r"contains a comparison with a different {}: give the original settings, or choose a different --output_dir"
+    )
+    with pytest.raises(ValueError, match=refused.format("d")):
         compare(tiny(d=9), tmp_path / "o", ["scratch"], log=silent)
-    with pytest.raises(ValueError, match=r"holds a different comparison \(different match\)"):
+    with pytest.raises(ValueError, match=refused.format("match")):
         compare(tiny(), tmp_path / "o", ["scratch"], match="flops", log=silent)
     assert (tmp_path / "o" / COMPARISON_FILE).read_bytes() == before
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no comparison"):
+    with pytest.raises(
+        ValueError, match="is not empty and does not contain a comparison: choose a different --output_dir"
+    ):
         compare(tiny(), tmp_path / "notes", ["scratch"], log=silent)
     assert [file.name for file in (tmp_path / "notes").iterdir()] == ["mine.txt"]
 

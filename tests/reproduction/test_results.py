@@ -10,7 +10,16 @@ import pytest
 
 from tests.reproduction.reporting import comparison
 from tutelage.core.errors import UserError
-from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, RunRecord, read_runs, write_runs
+from tutelage.reproduction.results import (
+    COMPARISON_FILE,
+    Comparison,
+    CurvePoint,
+    MethodResult,
+    RunRecord,
+    read_runs,
+    write_runs,
+)
+from tutelage.reproduction.scaling_fit import ScalingResult, fit_methods
 from tutelage.reproduction.statistics import Estimate
 from tutelage.reproduction.summary import ratio_of, summarise
 from tutelage.reproduction.variants import Candidate, Variant
@@ -53,6 +62,18 @@ def test_a_result_of_an_earlier_version_is_refused() -> None:
     del fields["methods"], fields["metric"]
     with pytest.raises(UserError, match="earlier version"):
         Comparison.from_json(json.dumps(fields))
+
+
+def test_every_committed_result_can_be_read() -> None:
+    results = Path(__file__).resolve().parents[2] / "results"
+    comparisons = [file.parent for file in sorted(results.rglob(COMPARISON_FILE))]
+    assert len(comparisons) == 11
+    for folder in comparisons:
+        read = Comparison.read(folder)
+        assert json.loads(read.to_json()) == json.loads((folder / COMPARISON_FILE).read_text(encoding="utf-8"))
+    scaling = ScalingResult.from_json((results / "scaling" / "scaling.json").read_text(encoding="utf-8"))
+    fits = fit_methods(scaling.settings, scaling.points)
+    assert [fit.law.exponent for fit in fits] == pytest.approx([fit.law.exponent for fit in scaling.fits])
 
 
 def summarised(

@@ -12,7 +12,6 @@ import torch
 from tutelage.reproduction.results import Comparison
 from tutelage.reproduction.scaling import run_scaling
 from tutelage.reproduction.scaling_fit import (
-    Cell,
     MethodFit,
     PowerLaw,
     ScalingPoint,
@@ -75,7 +74,7 @@ def test_scaling_runs_and_resumes(tmp_path: Path) -> None:
     assert ScalingResult.from_json((folder / "scaling.json").read_text(encoding="utf-8")) == result
     assert lines == ["k=2 d=6, planted teacher", "k=2 d=12, planted teacher"]
     assert (result.size, result.settings.ds) == ("smoke", (6, 12))
-    points = {(point.cell.d, point.method): point.samples for point in result.points}
+    points = {(point.d, point.method): point.samples for point in result.points}
     assert set(points) == {(d, method) for d in (6, 12) for method in ("extraction", "one_shot", "scratch")}
     for (d, method), samples in points.items():
         alone = Comparison.read(folder / f"k2-planted-d{d}")
@@ -123,7 +122,7 @@ def test_a_result_is_read_back_as_it_was_written() -> None:
         command="tutelage compare scaling",
         settings=ScalingSettings(ks=(2,), ds=(8, 16), learning_rates=(0.1,)),
         environment={"torch": "2.13", "threads": 2},
-        points=(ScalingPoint(Cell(2, "planted", 8), "extraction", 0.1, (640, None)),),
+        points=(ScalingPoint(2, "planted", 8, "extraction", 0.1, (640, None)),),
         fits=(
             MethodFit(2, "planted", "extraction", PowerLaw(0.5, (0.4, 0.6), 1.0, 0), nothing),
             MethodFit(2, "planted", "scratch", nothing),

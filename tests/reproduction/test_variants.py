@@ -81,7 +81,7 @@ def test_a_value_may_hold_commas_and_colons(text: str, overrides: dict[str, Any]
 def test_a_name_that_is_a_method_needs_no_method() -> None:
     assert parse_variant("one_shot:temperature=2").method == "one_shot"
     assert parse_variant("soft:method=one_shot,temperature=2").method == "one_shot"
-    with pytest.raises(ValueError, match="one_shot is a method itself: choose another name"):
+    with pytest.raises(ValueError, match="one_shot is a method itself: choose a different name"):
         parse_variant("one_shot:method=scratch")
 
 

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 from tests.reproduction.comparing import made, tiny
-from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, TeacherRecord
+from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord
 from tutelage.reproduction.statistics import Estimate, PairedRatio
+from tutelage.reproduction.summary import verdict
+from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Variant
-from tutelage.reproduction.verdict import verdict
 
 
 def run_of(seed: int, reached: int | None) -> RunRecord:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,19 @@ def compare_command(arguments: Sequence[str]) -> None:
     if name is not None and name.partition("/")[0] == "scaling" and not _is_file(name):
         _scaling(options, overrides, folder, command)
         return
-    recipe = _recipe(name, overrides)
+    if name is None or _is_file(name):
+        recipe: Recipe = user_recipe(None if name is None else Path(name), overrides)
+    else:
+        renamed = {"max_samples": "eval_samples"}
+        recipe = resolve(name, {renamed.get(key, key): value for key, value in overrides.items()})
     methods = _methods(options, recipe.default_methods)
     match = options.match or "samples"
     result = compare(recipe, folder, methods, match=match, jobs=options.jobs, command=command, log=progress)
-    page = write_report(folder)
-    print(result.verdict)
-    print(f"\nmetrics: {folder / 'comparison.json'}\nreport:  {page}")
+    print(f"{result.verdict}\n\nmetrics: {folder / 'comparison.json'}\nreport:  {write_report(folder)}")
 
 
 def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of the parser's own options, and those of other options, which are fields of the recipe."""
+    """The words of the parser's options, and those of other options, which are fields of the recipe."""
     mine: list[str] = []
     fields: list[str] = []
     current = mine
@@ -80,30 +82,23 @@ def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[l
     return mine, fields
 
 
-def _recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
-    if name is None:
-        return user_recipe(None, overrides)
-    if _is_file(name):
-        return user_recipe(Path(name), overrides)
-    renamed = {"max_samples": "eval_samples"}
-    return resolve(name, {renamed.get(key, key): value for key, value in overrides.items()})
-
-
 def _parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="tutelage compare", description=_ABOUT, formatter_class=shape)
-    parser.add_argument("recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file; default: your own, by options")
+    parser.add_argument(
+        "recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file; default: what the options describe"
+    )
     parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
     parser.add_argument("--methods", nargs="+", help="names of methods, e.g. extraction one_shot")
     parser.add_argument(
         "--variant",
         action="append",
         metavar="NAME:KEY=VALUE,...",
-        help="a method with settings, beside the methods, e.g. mine:layer_map=final:final,warm_start=head; repeatable. "
+        help="a method with settings, in addition to the methods, e.g. mine:layer_map=final:final,warm_start=head; repeatable. "
         "Keys are method (default: extraction), budget (a fraction) and fields of CurriculumConfig",
     )
     parser.add_argument("--match", choices=COSTS, help="the cost that is equal for all methods; default: samples")
-    parser.add_argument("--jobs", type=int, default=1, help="runs made side by side; default: 1")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time; default: 1")
     parser.add_argument("--output_dir", help="default: comparisons/NAME")
     for name, text in _DATA_OPTIONS.items():
         parser.add_argument(f"--{name}", help=text)
@@ -111,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _methods(options: argparse.Namespace, defaults: Sequence[Variant]) -> list[Variant] | None:
-    """The methods asked for, or the recipe's own and the variants; None where nothing was asked for."""
+    """The methods that were asked for, or those of the recipe and the variants; None where none were asked for."""
     variants = [parse_variant(text) for text in options.variant or []]
     if options.methods is not None:
         return [*(plain_variant(name) for name in options.methods), *variants]
@@ -124,11 +119,12 @@ def _methods(options: argparse.Namespace, defaults: Sequence[Variant]) -> list[V
 def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: Path, command: str) -> None:
     if options.methods or options.variant or options.match or options.teacher:
         raise UserError(
-            "scaling takes no --methods, --variant, --match or --teacher: its methods are fixed, its field is --teachers"
+            "scaling takes no --methods, --variant, --match or --teacher: its methods are fixed, and its teachers are given "
+            "by --teachers"
         )
     result = run_scaling(options.recipe, overrides, folder, jobs=options.jobs, command=command, log=progress)
-    print(result.verdict)
-    print(f"\nmetrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}")
+    files = f"metrics: {folder / 'scaling.json'}\nplot:    {folder / 'scaling.png'}\ntable:   {folder / 'report.md'}"
+    print(f"{result.verdict}\n\n{files}")
 
 
 def report_command(arguments: Sequence[str]) -> None:
@@ -138,23 +134,18 @@ def report_command(arguments: Sequence[str]) -> None:
         "folder", nargs="?", help="output_dir of tutelage compare; default: the newest one below comparisons"
     )
     given = parser.parse_args(arguments).folder
-    folder = _newest() if given is None else Path(given)
+    written = sorted(Path("comparisons").glob("*/comparison.json"), key=lambda file: file.stat().st_mtime)
+    if given is None and not written:
+        raise UserError(
+            "there is no comparison below ./comparisons: make one with tutelage compare, or give the folder of one"
+        )
+    folder = written[-1].parent if given is None else Path(given)
     if (folder / "scaling.json").exists():
         raise UserError(
-            f"{str(folder)!r} holds a scaling experiment, whose report.md and scaling.png are drawn after every comparison: "
-            "to redraw them, repeat its command"
+            f"{str(folder)!r} contains a scaling experiment, whose report.md and scaling.png are written after every "
+            "comparison: to write them again, repeat its command"
         )
     print(write_report(folder))
-
-
-def _newest() -> Path:
-    """The comparison that was written last."""
-    found = sorted(Path("comparisons").glob("*/comparison.json"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise UserError(
-            "there is no comparison below ./comparisons: make one with tutelage compare, or name its folder"
-        )
-    return found[-1].parent
 
 
 def progress(line: str) -> None:
@@ -208,11 +199,11 @@ def _listing() -> str:
     """The recipes, their sizes and fields."""
     lines = ["recipes (tutelage compare RECIPE/SIZE; the default size is laptop):", ""]
     for name, sizes in RECIPES.items():
-        lines.append(f"  {name:<20} {sizes['laptop'].about}")
-        lines.append(f"  {'':<20} sizes: {', '.join(sizes)}")
-        lines.append(f"  {'':<20} fields: {', '.join(sizes['laptop'].settings())}")
-        lines.append("")
-    lines.append(f"  {'scaling':<20} samples to solve a parity against its dimension; exponents with intervals")
-    lines.append(f"  {'':<20} sizes: {', '.join(SCALING_SIZES)}")
-    lines.append(f"  {'':<20} fields: {', '.join(vars(SCALING_SIZES['laptop']))}")
-    return "\n".join(lines)
+        lines += [*_described(name, sizes["laptop"].about, sizes, sizes["laptop"].settings()), ""]
+    about = "samples to solve a parity against its dimension; exponents with intervals"
+    return "\n".join([*lines, *_described("scaling", about, SCALING_SIZES, vars(SCALING_SIZES["laptop"]))])
+
+
+def _described(name: str, about: str, sizes: Iterable[str], fields: Iterable[str]) -> list[str]:
+    rows = ((name, about), ("", f"sizes: {', '.join(sizes)}"), ("", f"fields: {', '.join(fields)}"))
+    return [f"  {first:<20} {second}" for first, second in rows]

@@ -6,7 +6,7 @@ Public names: `diagnose_command`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +36,30 @@ def diagnose_command(arguments: Sequence[str]) -> None:
     probe.add_argument("--length", type=int, help="longest context, in tokens; default: 3")
     probe.add_argument("--max_samples", type=int, help="sequences to fit on, and to hold out; default: 256")
     probe.add_argument("--max_length", type=int, help="maximum tokens per sequence; default: 128")
-    probe.add_argument("--text_column", help="column that holds the text; default: text")
+    probe.add_argument("--text_column", help="column that contains the text; default: text")
     probe.add_argument("--blocks", help="dotted name of the list of blocks, where several are found")
     options, rest = parser.parse_known_args(arguments)
-    given = {name: value for name, value in vars(options).items() if name not in ("recipe", "teacher", "output_dir")}
-    folder = Path(options.output_dir)
-    if options.recipe is None:
+    given = vars(options)
+    recipe, teacher, folder = (given.pop(name) for name in ("recipe", "teacher", "output_dir"))
+    if recipe is None:
         if rest:
             raise UserError(f"unknown option {rest[0]!r}: see tutelage diagnose --help")
-        _language(options.teacher or DEFAULT_TEACHER, given, folder)
+        _language(teacher or DEFAULT_TEACHER, given, Path(folder))
         return
     if given:
-        raise UserError(f"--{next(iter(given))} is for language models: leave it out, or leave {options.recipe} out")
-    overrides = read_overrides(rest)
-    if options.teacher is not None:
-        overrides["teacher"] = options.teacher
-    _parity(options.recipe, overrides, folder)
-
-
-def _parity(name: str, overrides: Mapping[str, Any], folder: Path) -> None:
-    found = diagnose_parity(resolve(name, overrides), folder, progress)
+        raise UserError(f"--{next(iter(given))} is for language models: leave it out, or leave {recipe} out")
+    overrides = read_overrides(rest) | ({} if teacher is None else {"teacher": teacher})
+    found = diagnose_parity(resolve(recipe, overrides), Path(folder), progress)
     for part, weights in (("output", found.output), ("projected hidden layer", found.hidden)):
         print(f"{part}: " + ", ".join(f"degree {degree} {w:.3f}" for degree, w in weights.support.items()))
-    print(f"\ntable: {folder / 'fourier.md'}\nplot:  {folder / 'fourier.png'}")
+    print(f"\ntable: {Path(folder) / 'fourier.md'}\nplot:  {Path(folder) / 'fourier.png'}")
 
 
 def _language(teacher: str, given: dict[str, Any], folder: Path) -> None:
     if teacher == DEFAULT_TEACHER:
         given.setdefault("dataset", DEFAULT_TEXT)
     if "dataset" not in given:
-        raise UserError("name a text, e.g. --dataset corpus.txt")
+        raise UserError("there is no text to probe on: name a text, e.g. --dataset corpus.txt")
     if given["dataset"] == DEFAULT_TEXT:
         given.setdefault("eval_dataset", DEFAULT_EVAL_TEXT)
     probe = NgramProbe(teacher, **given)

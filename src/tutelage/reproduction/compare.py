@@ -5,6 +5,7 @@ Public names: `compare`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -15,16 +16,17 @@ from typing import Any
 
 from tutelage.core.curriculum import Curriculum, OutputStage
 from tutelage.core.errors import UserError
-from tutelage.io.files import write_atomically
+from tutelage.io.claim import Claim, claim
+from tutelage.io.store import Store
+from tutelage.reproduction.display import listed
 from tutelage.reproduction.recipe import Recipe
-from tutelage.reproduction.results import COMPARISON_FILE, COSTS, Comparison, MethodResult, TeacherRecord
+from tutelage.reproduction.results import COMPARISON_FILE, COSTS, Comparison, MethodResult
 from tutelage.reproduction.run_builder import RunBuilder
-from tutelage.reproduction.runner import Runner
+from tutelage.reproduction.runner import Runner, Workers
 from tutelage.reproduction.summary import summarise
-from tutelage.reproduction.teachers import Teacher
+from tutelage.reproduction.teachers import Teacher, TeacherRecord
 from tutelage.reproduction.tuning import tune
 from tutelage.reproduction.variants import Variant, candidates, plain_variant
-from tutelage.reproduction.workers import Workers
 from tutelage.runs.environment import environment
 
 _SETTINGS_FILE = "settings.json"
@@ -46,26 +48,26 @@ def compare(
 
     Args:
         recipe: what is compared on.
-        output_dir: the comparison's folder; one that holds the same comparison is resumed.
-        methods: names of methods, or variants; None is the recipe's own list.
+        output_dir: the comparison's folder; a folder that contains the same comparison is resumed.
+        methods: names of methods, or variants; default: those of the recipe.
         match: the cost that is equal for every method and one-shot: `samples`, `flops` or `seconds`.
-        jobs: runs made side by side, each in a process of its own (1: here, one by one), or the processes themselves.
-        command: how to make it again, for the record.
+        jobs: number of runs at the same time, each in a separate process (1: in this process), or a pool of processes.
+        command: the command that repeats the comparison, for the record.
         log: called with a line of progress.
 
     Returns:
-        What comparison.json holds.
+        The contents of comparison.json.
 
     Raises:
-        UserError: settings that cannot work, among them a target above what the teacher reaches, and a folder that holds
-            a different comparison.
+        UserError: settings that cannot work, among them a target above what the teacher reaches, or a folder that
+            contains a different comparison.
     """
-    _check_budget(match, jobs)
     asked = recipe.default_methods if methods is None else methods
     variants = [method if isinstance(method, Variant) else plain_variant(method) for method in asked]
+    _check_budget(match, jobs)
     _check(recipe, variants)
     sketch = recipe.sketch_teacher()
-    if sketch is not None:  # what cannot work with a teacher of its shape is refused before training it
+    if sketch is not None:  # what cannot work with a teacher of this shape is refused before the training
         _check_variants(RunBuilder(recipe, Teacher(sketch, "untrained"), output_dir), variants, with_checkpoints=False)
     _claim(output_dir, recipe, match)
     log(f"teacher of {recipe.name}/{recipe.size}")
@@ -78,14 +80,12 @@ def compare(
     _check_variants(runner.builder, variants, with_checkpoints=True)
     record = _Record(recipe, output_dir, _begun(recipe, teacher, match, command), log)
     record.begin(variants)
-    if isinstance(jobs, Workers):
-        _run_side_by_side(jobs, runner, variants, record)
-    elif jobs > 1:
-        with Workers(jobs) as workers:
-            _run_side_by_side(workers, runner, variants, record)
-    else:
+    if jobs == 1:
         for variant in variants:
             _run_method(runner, variant, record)
+    else:
+        with contextlib.nullcontext(jobs) if isinstance(jobs, Workers) else Workers(jobs) as workers:
+            _run_side_by_side(workers, runner, variants, record)
     return record.end()
 
 
@@ -97,7 +97,7 @@ class _Record:
         self._lock = threading.Lock()
 
     def begin(self, variants: Sequence[Variant]) -> None:
-        """Put the variants after those that the folder holds already, which stay in the report."""
+        """Put the variants after those that are already in the folder, which stay in the report."""
         earlier = Comparison.read(self.folder).methods if (self.folder / COMPARISON_FILE).exists() else ()
         methods = {method.name: method for method in earlier} | {v.name: MethodResult(v) for v in variants}
         self.comparison = dataclasses.replace(self.comparison, methods=tuple(methods.values()))
@@ -122,7 +122,7 @@ class _Record:
 
 
 def _run_side_by_side(workers: Workers, runner: Runner, variants: Sequence[Variant], record: _Record) -> None:
-    """Every variant in a thread of its own, which waits for its runs."""
+    """Run every variant in a separate thread, which waits for its runs."""
     runner = dataclasses.replace(runner, submit=workers.submit)
     machine = {**record.comparison.environment, "jobs": workers.count}
     record.comparison = dataclasses.replace(record.comparison, environment=machine)
@@ -145,7 +145,7 @@ def _run_method(runner: Runner, variant: Variant, record: _Record) -> None:
         record.put(result)
         return
     result = dataclasses.replace(result, curriculum=_portable(runner.curriculum(variant, best)))
-    record.log(f"{variant.name}: learning rate {best.label}, seeds {_listed(runner.recipe.seeds)}")
+    record.log(f"{variant.name}: learning rate {best.label}, seeds {listed(runner.recipe.seeds)}")
     for runs in runner.runs(variant, best, runner.recipe.seeds):
         result = dataclasses.replace(result, runs=(*result.runs, *runs))
         record.put(result)
@@ -153,12 +153,12 @@ def _run_method(runner: Runner, variant: Variant, record: _Record) -> None:
 
 def _check_budget(match: str, jobs: int | Workers) -> None:
     if match not in COSTS:
-        raise UserError(f"unknown match {match!r}: use one of {', '.join(COSTS)}")
+        raise UserError(f"unknown match {match!r}: use one of {listed(COSTS)}")
     if isinstance(jobs, int) and jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
     if match == "seconds" and jobs != 1:
         raise UserError(
-            "runs made side by side slow each other down, so their seconds mean little: --match seconds needs --jobs 1"
+            "runs at the same time slow each other down, so their seconds cannot be compared: --match seconds needs --jobs 1"
         )
 
 
@@ -168,19 +168,19 @@ def _check(recipe: Recipe, variants: Sequence[Variant]) -> None:
     if not names:
         raise UserError("methods are empty: give at least one")
     if len(set(names)) != len(names):
-        raise UserError(f"methods are repeated: {', '.join(names)}")
+        raise UserError(f"methods are repeated: {listed(names)}")
     for name in ("seeds", "learning_rates"):
         if not getattr(recipe, name):
             raise UserError(f"{name} are empty: give at least one")
     for name in ("seeds", "tuning_seeds", "learning_rates"):
         values = getattr(recipe, name)
         if len(set(values)) != len(values):
-            raise UserError(f"{name} are repeated: {_listed(values)}")
+            raise UserError(f"{name} are repeated: {listed(values)}")
     seeds, tuning = recipe.seeds, recipe.tuning_seeds
     if min((*seeds, *tuning)) < 0:
-        raise UserError(f"seeds must not be negative: {_listed((*seeds, *tuning))}")
+        raise UserError(f"seeds must not be negative: {listed((*seeds, *tuning))}")
     if not all(0 < rate < float("inf") for rate in recipe.learning_rates):
-        raise UserError(f"learning_rates must be positive and finite: {_listed(recipe.learning_rates)}")
+        raise UserError(f"learning_rates must be positive and finite: {listed(recipe.learning_rates)}")
     if shared := set(seeds) & set(tuning):
         raise UserError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
     if not tuning and any(len(candidates(variant, recipe.learning_rates)) > 1 for variant in variants):
@@ -208,21 +208,12 @@ def _check_target(recipe: Recipe, teacher: Teacher) -> None:
 
 
 def _claim(output_dir: Path, recipe: Recipe, match: str) -> None:
-    """Take the folder for this comparison; refuse one that holds something else."""
+    """Take the folder for this comparison; UserError where it contains something else."""
+    store = Store(output_dir)
+    if [file.name for file in output_dir.glob("*")] == [_SETTINGS_FILE]:
+        store.remove(_SETTINGS_FILE)  # of a comparison that was refused before it wrote anything else
     mine = {"recipe": recipe.name, "size": recipe.size, "match": match, **_settings(recipe)}
-    file = output_dir / _SETTINGS_FILE
-    begun = any((output_dir / name).exists() for name in ("runs", "tuning", COMPARISON_FILE))
-    if file.exists() and begun:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-        if different := [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]:
-            raise UserError(
-                f"{str(output_dir)!r} holds a different comparison (different {', '.join(sorted(different))}): choose "
-                "a different --output_dir"
-            )
-    elif not file.exists() and output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(f"{str(output_dir)!r} is not empty and holds no comparison: choose a different --output_dir")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(mine, indent=2) + "\n")
+    claim(store, Claim(_SETTINGS_FILE, mine, "a comparison"))
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -260,7 +251,3 @@ def _portable(curriculum: Curriculum) -> Curriculum:
         for stage in curriculum.stages
     )
     return dataclasses.replace(curriculum, stages=stages)
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))

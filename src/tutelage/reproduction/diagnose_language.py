@@ -8,27 +8,24 @@ Shapes: B sequences, T positions, W width, P positions with a whole context, n l
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from tutelage.core.blocks import FINAL, forward_to
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import model_inputs, position_mask
+from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
+from tutelage.reproduction.display import save_plot
 from tutelage.reproduction.probes import ngram_explained
 from tutelage.runs.environment import environment
-from tutelage.runs.plots import COLORS, save_figure
+from tutelage.runs.plots import COLORS
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.registry import detect_task
@@ -52,7 +49,7 @@ class NgramProbe:
     max_length: int = 128
     """Tokens per sequence."""
     text_column: str = "text"
-    """Column of the dataset that holds the text."""
+    """Column of the dataset that contains the text."""
     blocks: str | None = None
     """Dotted name of the teacher's list of blocks, where several are found."""
 
@@ -64,7 +61,7 @@ class NgramProbe:
 
 
 @dataclass(frozen=True)
-class LanguageDiagnosis:
+class LanguageDiagnosis(Record):
     """What short contexts explain of a language model's layers (`ngrams.json`)."""
 
     teacher: str
@@ -75,28 +72,6 @@ class LanguageDiagnosis:
     """By place: the fraction of held-out variance that the last 1, 2, ... tokens explain."""
     environment: dict[str, Any]
     """Versions and machine."""
-
-    def to_json(self) -> str:
-        """The diagnosis as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> LanguageDiagnosis:
-        """Read a diagnosis back."""
-        known = json.loads(text)
-        known["positions"] = tuple(known["positions"])
-        known["layers"] = {place: tuple(scores) for place, scores in known["layers"].items()}
-        return cls(**known)
-
-
-@dataclass(frozen=True)
-class _Side:
-    """States and contexts of one text."""
-
-    states: dict[str, torch.Tensor]
-    """By place, (P, W)."""
-    contexts: torch.Tensor
-    """Ids of the last n tokens, newest first, (P, n)."""
 
 
 def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
@@ -122,14 +97,14 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
         rows = tokenize(part, tokenizer, task, probe.max_length, probe.text_column)
         rows = rows.select(range(min(probe.max_samples, len(rows))))
         sides.append(_states_and_contexts(source, DataLoader(rows, batch_size=16, collate_fn=collate), probe.length))
-    fitted, held_out = sides
+    (states, contexts), (held_out, held_out_contexts) = sides
     found = LanguageDiagnosis(
         teacher=probe.teacher,
         dataset=probe.dataset,
-        positions=tuple(len(side.contexts) for side in sides),
+        positions=(len(contexts), len(held_out_contexts)),
         layers={
-            place: tuple(ngram_explained(states, fitted.contexts, held_out.states[place], held_out.contexts))
-            for place, states in fitted.states.items()
+            place: tuple(ngram_explained(states[place], contexts, held_out[place], held_out_contexts))
+            for place in states
         },
         environment=environment(),
     )
@@ -158,8 +133,10 @@ def _unmasked(collator: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _states_and_contexts(source: LiveTargets, batches: Any, length: int) -> _Side:
-    """States of every layer at positions with a whole context, and the last tokens there."""
+def _states_and_contexts(
+    source: LiveTargets, batches: Any, length: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """States by place, each (P, W), at positions with a whole context, and the last tokens there, newest first, (P, n)."""
     states: dict[str, list[torch.Tensor]] = {}
     contexts = []
     device = next(source.model.parameters()).device
@@ -173,7 +150,7 @@ def _states_and_contexts(source: LiveTargets, batches: Any, length: int) -> _Sid
         contexts.append(shifted_BTn[keep_BT].cpu())
         for place, state_BTW in captured.items():
             states.setdefault(place, []).append(state_BTW[keep_BT].float().cpu())
-    return _Side({place: torch.cat(parts) for place, parts in states.items()}, torch.cat(contexts))
+    return {place: torch.cat(parts) for place, parts in states.items()}, torch.cat(contexts)
 
 
 def _all_states(source: LiveTargets, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -198,7 +175,8 @@ def _all_states(source: LiveTargets, inputs: dict[str, Any]) -> dict[str, torch.
 def _plot(found: LanguageDiagnosis, path: Path) -> None:
     """One line for each length of context, over the places."""
     places = list(found.layers)
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     for index, scores in enumerate(zip(*found.layers.values(), strict=True)):
         label = f"last {index + 1} token(s)"
         axis.plot(range(len(places)), scores, "o-", markersize=3, color=COLORS[index], label=label)
@@ -208,6 +186,4 @@ def _plot(found: LanguageDiagnosis, path: Path) -> None:
         ylabel="variance explained on held-out text",
         title=f"What the last tokens explain: {Path(found.teacher).name}",
     )
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save_figure(figure, path, dpi=120)
+    save_plot(figure, path)

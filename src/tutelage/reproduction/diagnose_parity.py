@@ -5,24 +5,21 @@ Public names: `diagnose_parity`, `ParityDiagnosis`, `StudentPoint`.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from tutelage.core.blocks import forward_to
 from tutelage.core.errors import UserError
 from tutelage.core.projection import RandomProjection
+from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
+from tutelage.reproduction.display import Table, save_plot
 from tutelage.reproduction.probes import DegreeWeights, weights_by_degree
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.recipes.parity import ParityMLPRecipe
@@ -30,7 +27,7 @@ from tutelage.reproduction.runner import PlannedRun, Runner, StopAtTarget
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, plain_variant
 from tutelage.runs.environment import environment
-from tutelage.runs.plots import COLORS, save_figure
+from tutelage.runs.plots import COLORS
 from tutelage.tasks.parity import ParityData
 
 _EXAMPLES = 20_000
@@ -38,7 +35,7 @@ _EXAMPLES_SEED = 9_999_991
 
 
 @dataclass(frozen=True)
-class StudentPoint:
+class StudentPoint(Record):
     """The student's output during extraction."""
 
     samples: int
@@ -47,13 +44,13 @@ class StudentPoint:
 
 
 @dataclass(frozen=True)
-class ParityDiagnosis:
+class ParityDiagnosis(Record):
     """Fourier weights of a parity's teacher and student (`fourier.json`)."""
 
     d: int
     k: int
     teacher: str
-    """How the teacher came to be."""
+    """How the teacher was made."""
     examples: int
     """Uniform inputs that the weights are estimated from."""
     environment: dict[str, Any]
@@ -63,22 +60,6 @@ class ParityDiagnosis:
     hidden: DegreeWeights
     """Of the teacher's hidden layer, projected to the student's width."""
     student: tuple[StudentPoint, ...]
-
-    def to_json(self) -> str:
-        """The diagnosis as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> ParityDiagnosis:
-        """Read a diagnosis back."""
-        known = json.loads(text)
-        for name in ("output", "hidden"):
-            known[name] = DegreeWeights.from_json(known[name])
-        known["student"] = tuple(
-            StudentPoint(point["samples"], point["accuracy"], DegreeWeights.from_json(point["weights"]))
-            for point in known["student"]
-        )
-        return cls(**known)
 
 
 def diagnose_parity(recipe: Recipe, folder: Path, log: Callable[[str], None] = print) -> ParityDiagnosis:
@@ -120,7 +101,7 @@ def diagnose_parity(recipe: Recipe, folder: Path, log: Callable[[str], None] = p
     )
     write_atomically(folder / "fourier.json", found.to_json() + "\n")
     _plot(found, folder / "fourier.png")
-    write_atomically(folder / "fourier.md", _table(found))
+    write_atomically(folder / "fourier.md", _report(found))
     return found
 
 
@@ -159,7 +140,8 @@ def _margin(logits: torch.Tensor) -> torch.Tensor:
 
 def _plot(found: ParityDiagnosis, path: Path) -> None:
     """The teacher's weights by degree, and the student's over its training."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     degrees = list(range(1, found.k + 1))
     sides = (("output", found.output, -0.19), ("projected hidden layer", found.hidden, 0.19))
     for color, (name, weights, offset) in zip(COLORS, sides, strict=False):
@@ -167,37 +149,32 @@ def _plot(found: ParityDiagnosis, path: Path) -> None:
         left.bar(places, [weights.support[degree] for degree in degrees], 0.36, color=color, label=name)
     left.set(xlabel="degree of the monomial", ylabel="fraction of variance", title="Teacher, monomials of the support")
     left.set_xticks(degrees)
-    left.legend()
     samples = [point.samples for point in found.student]
     for color, degree in zip(COLORS, degrees, strict=False):
         series = [max(0.0, point.weights.support[degree]) for point in found.student]
         right.plot(samples, series, color=color, label=f"degree {degree}")
     right.plot(samples, [point.accuracy for point in found.student], "k--", label="accuracy")
     right.set(xlabel="samples", ylabel="fraction of variance", title="Student's output during extraction")
-    right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    save_figure(figure, path, dpi=120)
+    save_plot(figure, path)
 
 
-def _table(found: ParityDiagnosis) -> str:
-    degrees = list(range(1, found.k + 1))
-    rows = {
+def _report(found: ParityDiagnosis) -> str:
+    """The weights as Markdown."""
+    degrees = range(1, found.k + 1)
+    functions = {
         "teacher, output": found.output,
         "teacher, projected hidden layer": found.hidden,
         "student's output at the end": found.student[-1].weights,
     }
-    lines = [
-        f"# Fourier weights of a ({found.d}, {found.k}) parity",
-        "",
-        f"Teacher: {found.teacher}. Fraction of variance on the monomials of the support, by degree, from "
-        f"{found.examples:,} examples; off the support, the mean monomial times the same number.",
-        "",
-        "| function | " + " | ".join(f"degree {degree}" for degree in degrees) + " | off support, 1 | off support, 2 |",
-        "|" + "---|" * (len(degrees) + 3),
-    ]
-    for name, weights in rows.items():
-        cells = [f"{weights.support[degree]:.4f}" for degree in degrees]
-        cells += [f"{weights.off_support.get(degree, float('nan')):.4f}" for degree in (1, 2)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "![Fourier weights](fourier.png)", ""])
+    rows = []
+    for name, weights in functions.items():
+        numbers = [weights.support[degree] for degree in degrees]
+        numbers += [weights.off_support.get(degree, float("nan")) for degree in (1, 2)]
+        rows.append([name, *(f"{number:.4f}" for number in numbers)])
+    columns = ["function", *(f"degree {degree}" for degree in degrees), "off support, 1", "off support, 2"]
+    note = (
+        f"Teacher: {found.teacher}. The numbers are fractions of the variance on the monomials of the support, by degree, "
+        f"from {found.examples:,} examples; off the support, the mean monomial times the same number of monomials."
+    )
+    title = f"Fourier weights of a ({found.d}, {found.k}) parity"
+    return f"# {title}\n\n{Table(title, columns, rows, note).to_markdown()}\n\n![Fourier weights](fourier.png)\n"

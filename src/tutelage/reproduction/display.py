@@ -1,30 +1,54 @@
-"""Tables of text, and numbers as a report shows them.
+"""Tables, numbers and plots as reports show them.
 
-Public names: `Table`, `show_number`.
+Public names: `Table`, `show_number`, `listed`, `as_markdown`, `save_plot`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from tutelage.runs.plots import save_figure
 
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain text; a line break in a cell stays one."""
+    """A table of plain text; a line break in a cell is kept."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
     """The first cell names the row."""
     note: str = ""
 
+    def to_markdown(self) -> str:
+        """The rows, and the note below them."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        text = "\n".join(f"| {' | '.join(as_markdown(cell, '<br>') for cell in line)} |" for line in lines)
+        return f"{text}\n\n{as_markdown(self.note)}" if self.note else text
+
+
+def as_markdown(text: str, line_break: str = " ") -> str:
+    """Text that Markdown shows as it is."""
+    escaped = re.sub(r"([\\`*\[\]|])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
+    return line_break.join(escaped.splitlines())
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Values with commas between them."""
+    return ", ".join(map(str, values))
+
 
 def show_number(value: float | None) -> str:
-    """A number in four digits at most and a suffix: 1.92M; a dash where there is none."""
+    """At most four digits and a suffix, e.g. 1.92M; a dash where there is no number."""
     if value is None or not math.isfinite(value):
         return "-"
     value = float(f"{value:.4g}")
@@ -34,3 +58,12 @@ def show_number(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"
     return f"{value:.3g}"
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a figure, with a grid and a legend in each panel that has labelled lines."""
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    save_figure(figure, path)

@@ -29,7 +29,7 @@ def at_equal_cost(builder: RunBuilder, variant: Variant, candidate: Candidate, m
         candidate: what tuning chose.
         match: the cost that is equal, `flops` or `seconds`.
     """
-    steps = builder.steps(variant)
+    steps = builder.steps(variant.budget_fraction)
     made = builder.curriculum(variant, candidate, steps)
     reference = _step_costs(builder, plain_variant("one_shot"), candidate, match)["output"]
     cost = _step_costs(builder, variant, candidate, match)
@@ -46,7 +46,7 @@ def _key(stage: Stage) -> str:
 def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, match: str) -> dict[str, float]:
     """Cost of one step of each stage, and of calibration, measured on a few steps of each.
 
-    It is kept in the comparison's folder: when the comparison is resumed the seconds would be different, and its runs
+    It is stored in the comparison's folder: when the comparison is resumed, the seconds would be different, and its runs
     must keep their lengths.
     """
     whole = dataclasses.replace(variant, budget_fraction=1.0)  # a step costs the same at every budget
@@ -56,7 +56,7 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
         kept: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
         return kept
     steps = _PILOT_STEPS[match]
-    made = builder.curriculum(variant, candidate, builder.budget_steps)
+    made = builder.curriculum(variant, candidate, builder.steps())
     short = dataclasses.replace(made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages))
     recipe = builder.recipe
     seeds = recipe.seeds if recipe.replicated else recipe.seeds[:1]

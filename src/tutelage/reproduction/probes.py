@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from tutelage.core.errors import UserError
+from tutelage.core.records import Record
 
 Monomial = tuple[int, ...]
 
@@ -57,7 +58,7 @@ def fourier_weights(values: torch.Tensor, bits_Nd: torch.Tensor, which: Sequence
 
 
 @dataclass(frozen=True)
-class DegreeWeights:
+class DegreeWeights(Record):
     """Fourier weight of a function at each degree."""
 
     support: dict[int, float]
@@ -67,10 +68,9 @@ class DegreeWeights:
     that degree, so that the two can be compared."""
 
     @classmethod
-    def from_json(cls, known: Mapping[str, Any]) -> DegreeWeights:
-        """Read weights back; JSON has turned the degrees into text."""
-        sides = (known["support"], known["off_support"])
-        return cls(*({int(degree): weight for degree, weight in side.items()} for side in sides))
+    def from_dict(cls, fields: Mapping[str, Any]) -> DegreeWeights:
+        """The inverse of `to_dict`; JSON has turned the degrees into text."""
+        return cls(**{name: {int(degree): weight for degree, weight in side.items()} for name, side in fields.items()})
 
 
 def weights_by_degree(

@@ -18,7 +18,7 @@ from torch import nn
 from tutelage.core.errors import UserError
 from tutelage.reproduction.teachers import Teacher, TeacherJob, TeacherRule, trained_teacher
 from tutelage.reproduction.variants import Variant
-from tutelage.runs.options import read_value, type_name
+from tutelage.runs.options import RENAMED, read_value, type_name
 
 # The random streams of evaluation and of teachers are far from those that students train on.
 EVAL_SEED = 1_000_000_007
@@ -29,7 +29,6 @@ TRAINED = "trained"
 FIXED = {"fixed": True}
 """Metadata of a dataclass field that no command line or file can change."""
 
-_RENAMED = {"teacher_path": "teacher", "mask_probability": "mlm_probability"}
 _Fields = TypeVar("_Fields")
 
 
@@ -117,7 +116,7 @@ class Recipe(ABC):
         return {part.name: getattr(self, part.name) for part in _changeable(self)}
 
     def identity(self) -> dict[str, Any]:
-        """What the runs depend on besides `settings()`: for the record, and to tell two comparisons apart."""
+        """What the runs depend on besides `settings()`: for the record, and to recognise the same comparison."""
         return {}
 
     def check(self) -> None:
@@ -130,7 +129,7 @@ class Recipe(ABC):
         """`CurriculumConfig` fields of every method."""
 
     def method_arguments(self, method: str) -> dict[str, Any]:
-        """`CurriculumConfig` fields of one method, beside `arguments()`."""
+        """`CurriculumConfig` fields of one method, in addition to `arguments()`."""
         return {}
 
     @abstractmethod
@@ -173,7 +172,7 @@ class Recipe(ABC):
 
 @dataclass(frozen=True)
 class PaperRecipe(Recipe):
-    """A recipe of the paper: it trains its own teacher, unless a finished one is given by its folder."""
+    """A recipe of the paper: it trains a teacher, unless the folder of a finished one is given."""
 
     teachers: ClassVar[tuple[str, ...]] = (TRAINED,)
     """Teachers that are not folders."""
@@ -198,24 +197,17 @@ class PaperRecipe(Recipe):
 
     def make_teacher(self, folder: Path) -> Teacher:
         if self.teacher_is_given:
-            made = Teacher(self.load_teacher(self.teacher), f"given: {Path(self.teacher).name}")
-        else:
-            made = trained_teacher(self._teacher_job())
-        return self.checked_teacher(made)
-
-    def sketch_teacher(self) -> nn.Module | None:
-        return None if self.teacher_is_given else self.new_teacher()
-
-    def _teacher_job(self) -> TeacherJob:
+            given = Teacher(self.load_teacher(self.teacher), f"given: {Path(self.teacher).name}")
+            return self.checked_teacher(given)
         arguments = {
             **self.arguments(),
             "task": self.task,
             "learning_rate": self.teacher_learning_rate,
-            "per_device_train_batch_size": self.batch_of_teacher,
+            "per_device_train_batch_size": self.teacher_batch_size,
             "seed": self.teacher_seed,
             "train_sampling_strategy": "sequential",
         }
-        return TeacherJob(
+        job = TeacherJob(
             name=self.name,
             identity=self.teacher_identity(),
             rule=self.teacher_rule(),
@@ -225,9 +217,13 @@ class PaperRecipe(Recipe):
             data=self.teacher_data,
             collator=self.collator,
         )
+        return self.checked_teacher(trained_teacher(job))
+
+    def sketch_teacher(self) -> nn.Module | None:
+        return None if self.teacher_is_given else self.new_teacher()
 
     @property
-    def batch_of_teacher(self) -> int:
+    def teacher_batch_size(self) -> int:
         """Examples per step of the teacher's training."""
         return self.batch_size
 
@@ -279,10 +275,11 @@ def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fi
     read = {}
     for key, value in changes.items():
         if key not in known:
-            renamed = (
-                f"it is now called {_RENAMED[key]!r}" if _RENAMED.get(key) in known else f"it has {', '.join(known)}"
+            new = RENAMED.get(key)
+            raise UserError(
+                f"{name} has no field {key!r}: "
+                + (f"it is now called {new!r}" if new in known else f"it has {', '.join(known)}")
             )
-            raise UserError(f"{name} has no field {key!r}: {renamed}")
         try:
             read[key] = read_value(value, hints[key])
         except ValueError:

@@ -15,7 +15,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from tutelage.io.files import replacing
 from tutelage.reproduction.display import show_number
 from tutelage.reproduction.results import Comparison, MethodResult, RunRecord
 from tutelage.runs import plots
@@ -65,7 +64,7 @@ class MethodCurves:
 
 
 def method_curves(comparison: Comparison) -> tuple[MethodCurves, ...]:
-    """The curves of every method, each in its own colour and dash."""
+    """The curves of every method, each with a different colour and dash."""
     found = []
     for number, method in enumerate(comparison.methods):
         rounds, color = divmod(number, len(plots.COLORS))
@@ -127,8 +126,7 @@ def draw_curves(curves: Sequence[MethodCurves], comparison: Comparison, axis: st
     if axis != "seconds":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    plots.save_figure(figure, path)
 
 
 def _round(value: float) -> float:

@@ -1,6 +1,6 @@
-"""The tables of a comparison's report.
+"""The tables of a comparison's report, and its curricula in words.
 
-Public names: `summary_table`, `detail_tables`.
+Public names: `summary_table`, `detail_tables`, `stage_words`, `settings_words`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tutelage.reproduction.display import Table, show_number
+from tutelage.core.blocks import FINAL, Place
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
+from tutelage.reproduction.display import Table, listed, show_number
 from tutelage.reproduction.report_curves import MethodCurves
 from tutelage.reproduction.results import Comparison, MethodResult, Ratio, Trial
 from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, Estimate
@@ -24,25 +27,22 @@ _COST_NAMES = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
 def summary_table(comparison: Comparison) -> Table:
     """The small table of the first screen: samples to the target, final metric, ratio to one-shot."""
     metric, target, baseline = comparison.metric, comparison.target, comparison.baseline
-    with_ratio = target is not None and baseline is not None
-    columns = ["method"]
-    columns += [] if target is None else [f"samples to {metric} {show_number(target)}"]
-    columns += [f"final {metric}"]
-    columns += [f"ratio to {baseline.name}"] if with_ratio and baseline is not None else []
-    rows = []
-    for method in comparison.methods:
-        row = [method.name]
-        row += [] if target is None else [_reached(method, comparison)]
-        row += [_median(method.finals(metric))]
-        if with_ratio and baseline is not None:
-            ratio = comparison.ratio(method.name, baseline.name)
-            row += ["1"] if method is baseline else [_ratio(ratio)]
-        rows.append(tuple(row))
-    return Table("Results", tuple(columns), rows, _facts(comparison))
+    columns = ["method", f"final {metric}"]
+    rows = [[method.name, _median(method.finals(metric))] for method in comparison.methods]
+    if target is not None:
+        columns.insert(1, f"samples to {metric} {show_number(target)}")
+        for row, method in zip(rows, comparison.methods, strict=True):
+            row.insert(1, _reached(method, comparison))
+            if baseline is not None:
+                row.append("1" if method is baseline else _ratio(comparison.ratio(method.name, baseline.name)))
+        columns += [] if baseline is None else [f"ratio to {baseline.name}"]
+    return Table("Results", columns, rows, _facts(comparison))
 
 
 def detail_tables(comparison: Comparison, curves: Sequence[MethodCurves]) -> list[Table]:
     """Everything else, in the order in which a reader may ask for it; tables without rows are left out."""
+    teacher = comparison.teacher
+    known = {"description": teacher.description, "samples": teacher.samples, "converged at": teacher.converged_at}
     tables = [
         _legend(comparison),
         _details(comparison),
@@ -51,7 +51,7 @@ def detail_tables(comparison: Comparison, curves: Sequence[MethodCurves]) -> lis
         _every_run(comparison),
         _values(curves, comparison.metric),
         _pairs("Settings", {**comparison.settings, "command": comparison.command}),
-        _teacher(comparison),
+        _pairs("Teacher", {**known, **teacher.metrics}),
         _pairs("Environment", comparison.environment),
     ]
     return [table for table in tables if table.rows]
@@ -65,35 +65,32 @@ def _facts(comparison: Comparison) -> str:
     else:
         unit = _COST_NAMES[comparison.match]
         budget = f"Budget of one-shot: {samples} samples; every other method got the same number of {unit}."
-    direction = f"Held-out {comparison.metric}: {comparison.better} is better"
     goal = "there is no target, so the final values are compared"
     if comparison.target is not None:
         goal = f"the target is {show_number(comparison.target)}"
-    seeds = ", ".join(map(str, comparison.seeds))
+    seeds = listed(comparison.seeds)
     over = f"Medians over seeds {seeds}." if len(comparison.seeds) > 1 else f"Seed {seeds}."
-    return f"{budget} {direction}; {goal}. {over}"
+    return f"{budget} Held-out {comparison.metric}: {comparison.better} is better; {goal}. {over}"
 
 
 def _legend(comparison: Comparison) -> Table:
-    """What the names stand for."""
     rows = [(m.name, m.variant.method, m.variant.settings or "the recipe's own") for m in comparison.methods]
     return Table("Methods", ("name", "method", "settings"), rows, "Settings not named here are the recipe's own.")
 
 
 def _details(comparison: Comparison) -> Table:
     metric, target = comparison.metric, comparison.target
-    columns = ["method", "learning rate"]
-    columns += [] if target is None else ["samples to target, median", _spread(comparison)]
+    to_target = [] if target is None else ["samples to target, median", _spread(comparison)]
+    columns = ["method", "learning rate", *to_target, f"final {metric}, median (range)", "seconds, median"]
     rows = []
     for method in comparison.methods:
         row = [method.name, _candidate(method)]
         if target is not None:
             beyond = _beyond(method, comparison) if method.runs else "-"
             row += [_reached(method, comparison), _interval(method.samples_to_target, beyond)]
-        row += [_median(method.finals(metric), with_range=True), _median([run.seconds for run in method.runs])]
-        rows.append(tuple(row))
-    columns += [f"final {metric}, median (range)", "seconds, median"]
-    return Table("Results in detail", tuple(columns), rows)
+        seconds = _median([run.seconds for run in method.runs])
+        rows.append([*row, _median(method.finals(metric), with_range=True), seconds])
+    return Table("Results in detail", columns, rows)
 
 
 def _candidate(method: MethodResult) -> str:
@@ -101,30 +98,29 @@ def _candidate(method: MethodResult) -> str:
         return "all diverged"
     if method.candidate is None:
         return "-"
-    return ", ".join(filter(None, (show_number(method.candidate.learning_rate), method.candidate.schedule)))
+    return listed(filter(None, (show_number(method.candidate.learning_rate), method.candidate.schedule)))
 
 
 def _ratios(comparison: Comparison) -> Table:
-    """The ratios with their intervals and notes."""
     rows = []
     for ratio in comparison.ratios:
         estimate = ratio.paired.estimate
         interval = _interval(estimate, "unbounded") if ratio.paired.pairs else "-"
         names = f"{ratio.over} / {ratio.under}"
         rows.append((names, _COST_NAMES[ratio.cost], show_number(estimate.median), interval, _note(ratio)))
-    note = "The cost to the target of the first method, divided by that of the second one, on the same seed."
+    note = "The cost to the target of the first method, divided by that of the second method, on the same seed."
     return Table("Ratios", ("ratio", "of", "median", _spread(comparison), "note"), rows, note)
 
 
 def _note(ratio: Ratio) -> str:
     if not ratio.paired.pairs:
         return "neither reached the target" if ratio.seeds else "no seed in common yet"
-    if ratio.paired.is_bound:
-        return (
-            f"at most: {ratio.under} did not reach the target on {ratio.paired.unreached} of {ratio.paired.pairs} seeds, "
-            "so its budget stands in for its cost"
-        )
-    return ""
+    if not ratio.paired.is_bound:
+        return ""
+    return (
+        f"at most: {ratio.under} did not reach the target on {ratio.paired.unreached} of {ratio.paired.pairs} seeds, "
+        "so its budget is used in place of its cost"
+    )
 
 
 def _spread(comparison: Comparison) -> str:
@@ -156,7 +152,7 @@ def _learning_rates(comparison: Comparison) -> Table:
     rates = sorted({rate for row in cells.values() for rate in row})
     rows = [(" ".join(filter(None, key)), *(row.get(rate, "") for rate in rates)) for key, row in cells.items()]
     unit = f"Scores are {next(iter(units))}. " if len(units) == 1 else ""
-    note = f"{unit}✓ marks what the method was then run with."
+    note = f"{unit}✓ marks the learning rate that the method was then run with."
     return Table("Learning rates tried", ("method", *(f"{rate:g}" for rate in rates)), rows, note)
 
 
@@ -175,9 +171,8 @@ def _every_run(comparison: Comparison) -> Table:
         for run in method.runs:
             row = [method.name, str(run.seed)]
             if target is not None:
-                reached = run.to_target("samples")
-                row.append(_beyond(method, comparison) if reached is None else show_number(reached))
-                row += [show_number(run.to_target(cost)) for cost in ("flops", "seconds")]
+                row += [show_number(run.to_target(cost)) for cost in ("samples", "flops", "seconds")]
+                row[2] = _beyond(method, comparison) if run.at_target is None else row[2]
             final = show_number(run.final.get(metric)) + (" (diverged)" if run.diverged else "")
             rows.append((*row, final, show_number(run.seconds)))
     to_target = () if target is None else ("samples to target", "FLOPs to target", "seconds to target")
@@ -191,12 +186,6 @@ def _pairs(title: str, values: Mapping[str, Any]) -> Table:
         if value is not None
     ]
     return Table(title, ("what", "value"), rows)
-
-
-def _teacher(comparison: Comparison) -> Table:
-    teacher = comparison.teacher
-    known = {"description": teacher.description, "samples": teacher.samples, "converged at": teacher.converged_at}
-    return _pairs("Teacher", {**known, **teacher.metrics})
 
 
 def _values(curves: Sequence[MethodCurves], metric: str) -> Table:
@@ -213,7 +202,7 @@ def _values(curves: Sequence[MethodCurves], metric: str) -> Table:
 
 
 def _beyond(method: MethodResult, comparison: Comparison) -> str:
-    """How a target that a method never reached is shown: by the samples that it had."""
+    """A target that a method never reached is shown by the samples that the method had."""
     if comparison.match == "samples":
         return f"> {show_number(comparison.budget)}"
     ends = [run.curve[-1].samples for run in method.runs if run.curve]
@@ -236,3 +225,31 @@ def _median(values: Sequence[float], with_range: bool = False) -> str:
     text = show_number(statistics.median(values))
     low, high = show_number(min(values)), show_number(max(values))
     return f"{text}\n({low} to {high})" if with_range and low != high else text
+
+
+def stage_words(stage: Stage) -> str:
+    """What a stage does."""
+    if isinstance(stage, HiddenStage):
+        words = f"student's {_place(stage.student_place)} learns teacher's {_place(stage.teacher_place)}"
+    elif isinstance(stage, OutputStage) and stage.needs_teacher:
+        words = "output of the teacher"
+        if stage.teacher_checkpoint:
+            words = f"output of teacher checkpoint {Path(stage.teacher_checkpoint).name}"
+        words += f" and labels (weight {stage.label_weight:g})" if stage.label_weight else ""
+    else:
+        words = "labels alone"
+    rate = f" at learning rate {stage.learning_rate:g}" if stage.learning_rate else ""
+    return f"{words}, {stage.steps:,} steps{rate}"
+
+
+def _place(place: Place) -> str:
+    return "final state" if place == FINAL else f"block {place}"
+
+
+def settings_words(curriculum: Curriculum) -> str:
+    """The settings that hidden stages have in common, and the temperature."""
+    words = f"temperature {curriculum.temperature:g}"
+    if not curriculum.hidden_stages:
+        return words
+    hidden = f"projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start}"
+    return f"{hidden}, {words}"

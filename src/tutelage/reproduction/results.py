@@ -1,24 +1,23 @@
 """What a comparison found, as values that are written to disk and read back.
 
-Public names: `Comparison`, `MethodResult`, `RunRecord`, `CurvePoint`, `Trial`, `Ratio`, `TeacherRecord`, `read_runs`,
+Public names: `Comparison`, `MethodResult`, `RunRecord`, `CurvePoint`, `Trial`, `Ratio`, `read_runs`,
 `write_runs`, `COMPARISON_FILE`, `COSTS`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
+from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
 from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedRatio
+from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Candidate, Variant
 
 COMPARISON_FILE = "comparison.json"
@@ -26,7 +25,7 @@ COSTS = ("samples", "flops", "seconds")
 
 
 @dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(Record):
     """One evaluation of a student, and what its training had cost by then."""
 
     samples: int
@@ -35,7 +34,7 @@ class CurvePoint:
     """Training FLOPs, those of the teacher included."""
     seconds: float
     """Training time."""
-    metrics: Mapping[str, float]
+    metrics: dict[str, float]
     """Held-out metrics; a value that was not finite is left out."""
 
     def cost(self, name: str) -> float:
@@ -44,7 +43,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(Record):
     """A finished run of one seed."""
 
     seed: int
@@ -56,7 +55,7 @@ class RunRecord:
     """The first point of the curve at the target; None where there is none, or no target."""
 
     @property
-    def final(self) -> Mapping[str, float]:
+    def final(self) -> dict[str, float]:
         """Metrics at the end."""
         return self.curve[-1].metrics if self.curve else {}
 
@@ -65,13 +64,17 @@ class RunRecord:
         """Training time of the whole run."""
         return self.curve[-1].seconds if self.curve else 0.0
 
+    def first(self, metric: str, good: Callable[[float], bool]) -> CurvePoint | None:
+        """The first point whose metric is good enough."""
+        return next((point for point in self.curve if metric in point.metrics and good(point.metrics[metric])), None)
+
     def to_target(self, cost: str) -> float | None:
         """Cost at which the target was reached; None where it was not."""
         return None if self.at_target is None else self.at_target.cost(cost)
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Record):
     """What a candidate scored on the tuning seeds."""
 
     candidate: Candidate
@@ -87,7 +90,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class MethodResult:
+class MethodResult(Record):
     """A variant: how it was tuned, and its runs."""
 
     variant: Variant
@@ -117,8 +120,8 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Cost to the target of one variant in units of that of another one."""
+class Ratio(Record):
+    """Cost to the target of one variant in units of that of a second variant."""
 
     over: str
     """Name of the variant whose cost is divided."""
@@ -133,27 +136,13 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class TeacherRecord:
-    """What is known of the teacher."""
-
-    description: str
-    """How it came to be, and by what rule its training was stopped."""
-    metrics: Mapping[str, float]
-    """On held-out data."""
-    samples: int | None = None
-    """Examples that it was trained on."""
-    converged_at: int | None = None
-    """Examples after which it had converged."""
-
-
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Record):
     """Everything that a comparison found and how it was made: `comparison.json`."""
 
     recipe: str
     size: str
     command: str | None
-    """How to make it again."""
+    """The command that repeats it."""
     complete: bool
     """Whether all of its runs are finished."""
     match: str
@@ -165,10 +154,10 @@ class Comparison:
     """`higher` or `lower`."""
     target: float | None
     seeds: tuple[int, ...]
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     """Fields of the recipe, as JSON values."""
     teacher: TeacherRecord
-    environment: Mapping[str, Any]
+    environment: dict[str, Any]
     """Versions and machine, as JSON values."""
     methods: tuple[MethodResult, ...] = ()
     ratios: tuple[Ratio, ...] = ()
@@ -193,19 +182,19 @@ class Comparison:
         """Whether a value of the metric is as good as `target`."""
         return value >= target if self.better == "higher" else value <= target
 
-    def to_json(self) -> str:
-        """Everything, as JSON."""
-        return json.dumps(_encode(self), indent=1, allow_nan=False)
-
     @classmethod
     def from_json(cls, text: str) -> Comparison:
         """The inverse of `to_json`.
 
         Raises:
-            UserError: not JSON, or JSON of something else.
+            UserError: the text is not JSON, or not the JSON of a comparison.
         """
-        made: Comparison = _parse(cls, text)
-        return made
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise UserError(f"it is not JSON ({error})") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError("it was written by an earlier version of tutelage, or is not a comparison") from error
 
     @classmethod
     def read(cls, folder: Path) -> Comparison:
@@ -229,45 +218,9 @@ class Comparison:
 
 def read_runs(path: Path) -> list[RunRecord]:
     """The records of `write_runs`."""
-    runs: tuple[RunRecord, ...] = _parse(tuple[RunRecord, ...], path.read_text(encoding="utf-8"))
-    return list(runs)
+    return [RunRecord.from_dict(fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def write_runs(path: Path, runs: Sequence[RunRecord]) -> None:
-    """Write the records of runs that were made together."""
-    write_atomically(path, json.dumps(_encode(runs), allow_nan=False))
-
-
-def _encode(value: Any) -> Any:
-    """A value as JSON values."""
-    if isinstance(value, Curriculum):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value):
-        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def _parse(hint: Any, text: str) -> Any:
-    try:
-        return _decode(hint, json.loads(text))
-    except json.JSONDecodeError as error:
-        raise UserError(f"it is not JSON ({error})") from error
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError("it was written by an earlier version of tutelage, or is something else") from error
-
-
-def _decode(hint: Any, value: Any) -> Any:
-    """The inverse of `_encode`, by the type of the value."""
-    if isinstance(hint, types.UnionType):
-        kind = next(part for part in typing.get_args(hint) if part is not type(None))
-        return None if value is None else _decode(kind, value)
-    if typing.get_origin(hint) is tuple:
-        return tuple(_decode(typing.get_args(hint)[0], item) for item in value)
-    if hint is Curriculum:
-        return Curriculum.from_dict(value)
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        return typing.cast(Any, hint)(**{key: _decode(hints[key], item) for key, item in value.items()})
-    return value
+    """Write the records of runs that share a model."""
+    write_atomically(path, json.dumps([run.to_dict() for run in runs], allow_nan=False))

@@ -58,15 +58,9 @@ class RunBuilder:
             "seed": seed,
             "data_seed": seed,
             "per_device_train_batch_size": recipe.batch_size,
-            "eval_strategy": "steps",
-            "eval_steps": evaluate_every,
-            "eval_on_start": True,
-            "save_strategy": "steps",
-            "save_steps": 20 * evaluate_every,
-            "save_total_limit": 1,
-            "logging_steps": evaluate_every,
-            "disable_tqdm": True,
-            "report_to": "none",
+            **{"eval_strategy": "steps", "eval_steps": evaluate_every, "eval_on_start": True},
+            **{"save_strategy": "steps", "save_steps": 20 * evaluate_every, "save_total_limit": 1},
+            **{"logging_steps": evaluate_every, "disable_tqdm": True, "report_to": "none"},
             "train_sampling_strategy": "sequential",
             **recipe.arguments(),
             **recipe.method_arguments(variant.method),
@@ -83,30 +77,24 @@ class RunBuilder:
         student, teacher = self.recipe.make_student(self.recipe.seeds[:1]), self.teacher.model
         source = LiveTargets(teacher, get_task(self.recipe.task))
         for candidate in candidates(variant, self.recipe.learning_rates):
-            made = self.curriculum(variant, candidate, self.budget_steps)
+            made = self.curriculum(variant, candidate, self.steps())
             source.attach(made, student)
             warm_start.check(StageObjective(student, source))
 
-    @property
-    def budget_steps(self) -> int:
-        """Optimiser steps of the whole budget."""
-        return max(1, self.recipe.budget_samples // self.recipe.batch_size)
-
-    def steps(self, variant: Variant) -> int:
-        """Optimiser steps of a variant's fraction of the budget."""
-        return max(1, int(self.recipe.budget_samples * variant.budget_fraction) // self.recipe.batch_size)
+    def steps(self, fraction: float = 1.0) -> int:
+        """Optimiser steps of a fraction of the budget."""
+        return max(1, int(self.recipe.budget_samples * fraction) // self.recipe.batch_size)
 
     def curriculum(self, variant: Variant, candidate: Candidate, steps: int) -> Curriculum:
         """Curriculum of a run of `steps` optimiser steps."""
         args = self.arguments(variant, candidate, self.root, 0)
-        fraction = min(1.0, steps / self.budget_steps)
+        fraction = min(1.0, steps / self.steps())
         return build_curriculum(args, candidate, self._blocks, self.teacher, steps, self.recipe.batch_size, fraction)
 
     @functools.cached_property
     def _blocks(self) -> tuple[int, int]:
         """Numbers of blocks of student and teacher."""
-        student = self.recipe.make_student(self.recipe.seeds[:1])
-        backbone = get_task(self.recipe.task).backbone
+        backbone, student = get_task(self.recipe.task).backbone, self.recipe.make_student(self.recipe.seeds[:1])
         return len(find_blocks(backbone(student))), len(find_blocks(backbone(self.teacher.model)))
 
     def trainer(

@@ -1,22 +1,26 @@
 """Making the runs of a comparison, with equal budgets, and their curves.
 
-Public names: `Runner`, `PlannedRun`, `StopAtTarget`.
+Public names: `Runner`, `PlannedRun`, `StopAtTarget`, `Workers`.
 
-A finished run is a folder that holds run.json, so a comparison that was stopped resumes with the runs that are missing.
+A finished run is a folder that contains run.json, so a comparison that was stopped resumes with the missing runs.
+A run depends only on its settings and seeds, so the number of processes changes only the seconds.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import multiprocessing
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from tutelage.core.curriculum import Curriculum
@@ -26,6 +30,7 @@ from tutelage.reproduction.results import CurvePoint, RunRecord, read_runs, writ
 from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant
+from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.training.checks import TrainingDiverged
 from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics, last_complete_checkpoint
 from tutelage.training.trainer import CurriculumTrainer
@@ -56,7 +61,7 @@ class Runner:
     match: str
     """The cost that is equal for all variants, one of `results.COSTS`."""
     submit: Callable[[Runner, PlannedRun], Future[list[RunRecord]]] | None = None
-    """Starts a run in another process (`Workers.submit`); None makes runs here, one by one."""
+    """Starts a run in a different process (`Workers.submit`); None makes the runs in this process, one at a time."""
     lock: Any = field(default_factory=threading.Lock)
     """Held while the cost of a step is measured."""
 
@@ -68,7 +73,7 @@ class Runner:
     def curriculum(self, variant: Variant, candidate: Candidate) -> Curriculum:
         """Curriculum of a run, of a length that makes the budgets equal."""
         if self.match == "samples" or variant.method in ("one_shot", "progressive"):
-            return self.builder.curriculum(variant, candidate, self.builder.steps(variant))
+            return self.builder.curriculum(variant, candidate, self.builder.steps(variant.budget_fraction))
         return at_equal_cost(self.builder, variant, candidate, self.match)
 
     def runs(
@@ -79,7 +84,7 @@ class Runner:
         what: str = "runs",
         limit: float | None = None,
     ) -> Iterator[list[RunRecord]]:
-        """Records of the runs of some seeds, as they are finished: of all seeds at once where they share a model."""
+        """Records of the runs of some seeds, as they are finished; seeds that are in one model come together."""
         groups = [tuple(seeds)] if self.recipe.replicated else [(seed,) for seed in seeds]
         planned = [
             PlannedRun(variant, candidate, group, self.builder.folder(variant, candidate, group, what), limit)
@@ -89,7 +94,7 @@ class Runner:
             yield from map(self.run, planned)
             return
         with self.lock:
-            self.curriculum(variant, candidate)  # measures the cost that all its runs share, if they need it
+            self.curriculum(variant, candidate)  # measures the cost of a step once for all runs, if they need it
         started = [self.submit(self, run) for run in planned]
         yield from (future.result() for future in started)
 
@@ -155,8 +160,8 @@ class StopAtTarget(TrainerCallback):
 
 
 def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated: bool) -> dict[int, list[CurvePoint]]:
-    """Evaluations of each seed; the cost of a model that holds several seeds is divided among them."""
-    sharers = len(seeds) if replicated else 1
+    """Evaluations of each seed; the cost of a model that contains several seeds is divided among them."""
+    seeds_per_model = len(seeds) if replicated else 1
     curves: dict[int, list[CurvePoint]] = {seed: [] for seed in seeds}
     for record in records:
         values = evaluation_metrics(record)
@@ -167,8 +172,58 @@ def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated:
             if replicated:
                 ending = f"_{index}"
                 own = {key.removesuffix(ending): value for key, value in values.items() if key.endswith(ending)}
-            # a value that is not finite, of a run that diverges, is no number in JSON
+            # JSON has no numbers for the values of a run that diverges
             finite = {key: value for key, value in own.items() if math.isfinite(value)}
-            flops, seconds = record["flops"] / sharers, record["seconds"] / sharers
+            flops, seconds = record["flops"] / seeds_per_model, record["seconds"] / seeds_per_model
             curves[seed].append(CurvePoint(record["samples"], flops, seconds, finite))
     return curves
+
+
+class Workers:
+    """A pool of `count` processes, each with its part of the machine's threads.
+
+    Used as a context manager; a process makes its teacher once for as long as runs of the same comparison come in.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        threads = max(1, torch.get_num_threads() // count)
+        self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker, (threads,))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Let the runs that have begun end, and begin no new ones."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, runner: Runner, planned: PlannedRun) -> Future[list[RunRecord]]:
+        """`Runner.run` in a process of the pool."""
+        return self._pool.submit(_run_in_worker, runner.recipe, runner.root, runner.match, planned)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    quiet_unless_terminal(True)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """End with the parent, also where the parent was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+_kept: dict[tuple[Path, str], Runner] = {}  # of the present comparison, by its folder and match
+
+
+def _run_in_worker(recipe: Recipe, root: Path, match: str, planned: PlannedRun) -> list[RunRecord]:
+    if (root, match) not in _kept:
+        _kept.clear()
+        _kept[root, match] = Runner(recipe, recipe.make_teacher(root), root, match)
+    return _kept[root, match].run(planned)

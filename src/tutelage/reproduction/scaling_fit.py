@@ -1,28 +1,27 @@
 """What a scaling experiment is made of, and the exponents fitted to it.
 
-Public names: `ScalingSettings`, `Cell`, `ScalingPoint`, `PowerLaw`, `MethodFit`, `ScalingResult`, `fit_exponent`,
+Public names: `ScalingSettings`, `ScalingPoint`, `PowerLaw`, `MethodFit`, `ScalingResult`, `fit_exponent`,
 `fit_methods`, `SCALING_METHODS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tutelage.core.errors import UserError
-from tutelage.reproduction.recipe import change_fields
+from tutelage.core.records import Record
 
 SCALING_METHODS = ("extraction", "one_shot", "scratch")
 _DRAWS = 2000
 
 
 @dataclass(frozen=True)
-class ScalingSettings:
+class ScalingSettings(Record):
     """The numbers of a scaling experiment."""
 
     ks: tuple[int, ...] = (3, 4)
@@ -60,19 +59,12 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Where methods are compared."""
+class ScalingPoint(Record):
+    """A method at one k, teacher and dimension."""
 
     k: int
     teacher: str
     d: int
-
-
-@dataclass(frozen=True)
-class ScalingPoint:
-    """A method in a cell."""
-
-    cell: Cell
     method: str
     learning_rate: float | None
     """The one chosen; None where training diverged at all of them."""
@@ -81,7 +73,7 @@ class ScalingPoint:
 
 
 @dataclass(frozen=True)
-class PowerLaw:
+class PowerLaw(Record):
     """samples = exp(intercept) * d^exponent; both are None with fewer than two dimensions to fit."""
 
     exponent: float | None
@@ -93,7 +85,7 @@ class PowerLaw:
 
 
 @dataclass(frozen=True)
-class MethodFit:
+class MethodFit(Record):
     """How the samples of a method grow."""
 
     k: int
@@ -103,50 +95,47 @@ class MethodFit:
     after_stage: PowerLaw | None = None
     """Of extraction: the same for its output stage alone."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; those of `law` are beside the others."""
+        fields = super().to_dict()
+        law = fields.pop("law")
+        return {**fields, **law}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> MethodFit:
+        """The inverse of `to_dict`."""
+        rest = dict(fields)
+        law = {part.name: rest.pop(part.name) for part in dataclasses.fields(PowerLaw)}
+        return super().from_dict({**rest, "law": law})
+
     def matches(self, point: ScalingPoint) -> bool:
         """Whether the fit is (also) to this point."""
-        return (point.cell.k, point.cell.teacher, point.method) == (self.k, self.teacher, self.method)
+        return (point.k, point.teacher, point.method) == (self.k, self.teacher, self.method)
 
 
 @dataclass(frozen=True)
-class ScalingResult:
+class ScalingResult(Record):
     """A scaling experiment, finished or in progress (`scaling.json`)."""
 
     size: str
     command: str
-    """How to make it again."""
+    """The command that repeats it."""
     settings: ScalingSettings
     environment: dict[str, Any]
     """Versions and machine."""
-    points: tuple[ScalingPoint, ...]
-    fits: tuple[MethodFit, ...]
-    verdict: str
+    points: tuple[ScalingPoint, ...] = ()
+    fits: tuple[MethodFit, ...] = ()
+    verdict: str = ""
     """One line for each fit."""
 
-    def to_json(self) -> str:
-        """The result as JSON."""
-        return json.dumps({"recipe": "scaling", **dataclasses.asdict(self)}, indent=1)
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, with the name of the recipe."""
+        return {"recipe": "scaling", **super().to_dict()}
 
     @classmethod
-    def from_json(cls, text: str) -> ScalingResult:
-        """Read a result back."""
-        known = json.loads(text)
-        known.pop("recipe")
-        known["settings"] = change_fields(ScalingSettings(), known["settings"], "scaling")
-        known["points"] = tuple(
-            ScalingPoint(Cell(**point.pop("cell")), samples=tuple(point.pop("samples")), **point)
-            for point in known["points"]
-        )
-        known["fits"] = tuple(
-            MethodFit(law=_law(fit.pop("law")), after_stage=_law(fit.pop("after_stage")), **fit)
-            for fit in known["fits"]
-        )
-        return cls(**known)
-
-
-def _law(known: Any) -> Any:
-    """A power law from what JSON holds, which may be null."""
-    return None if known is None else PowerLaw(**{**known, "ci95": tuple(known["ci95"])})
+    def from_dict(cls, fields: Mapping[str, Any]) -> ScalingResult:
+        """The inverse of `to_dict`."""
+        return super().from_dict({name: value for name, value in fields.items() if name != "recipe"})
 
 
 def fit_exponent(points: Sequence[tuple[int, Sequence[float | None]]]) -> PowerLaw:
@@ -189,9 +178,9 @@ def fit_methods(settings: ScalingSettings, points: Sequence[ScalingPoint]) -> tu
                 mine = [point for point in points if empty.matches(point)]
                 if not mine:
                     continue
-                law, after = fit_exponent([(point.cell.d, point.samples) for point in mine]), None
+                law, after = fit_exponent([(point.d, point.samples) for point in mine]), None
                 if method == "extraction":
-                    after = fit_exponent([(p.cell.d, _after_stage(p.samples, settings.stage_samples)) for p in mine])
+                    after = fit_exponent([(p.d, _after_stage(p.samples, settings.stage_samples)) for p in mine])
                 fits.append(MethodFit(k, teacher, method, law, after))
     return tuple(fits)
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.core.records import Record
+
 _DRAWS = 2000
 FEWEST_FOR_INTERVAL = 5  # seeds: the bootstrap interval of a median of five covers about 94%, that of three 74%
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Record):
     """A median over runs and its bootstrap 95% interval; None stands for beyond the budget, or for no runs."""
 
     median: float | None = None
@@ -31,14 +33,14 @@ NO_ESTIMATE = Estimate()
 
 
 @dataclass(frozen=True)
-class PairedRatio:
-    """The median over seeds of the cost of one method divided by that of another one."""
+class PairedRatio(Record):
+    """The median over seeds of the cost of one method divided by that of a second method."""
 
     estimate: Estimate
     pairs: int
     """Seeds on which at least one of the two reached the target; the others say nothing."""
     unreached: int = 0
-    """Pairs in which the second method did not reach the target: its budget stands in for its cost."""
+    """Pairs in which the second method did not reach the target: its budget is used in place of its cost."""
 
     @property
     def is_bound(self) -> bool:
@@ -60,7 +62,7 @@ def median_interval(values: Sequence[float | None]) -> Estimate:
 def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], budget: float) -> PairedRatio:
     """Median over seeds of `over / under`, paired by seed, with its bootstrap 95% interval.
 
-    Where only `under` is beyond the budget, its budget stands in, so the ratio is an upper bound. Where only `over` is
+    Where only `under` is beyond the budget, its budget is used, so the ratio is an upper bound. Where only `over` is
     beyond the budget, the ratio is infinite (None).
     """
     pairs = [(a, b) for a, b in zip(over, under, strict=True) if a is not None or b is not None]
@@ -70,7 +72,7 @@ def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], bu
 
 
 def _ratio(over: float, under: float) -> float | None:
-    """`over / under`, where a target may hold before the first sample: infinite (None) unless it does for both."""
+    """`over / under`, where a target may be reached before the first sample: infinite (None) unless both reach it there."""
     if under:
         return over / under
     return None if over else 1.0

@@ -1,22 +1,24 @@
-"""What the runs of a comparison come to: its target, medians, ratios and verdict.
+"""What follows from the runs of a comparison: its target, medians, ratios and verdict.
 
-Public names: `summarise`, `ratio_of`.
+Public names: `summarise`, `ratio_of`, `verdict`, `headline`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 
-from tutelage.reproduction.results import COSTS, Comparison, CurvePoint, MethodResult, Ratio, RunRecord
-from tutelage.reproduction.statistics import median_interval, paired_ratio
-from tutelage.reproduction.verdict import verdict
+from tutelage.reproduction.results import COSTS, Comparison, MethodResult, Ratio
+from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, PairedRatio, median_interval, paired_ratio
+
+_LONGEST_HEADLINE = 4  # lines
 
 
 def summarise(comparison: Comparison, target: float | None) -> Comparison:
     """The comparison with everything that follows from its runs computed anew.
 
     Args:
-        comparison: its variants hold the runs.
+        comparison: its variants contain the runs.
         target: value of the metric to reach; None takes the median of one-shot's final values.
     """
     if target is None:
@@ -49,22 +51,123 @@ def ratio_of(over: MethodResult, under: MethodResult, cost: str) -> Ratio:
 
 
 def _final_of_one_shot(comparison: Comparison) -> float | None:
-    if comparison.baseline is None:
-        return None
-    runs = [run for run in comparison.baseline.runs if run.diverged is None]
-    finals = sorted(run.final[comparison.metric] for run in runs)
+    runs = () if comparison.baseline is None else comparison.baseline.runs
+    finals = sorted(run.final[comparison.metric] for run in runs if run.diverged is None)
     return finals[len(finals) // 2] if finals else None
 
 
 def _timed(method: MethodResult, comparison: Comparison) -> MethodResult:
     """A result with the points at which its runs reached the target."""
-    runs = tuple(dataclasses.replace(run, at_target=_at_target(run, comparison)) for run in method.runs)
+    target, runs = comparison.target, []
+    for run in method.runs:
+        at_target = None
+        if target is not None and run.diverged is None:
+            at_target = run.first(comparison.metric, lambda value: comparison.reached(value, target))
+        runs.append(dataclasses.replace(run, at_target=at_target))
     estimate = median_interval([run.to_target("samples") for run in runs])
-    return dataclasses.replace(method, runs=runs, samples_to_target=estimate)
+    return dataclasses.replace(method, runs=tuple(runs), samples_to_target=estimate)
 
 
-def _at_target(run: RunRecord, comparison: Comparison) -> CurvePoint | None:
-    metric, target = comparison.metric, comparison.target
-    if target is None or run.diverged is not None:
-        return None
-    return next((p for p in run.curve if metric in p.metrics and comparison.reached(p.metrics[metric], target)), None)
+def verdict(comparison: Comparison) -> str:
+    """One line per variant (whether it reached the target, after how many samples), and one per ratio that matters."""
+    methods = [method for method in comparison.methods if method.runs]
+    if not methods:
+        return "No run has finished yet."
+    if comparison.target is None:
+        return _final_values(comparison, methods)
+    lines = [_reached(method, comparison) for method in methods]
+    for over in methods:
+        for under in methods:
+            if over.variant.method == "extraction" and under.variant.method in ("one_shot", "progressive"):
+                lines.append(_compared(over, under, comparison))
+    return "\n".join(filter(None, lines))
+
+
+def headline(comparison: Comparison) -> str:
+    """The verdict where it is short, else its lines on one-shot and the variant of extraction that did best."""
+    variants = [m for m in comparison.methods if m.variant.method == "extraction" and m.runs]
+    lines, baseline = comparison.verdict.splitlines(), comparison.baseline
+    if len(lines) <= _LONGEST_HEADLINE or comparison.target is None or not variants or baseline is None:
+        return comparison.verdict
+    best = min(variants, key=lambda method: _rank(method, comparison))
+    found = [_reached(best, comparison)]
+    if baseline.runs:
+        found += [_reached(baseline, comparison), _compared(best, baseline, comparison)]
+    if len(variants) > 1:
+        found.append(f"{best.name} is the best of {len(variants)} variants of extraction, chosen on these same seeds.")
+    return "\n".join(filter(None, found))
+
+
+def _rank(method: MethodResult, comparison: Comparison) -> tuple[float, float]:
+    """Lower is better: samples to the target, then the final metric."""
+    samples = method.samples_to_target.median
+    final = statistics.median(method.finals(comparison.metric) or [float("inf")])
+    return float("inf") if samples is None else samples, -final if comparison.better == "higher" else final
+
+
+def _final_values(comparison: Comparison, methods: list[MethodResult]) -> str:
+    finals = {m.name: statistics.median(values) for m in methods if (values := m.finals(comparison.metric))}
+    if not finals:
+        return f"No run has a final {comparison.metric}."
+    best = (max if comparison.better == "higher" else min)(finals, key=lambda name: finals[name])
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in finals.items())
+    return f"{best} ended best. Final {comparison.metric}, median over seeds: {listed}."
+
+
+def _reached(method: MethodResult, comparison: Comparison) -> str:
+    target = f"{comparison.metric} {comparison.target:.4g}"
+    count = sum(run.at_target is not None for run in method.runs)
+    seeds = f"{count} of {len(method.runs)} seeds"
+    median = method.samples_to_target.median
+    if median is not None:
+        return f"{method.name} reached {target} on {seeds}, after {median:,.0f} samples (median)."
+    most = max((run.curve[-1].samples for run in method.runs if run.curve), default=0)
+    finals = method.finals(comparison.metric)
+    ended = f"; median final {comparison.metric}: {statistics.median(finals):.4g}" if finals else ""
+    return f"{method.name} did not reach {target} within {most:,} samples ({seeds} reached it{ended})."
+
+
+def _compared(over: MethodResult, under: MethodResult, comparison: Comparison) -> str:
+    ratio = comparison.ratio(over.name, under.name)
+    if ratio is None or ratio.seeds == 0:
+        return ""  # they have no finished seed in common
+    paired, estimate = ratio.paired, ratio.paired.estimate
+    if not paired.pairs:
+        return f"Neither {over.name} nor {under.name} reached the target."
+    if estimate.median is None:
+        return (
+            f"On most seeds {over.name} did not reach the target within the budget where {under.name} did: "
+            f"{under.name} is better here."
+        )
+    text = f"{over.name} needed {_times(paired)} the samples of {under.name} ({_spread(paired)})"
+    flops = comparison.ratio(over.name, under.name, "flops")
+    if flops is not None and flops.paired.estimate.median is not None:
+        text += f" and {_times(flops.paired)} its FLOPs"
+    return text + _judged(ratio)
+
+
+def _times(paired: PairedRatio) -> str:
+    return f"{'at most ' if paired.is_bound else ''}{paired.estimate.median:.2g} times"
+
+
+def _spread(paired: PairedRatio) -> str:
+    """The interval; with few seeds the bootstrap of their median is their range, not a 95% interval."""
+    low, high = paired.estimate.low, paired.estimate.high
+    kind = "95% interval" if paired.pairs >= FEWEST_FOR_INTERVAL else "range"
+    seeds = f"{paired.pairs} seed{'s' if paired.pairs > 1 else ''}"
+    upper = "beyond the budget" if high is None else f"{high:.2g}"
+    lower = "beyond the budget" if low is None else f"{low:.2g}"
+    return f"{kind} over {seeds}: {lower} to {upper}" if paired.pairs > 1 else seeds
+
+
+def _judged(ratio: Ratio) -> str:
+    paired, low, high = ratio.paired, ratio.paired.estimate.low, ratio.paired.estimate.high
+    if paired.pairs < ratio.seeds:
+        return f" on {paired.pairs} of {ratio.seeds} seeds; on the other seeds neither reached the target."
+    if paired.pairs < 3:
+        return ": too few seeds to decide."
+    if high is not None and high < 1:
+        return f": {ratio.over} is better here."
+    if low is not None and low > 1 and not paired.is_bound:
+        return f": {ratio.under} is better here."
+    return ": these runs show no significant difference."

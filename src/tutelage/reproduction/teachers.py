@@ -1,6 +1,7 @@
 """Training the teachers of recipes, past convergence and with checkpoints kept, once for each setting.
 
-Public names: `Teacher`, `Checkpoint`, `TeacherRule`, `TeacherJob`, `TrainedTeacher`, `trained_teacher`, `cache_root`.
+Public names: `Teacher`, `Checkpoint`, `TeacherRule`, `TeacherJob`, `TeacherRecord`, `TrainedTeacher`, `trained_teacher`,
+`cache_root`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from tutelage.core.errors import UserError
+from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import evaluation_metrics
@@ -35,13 +37,13 @@ def cache_root() -> Path:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Record):
     """A checkpoint of a teacher's training."""
 
     samples: int
     """Examples seen."""
     folder: str
-    """Where it lies."""
+    """Its path."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Teacher:
 
     model: nn.Module
     description: str
-    """How it came to be, and by what rule its training was stopped."""
+    """How it was made, and by what rule its training was stopped."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Its metrics on held-out data."""
     samples: int | None = None
@@ -67,7 +69,7 @@ class Teacher:
 class TeacherRule:
     """When a teacher has been trained enough.
 
-    It is *converged* when `metric` first reaches `value`; its training then goes on to `factor` times the examples that
+    It is *converged* when `metric` first reaches `value`; its training then continues to `factor` times the examples that
     this took, since a half-trained teacher flatters one-shot distillation. Without a value it takes all of `max_samples`.
     """
 
@@ -103,7 +105,7 @@ class TeacherJob:
     load: Callable[[str], nn.Module]
     """Reads a model from a folder."""
     data: Callable[[int], tuple[Any, Any]]
-    """Training data of so many examples, and evaluation data."""
+    """Training data of a number of examples, and evaluation data."""
     collator: Any
     """Makes batches of examples."""
 
@@ -121,36 +123,31 @@ class TeacherJob:
 
 
 @dataclass(frozen=True)
-class TrainedTeacher:
-    """The record of a finished training (`teacher.json`)."""
+class TeacherRecord(Record):
+    """What is known of a teacher."""
 
     description: str
-    samples: int
+    """How it was made, and by what rule its training was stopped."""
+    metrics: dict[str, float]
+    """On held-out data."""
+    samples: int | None = None
     """Examples that it was trained on."""
-    converged_at: int | None
+    converged_at: int | None = None
     """Examples after which it had converged; None without such a rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTeacher(TeacherRecord):
+    """The record of a finished training (`teacher.json`)."""
+
     transition: int
     """Index of the checkpoint whose metric is nearest to halfway between the first and the last."""
-    metrics: dict[str, float]
-    """At the end, on held-out data."""
     curve: tuple[tuple[int, float], ...]
     """Examples seen, and the rule's metric."""
     checkpoints: tuple[Checkpoint, ...]
     """Folders are relative to that of the record."""
     settings: dict[str, Any]
     """All that the teacher depends on."""
-
-    def to_json(self) -> str:
-        """The record as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> TrainedTeacher:
-        """Read a record back."""
-        known = json.loads(text)
-        known["curve"] = tuple((samples, value) for samples, value in known["curve"])
-        known["checkpoints"] = tuple(Checkpoint(**part) for part in known["checkpoints"])
-        return cls(**known)
 
 
 def trained_teacher(job: TeacherJob, root: Path | None = None) -> Teacher:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from tutelage.reproduction.display import listed
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import RunRecord, Trial
 from tutelage.reproduction.runner import Runner
@@ -21,7 +22,7 @@ _WORST = (float("inf"), float("inf"))
 def tune(runner: Runner, variant: Variant, log: Callable[[str], None]) -> tuple[Candidate | None, tuple[Trial, ...]]:
     """The best candidate on the tuning seeds (None where all diverge), and what each one scored.
 
-    Progressive distillation tries every schedule at every rate where a run ends at the target, since losers end soon;
+    Progressive distillation tries every schedule at every rate where a run ends at the target, since slow candidates end early;
     otherwise every rate on the first schedule, and the other schedules at the best rate.
     """
     recipe = runner.recipe
@@ -41,7 +42,7 @@ def tune(runner: Runner, variant: Variant, log: Callable[[str], None]) -> tuple[
             # One that can no longer win is stopped. The median of an even number of seeds is the mean of the middle two, so
             # a slow one loses for certain only at twice the best.
             limit = best[0][0] * (1 if len(recipe.tuning_seeds) % 2 else 2)
-        log(f"{variant.name}: tuning {candidate.label}, seeds {', '.join(map(str, recipe.tuning_seeds))}")
+        log(f"{variant.name}: tuning {candidate.label}, seeds {listed(recipe.tuning_seeds)}")
         made = runner.runs(short, candidate, recipe.tuning_seeds, "tuning", limit)
         score, trial = _score(recipe, candidate, [record for records in made for record in records])
         trials.append(trial)
@@ -62,17 +63,11 @@ def _score(recipe: Recipe, candidate: Candidate, runs: Sequence[RunRecord]) -> t
     signed = -final if recipe.better == "higher" else final
     if not recipe.stop_at_target:
         return (signed, 0.0), Trial(candidate, unit, score=final, final=final)
-    median = median_interval([_samples_to_target(recipe, run) for run in runs]).median
+    target = recipe.target
+    assert target is not None
+    points = [run.first(recipe.metric, lambda value: recipe.reached(value, target)) for run in runs]
+    median = median_interval([None if point is None else point.samples for point in points]).median
     if median is None:
         stopped = runs[0].curve[-1].samples
         return (float("inf"), signed), Trial(candidate, unit, final=final, stopped_after=stopped)
     return (median, signed), Trial(candidate, unit, score=median, final=final)
-
-
-def _samples_to_target(recipe: Recipe, run: RunRecord) -> int | None:
-    target = recipe.target
-    assert target is not None
-    reached = (
-        p.samples for p in run.curve if recipe.metric in p.metrics and recipe.reached(p.metrics[recipe.metric], target)
-    )
-    return next(reached, None)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tutelage.core.curriculum import METHODS, Curriculum, OutputStage, Stage
 from tutelage.core.errors import UserError
+from tutelage.core.records import Record
 from tutelage.reproduction.teachers import Teacher
+from tutelage.runs.options import read_value
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.resolution import build_curriculum as method_curriculum
 
-# How progressive distillation uses the teacher's checkpoints: at the teacher's own pace, faster, or one checkpoint from
+# How progressive distillation uses the teacher's checkpoints: at the teacher's pace, faster, or one checkpoint from
 # the middle of its transition and then the finished teacher (arXiv:2410.05464). All are searched.
 SCHEDULES = ("two", "pace-4", "pace-2", "pace-1")
 
@@ -31,14 +34,14 @@ CONTROLLED = tuple(" ".join((_OF_THE_RUN, _OF_THE_BUDGET, _OF_EVALUATION, _OF_TH
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Record):
     """A method and the settings in which it differs from the recipe."""
 
     name: str
     """Short name, used in every report: `final-state`."""
     method: str
     """One of `METHODS`."""
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """`CurriculumConfig` fields; `schedule` too for progressive distillation."""
     budget_fraction: float = 1.0
     """Fraction of the comparison's budget that it gets."""
@@ -53,7 +56,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Record):
     """What tuning chooses."""
 
     learning_rate: float
@@ -67,7 +70,7 @@ class Candidate:
 
 
 def plain_variant(method: str) -> Variant:
-    """A method with the recipe's own settings.
+    """A method with the recipe's settings.
 
     Raises:
         UserError: unknown method.
@@ -103,11 +106,13 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
     if method not in METHODS:
         raise UserError(f"variant {name!r} has the unknown method {method!r}: use one of {', '.join(METHODS)}")
     if name in METHODS and name != method:
-        raise UserError(f"variant {name!r} has the method {method}, but {name} is a method itself: choose another name")
+        raise UserError(
+            f"variant {name!r} has the method {method}, but {name} is a method itself: choose a different name"
+        )
     fraction = _read(name, "budget", given.pop("budget", 1.0), float)
     if not 0 < fraction <= 1:
         raise UserError(f"variant {name!r}: budget is a fraction, above 0 and at most 1, got {fraction:g}")
-    types = {field.name: str(field.type) for field in dataclasses.fields(CurriculumConfig)}
+    fields = {field.name for field in dataclasses.fields(CurriculumConfig)}
     for key, value in given.items():
         if key == "schedule":
             if method != "progressive" or value not in SCHEDULES:
@@ -118,9 +123,10 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
             raise UserError(
                 f"variant {name!r} cannot set {key}: the comparison sets it, to the same value for every method"
             )
-        elif key not in types:
+        elif key not in fields:
             raise UserError(f"variant {name!r} has the unknown field {key!r}: fields are those of CurriculumConfig")
-    overrides = {key: _read(name, key, value, _reader(types.get(key, "str"))) for key, value in given.items()}
+    hints = {**typing.get_type_hints(CurriculumConfig), "schedule": str}
+    overrides = {key: _read(name, key, value, hints[key]) for key, value in given.items()}
     return Variant(name, method, overrides, fraction)
 
 
@@ -172,9 +178,10 @@ def read_methods(value: Any) -> tuple[Variant, ...]:
     return tuple(made)
 
 
-def _read(name: str, key: str, value: Any, reader: Callable[[str], Any]) -> Any:
+def _read(name: str, key: str, value: Any, hint: Any) -> Any:
+    may_be_text = str in typing.get_args(hint)  # then it stays text, also where it is `none`
     try:
-        return reader(_as_text(value))
+        return read_value(_as_text(value), str if may_be_text else hint)
     except ValueError:
         raise UserError(f"variant {name!r}: cannot read {key}={_as_text(value)!r}") from None
 
@@ -184,17 +191,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _reader(type_name: str) -> Callable[[str], Any]:
-    """What reads a value of a field's type."""
-    if "list[int]" in type_name:
-        return lambda value: [int(part) for part in value.split(",")]
-    if "bool" in type_name:
-        return lambda value: value.lower() in ("true", "yes", "1")
-    if "int" in type_name:
-        return int
-    return float if "float" in type_name else str
 
 
 def candidates(variant: Variant, learning_rates: Sequence[float]) -> list[Candidate]:
@@ -244,7 +240,7 @@ def build_curriculum(
         return OutputStage(count, teacher_checkpoint=folder, label_weight=args.label_weight, continues=bool(stages))
 
     for count, folder in uses:
-        count = min(count, left - 1)  # the finished teacher comes last, be it for one step
+        count = min(count, left - 1)  # the finished teacher comes last, at least for one step
         if count < 1:
             break
         stages.append(stage(count, folder))

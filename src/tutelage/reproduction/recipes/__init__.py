@@ -5,162 +5,82 @@ Public names: `RECIPES`, `SIZES`, `resolve`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import Recipe, change_fields
-from tutelage.reproduction.recipes.language import (
-    CausalPcfg,
-    CausalText,
-    LanguageRecipe,
-    MaskedPcfg,
-    MaskedText,
-    PcfgRecipe,
-)
+from tutelage.reproduction.recipes.language import CausalPcfg, CausalText, MaskedPcfg, MaskedText
 from tutelage.reproduction.recipes.parity import ParityMLPRecipe, ParityTransformerRecipe
 
 SIZES = ("smoke", "laptop", "paper")
 
-
-def _parity_mlp() -> dict[str, Recipe]:
-    laptop = ParityMLPRecipe(size="laptop")
-    smoke = dataclasses.replace(
-        laptop,
-        size="smoke",
-        d=16,
-        k=3,
-        teacher_width=500,
-        student_width=50,
-        seeds=(0, 1),
-        learning_rates=(0.1,),
-        budget_samples=96_000,
-        eval_every=3_200,
-        eval_samples=1024,
-        stage_samples=6_400,
-        teacher_max_samples=400_000,
-        teacher_checkpoint_every=3_200,
-    )
-    paper = dataclasses.replace(
-        laptop,
-        size="paper",
-        d=100,
-        k=6,
-        teacher_width=50_000,
-        student_width=1000,
-        seeds=(0, 1, 2),
-        teacher_max_samples=100_000_000,
-        teacher_checkpoint_every=1_000_000,
-        budget_samples=20_000_000,
-        eval_every=64_000,
-    )
-    return {"smoke": smoke, "laptop": laptop, "paper": paper}
-
-
-def _parity_transformer() -> dict[str, Recipe]:
-    laptop = ParityTransformerRecipe(
-        size="laptop",
-        d=20,
-        k=4,
-        learning_rates=(3e-4, 1e-3, 3e-3),
-        budget_samples=128_000,
-        eval_every=3_200,
-        eval_samples=2048,
-        stage_samples=3_200,
-        stage_learning_rate=3e-3,
-        teacher_learning_rate=3e-4,
-        teacher_batch_size=64,
-        teacher_max_samples=1_000_000,
-        teacher_checkpoint_every=3_200,
-        tuning_seeds=(1000,),
-    )
-    smoke = dataclasses.replace(
-        laptop,
-        size="smoke",
-        d=8,
-        k=2,
-        teacher_heads=4,
-        student_heads=2,
-        seeds=(0,),
-        tuning_seeds=(1000, 1001),
-        learning_rates=(1e-3,),
-        budget_samples=12_800,
-        eval_every=1_280,
-        eval_samples=512,
-        stage_samples=2_560,
-        stage_learning_rate=1e-3,
-        teacher_learning_rate=1e-3,
-        teacher_max_samples=100_000,
-        teacher_checkpoint_every=1_280,
-    )
-    paper = dataclasses.replace(
-        laptop,
-        size="paper",
-        d=100,
-        k=6,
-        teacher_heads=32,
-        seeds=(0, 1, 2),
-        tuning_seeds=(1000, 1001),
-        batch_size=32,
-        budget_samples=8_000_000,
-        eval_every=32_000,
-        eval_samples=4096,
-        stage_samples=320_000,
-        stage_learning_rate=1e-3,
-        teacher_batch_size=32,
-        teacher_max_samples=32_000_000,
-        teacher_checkpoint_every=320_000,
-    )
-    return {"smoke": smoke, "laptop": laptop, "paper": paper}
+# The fields in which a size differs from `laptop`, and `laptop` from the defaults of the recipe.
+_PARITY_PAPER: dict[str, Any] = {"d": 100, "k": 6, "seeds": (0, 1, 2)}
+_MLP: dict[str, dict[str, Any]] = {
+    "smoke": {
+        **{"d": 16, "k": 3, "teacher_width": 500, "student_width": 50, "seeds": (0, 1), "learning_rates": (0.1,)},
+        **{"budget_samples": 96_000, "eval_every": 3_200, "eval_samples": 1024, "stage_samples": 6_400},
+        **{"teacher_max_samples": 400_000, "teacher_checkpoint_every": 3_200},
+    },
+    "paper": {
+        **_PARITY_PAPER,
+        **{"teacher_width": 50_000, "student_width": 1000, "budget_samples": 20_000_000, "eval_every": 64_000},
+        **{"teacher_max_samples": 100_000_000, "teacher_checkpoint_every": 1_000_000},
+    },
+}
+_TRANSFORMER: dict[str, dict[str, Any]] = {
+    "laptop": {
+        **{"d": 20, "k": 4, "tuning_seeds": (1000,), "learning_rates": (3e-4, 1e-3, 3e-3), "budget_samples": 128_000},
+        **{"eval_every": 3_200, "eval_samples": 2048, "stage_samples": 3_200, "stage_learning_rate": 3e-3},
+        **{"teacher_learning_rate": 3e-4, "teacher_batch_size": 64, "teacher_max_samples": 1_000_000},
+        **{"teacher_checkpoint_every": 3_200},
+    },
+    "smoke": {
+        **{"d": 8, "k": 2, "teacher_heads": 4, "student_heads": 2, "seeds": (0,), "tuning_seeds": (1000, 1001)},
+        **{"learning_rates": (1e-3,), "stage_learning_rate": 1e-3, "teacher_learning_rate": 1e-3},
+        **{"budget_samples": 12_800, "eval_every": 1_280, "eval_samples": 512, "stage_samples": 2_560},
+        **{"teacher_max_samples": 100_000, "teacher_checkpoint_every": 1_280},
+    },
+    "paper": {
+        **_PARITY_PAPER,
+        **{"teacher_heads": 32, "tuning_seeds": (1000, 1001), "batch_size": 32, "teacher_batch_size": 32},
+        **{"budget_samples": 8_000_000, "eval_every": 32_000, "eval_samples": 4096, "stage_samples": 320_000},
+        **{"stage_learning_rate": 1e-3, "teacher_max_samples": 32_000_000, "teacher_checkpoint_every": 320_000},
+    },
+}
+# A few steps of tiny models; and arXiv:2410.05464: teacher 32 heads x 8, student 8 heads x 8, batch 512.
+_LANGUAGE: dict[str, dict[str, Any]] = {
+    "smoke": {
+        **{"seeds": (0,), "learning_rates": (3e-3,), "budget_samples": 320, "eval_every": 160, "eval_samples": 32},
+        **{"batch_size": 16, "layers": 2, "teacher_heads": 4, "student_heads": 2, "num_stages": 2},
+        **{"stage_fraction": 0.4, "teacher_samples": 640, "teacher_checkpoints": 2},
+    },
+    "paper": {
+        **{"teacher_heads": 32, "student_heads": 8, "batch_size": 512, "budget_samples": 512 * 8_000},
+        **{"eval_every": 512 * 200, "eval_samples": 4096, "teacher_samples": 512 * 16_000},
+        **{"teacher_checkpoints": 32, "num_stages": None},
+    },
+}
+_PCFG = {"smoke": {**_LANGUAGE["smoke"], "levels": 4}, "paper": {**_LANGUAGE["paper"], "levels": 7}}
+_TEXT = {
+    "smoke": {**_LANGUAGE["smoke"], "max_length": 32},
+    "paper": {**_LANGUAGE["paper"], "head_width": 8, "max_length": 512},
+}
 
 
-def _language(laptop: LanguageRecipe) -> dict[str, Recipe]:
-    """A few steps of tiny models; the defaults; and arXiv:2410.05464: teacher 32 heads x 8, student 8 heads x 8, batch 512."""
-    small: dict[str, Any] = {"levels": 4} if isinstance(laptop, PcfgRecipe) else {"max_length": 32}
-    large: dict[str, Any] = {"levels": 7} if isinstance(laptop, PcfgRecipe) else {"head_width": 8, "max_length": 512}
-    smoke = dataclasses.replace(
-        laptop,
-        size="smoke",
-        seeds=(0,),
-        learning_rates=(3e-3,),
-        budget_samples=320,
-        eval_every=160,
-        eval_samples=32,
-        batch_size=16,
-        layers=2,
-        teacher_heads=4,
-        student_heads=2,
-        num_stages=2,
-        stage_fraction=0.4,
-        teacher_samples=640,
-        teacher_checkpoints=2,
-        **small,
-    )
-    paper = dataclasses.replace(
-        laptop,
-        size="paper",
-        teacher_heads=32,
-        student_heads=8,
-        batch_size=512,
-        budget_samples=512 * 8_000,
-        eval_every=512 * 200,
-        eval_samples=4096,
-        teacher_samples=512 * 16_000,
-        teacher_checkpoints=32,
-        num_stages=None,
-        **large,
-    )
-    return {"smoke": smoke, "laptop": laptop, "paper": paper}
+def _sizes(kind: type[Recipe], changes: Mapping[str, dict[str, Any]]) -> dict[str, Recipe]:
+    laptop = changes.get("laptop", {})
+    return {size: kind(size=size, **{**laptop, **changes.get(size, {})}) for size in SIZES}
 
 
 RECIPES: dict[str, dict[str, Recipe]] = {
-    sizes["laptop"].name: sizes
-    for sizes in (
-        _parity_mlp(),
-        _parity_transformer(),
-        *(_language(kind(size="laptop")) for kind in (MaskedPcfg, CausalPcfg, MaskedText, CausalText)),
-    )
+    "parity-mlp": _sizes(ParityMLPRecipe, _MLP),
+    "parity-transformer": _sizes(ParityTransformerRecipe, _TRANSFORMER),
+    "pcfg-mlm": _sizes(MaskedPcfg, _PCFG),
+    "pcfg-clm": _sizes(CausalPcfg, _PCFG),
+    "text-mlm": _sizes(MaskedText, _TEXT),
+    "text-clm": _sizes(CausalText, _TEXT),
 }
 
 

@@ -44,24 +44,16 @@ class LanguageRecipe(PaperRecipe):
     metric = "loss"
     better = "lower"
     best: ClassVar[Variant]
-    """Our best variant, beside the paper's own extraction; chosen on a seed that is not reported."""
+    """Our best variant, in addition to the paper's extraction; chosen on a seed that is not reported."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Reported seeds."""
     tuning_seeds: tuple[int, ...] = (1000,)
-    """Seeds on which learning rates and schedules are chosen."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    """The learning rates that are tried for every method."""
     tuning_share: float = 0.34
-    """Fraction of the budget that tuning runs get."""
     batch_size: int = 32
-    """Sequences per step."""
     budget_samples: int = 32_000
-    """Sequences that each method may train on."""
     eval_every: int = 1_600
-    """Sequences between evaluations."""
     eval_samples: int = 512
-    """Held-out sequences."""
     layers: int = 4
     """Blocks of teacher and student."""
     teacher_heads: int = 16
@@ -88,15 +80,11 @@ class LanguageRecipe(PaperRecipe):
 
     @abstractmethod
     def model_config(self, heads: int) -> Any:
-        """The configuration of a model with so many heads."""
+        """The configuration of a model with this number of heads."""
 
     @abstractmethod
     def sequences(self, seed: int, count: int) -> Any:
         """Training sequences in the order of a seed."""
-
-    @abstractmethod
-    def held_out(self) -> Any:
-        """Held-out sequences, the same for every seed."""
 
     @property
     def default_methods(self) -> tuple[Variant, ...]:
@@ -104,20 +92,15 @@ class LanguageRecipe(PaperRecipe):
         return (first, self.best, *others)
 
     def arguments(self) -> dict[str, Any]:
-        return {
-            "optim": "adamw_torch",
-            "adam_beta2": 0.95,
-            "weight_decay": 0.0,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.06,
-            "per_device_eval_batch_size": 64,
-        }
+        optimizer = {"optim": "adamw_torch", "adam_beta2": 0.95, "weight_decay": 0.0}
+        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.06}
+        return {**optimizer, **schedule, "per_device_eval_batch_size": 64}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
         if method != "extraction":
             return {}
-        stages = {"num_stages": self.num_stages, "stage_fraction": self.stage_fraction}
-        return {**stages, "normalize": "none", "warm_start": "none"}
+        as_in_the_paper = {"normalize": "none", "warm_start": "none"}
+        return {"num_stages": self.num_stages, "stage_fraction": self.stage_fraction, **as_in_the_paper}
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -128,9 +111,6 @@ class LanguageRecipe(PaperRecipe):
 
     def train_data(self, seeds: Sequence[int], count: int) -> Any:
         return self.sequences(seeds[0], count)
-
-    def eval_data(self, seeds: Sequence[int]) -> Any:
-        return self.held_out()
 
     def new_teacher(self) -> nn.Module:
         return self._build(self.teacher_heads, self.teacher_seed)
@@ -143,7 +123,7 @@ class LanguageRecipe(PaperRecipe):
         return TeacherRule("loss", None, 1.0, self.teacher_samples, every, better="lower")
 
     def teacher_data(self, count: int) -> tuple[Any, Any]:
-        return self.sequences(TEACHER_SEED + self.teacher_seed, count), self.held_out()
+        return self.sequences(TEACHER_SEED + self.teacher_seed, count), self.eval_data(())
 
     def teacher_identity(self) -> dict[str, Any]:
         return {
@@ -165,7 +145,7 @@ class LanguageRecipe(PaperRecipe):
                 "language"
             )
         with torch.random.fork_rng(devices=[]):
-            batches = DataLoader(self.held_out(), batch_size=64, collate_fn=self.collator)
+            batches = DataLoader(self.eval_data(()), batch_size=64, collate_fn=self.collator)
             metrics = get_task(self.task).evaluate(model, batches, lambda batch: None, EvaluationTools())
         if metrics["loss"] > math.log(entries):
             raise UserError(
@@ -204,7 +184,7 @@ class PcfgRecipe(LanguageRecipe):
     def sequences(self, seed: int, count: int) -> Any:
         return PcfgDataset(self.grammar, count, seed)
 
-    def held_out(self) -> Any:
+    def eval_data(self, seeds: Sequence[int]) -> Any:
         return self.sequences(EVAL_SEED, self.eval_samples)
 
     def teacher_identity(self) -> dict[str, Any]:
@@ -242,15 +222,10 @@ class TextRecipe(LanguageRecipe):
     max_length: int = 64
     """Tokens per sequence."""
     teacher_heads: int = 8
-    """Heads of the teacher."""
     head_width: int = 16
-    """Width of a head."""
     budget_samples: int = 16_000
-    """Sequences that each method may train on."""
     eval_every: int = 800
-    """Sequences between evaluations."""
     teacher_samples: int = 32_000
-    """Sequences that the teacher is trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,9 +233,7 @@ class TextRecipe(LanguageRecipe):
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(DEFAULT_TEACHER)
-        assert tokenizer is not None
-        return tokenizer
+        return load_tokenizer(DEFAULT_TEACHER)
 
     @cached_property
     def collator(self) -> Any:
@@ -297,7 +270,7 @@ class TextRecipe(LanguageRecipe):
     def sequences(self, seed: int, count: int) -> Any:
         return self._rows[0].shuffle(seed=seed % 2**32)
 
-    def held_out(self) -> Any:
+    def eval_data(self, seeds: Sequence[int]) -> Any:
         rows = self._rows[1]
         return rows.select(range(min(self.eval_samples, len(rows))))
 

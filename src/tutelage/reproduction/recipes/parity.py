@@ -49,7 +49,6 @@ class ParityRecipe(PaperRecipe):
     target: float = 0.99
     """Held-out accuracy to reach."""
     teacher_learning_rate: float = 0.5
-    """Learning rate of the teacher."""
     teacher_batch_size: int = 16
     """Examples per step of the teacher's training."""
     teacher_max_samples: int = 4_000_000
@@ -91,22 +90,13 @@ class ParityRecipe(PaperRecipe):
         return default_data_collator
 
     def arguments(self) -> dict[str, Any]:
-        return {  # a constant learning rate, no weight decay, and the paper's unnormalised targets
-            "lr_scheduler_type": "constant",
-            "warmup_steps": 0,
-            "weight_decay": 0.0,
-            "per_device_eval_batch_size": 1024,
-            "normalize": "none",
-        }
+        constant_rate = {"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+        return {**constant_rate, "per_device_eval_batch_size": 1024, "normalize": "none"}  # as in the paper
 
     def _stages(self) -> dict[str, Any]:
         """`CurriculumConfig` fields of the hidden stages."""
         steps = max(1, self.stage_samples // self.batch_size)
         return {"stage_steps": [steps], "stage_learning_rate": self.stage_learning_rate}
-
-    @property
-    def batch_of_teacher(self) -> int:
-        return self.teacher_batch_size
 
     def teacher_rule(self) -> TeacherRule:
         return TeacherRule(
@@ -132,9 +122,8 @@ class ParityRecipe(PaperRecipe):
         support = self.coordinates
         data = ParityData(self.d, self.k, self.eval_samples, EVAL_SEED + TEACHER_SEED + 1, support)
         batches = DataLoader(data, batch_size=512, collate_fn=self.collator)
-        accuracy = get_task(self.task).evaluate(teacher.model, batches, lambda batch: None, EvaluationTools())[
-            "accuracy"
-        ]
+        metrics = get_task(self.task).evaluate(teacher.model, batches, lambda batch: None, EvaluationTools())
+        accuracy = metrics["accuracy"]
         if accuracy < _ABOVE_CHANCE:
             raise UserError(
                 f"the teacher's accuracy on this parity (d={self.d}, k={self.k}, support {list(support)}) is "
@@ -197,14 +186,8 @@ class ParityMLPRecipe(ParityRecipe):
     def make_teacher(self, folder: Path) -> Teacher:
         if self.teacher != PLANTED:
             return super().make_teacher(folder)
-        model = planted_teacher(
-            self.d,
-            self.k,
-            self.teacher_width,
-            support=self.coordinates,
-            noise=self.planted_noise,
-            seed=self.teacher_seed,
-        )
+        settings: dict[str, Any] = {"noise": self.planted_noise, "seed": self.teacher_seed}
+        model = planted_teacher(self.d, self.k, self.teacher_width, support=self.coordinates, **settings)
         return self.checked_teacher(Teacher(model, "planted: computes the parity by construction, not trained"))
 
     def new_teacher(self) -> nn.Module:
@@ -216,7 +199,7 @@ class ParityMLPRecipe(ParityRecipe):
         if not isinstance(model, ParityMLP):
             raise UserError(f"teacher {folder!r} is a {type(model).__name__}, not a two-layer parity network")
         if model.config.replica_seeds is not None:
-            raise UserError(f"teacher {folder!r} holds {len(model.config.replica_seeds)} replicas: give one network")
+            raise UserError(f"teacher {folder!r} contains {len(model.config.replica_seeds)} replicas: give one network")
         return model
 
     def teacher_identity(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A comparison on the user's own teacher, student and data, described in a YAML file.
+"""A comparison on the user's teacher, student and data, described in a YAML file.
 
 Public names: `UserRecipe`, `user_recipe`.
 """
@@ -30,34 +30,22 @@ from tutelage.training.config import CurriculumConfig
 
 @dataclass(frozen=True)
 class UserRecipe(Recipe):
-    """The user's own run: what a comparison adds to the options of `tutelage distill`."""
+    """The user's run: what a comparison adds to the options of `tutelage distill`."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Reported seeds."""
     tuning_seeds: tuple[int, ...] = (1000,)
-    """Seeds on which the learning rate is chosen."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-    """The learning rates that are tried for every method."""
     batch_size: int = 16
-    """Sequences per step."""
     budget_samples: int = 3_200
-    """Sequences that each method may train on."""
     eval_every: int = 640
-    """Sequences between evaluations."""
     eval_samples: int = 256
-    """Held-out sequences."""
     tuning_share: float = 1.0
-    """Fraction of the budget that tuning runs get."""
-    title: str = field(default="own", kw_only=True, metadata=FIXED)
+    name: str = field(default="own", kw_only=True, metadata=FIXED)
     """Name in reports: that of the file."""
     methods: tuple[Variant, ...] = field(default=(), kw_only=True, metadata=FIXED)
     """The methods that the file lists; empty takes extraction and one-shot."""
     options: dict[str, Any] = field(default_factory=dict, kw_only=True, metadata=FIXED)
     """Options of `tutelage distill` that were given, as text."""
-
-    @property
-    def name(self) -> str:
-        return self.title
 
     @property
     def task(self) -> str:
@@ -156,8 +144,8 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
             )
     rest = {key: value for key, value in options.items() if key not in numbers}
     changes = {key: value for key, value in options.items() if key in numbers}
-    title = "own" if file is None else file.stem
-    recipe = change_fields(UserRecipe(title=title, options=rest, methods=methods), changes, where)
+    name = "own" if file is None else file.stem
+    recipe = change_fields(UserRecipe(name=name, options=rest, methods=methods), changes, where)
     recipe.check()
     return recipe
 
