@@ -50,12 +50,12 @@ from speed_models import (
 )
 from torch import nn
 from transformers import LlamaForCausalLM, TrainerCallback
+from tutelage.tasks.collators import CausalCollator
 
 import tutelage
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
 from tutelage.targets.live import LiveTargets, TargetMap
-from tutelage.tasks.collators import CausalCollator
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3  # untimed steps before each measurement

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from tutelage.tasks.collators import CausalCollator
 
 from tutelage.core.curriculum import Curriculum, extraction
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import StatisticsFile
-from tutelage.tasks.collators import CausalCollator
 from tutelage.tasks.registry import get_task
 from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective

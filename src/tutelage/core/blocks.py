@@ -10,6 +10,7 @@ Shapes: B batch, T positions, D width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,27 +159,22 @@ def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inp
     def stop_after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         raise _Reached(_first(output))
 
-    if not before and _is_recomputed(module):
+    if before:
+        undo = module.register_forward_pre_hook(stop_before, with_kwargs=True).remove
+    elif _is_recomputed(module):
         # Before transformers 5.23 a block's hooks run inside the recomputed function, where states may have no gradient.
         block: Any = module
         recompute = block._gradient_checkpointing_func
         block._gradient_checkpointing_func = lambda *args: stop_after(module, args, recompute(*args))
-        try:
-            yield
-        finally:
-            block._gradient_checkpointing_func = recompute
-        return
-    handle = (
-        module.register_forward_pre_hook(stop_before, with_kwargs=True)
-        if before
-        else module.register_forward_hook(stop_after)
-    )
+        undo = functools.partial(setattr, block, "_gradient_checkpointing_func", recompute)
+    else:
+        undo = module.register_forward_hook(stop_after).remove
     try:
         model(*args, **inputs)
     except _Reached as reached:
         return reached.hidden
     finally:
-        handle.remove()
+        undo()
     raise UserError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
 
 

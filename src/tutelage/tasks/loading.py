@@ -102,7 +102,7 @@ def load_model(
             path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
     except Exception as error:  # each architecture and quantisation library has its own
-        raise UserError(f"could not load {what} {path!r}: {_first_line(error)}") from error
+        raise UserError(f"could not load {what} {path!r}: {first_line(error)}") from error
     # a student may start from an encoder and a new head, and no task reads a pooler that `AutoModel` adds
     missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
     if missing and what != "student":
@@ -127,7 +127,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except Exception as error:  # each kind of tokenizer has its own
         if not folder.is_dir():
             return None
-        raise UserError(f"could not read the tokenizer in {path!r}: {_first_line(error)}; save it again") from error
+        raise UserError(f"could not read the tokenizer in {path!r}: {first_line(error)}; save it again") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.core.errors import UserError, reason_of
 from tutelage.io.store import Store
 from tutelage.tasks.base import Task
-from tutelage.tasks.loading import first_line
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _OPTIONS = {".txt": {"keep_linebreaks": True}}
@@ -41,17 +40,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
     if "://" in path:
         data = _read_url(path)
     elif file.is_file():
-        if file.suffix not in _BUILDERS:
-            raise UserError(f"dataset {path!r} ends in {file.suffix!r}: expected .txt, .jsonl or .parquet")
-        if file.stat().st_size == 0:
-            raise UserError(f"dataset {path!r} is empty: it needs at least one example")
-        if file.suffix != ".parquet":
-            _check_utf8(file)
-        options: dict[str, Any] = {"keep_linebreaks": True} if file.suffix == ".txt" else {}
-        try:
-            data = load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train", **options)
-        except Exception as error:  # each format has its own
-            raise UserError(f"could not read {path!r} as {file.suffix}: {reason_of(error)}") from error
+        data = _read_file(file)
     elif file.is_dir():
         try:
             data = load_from_disk(path)
@@ -60,7 +49,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
                 f"dataset folder {path!r} was not written by datasets' save_to_disk; give a .txt, .jsonl or .parquet file"
             ) from error
         except IndexError as error:  # how `datasets` reads a folder saved without rows
-            raise UserError(f"dataset {path!r} is empty: it needs at least one example") from error
+            raise _empty(path) from error
         except Exception as error:  # each damaged file has its own
             raise UserError(f"could not read dataset folder {path!r}: {reason_of(error)}; save it again") from error
     elif file.suffix in _BUILDERS:
@@ -70,7 +59,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
             data = load_dataset(path)
         except Exception as error:
             raise UserError(
-                f"no dataset {path!r}: no such file or folder, and the Hub gave none ({reason_of(error)})"
+                f"no dataset {path!r}: there is no local file or folder of that name, and it was not found on the Hub ({reason_of(error)})"
             ) from error
     if split is not None:
         if not isinstance(data, DatasetDict) or split not in data:
@@ -99,7 +88,7 @@ def _read_file(file: Path) -> Dataset:
             _BUILDERS[file.suffix], data_files=str(file), split="train", **_OPTIONS.get(file.suffix, {})
         )
     except Exception as error:  # the exception classes depend on the format
-        raise UserError(f"could not read {str(file)!r} as {file.suffix}: {_reason(error)}") from error
+        raise UserError(f"could not read {str(file)!r} as {file.suffix}: {reason_of(error)}") from error
 
 
 def _check_utf8(file: Path) -> None:
@@ -283,21 +272,3 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
     first, last = special.index(0), len(special) - special[::-1].index(0)
     return ids[:first], ids[last:]
-
-
-def _check_utf8(file: Path) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    with file.open("rb") as handle:
-        while True:
-            block = handle.read(1 << 20)
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file} is not UTF-8: byte {error.object[error.start]:#04x} near offset {offset + error.start}; "
-                    f"convert it, e.g. `iconv -f ISO-8859-1 -t UTF-8 {file}`"
-                ) from error
-            if not block:
-                return
-            offset += len(block)
