@@ -297,7 +297,9 @@ def test_an_empty_folder_of_datasets(refused: Refused, tmp_path: Path, capsys: p
 
 def test_a_missing_dataset(refused: Refused) -> None:
     assert "no dataset file '/nowhere/text.txt'" in refused(dataset="/nowhere/text.txt")
-    assert "no dataset 'nobody/nothing': no such file or folder" in refused(dataset="nobody/nothing")
+    assert "no dataset 'nobody/nothing': there is no local file or folder of that name" in refused(
+        dataset="nobody/nothing"
+    )
 
 
 def test_a_classification_set_without_labels(refused: Refused, classifier_teacher: Path, tmp_path: Path) -> None:

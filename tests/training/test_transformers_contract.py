@@ -30,7 +30,7 @@ import transformers
 from packaging.version import Version
 
 import tutelage
-from tutelage.runs.options import ConfigParser
+from tutelage.runs.options import OptionParser
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.trainer import CurriculumTrainer
 
@@ -94,8 +94,8 @@ CONTRACT = (
     Relied(TRAINER, "control"),
     Relied(TRAINER, "_signature_columns"),
     # fields of TrainingArguments that we redefine or set
-    Relied(ARGUMENTS, "_n_gpu"),
-    Relied(ARGUMENTS, "train_sampling_strategy", "runs/extract.py"),
+    Relied(ARGUMENTS, "_n_gpu", "training/resolution.py"),
+    Relied(ARGUMENTS, "train_sampling_strategy", "runs/extraction/options.py"),
     *(
         Relied(ARGUMENTS, name, "training/config.py")
         for name in (
@@ -106,6 +106,7 @@ CONTRACT = (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "logging_steps",
+            "num_train_epochs",
             "save_total_limit",
             "dataloader_pin_memory",
             "logging_nan_inf_filter",
@@ -114,9 +115,10 @@ CONTRACT = (
     Relied(ARGUMENTS, "__post_init__", "training/config.py", ""),
     # other classes
     Relied("accelerate.Accelerator", "_optimizers"),
-    Relied("accelerate.big_modeling.dispatch_model", "hf_device_map"),
+    Relied("accelerate.big_modeling.dispatch_model", "hf_device_map", "targets/live.py"),
     Relied("accelerate.hooks.add_hook_to_module", "_hf_hook", "core/heads.py"),
-    Relied("argparse.ArgumentParser", "_actions", "cli/commands.py"),
+    Relied("argparse.ArgumentParser", "_actions", "cli/help.py"),
+    Relied("argparse.ArgumentParser", "_option_string_actions", "cli/compare.py"),
     Relied("argparse.ArgumentParser", "error", "runs/options.py", "message"),
     Relied("datasets.Dataset", "_fingerprint", "reproduction/recipes/language.py"),
     Relied("datasets.Dataset", "_indices", "training/checks.py"),
@@ -124,7 +126,7 @@ CONTRACT = (
     Relied("torch._subclasses.fake_tensor", "FakeTensorMode", "runs/plan.py"),
     Relied("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "core/blocks.py"),
     Relied("transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/blocks.py"),
-    Relied("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "targets/live.py"),
+    Relied("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "targets/checkpoints.py"),
 )
 
 # Not in the contract, for the reason given.
@@ -134,7 +136,7 @@ EXEMPT = {
     "_first_module": "tests/tasks/test_embedding.py asks a real SentenceTransformer",
 }
 LISTED = {relied.name for relied in CONTRACT} | set(EXEMPT)
-OURS = (CurriculumTrainer, CurriculumConfig, ConfigParser)
+OURS = (CurriculumTrainer, CurriculumConfig, OptionParser)
 BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
 
 

@@ -59,7 +59,8 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
             data = load_dataset(path)
         except Exception as error:
             raise UserError(
-                f"no dataset {path!r}: there is no local file or folder of that name, and it was not found on the Hub ({reason_of(error)})"
+                f"no dataset {path!r}: there is no local file or folder of that name, and it was not found on the Hub "
+                f"({reason_of(error)})"
             ) from error
     if split is not None:
         if not isinstance(data, DatasetDict) or split not in data:
