@@ -173,7 +173,7 @@ def test_no_blocks(refused: Refused, tmp_path: Path) -> None:
     LlamaForCausalLM(llama_config(num_hidden_layers=0)).save_pretrained(tmp_path / "flat")
     make_tokenizer().save_pretrained(tmp_path / "flat")
     line = refused(teacher_model_name_or_path=tmp_path / "flat", student="layers=1")
-    assert "found no blocks in LlamaForCausalLM: it holds no nn.ModuleList" in line
+    assert "found no blocks in LlamaForCausalLM: it has no nn.ModuleList" in line
 
 
 def test_several_lists_of_blocks(refused: Refused, corpus: Path, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_only_an_output_stage_continues_and_only_an_output_stage(
     made: tuple[HiddenStage | OutputStage, ...], number: int
 ) -> None:
     with pytest.raises(
-        ValueError, match=f"stage {number} cannot continue the one before it: both must be output stages"
+        ValueError, match=f"stage {number} cannot continue the stage before it: both must be output stages"
     ):
         Curriculum("custom", made)
 
