@@ -33,7 +33,9 @@ class CommandHelp:
 
 def render_help(parser: argparse.ArgumentParser, shown: CommandHelp) -> str:
     """The whole help text: the options people use first, the rest under groups."""
-    actions = {action.dest: action for action in parser._actions}
+    actions: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)  # of --x and --no_x, the first
     rest = [action for dest, action in actions.items() if dest not in shown.main and dest != "help"]
     own = [action for action in rest if action.dest not in _TRANSFORMERS]
     theirs = [action for action in rest if action.dest in _TRANSFORMERS]

@@ -129,8 +129,8 @@ class CurriculumConfig(TrainingArguments):
     warm_start: str | None = field(
         default=None,
         metadata={
-            "help": "none (the paper), head, embedding or head+embedding: start from the teacher's weights. Unset is head "
-            "where layer_map ends with final:final or neither layer_map nor num_stages is set, else none."
+            "help": "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
+            "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
         },
     )
     calibration_samples: int | None = field(
