@@ -6,7 +6,6 @@ Public names: `run_command`.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from logging import CRITICAL
@@ -16,7 +15,7 @@ import torch
 from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
-from tutelage.cli.help import CommandHelp, render_help
+from tutelage.cli.help import CommandHelp, progress, render_help
 from tutelage.runs.distill import describe, distill
 from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.runs.evaluate import EvaluateOptions, evaluate
@@ -110,7 +109,7 @@ def _extract(arguments: Arguments) -> None:
     if parsed is None:
         return
     run, args, options = parsed
-    manifest = extract(run, args, options, log=_progress)
+    manifest = extract(run, args, options, log=progress)
     if args.process_index == 0:
         print(describe_extraction(args.output_dir, manifest))
     _leave_group()
@@ -201,11 +200,6 @@ def _evaluate(arguments: Arguments) -> None:
         print(f"{name:<22}{value}")
     for name, metric in result.metrics.items():
         print(f"{name:<22}{metric:.4f}")
-
-
-def _progress(line: str) -> None:
-    """Say what is being done, on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _compare(arguments: Arguments) -> None:

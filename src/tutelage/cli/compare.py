@@ -1,6 +1,6 @@
 """`tutelage compare` and `tutelage report`: parse, call, print.
 
-Public names: `compare_command`, `report_command`, `read_overrides`, `progress`.
+Public names: `compare_command`, `report_command`, `read_overrides`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import argparse
 import hashlib
 import json
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.cli.help import Parser
+from tutelage.cli.help import Parser, progress
 from tutelage.core.errors import UserError
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipe import Recipe
@@ -146,11 +145,6 @@ def report_command(arguments: Sequence[str]) -> None:
             "comparison: to write them again, repeat its command"
         )
     print(write_report(folder))
-
-
-def progress(line: str) -> None:
-    """Say what is being done, on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _is_file(name: str) -> bool:

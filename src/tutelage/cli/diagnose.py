@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.cli.compare import progress, read_overrides
-from tutelage.cli.help import Parser
+from tutelage.cli.compare import read_overrides
+from tutelage.cli.help import Parser, progress
 from tutelage.core.errors import UserError
 from tutelage.reproduction.diagnose_language import NgramProbe, diagnose_language
 from tutelage.reproduction.diagnose_parity import diagnose_parity

@@ -1,12 +1,13 @@
-"""Help of a command: one screen with what people use, then the rest in groups.
+"""What commands share: help (one screen with what people use, then the rest in groups), parser, progress.
 
-Public names: `CommandHelp`, `render_help`, `Parser`.
+Public names: `CommandHelp`, `render_help`, `Parser`, `progress`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import textwrap
 from dataclasses import dataclass
 from typing import NoReturn
@@ -69,3 +70,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise UserError(f"{message}: see {self.prog} --help")
+
+
+def progress(line: str) -> None:
+    """Say what is being done, on stderr."""
+    print(line, file=sys.stderr, flush=True)

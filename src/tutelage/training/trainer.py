@@ -203,10 +203,10 @@ class CurriculumTrainer(Trainer):
 
     def _charge_calibration(self) -> None:
         """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
-        for index, target_map in enumerate(self.source.maps):
-            if target_map is not None:
-                cost = self.transition.measure(index, self.feed)
-                self.progress.teacher_flops += cost.teacher_flops * self.feed.calibration_positions()
+        hidden = [index for index, target_map in enumerate(self.source.maps) if target_map is not None]
+        positions = self.feed.calibration_positions() if hidden else 0
+        for index in hidden:
+            self.progress.teacher_flops += self.transition.measure(index, self.feed).teacher_flops * positions
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
