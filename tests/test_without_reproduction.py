@@ -8,59 +8,52 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import tutelage
 
 PACKAGE = Path(tutelage.__file__).parent
+# one process for all commands: its imports take longer than they do
+PROGRAM = """
+import sys
+import tutelage
+from tutelage.cli import main
+print(tutelage.__file__)
+for line in sys.stdin:
+    print("#", line.split()[0], flush=True)
+    code = main(line.split())
+    if code != 0:
+        sys.exit(code)
+"""
+SMALL = "--max_steps=2 --max_samples=4 --max_length=16 --use_cpu"
+COMMANDS = f"""
+plan
+distill {SMALL} --save_strategy=no --output_dir=student
+evaluate --model=student --dataset=tutelage/data/austen/heldout.txt --max_samples=4 --max_length=16
+extract {SMALL} --output_dir=curriculum
+distill --curriculum_dir=curriculum --output_dir=second --save_strategy=no --use_cpu
+"""
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of the package that has no reproduction."""
-    folder = tmp_path_factory.mktemp("source")
+def test_the_commands_work_in_a_copy_without_the_reproduction(tmp_path: Path) -> None:
     without = shutil.ignore_patterns("reproduction", "__pycache__")
-    shutil.copytree(PACKAGE, folder / "tutelage", ignore=without)
-    assert not (folder / "tutelage" / "reproduction").exists()
-    return folder
-
-
-def run(root: Path, *arguments: str) -> str:
-    """Standard output of a command of the copied package."""
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tutelage", *arguments]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_the_copy_is_what_runs(root: Path) -> None:
-    program = "import tutelage; print(tutelage.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(root / "tutelage" / "__init__.py"), done.stderr
-
-
-def test_a_plan_is_made(root: Path) -> None:
-    out = run(root, "plan")
-    assert "task: causal_lm" in out
-    assert "Nothing was trained." in out
-
-
-def test_a_student_is_distilled_and_evaluated(root: Path, tmp_path: Path) -> None:
-    options = ["--max_steps=2", "--max_samples=4", "--max_length=16", "--use_cpu", "--save_strategy=no"]
-    out = run(root, "distill", *options, f"--output_dir={tmp_path / 'student'}")
-    assert "budget: 2 steps" in out
+    shutil.copytree(PACKAGE, tmp_path / "tutelage", ignore=without)
+    assert not (tmp_path / "tutelage" / "reproduction").exists()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=COMMANDS.lstrip(),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    imported, planned, distilled, evaluated, extracted, from_disk = done.stdout.split("# ")
+    assert imported.strip() == str(tmp_path / "tutelage" / "__init__.py")
+    assert "task: causal_lm" in planned and "Nothing was trained." in planned
+    assert "budget: 2 steps" in distilled
     assert (tmp_path / "student" / "model.safetensors").is_file()
-    model = [f"--model={tmp_path / 'student'}", f"--dataset={root / 'tutelage' / 'data' / 'austen' / 'heldout.txt'}"]
-    out = run(root, "evaluate", *model, "--max_samples=4", "--max_length=16")
-    assert "perplexity" in out
-
-
-def test_a_curriculum_is_extracted_and_distilled_from(root: Path, tmp_path: Path) -> None:
-    options = ["--max_steps=2", "--max_samples=4", "--max_length=16", "--use_cpu"]
-    out = run(root, "extract", *options, f"--output_dir={tmp_path / 'curriculum'}")
-    assert "extracted curriculum:" in out
-    options = [f"--curriculum_dir={tmp_path / 'curriculum'}", f"--output_dir={tmp_path / 'student'}"]
-    out = run(root, "distill", *options, "--save_strategy=no", "--use_cpu")
-    assert "budget: 2 steps" in out
+    assert "perplexity" in evaluated
+    assert "extracted curriculum:" in extracted
+    assert "budget: 2 steps" in from_disk
+    assert (tmp_path / "second" / "model.safetensors").is_file()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.launch import launch
 from tests.runs.conftest import STUDENT, files_of
 from tutelage.cli import main
 from tutelage.io.store import Store
 from tutelage.targets import manifest as storage
+
+
+def tutelage_command(*arguments: str) -> None:
+    assert main(arguments) == 0
 
 
 def test_extract_inspect_and_distill_on_the_command_line(
@@ -47,14 +49,7 @@ def test_one_and_three_processes_write_the_same_curriculum(corpus: Path, causal_
         options = ["--teacher", str(causal_teacher), "--dataset", str(corpus / "text.jsonl"), "--student", STUDENT]
         options += ["--max_length", "16", "--num_train_epochs", "1", "--per_device_train_batch_size", "4"]
         options += ["--use_cpu", "true", "--dtype", "float32", "--shard_tokens", "200", "--output_dir", str(folder)]
-        command = [sys.executable, "-m", "tutelage", "extract", *options]
-        if processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            command = [sys.executable, *launcher, *command[1:]]
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(processes, tutelage_command, "extract", *options)
         found.append(files_of(folder))
         assert len([name for name in found[-1] if name.startswith("stage_2")]) > 2
         assert storage.read_manifest(Store(folder)).identity.seed == 42
@@ -66,14 +61,9 @@ def test_two_processes_train_one_student_from_disk(extracted: Callable[..., Path
     students = []
     for processes in (1, 2):
         output = tmp_path / f"student-{processes}"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tutelage", "distill"]
-        command += [f"--curriculum_dir={folder}", f"--student={STUDENT}", f"--output_dir={output}", "--optim=sgd"]
-        command += [f"--per_device_train_batch_size={8 // processes}", "--use_cpu=true", "--save_strategy=no"]
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        options = [f"--curriculum_dir={folder}", f"--student={STUDENT}", f"--output_dir={output}", "--optim=sgd"]
+        options += [f"--per_device_train_batch_size={8 // processes}", "--use_cpu=true", "--save_strategy=no"]
+        launch(processes, tutelage_command, "distill", *options)
         students.append(load_file(output / "model.safetensors"))
     one, two = students
     for name in one:

@@ -188,7 +188,12 @@ class Workers:
     def __init__(self, count: int):
         self.count = count
         threads = max(1, torch.get_num_threads() // count)
-        self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker, (threads,))
+        # CUDA rules out a plain fork; a fork server imports the libraries once for all workers, where there is one
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload([__name__])
+        self._pool = ProcessPoolExecutor(count, context, _start_worker, (threads,))
 
     def __enter__(self) -> Workers:
         return self
