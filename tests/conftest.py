@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import transformers
 from datasets import Dataset
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -31,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tutelage.runs import plots
 from tutelage.tasks.embedding import EmbeddingModel
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<eos>")
@@ -115,6 +118,18 @@ def restore_global_settings() -> Iterator[None]:
     transformers.utils.logging.set_verbosity(verbosity)
     transformers.utils.logging.enable_progress_bar()
     datasets.enable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure takes half a second to draw: it is left blank, unless the test is marked `figures`."""
+    if request.node.get_closest_marker("figures") is None:
+        monkeypatch.setattr(plots, "save_figure", _save_blank)
+
+
+def _save_blank(figure: Figure, path: Path, dpi: int = 130) -> None:
+    plt.close(figure)
+    path.write_bytes(b"")
 
 
 @pytest.fixture(scope="session")

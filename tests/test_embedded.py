@@ -80,7 +80,19 @@ def test_the_held_out_text_is_no_training_text() -> None:
 
 
 def test_distill_with_no_arguments_but_a_shorter_budget(tmp_path: Path) -> None:
-    printed = run("distill", "--output_dir", tmp_path, "--max_steps", 6, "--max_samples", 4, "--use_cpu", "true")
+    printed = run(
+        "distill",
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        6,
+        "--max_samples",
+        4,
+        "--per_device_train_batch_size",
+        4,
+        "--use_cpu",
+        "true",
+    )
     assert "student" in printed
     assert "budget: 6 steps" in printed
     curriculum = Curriculum.from_json((tmp_path / "curriculum.json").read_text())

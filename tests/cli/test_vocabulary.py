@@ -12,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.cli.conftest import budget, run
 from tutelage.cli import commands, main
+from tutelage.core.errors import UserError
+from tutelage.runs.inputs import RunOptions
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
+from tutelage.training.config import CurriculumConfig
 
 STUDENT = "layers=2,hidden_size=16"
 COMMANDS = ("plan", "distill", "extract", "inspect", "evaluate")
@@ -32,14 +35,21 @@ def test_teacher_is_the_name_of_the_teacher_on_the_command_line(
 
 
 @pytest.mark.parametrize("name", ["teacher", "teacher_model_name_or_path"])
-def test_teacher_is_the_name_of_the_teacher_in_yaml(causal_teacher: Path, tmp_path: Path, name: str) -> None:
+def test_teacher_is_the_name_of_the_teacher_in_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, causal_teacher: Path
+) -> None:
+    given: list[tuple[str | None, str | None, float]] = []
+
+    def plan(run: RunOptions, args: CurriculumConfig) -> None:
+        given.append((args.teacher_model_name_or_path, run.student, args.max_steps))
+        raise UserError("enough")
+
+    monkeypatch.setattr(commands, "plan", plan)
     (tmp_path / "run.yaml").write_text(f"{name}: {causal_teacher}\nstudent: {STUDENT}\nmax_steps: 8\n")
-    planned = json.loads(run("plan", "--config", tmp_path / "run.yaml", "--warm_start=none", "--json"))
-    assert planned["teacher"]["name"] == str(causal_teacher)
-    assert planned["curriculum"]["stages"][-1]["steps"] == 4
-    flags = ("--teacher", DEFAULT_TEACHER, "--student", "layers=2")
-    planned = json.loads(run("plan", "--config", tmp_path / "run.yaml", "--warm_start=none", *flags, "--json"))
-    assert planned["teacher"]["name"] == DEFAULT_TEACHER  # a flag overrides the file
+    command = ["plan", "--config", str(tmp_path / "run.yaml")]
+    assert main(command) == 2
+    assert main([*command, "--teacher", DEFAULT_TEACHER, "--student", "layers=2"]) == 2  # a flag overrides the file
+    assert given == [(str(causal_teacher), STUDENT, 8), (DEFAULT_TEACHER, "layers=2", 8)]
 
 
 def test_evaluate_takes_the_names_of_the_other_commands(causal_teacher: Path, corpus: Path, tmp_path: Path) -> None:

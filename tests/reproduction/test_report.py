@@ -45,6 +45,7 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+@pytest.mark.figures
 def test_all_files_are_written(tmp_path: Path) -> None:
     page = write(tmp_path, comparison())
     pictures = {f"curves_{axis}.png" for axis in ("samples", "flops", "seconds")}

@@ -72,8 +72,10 @@ def test_every_committed_result_can_be_read() -> None:
         read = Comparison.read(folder)
         assert json.loads(read.to_json()) == json.loads((folder / COMPARISON_FILE).read_text(encoding="utf-8"))
     scaling = ScalingResult.from_json((results / "scaling" / "scaling.json").read_text(encoding="utf-8"))
-    fits = fit_methods(scaling.settings, scaling.points)
-    assert [fit.law.exponent for fit in fits] == pytest.approx([fit.law.exponent for fit in scaling.fits])
+    fits = [fit for fit in scaling.fits if (fit.k, fit.teacher) == (4, "planted")]
+    points = [point for point in scaling.points if (point.k, point.teacher) == (4, "planted")]
+    again = fit_methods(scaling.settings, points)
+    assert fits and [fit.law.exponent for fit in again] == pytest.approx([fit.law.exponent for fit in fits])
 
 
 def summarised(
