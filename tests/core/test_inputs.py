@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaModel
 
 from tutelage.core.inputs import (
     IGNORED_LABEL,
@@ -132,3 +133,30 @@ def test_sizes() -> None:
     assert batch_positions({"input_ids": IDS, "attention_mask": MASK}) == 8
     assert batch_size({"pixel_values": torch.zeros(3, 1, 4, 4)}) == 3
     assert batch_positions({"pixel_values": torch.zeros(3, 1, 4, 4)}) == 3
+
+
+def test_padding_at_the_left_predicts_nothing() -> None:
+    """The last position of the padding is followed by a real token, and is no input of its prediction."""
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    expected = [[False, False, True, False], [True, True, True, False]]
+    found, _ = label_positions({"input_ids": IDS, "attention_mask": mask}, causal=True)
+    assert found.tolist() == expected
+    found, targets = label_positions({"input_ids": IDS, "attention_mask": mask, "labels": IDS}, causal=True)
+    assert found.tolist() == expected
+    assert targets is not None and targets.tolist() == IDS[:, 1:][torch.tensor(expected)[:, :3]].tolist()
+
+
+def test_inputs_of_packed_sequences_reach_the_model() -> None:
+    """transformers' models take them through `**kwargs`."""
+    packing = {name: torch.tensor([0, 2, 4]) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
+    batch = {"input_ids": IDS, **packing, "max_length_q": 2, "max_length_k": 2, "other": IDS, "labels": IDS}
+    model = LlamaModel(
+        LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    assert {*model_inputs(model, batch)} == {"input_ids", *packing, "max_length_q", "max_length_k", "use_cache"}
+
+    class Plain(nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids
+
+    assert {*model_inputs(Plain(), batch)} == {"input_ids"}

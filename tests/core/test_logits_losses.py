@@ -133,3 +133,16 @@ def test_metrics_are_those_of_output_metrics() -> None:
     hidden, teacher_hidden, labels = logits(N, D), logits(N, D, seed=1), labels_of(N)
     chunked = output_metrics(hidden, student_head, labels, teacher_hidden, teacher_head, chunk_size=4)
     torch.testing.assert_close(logits_metrics(student_head(hidden), labels, teacher_head(teacher_hidden)), chunked)
+
+
+def test_outputs_that_the_teacher_rules_out_contribute_nothing() -> None:
+    student, teacher, labels = logits(N, V).requires_grad_(), logits(N, V, seed=1), torch.zeros(N, dtype=torch.long)
+    teacher[:, 2] = -torch.inf
+    loss = logits_loss(student, teacher, labels)
+    (gradient,) = torch.autograd.grad(loss, student)
+    kept = [0, 1, 3, 4]
+    log_p, log_q = teacher.log_softmax(-1)[:, kept], student.log_softmax(-1)[:, kept]
+    expected = (log_p.exp() * (log_p - log_q)).sum()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+    assert torch.isfinite(logits_metrics(student, labels, teacher)).all()

@@ -307,3 +307,61 @@ def test_the_default_chunk_holds_the_budget_of_logits(monkeypatch: pytest.Monkey
     assert rows == [8, 8, 8, 8, 7, 7]
     output_metrics(hidden, head, labels)
     assert rows[6:] == [8, 8, 7]
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_outputs_that_the_teacher_rules_out_contribute_nothing(top_k: int | None) -> None:
+    """A masked vocabulary has logits of -inf: probability zero, not NaN."""
+    hidden, head, _, _, labels = pieces()
+    ruled_out = nn.Linear(E, V)
+    with torch.no_grad():
+        ruled_out.bias[3:20] = -torch.inf
+    teacher_head, teacher_hidden = OutputHead(ruled_out), torch.randn(N, E)
+    loss = output_loss(hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(top_k=top_k))
+    gradients = torch.autograd.grad(loss, [hidden, *head.linear.parameters()])
+    assert torch.isfinite(loss) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    if top_k is None:
+        log_p = teacher_head(teacher_hidden).detach().log_softmax(-1)[:, [*range(3), *range(20, V)]]
+        log_q = head(hidden).log_softmax(-1)[:, [*range(3), *range(20, V)]]
+        expected = (log_p.exp() * (log_p - log_q)).sum()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+        for left, right in zip(
+            gradients, torch.autograd.grad(expected, [hidden, *head.linear.parameters()]), strict=True
+        ):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-4)
+    metrics = output_metrics(hidden.detach(), head, torch.zeros_like(labels), teacher_hidden, teacher_head)
+    assert torch.isfinite(metrics).all()
+
+
+def test_head_gradients_are_summed_in_float32() -> None:
+    """Of a model in bfloat16: one rounding at the end, not one for each chunk."""
+    hidden, head, teacher_hidden, teacher_head, _ = pieces()
+    hidden, teacher_hidden = (tensor.detach().repeat(40, 1).bfloat16() for tensor in (hidden, teacher_hidden))
+    student = nn.Linear(D, V).bfloat16()
+    with torch.no_grad():
+        student.weight.copy_(head.linear.weight)
+    heads = OutputHead(student), OutputHead(teacher_head.linear.bfloat16())
+    gradients = []
+    for chunk_size in (len(hidden), 2):
+        loss = output_loss(hidden, heads[0], teacher_hidden, heads[1], settings=OutputSettings(chunk_size=chunk_size))
+        gradients.append(torch.autograd.grad(loss, student.weight)[0].float())
+    assert gradients[0].dtype == torch.float32
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert error < 0.003
+
+
+def test_float16_keeps_small_gradients() -> None:
+    """A logit's gradient below 6e-8, float16's smallest number, is not lost before a gradient scaler multiplies it."""
+    hidden, head, teacher_hidden, _, labels = pieces()
+    labels, teacher = labels.masked_fill(labels == 4, 0), nn.Linear(E, V, bias=False)
+    gradients = []
+    for half in (False, True):
+        with torch.no_grad():
+            head.linear.bias[4] = -25.0  # a probability below 6e-8
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = output_loss(
+                hidden, head, teacher_hidden, OutputHead(teacher), labels, settings=OutputSettings(label_weight=1.0)
+            )
+        gradients.append(torch.autograd.grad(65536 * loss, head.linear.bias)[0])
+    assert 0 < gradients[0][4] < 65536 * 6e-8 * N
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=0)

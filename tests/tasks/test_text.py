@@ -251,6 +251,14 @@ def test_masks_depend_on_the_batch_alone(encoder: PreTrainedTokenizerBase) -> No
     assert not torch.equal(swapped["labels"].flip(0) != -100, first["labels"] != -100)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_masks_do_not_depend_on_the_format_of_the_rows(encoder: PreTrainedTokenizerBase, kind: str) -> None:
+    rows = Dataset.from_dict({"input_ids": [[CLS, *range(6, 46), SEP], [CLS, *range(20, 60), SEP]]})
+    plain, formatted = (MASKED.collator(encoder)([data[0], data[1]]) for data in (rows, rows.with_format(kind)))
+    for name in plain:
+        assert torch.equal(plain[name], formatted[name]), name
+
+
 def test_masking_follows_the_probability_and_spares_special_tokens(encoder: PreTrainedTokenizerBase) -> None:
     words = [6 + index % len(WORDS) for index in range(2000)]
     rows = [{"input_ids": [CLS, *words, SEP]} for _ in range(4)]

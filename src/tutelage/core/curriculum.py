@@ -253,6 +253,8 @@ def one_shot(steps: int, *, label_weight: float = 0.0, **settings: Any) -> Curri
 def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float = 0.0, **settings: Any) -> Curriculum:
     """Progressive distillation (arXiv:2410.05464): successive teacher checkpoints, then the final teacher.
 
+    One optimiser and one learning-rate schedule go through all of it.
+
     Args:
         steps: optimiser steps in total, split evenly over the checkpoints and the final teacher.
         checkpoints: folders of intermediate teacher checkpoints, early to late.
@@ -266,8 +268,8 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
     each = steps // len(teachers)
     counts = [each] * len(checkpoints) + [steps - each * len(checkpoints)]
     stages = tuple(
-        OutputStage(count, teacher_checkpoint=teacher, label_weight=label_weight)
-        for count, teacher in zip(counts, teachers, strict=True)
+        OutputStage(count, teacher_checkpoint=teacher, label_weight=label_weight, continues=index > 0)
+        for index, (count, teacher) in enumerate(zip(counts, teachers, strict=True))
     )
     return Curriculum("progressive", stages, **settings)
 

@@ -18,12 +18,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 IGNORED_LABEL = -100
 
+# How transformers' models are told that rows hold several sequences; their forwards take these through `**kwargs`.
+_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `batch` that `model.forward` names, without labels and with the key/value cache off."""
+    """The entries of `batch` that `model.forward` takes, without labels and with the key/value cache off."""
     wrapped: Any = getattr(model, "get_base_model", None)  # an adapter's own forward has no named arguments
     parameters = inspect.signature((wrapped() if wrapped is not None else model).forward).parameters
-    inputs = {key: value for key, value in batch.items() if key in parameters and key != "labels"}
+    names = {*parameters} - {"labels"}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        names |= {*_PACKING}
+    inputs = {key: value for key, value in batch.items() if key in names}
     if "use_cache" in parameters:
         inputs["use_cache"] = False
     return inputs
@@ -48,16 +54,18 @@ def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tenso
     A causal model predicts label t + 1 at position t. Without labels every non-padding position counts (in a causal model
     every one that has a successor), and the labels are None.
     """
-    labels = batch.get("labels")
+    labels, attention = batch.get("labels"), batch.get("attention_mask")
+    attention = None if attention is None else attention.bool()
     if labels is None:
-        mask = batch.get("attention_mask")
-        mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-        if causal:
-            mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+        mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if attention is None else attention
+        if causal:  # both the position and the one that it predicts are no padding
+            mask = torch.cat([mask[:, 1:] & mask[:, :-1], torch.zeros_like(mask[:, :1])], dim=1)
         return mask, None
     if causal:
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
     mask = labels != IGNORED_LABEL
+    if attention is not None:  # with padding at the left, the last position of it is followed by a label
+        mask = mask & attention
     return mask, at_positions(labels, mask)
 
 

@@ -15,6 +15,7 @@ Shapes: N positions, D student width, E teacher width, R projected width, V outp
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +130,20 @@ class _ChunkedOutputLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         inputs = [hidden, *parameters]
         wanted = [with_grad and tensor.requires_grad for tensor in inputs]
-        grads = [torch.zeros_like(tensor) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
+        # the head's gradients are sums over chunks, and float16 is too narrow: both are kept in float32
+        half = _is_half(hidden)
+        kept = [torch.float32 if half else hidden.dtype, *[torch.float32] * len(parameters)]
+        grads = [
+            torch.zeros_like(t, dtype=d) if want else None for t, d, want in zip(inputs, kept, wanted, strict=True)
+        ]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
-            with torch.set_grad_enabled(any(wanted)):
-                chunk = hidden[rows].detach().requires_grad_(wanted[0])
+            with (
+                torch.set_grad_enabled(any(wanted)),
+                torch.autocast(hidden.device.type, enabled=False) if half else nullcontext(),
+            ):
+                chunk = hidden[rows].detach().to(kept[0]).requires_grad_(wanted[0])
                 logits = spec.head(chunk)
             loss, logit_grad = _loss_and_logit_grad(logits.detach(), spec, rows, any(wanted))
             total += loss
@@ -148,15 +157,25 @@ class _ChunkedOutputLoss(torch.autograd.Function):
                 if grad is not None:
                     grad += next(pushed)
             del logits, logit_grad
-        ctx.grads = grads
+        ctx.grads, ctx.dtypes = grads, [tensor.dtype for tensor in inputs]
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         # The stored gradients belong to this call alone, so they are scaled in place.
-        grads = [None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.grads]
+        grads = [
+            None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
         del ctx.grads
         return grads[0], None, None, None, *grads[1:]
+
+
+def _is_half(hidden: torch.Tensor) -> bool:
+    """Whether the head would run in float16, where the gradient of a logit is often below the smallest number; the factor
+    of a gradient scaler comes too late for it."""
+    kind = hidden.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
 
 
 def _loss_and_logit_grad(
@@ -199,7 +218,8 @@ def _divergence(
     log_p = torch.log_softmax(teacher_logits / t if t != 1 else teacher_logits, dim=-1)
     del teacher_logits
     p = log_p.exp()
-    divergence = (p * log_p.sub_(log_q)).sum()
+    # an output of probability zero (a masked entry of the vocabulary) contributes zero, where -inf would give NaN
+    divergence = (p * log_p.sub_(log_q)).masked_fill_(p == 0, 0.0).sum()
     return divergence, log_q.exp_().sub_(p) if with_grad else None
 
 
@@ -239,7 +259,7 @@ def logits_loss(
     if teacher is not None and weight < 1:
         log_q = torch.log_softmax(student.float() / t, dim=-1)
         log_p = torch.log_softmax(teacher.float() / t, dim=-1)
-        loss = loss + (1 - weight) * t**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        loss = loss + (1 - weight) * t**2 * _kl(log_p, log_q).sum()
     if labels is not None and weight > 0:
         loss = loss + weight * F.cross_entropy(student.float().flatten(0, -2), labels.flatten(), reduction="sum")
     return loss
@@ -257,9 +277,16 @@ def logits_metrics(student: torch.Tensor, labels: torch.Tensor, teacher: torch.T
     loss, correct = against_labels(log_q)
     if teacher is None:
         return torch.stack([loss, correct, *[torch.zeros_like(loss)] * 4], dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    divergence = _kl(log_p, log_q)
     agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float()
     return torch.stack([loss, correct, divergence, agreement, *against_labels(log_p)], dim=-1)
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) over the last dimension; outputs of probability zero contribute zero, and get no gradient."""
+    possible = log_p > -torch.inf
+    difference = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
+    return (log_p.exp() * difference).sum(-1)
 
 
 def embedding_loss(student_BE: torch.Tensor, teacher_BE: torch.Tensor, kind: str = "cosine") -> torch.Tensor:

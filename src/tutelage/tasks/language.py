@@ -118,6 +118,8 @@ class StableMaskingCollator(DataCollatorForLanguageModeling):
     """
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
-        content = hashlib.sha256(str([list(example["input_ids"]) for example in examples]).encode()).digest()
+        # rows of numbers, arrays and tensors of the same content have the same masks
+        rows = [torch.as_tensor(example["input_ids"]).tolist() for example in examples]
+        content = hashlib.sha256(str(rows).encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(content[:7], "little"))
         return super().torch_call(examples)

@@ -265,7 +265,7 @@ class CurriculumTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of the current stage; for a bare student (evaluation), its own loss."""
-        if not isinstance(self.accelerator.unwrap_model(model), StageObjective):
+        if not isinstance(self.accelerator.unwrap_model(model, keep_torch_compile=False), StageObjective):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(num_items=num_items_in_batch, **inputs)
         # DDP averages gradients over devices, the sum is already divided by the items of all
