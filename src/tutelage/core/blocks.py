@@ -1,7 +1,5 @@
 """Find the repeated blocks of a network, and run the network only up to one of them.
 
-Public names: `find_blocks`, `Blocks`, `forward_to`, `output_head`, `head_module`, `FINAL`.
-
 A *place* is an integer or `FINAL`. Place 0 is the input of the first block (the embedding output, `hidden_states[0]` in
 transformers), place b is the output of block b, and `FINAL` is the input of the output head (after the final norm).
 
@@ -52,9 +50,7 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
         model: any `transformers` model or plain module.
         container: dotted name of the list of blocks, for a model where the search is ambiguous.
 
-    Raises:
-        UserError: no list of blocks, several candidates (they are listed), or `container` is not one.
-    """
+    Raises UserError: no list of blocks, several candidates (they are listed), or `container` is not one."""
     if hasattr(model, "_first_module") and isinstance(model, nn.Sequential):
         raise UserError(
             f"{type(model).__name__} is a pipeline of modules, not a network of blocks: pass its folder, or its transformer "
@@ -131,9 +127,7 @@ def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None
     Returns:
         The hidden state, (B, T, D) for a transformer; `last_hidden_state` for `FINAL` of a model without an output head.
 
-    Raises:
-        UserError: the model has no such place.
-    """
+    Raises UserError: the model has no such place."""
     if place == FINAL:
         head = head_module(model)
         return _first(model(*args, **inputs)) if head is None else _run_until(model, head, True, args, inputs)

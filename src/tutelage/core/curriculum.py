@@ -1,8 +1,5 @@
 """Curricula: each distillation method is a list of stages.
 
-Public names: `HiddenStage`, `OutputStage`, `Stage` (their base), `Curriculum`, `extraction`, `one_shot`, `progressive`,
-`scratch`, `uniform_layer_map`, `parse_layer_map`, `METHODS`, `WARM_STARTS`.
-
 Curriculum extraction is arXiv:2503.17494; progressive distillation and the experimental settings are arXiv:2410.05464.
 """
 
@@ -30,13 +27,11 @@ LayerMap = Sequence[tuple[Place, Place]]
 class Stage(Record, ABC):
     """One part of a curriculum: what the student matches, and for how many optimiser steps."""
 
-    kind: ClassVar[str]
-    """Name of the class in JSON."""
+    kind: ClassVar[str]  # name of the class in JSON
     continues = False
     """Whether the stage keeps the optimiser and the schedule of the stage before it."""
 
-    steps: int
-    """Optimiser steps."""
+    steps: int  # optimiser steps
 
     @property
     @abstractmethod
@@ -215,9 +210,7 @@ def extraction(
         label_weight: fraction of label loss in the output stage.
         settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`.
 
-    Raises:
-        UserError: a layer map that is out of range or not increasing, or a budget too small for the stages.
-    """
+    Raises UserError: a layer map that is out of range or not increasing, or a budget too small for the stages."""
     if layer_map is None or isinstance(layer_map, int):
         pairs = uniform_layer_map(student_blocks, teacher_blocks, layer_map)
     else:

@@ -1,7 +1,4 @@
-"""The one exception that means a user's mistake, and the checks that raise it.
-
-Public names: `UserError`, `check_range`, `check_positive`, `as_user_error`, `reason_of`.
-"""
+"""The one exception that means a user's mistake, and the checks that raise it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The map from the last hidden state to the outputs, separate from the model.
-
-Public names: `OutputHead`.
-"""
+"""The map from the last hidden state to the outputs, separate from the model."""
 
 from __future__ import annotations
 
@@ -23,12 +20,10 @@ class OutputHead:
     """
 
     linear: nn.Linear
-    softcap: float | None = None
-    """Logits are `softcap * tanh(logits / softcap)` (Gemma 2)."""
+    softcap: float | None = None  # logits are `softcap * tanh(logits / softcap)` (Gemma 2)
     scale: float = 1.0
     """Logits are multiplied by this (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`)."""
-    outputs: int | None = None
-    """Number of outputs in use, if the vocabulary is padded; None for all."""
+    outputs: int | None = None  # number of outputs in use, if the vocabulary is padded; None for all
 
     @classmethod
     def of(cls, model: nn.Module, outputs: int | None = None) -> OutputHead:

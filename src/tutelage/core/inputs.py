@@ -1,8 +1,5 @@
 """Select what a model's forward takes from a batch, and which positions of a batch count.
 
-Public names: `model_inputs`, `output_tensor`, `position_mask`, `label_positions`, `at_positions`, `last_token`,
-`batch_size`, `batch_positions`, `usable_positions`.
-
 Shapes: B batch, T positions, D width.
 """
 

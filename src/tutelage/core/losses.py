@@ -4,9 +4,6 @@ The KL divergence between teacher and student is computed in `_divergence` for m
 (`output_loss`, in chunks of positions), in `tutelage.core.topk.top_k_divergence` if only the largest teacher outputs are
 kept, and in `logits_loss` for a few outputs.
 
-Public names: `hidden_loss`, `output_loss`, `OutputSettings`, `logits_loss`, `output_metrics`, `logits_metrics`,
-`METRIC_COLUMNS`, `embedding_loss`, `chunk_positions`.
-
 Every loss is a *sum* over positions (or sequences): the caller divides by the number of items in the whole optimiser step,
 so that gradient accumulation does not change the result.
 

@@ -1,8 +1,5 @@
 """Fixed linear maps from the teacher's width to the student's.
 
-Public names: `Projection`, `RandomProjection`, `StackedProjection`, `DataProjection`, `pca_projection`,
-`logits_projection`, `RANDOM_KINDS`, `KINDS`.
-
 The paper's projection (arXiv:2503.17494) is `gaussian`: i.i.d. N(0, 1/d_T), drawn from a seed, never trained and never
 stored. `pca` and `logits` are contrasts of ours that are computed from calibration statistics and stored.
 
@@ -86,9 +83,7 @@ class RandomProjection(Projection):
         seed: a non-negative integer, or a sequence of them.
         kind: `gaussian` (entries N(0, 1/d_T), as in the paper), `orthogonal`, or `rademacher` (entries ±1/sqrt(d_T)).
 
-    Raises:
-        UserError: unknown kind, a width below 1, or `orthogonal` with out_features > in_features.
-    """
+    Raises UserError: unknown kind, a width below 1, or `orthogonal` with out_features > in_features."""
 
     def __init__(self, in_features: int, out_features: int, seed: int | Sequence[int] = 0, kind: str = "gaussian"):
         if kind not in RANDOM_KINDS:

@@ -1,7 +1,4 @@
-"""Dataclasses that are written to JSON and read back.
-
-Public names: `Record`.
-"""
+"""Dataclasses that are written to JSON and read back."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Standardisation of teacher states per dimension, and detection of attention sinks.
 
-Public names: `Standardizer`, `SINK_FACTOR`.
-
 Pretrained language models have massive activations: a few dimensions, and a few positions (attention sinks, mostly the
 first token), hundreds of times larger than the rest. Without standardisation they dominate every projection.
 

@@ -1,7 +1,5 @@
 """A folder of files, on this machine or behind any fsspec URL (s3://, gs://, abfs://, ...).
 
-Public names: `Store`, `sha256_of`.
-
 A file is never read half-written: a local file is written to a temporary file, synced and renamed; an object in remote
 storage appears when its upload is complete.
 """
@@ -41,9 +39,8 @@ class Store:
         url: the folder.
         kept: fetched files that stay on this machine at a time, where the folder is elsewhere; the oldest goes first.
 
-    Raises:
-        UserError: here and in every method, an address that cannot be used or reached, or a file that cannot be written.
-    """
+    Raises UserError: here and in every method, an address that cannot be used or reached, or a file that cannot be
+    written."""
 
     def __init__(self, url: str | Path, kept: int = 8):
         self.url, self.kept = str(url).rstrip("/"), kept

@@ -1,7 +1,4 @@
-"""Checkpoints of a teacher: checking and loading other weights of the same architecture.
-
-Public names: `check_checkpoint`, `load_checkpoint`.
-"""
+"""Checkpoints of a teacher: checking and loading other weights of the same architecture."""
 
 from __future__ import annotations
 

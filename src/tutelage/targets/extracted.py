@@ -1,7 +1,4 @@
-"""Targets from an extracted curriculum on disk, without a teacher.
-
-Public names: `ExtractedTargets`.
-"""
+"""Targets from an extracted curriculum on disk, without a teacher."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """An extracted curriculum read back from disk.
 
-Public names: `ExtractedCurriculum`, `StoredBatch`.
-
 A curriculum extracted at width R serves students of width r <= R: the first r columns of a random projection are the
 projection to r, and the data-aware ones are sorted. It serves every increasing subset of its stages.
 """
@@ -46,9 +44,7 @@ class ExtractedCurriculum:
         folder: its folder, or any fsspec URL.
         check: compare every file with its checksum first, which reads all of them.
 
-    Raises:
-        UserError: unfinished, damaged, or of a newer format.
-    """
+    Raises UserError: unfinished, damaged, or of a newer format."""
 
     def __init__(self, folder: str | Path, check: bool = True):
         self.store = Store(folder)
@@ -60,9 +56,7 @@ class ExtractedCurriculum:
     def check(self, shards: bool = True) -> None:
         """Compare its files with their checksums; without `shards`, the small ones alone.
 
-        Raises:
-            UserError: a file is missing or damaged.
-        """
+        Raises UserError: a file is missing or damaged."""
         verify(self.store, self.manifest, shards)
 
     @property
@@ -89,9 +83,7 @@ class ExtractedCurriculum:
     def stages(self, curriculum: Curriculum) -> list[int]:
         """For each stage of `curriculum`, the index of the extracted stage that it reads.
 
-        Raises:
-            UserError: a stage that was not extracted, or other settings than those it was extracted with.
-        """
+        Raises UserError: a stage that was not extracted, or other settings than those it was extracted with."""
         for name, extracted in self.settings.items():
             asked = getattr(curriculum, name)
             if extracted != asked:
@@ -188,8 +180,7 @@ class StoredBatch:
     table: pa.Table
     form: RowFormat
     source: ExtractedCurriculum
-    width: int
-    """r of the student."""
+    width: int  # r of the student
 
     def tensors(self, pad_id: int) -> dict[str, torch.Tensor]:
         """Model inputs, labels and targets."""

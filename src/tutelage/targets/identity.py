@@ -1,8 +1,4 @@
-"""What an extraction depends on, and hashes that tell models, tokenizers and datasets apart.
-
-Public names: `ExtractionIdentity`, `TeacherIdentity`, `DataIdentity`, `HeadSettings`, `model_hash`, `tokenizer_hash`,
-`data_fingerprint`.
-"""
+"""What an extraction depends on, and hashes that tell models, tokenizers and datasets apart."""
 
 from __future__ import annotations
 
@@ -26,16 +22,11 @@ class TeacherIdentity(Record):
     """The teacher of an extraction."""
 
     name: str
-    hash: str
-    """`model_hash`."""
-    dtype: str
-    """Dtype that its weights were held in."""
-    blocks: int
-    """L_T."""
-    shape: dict[str, Any] | None
-    """`Task.teacher_shape`."""
-    outputs: int
-    """Outputs of its head; 0 where none are shared."""
+    hash: str  # `model_hash`
+    dtype: str  # dtype that its weights were held in
+    blocks: int  # L_T
+    shape: dict[str, Any] | None  # `Task.teacher_shape`
+    outputs: int  # outputs of its head; 0 where none are shared
 
 
 @dataclass(frozen=True)
@@ -44,10 +35,8 @@ class DataIdentity(Record):
 
     name: str
     rows: int
-    fingerprint: str
-    """`data_fingerprint`."""
-    streamed: bool
-    """Whether the rows are the first ones of a stream."""
+    fingerprint: str  # `data_fingerprint`
+    streamed: bool  # whether the rows are the first ones of a stream
 
 
 @dataclass(frozen=True)
@@ -65,39 +54,27 @@ class ExtractionIdentity(Record):
 
     task: str
     teacher: TeacherIdentity
-    tokenizer: str
-    """`tokenizer_hash`."""
+    tokenizer: str  # `tokenizer_hash`
     data: DataIdentity
-    evaluation: str
-    """`data_fingerprint` of the evaluation rows."""
+    evaluation: str  # `data_fingerprint` of the evaluation rows
     curriculum: Curriculum
-    width: int
-    """R of the stored projections."""
-    forms: dict[str, RowFormat]
-    """How the rows of each split are stored."""
-    student: str
-    """The student that it was extracted for, as it was named."""
+    width: int  # R of the stored projections
+    forms: dict[str, RowFormat]  # how the rows of each split are stored
+    student: str  # the student that it was extracted for, as it was named
     causal: bool
-    with_mask: bool
-    """Whether batches had an attention mask where no row was padded."""
+    with_mask: bool  # whether batches had an attention mask where no row was padded
     mlm_probability: float | None
-    longest: int
-    """Tokens of the longest row."""
-    kept: int
-    """Outputs stored at each position."""
-    seed: int
-    """Of the data order."""
+    longest: int  # tokens of the longest row
+    kept: int  # outputs stored at each position
+    seed: int  # of the data order
     sequential: bool
     batch_size: int
-    step_examples: int
-    """Examples of an optimiser step."""
+    step_examples: int  # examples of an optimiser step
     calibration_samples: int
     all_stages: bool
     shard_tokens: int
-    centered: bool
-    """Whether the targets at `final` are centred, so that a transplanted head needs a bias."""
-    head: HeadSettings | None
-    """None where no head is transplanted."""
+    centered: bool  # whether the targets at `final` are centred, so that a transplanted head needs a bias
+    head: HeadSettings | None  # none where no head is transplanted
 
     def unnamed(self) -> dict[str, Any]:
         """As JSON values without the names of folders and files, which change nothing."""

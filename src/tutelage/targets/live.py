@@ -1,7 +1,5 @@
 """Targets from a live, frozen teacher.
 
-Public names: `LiveTargets`.
-
 Shapes: B batch, T positions, D teacher width, R projected width, E embedding width, V outputs.
 """
 

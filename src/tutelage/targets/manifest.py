@@ -1,8 +1,5 @@
 """An extracted curriculum on disk: shards written whole, a manifest written last, everything checked when read.
 
-Public names: `Manifest`, `Split`, `Shard`, `ShardWriter`, `finish`, `read_manifest`, `check_shards_exist`, `open_split`,
-`verify`, `MANIFEST_FILE`, `FORMAT`.
-
 The folder is a `datasets.DatasetDict` saved to disk (`datasets.load_from_disk` reads it, and so does anything that reads Arrow
 streams): a split for each stage, `calibration` and `evaluation`. Beside it lie `manifest.json`, the teacher's config and
 tokenizer, and what a head transplant needs. While it is being made, `extraction.json` says from what, and each shard has a
@@ -37,8 +34,7 @@ PROGRESS_FILE = "extraction.json"
 class Shard(Record):
     """A file of rows."""
 
-    file: str
-    """Path below the curriculum's folder."""
+    file: str  # path below the curriculum's folder
     rows: int
     tokens: int
     bytes: int
@@ -72,14 +68,11 @@ class Split(Record):
 class Manifest(Record):
     """What a curriculum was made from and what it holds."""
 
-    identity: ExtractionIdentity
-    """Everything that the rows depend on."""
+    identity: ExtractionIdentity  # everything that the rows depend on
     splits: tuple[Split, ...]
-    files: dict[str, str]
-    """SHA-256 of every other file that training reads, by path below the folder."""
+    files: dict[str, str]  # SHA-256 of every other file that training reads, by path below the folder
     format: int = FORMAT
-    environment: dict[str, Any] = field(default_factory=dict)
-    """Versions it was made with."""
+    environment: dict[str, Any] = field(default_factory=dict)  # versions it was made with
 
     def split(self, name: str) -> Split:
         """A split by name."""
@@ -188,9 +181,7 @@ def _receipt_of(file: str) -> str:
 def claim(store: Store, identity: ExtractionIdentity) -> bool:
     """Make a folder this extraction's, or find it unfinished by the same one; True where it is finished already.
 
-    Raises:
-        UserError: the folder holds a different extraction, or something else.
-    """
+    Raises UserError: the folder holds a different extraction, or something else."""
     whose = Claim(PROGRESS_FILE, identity.unnamed(), "an extracted curriculum")
     if not store.exists(MANIFEST_FILE):
         claim_folder(store, whose)
@@ -205,9 +196,7 @@ def claim(store: Store, identity: ExtractionIdentity) -> bool:
 def read_manifest(store: Store) -> Manifest:
     """The manifest of a finished curriculum.
 
-    Raises:
-        UserError: there is none, it is unfinished, or its format is newer than this version reads.
-    """
+    Raises UserError: there is none, it is unfinished, or its format is newer than this version reads."""
     if not store.exists(MANIFEST_FILE):
         if store.exists(PROGRESS_FILE):
             raise UserError(
@@ -241,9 +230,8 @@ def check_shards_exist(store: Store, split: Split) -> None:
 def open_split(store: Store, split: Split) -> Dataset:
     """A split's rows, memory-mapped; what has to be fetched is compared with its checksum.
 
-    Raises:
-        UserError: a shard is missing, its size differs from the manifest, or its checksum differs after it was downloaded.
-    """
+    Raises UserError: a shard is missing, its size differs from the manifest, or its checksum differs after it was
+    downloaded."""
     check_shards_exist(store, split)
     for shard in split.shards:
         if store.size(shard.file) != shard.bytes:

@@ -1,7 +1,5 @@
 """Target maps: from a teacher's states to a student's targets.
 
-Public names: `TargetMap`, `Calibration`, `calibrate`, `random_projection`, `save_target_maps`, `load_target_maps`.
-
 Shapes: B batch, T positions, D teacher width, R projected width, N calibration positions.
 """
 
@@ -54,15 +52,13 @@ class TargetMap:
 class Calibration:
     """How target maps are made for a student."""
 
-    width: int
-    """R, of the targets."""
+    width: int  # R, of the targets
     replicas: Sequence[int] | None = None
     """Seeds of the networks in a replicated student, whose states are (B, G, R): each has a projection of its own."""
     center_final: bool = True
     """Subtract the mean at `final`; False where the student's output head has no bias to carry it, so that the transplanted
     head needs none."""
-    keep_moment: bool = False
-    """Give the map at `final` its second moment."""
+    keep_moment: bool = False  # give the map at `final` its second moment
     head: OutputHead | None = None
     """The teacher's output head; None where the output is the state itself (sentence encoders)."""
 

@@ -1,7 +1,4 @@
-"""The order in which examples are read.
-
-Public names: `Reading`, `epoch_order`.
-"""
+"""The order in which examples are read."""
 
 from __future__ import annotations
 
@@ -15,14 +12,10 @@ import torch
 class Reading:
     """Which device reads which examples of an optimiser step."""
 
-    step_examples: int
-    """G, the examples of an optimiser step over all devices and micro-batches."""
-    batch_size: int
-    """Examples of a device's micro-batch."""
-    devices: int = 1
-    """Devices that take micro-batches in turn."""
-    seed: int = 0
-    """Of the order."""
+    step_examples: int  # G, the examples of an optimiser step over all devices and micro-batches
+    batch_size: int  # examples of a device's micro-batch
+    devices: int = 1  # devices that take micro-batches in turn
+    seed: int = 0  # of the order
 
 
 def epoch_order(count: int, seed: int, epoch: int, sequential: bool = False) -> np.ndarray:

@@ -1,8 +1,5 @@
 """Rows of an extracted curriculum: from tensors to Arrow columns and back.
 
-Public names: `RowFormat`, `INPUT_COLUMNS`, `encode_inputs`, `encode_states`, `encode_outputs`, `encode_whole`, `decode_inputs`,
-`decode_states`, `decode_outputs`, `decode_whole`, `STATES`, `SCALE`, `KEEP`, `TOP_IDS`, `LOG_PROBS`, `LOG_REST`, `OUTPUT`.
-
 A row is one example without its padding. Lists are flat: the states of a row of T tokens are T x R values, its outputs those
 of the positions that predict, n x K.
 
@@ -41,14 +38,10 @@ _LARGEST = 127
 class RowFormat(Record):
     """How rows are stored."""
 
-    dtype: str
-    """Of states: `int8`, `float16` or `float32`. Log-probabilities are float32 with float32, else float16."""
-    vocabulary: int
-    """Ids are uint16 up to 65,536 of them, else int32."""
-    label: str
-    """`none` (labels follow from the ids), `tokens` (a list) or `class` (one number)."""
-    token_types: bool
-    """Whether rows have `token_type_ids`."""
+    dtype: str  # of states: `int8`, `float16` or `float32`. Log-probabilities are float32 with float32, else float16.
+    vocabulary: int  # ids are uint16 up to 65,536 of them, else int32
+    label: str  # `none` (labels follow from the ids), `tokens` (a list) or `class` (one number)
+    token_types: bool  # whether rows have `token_type_ids`
     content: str
     """`states`, `pooled` (one state per row), `top_k`, `whole` (one output per row) or `inputs` (no targets)."""
 
@@ -100,9 +93,7 @@ class RowFormat(Record):
 def lengths_of(batch: Mapping[str, Any]) -> list[int]:
     """Tokens of each row, padding left out.
 
-    Raises:
-        UserError: padding that is not at the end of its row.
-    """
+    Raises UserError: padding that is not at the end of its row."""
     mask = batch.get("attention_mask")
     if mask is None:
         return [batch["input_ids"].shape[1]] * len(batch["input_ids"])

@@ -1,7 +1,5 @@
 """Where a student's targets come from: one interface.
 
-Public names: `TargetSource`, `NoTargets`, `FixedSettings`, `StatisticsFile`.
-
 The objective, the trainer, evaluation and extraction use a source without knowing which one it is.
 
 Shapes: B batch, T positions, R projected width.
@@ -32,22 +30,15 @@ from tutelage.tasks.base import Batch, OutputTarget, Task
 class FixedSettings:
     """Settings of a run that its source decides."""
 
-    where: str = ""
-    """The source, for messages."""
-    values: dict[str, Any] = field(default_factory=dict)
-    """`CurriculumConfig` fields that must have these values."""
+    where: str = ""  # the source, for messages
+    values: dict[str, Any] = field(default_factory=dict)  # `CurriculumConfig` fields that must have these values
     layer_map: LayerMap | None = None
     """Hidden stages of extraction where nothing is given; None leaves the choice to the run."""
-    hidden_steps: dict[Any, int] = field(default_factory=dict)
-    """Steps of the hidden stages by teacher place."""
-    output_steps: int | None = None
-    """Steps of the output stages; None leaves the budget to the run."""
-    warm_start: str | None = None
-    """The `warm_start` that the source was made for."""
-    step_examples: int | None = None
-    """Examples of an optimiser step that the source was made for."""
-    rows: int | None = None
-    """Training examples; None where the run brings its own."""
+    hidden_steps: dict[Any, int] = field(default_factory=dict)  # steps of the hidden stages by teacher place
+    output_steps: int | None = None  # steps of the output stages; None leaves the budget to the run
+    warm_start: str | None = None  # the `warm_start` that the source was made for
+    step_examples: int | None = None  # examples of an optimiser step that the source was made for
+    rows: int | None = None  # training examples; None where the run brings its own
 
 
 @dataclass(frozen=True)
@@ -55,10 +46,8 @@ class StatisticsFile:
     """Where the statistics of the target maps are kept."""
 
     path: Path
-    read: bool
-    """Read them if they are there, instead of making them."""
-    write: bool
-    """Write them; one process does."""
+    read: bool  # read them if they are there, instead of making them
+    write: bool  # write them; one process does
 
 
 class TargetSource(ABC):
@@ -68,14 +57,11 @@ class TargetSource(ABC):
     """
 
     task: Task
-    blocks: int | None = None
-    """L_T, the teacher's blocks; None without a teacher."""
-    parameters: int | None = None
-    """Parameters of a teacher in memory."""
+    blocks: int | None = None  # L_T, the teacher's blocks; None without a teacher
+    parameters: int | None = None  # parameters of a teacher in memory
     in_step_order: ClassVar[bool] = False
     """Whether training rows are in the order of the steps, so that they must not be shuffled."""
-    tokenizer: PreTrainedTokenizerBase | None = None
-    """Tokenizer that comes with the targets."""
+    tokenizer: PreTrainedTokenizerBase | None = None  # tokenizer that comes with the targets
 
     def __init__(self, task: Task):
         self.task = task
@@ -97,9 +83,7 @@ class TargetSource(ABC):
             student: the student.
             outputs: outputs that student and teacher share; None for all.
 
-        Raises:
-            UserError: the source cannot serve this curriculum or this student.
-        """
+        Raises UserError: the source cannot serve this curriculum or this student."""
         self.curriculum, self.outputs = curriculum, outputs
         self.maps = [None] * len(curriculum.stages)
 

@@ -1,7 +1,4 @@
-"""The rows of a curriculum on disk, in the order in which a run reads them.
-
-Public names: `StoredRows`, `StoredCollator`.
-"""
+"""The rows of a curriculum on disk, in the order in which a run reads them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """The interface of a task: how its models are loaded, run, compared, measured and saved.
 
-Public names: `Task`, `HeadTask`, `Clues`, and what tasks, targets and training pass to each other about a model's output:
-`OutputTarget`, `Selected`, `EvaluationTools`.
-
 A new task is a subclass of `Task`, or of `HeadTask` if its output comes from one linear output head; register it with
 `tutelage.tasks.registry.register_task` (docs/new_task.md). The losses themselves are in `tutelage.core.losses`.
 
@@ -41,22 +38,17 @@ class OutputTarget:
     state: torch.Tensor | None = None
     """The input of the teacher's output head, (B, T, E) or pooled (B, E); it comes with `head`."""
     head: OutputHead | None = None
-    top_k: TopK | None = None
-    """The largest outputs at the N positions that predict."""
-    whole: torch.Tensor | None = None
-    """The complete output: an embedding (B, E), or logits (..., V)."""
+    top_k: TopK | None = None  # the largest outputs at the N positions that predict
+    whole: torch.Tensor | None = None  # the complete output: an embedding (B, E), or logits (..., V)
 
 
 @dataclass(frozen=True)
 class Selected:
     """Hidden states at the positions that predict."""
 
-    state: torch.Tensor
-    """(N, D)."""
-    labels: torch.Tensor | None
-    """(N,); None if the batch has no labels."""
-    rows: torch.Tensor
-    """Index of the example that each position belongs to, (N,)."""
+    state: torch.Tensor  # (N, D)
+    labels: torch.Tensor | None  # (N,); None if the batch has no labels
+    rows: torch.Tensor  # index of the example that each position belongs to, (N,)
 
 
 @dataclass(frozen=True)
@@ -65,12 +57,10 @@ class EvaluationTools:
 
     outputs: int | None = None
     """Number of outputs that student and teacher share, if a vocabulary is padded; None for all."""
-    chunk_size: int | None = None
-    """Positions whose logits are held at a time; None chooses it."""
+    chunk_size: int | None = None  # positions whose logits are held at a time; None chooses it
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     """Collects the rows of a tensor from all devices."""
-    on_step: Callable[[], None] = lambda: None
-    """Called after each batch."""
+    on_step: Callable[[], None] = lambda: None  # called after each batch
 
 
 Targets = Callable[[Batch], OutputTarget | None]
@@ -89,36 +79,25 @@ class Clues:
 class Task(ABC):
     """How the models of a task are loaded, run, compared, measured and saved."""
 
-    name: ClassVar[str]
-    """Value of the `task` setting."""
-    auto_class: ClassVar[Any] = AutoModel
-    """The transformers auto class with the task's head."""
-    suffixes: ClassVar[tuple[str, ...]] = ()
-    """Endings of the class names of this task's models."""
-    columns: ClassVar[tuple[str, ...]] = ("text",)
-    """Columns that a dataset needs before it is tokenised."""
+    name: ClassVar[str]  # value of the `task` setting
+    auto_class: ClassVar[Any] = AutoModel  # the transformers auto class with the task's head
+    suffixes: ClassVar[tuple[str, ...]] = ()  # endings of the class names of this task's models
+    columns: ClassVar[tuple[str, ...]] = ("text",)  # columns that a dataset needs before it is tokenised
     tokenized: ClassVar[bool] = True
     """Whether the data are token ids; otherwise models and data are any module and any tensors, without a tokenizer."""
     per_position: ClassVar[bool] = False
     """Whether outputs belong to positions (language models) and text is packed into blocks."""
-    causal: ClassVar[bool] = False
-    """Whether position t predicts token t + 1."""
+    causal: ClassVar[bool] = False  # whether position t predicts token t + 1
     pools_final: ClassVar[bool] = False
     """Whether a hidden stage at the place `final` compares only the state of the last token."""
     splits_head: ClassVar[bool] = False
     """Whether the output stage runs the output head over the final states, in chunks; otherwise it compares whole outputs."""
-    learns_from_labels: ClassVar[bool] = True
-    """Whether the task can be trained on labels without a teacher."""
-    warm_start: ClassVar[str] = "none"
-    """Default of the `warm_start` setting for extraction."""
-    metric: ClassVar[str] = "loss"
-    """The metric by which runs are compared."""
-    better: ClassVar[str] = "lower"
-    """Which values of `metric` are better: `lower` or `higher`."""
-    pipeline_tag: ClassVar[str] = "text-classification"
-    """Pipeline tag of model cards."""
-    library: ClassVar[str] = "transformers"
-    """Library that loads a student, for model cards."""
+    learns_from_labels: ClassVar[bool] = True  # whether the task can be trained on labels without a teacher
+    warm_start: ClassVar[str] = "none"  # default of the `warm_start` setting for extraction
+    metric: ClassVar[str] = "loss"  # the metric by which runs are compared
+    better: ClassVar[str] = "lower"  # which values of `metric` are better: `lower` or `higher`
+    pipeline_tag: ClassVar[str] = "text-classification"  # pipeline tag of model cards
+    library: ClassVar[str] = "transformers"  # library that loads a student, for model cards
 
     # ---- Models ----
 

@@ -1,7 +1,5 @@
 """Classifiers of token sequences, and plain networks that classify any tensors.
 
-Public names: `SequenceClassification`, `PlainClassification`.
-
 Shapes: B batch, G replicas, V classes.
 """
 

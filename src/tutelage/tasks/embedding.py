@@ -1,7 +1,5 @@
 """Sentence encoders, distilled on their pooled embedding; their folders have the format of sentence-transformers.
 
-Public names: `SentenceEmbedding` (the task), `EmbeddingModel` (encoder, pooling, linear head), `load_embedding_model`.
-
 Shapes: B batch, T positions, D encoder width, E embedding width.
 """
 

@@ -1,7 +1,4 @@
-"""Language models, causal and masked, and their data collators.
-
-Public names: `CausalLM`, `MaskedLM`, `CausalCollator`, `StableMaskingCollator`.
-"""
+"""Language models, causal and masked, and their data collators."""
 
 from __future__ import annotations
 

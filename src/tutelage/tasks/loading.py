@@ -1,8 +1,5 @@
 """Loading models and tokenizers safely.
 
-Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `find_file`, `has_weights`,
-`count_parameters`, `first_line`.
-
 Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
 """
 
@@ -90,9 +87,8 @@ def load_model(
         dtype: parameter dtype; None keeps that of the checkpoint.
         kwargs: further arguments of `from_pretrained` (`device_map`, `quantization_config`, `gguf_file`, ...).
 
-    Raises:
-        UserError: no model, a pickle, no weights, weights that do not fit the config, or a teacher without some weights.
-    """
+    Raises UserError: no model, a pickle, no weights, weights that do not fit the config, or a teacher without some
+    weights."""
     load_config(path, what=what, trust_remote_code=trust_remote_code)
     check_weights(path, what=what)
     if "gguf_file" not in kwargs:
@@ -116,9 +112,7 @@ def load_model(
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer stored at `path`, padding with its end token if it has no other; None where there is none.
 
-    Raises:
-        UserError: a local one is damaged.
-    """
+    Raises UserError: a local one is damaged."""
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]):
         return None

@@ -1,7 +1,5 @@
 """Sparse parity: x uniform in {-1, +1}^d, y the product of the k coordinates of a support.
 
-Public names: `ParityData`, `ParityMLP`, `ParityMLPConfig`, `ReplicatedLinear`, `planted_teacher`, `check_parity`.
-
 The two-layer network and the settings are those of arXiv:2410.05464 and arXiv:2503.17494. Bits are stored as 0 and 1
 (`input_ids`, 1 meaning +1), so that the same data feeds transformers.
 

@@ -1,8 +1,5 @@
 """Training data and models for the synthetic language "cfg3" of `pcfg_grammar`: token ids, dataset, collators, model shapes.
 
-Public names: `pcfg_tokens`, `PcfgDataset`, `pcfg_collator`, `pcfg_config`, and the token ids `PAD`, `MASK`, `BOS`, `EOS`,
-`FIRST_TERMINAL`.
-
 A row is `<bos>`, the terminals of one string, `<eos>`; terminal t has the id FIRST_TERMINAL + t.
 
 Shapes: N rows, T positions.
@@ -45,9 +42,7 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
         max_length: longer rows are cut to their first `max_length` tokens (they lose `<eos>` and are not members of the
             language); None cuts no row.
 
-    Raises:
-        UserError: no rows, a seed out of range, or a `max_length` that leaves nothing to predict.
-    """
+    Raises UserError: no rows, a seed out of range, or a `max_length` that leaves nothing to predict."""
 
     def __init__(self, grammar: Grammar, count: int, seed: int, max_length: int | None = None):
         if count < 1:
@@ -101,9 +96,7 @@ def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3, se
         seed: None draws from PyTorch's global generator, so that the trainer's seed determines the masks. With a number the
             masks of a row depend only on the seed and the row, so they are the same in every evaluation.
 
-    Raises:
-        UserError: an unknown task, or a probability or a seed out of range.
-    """
+    Raises UserError: an unknown task, or a probability or a seed out of range."""
     _check_task(task)
     if not 0 < mask_probability <= 1:
         raise UserError(f"mask_probability must be above 0 and at most 1, got {mask_probability}")
@@ -156,9 +149,7 @@ def pcfg_config(
         max_length: positions; None uses the length of the grammar's longest row.
         fields: more fields of the config, or different values for the fields set here.
 
-    Raises:
-        UserError: an unknown task, or a size below 1.
-    """
+    Raises UserError: an unknown task, or a size below 1."""
     _check_task(task)
     for name, value in (("layers", layers), ("heads", heads), ("head_width", head_width), ("max_length", max_length)):
         if value is not None and value < 1:

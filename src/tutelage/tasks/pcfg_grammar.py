@@ -1,7 +1,5 @@
 """The synthetic language "cfg3": its grammars and a sampler. NumPy only.
 
-Public names: `Grammar`, `build_grammar`, `Strings`, `sample`, `hash_words`, `check_seed`.
-
 The family is that of Allen-Zhu and Li, "Physics of Language Models: Part 1" (arXiv:2305.13673). Symbols belong to levels:
 level 0 is the root, the last level has the terminals. A rule rewrites a symbol to 2 or 3 symbols of the next level; the rules
 of a symbol are equally likely. The grammars are our own draws with the same statistics, not those of the paper.
@@ -100,9 +98,8 @@ def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int =
         seed: 0 to 2^64 - 1.
         rules: number of rules per symbol.
 
-    Raises:
-        UserError: an argument out of range, more rules than there are right-hand sides, or too few to use all symbols.
-    """
+    Raises UserError: an argument out of range, more rules than there are right-hand sides, or too few to use all
+    symbols."""
     for name, value, least in (("levels", levels, 2), ("symbols", symbols, 1), ("rules", rules, 1)):
         if value < least:
             raise UserError(f"a grammar needs {name} of at least {least}, got {value}")
@@ -143,10 +140,8 @@ def _draw_level(draw: np.random.RandomState, parents: int, rules: int, symbols: 
 class Strings:
     """Strings of different lengths, one after the other."""
 
-    symbols: np.ndarray
-    """Terminals of all strings, (M,)."""
-    offsets: np.ndarray
-    """Start of each string, then the end of the last string, (N + 1,)."""
+    symbols: np.ndarray  # terminals of all strings, (M,)
+    offsets: np.ndarray  # start of each string, then the end of the last string, (N + 1,)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -177,9 +172,7 @@ def sample(grammar: Grammar, strings: int | Sequence[int] | np.ndarray, seed: in
         strings: the number of strings, counted from string 0, or the numbers of the wanted strings.
         seed: 0 to 2^64 - 1.
 
-    Raises:
-        UserError: a negative count or number, or a seed out of range.
-    """
+    Raises UserError: a negative count or number, or a seed out of range."""
     check_seed(seed)
     if isinstance(strings, (int, np.integer)):
         numbers, lowest = np.arange(strings), strings

@@ -1,7 +1,4 @@
-"""The registered tasks, by name.
-
-Public names: `TASKS`, `register_task`, `get_task`, `detect_task`.
-"""
+"""The registered tasks, by name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Students: from a folder, from a config file, or from a preset relative to the teacher.
-
-Public names: `student_config`, `make_student`, `is_preset`.
-"""
+"""Students: from a folder, from a config file, or from a preset relative to the teacher."""
 
 from __future__ import annotations
 
@@ -35,9 +32,7 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
             every other field (vocabulary, positions, activation...) is that of the teacher.
         teacher: the teacher's configuration.
 
-    Raises:
-        UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads.
-    """
+    Raises UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads."""
     if is_preset(student):
         return _preset(student, teacher)
     path = Path(student)

@@ -1,7 +1,4 @@
-"""Read, tokenise and pack datasets.
-
-Public names: `read_dataset`, `stream_dataset`, `keep_rows`, `split_dataset`, `tokenize`.
-"""
+"""Read, tokenise and pack datasets."""
 
 from __future__ import annotations
 
@@ -192,10 +189,8 @@ def tokenize(
     data get the end-of-text token after each document, and the remainder is dropped. Other tasks get one truncated example
     per row. A dataset with `input_ids` is only checked for its length.
 
-    Raises:
-        UserError: a column is missing or has a different type, rows are longer than `max_length`, or there is too little
-            text for one block.
-    """
+    Raises UserError: a column is missing or has a different type, rows are longer than `max_length`, or there is too
+    little text for one block."""
     streamed = isinstance(data, IterableDataset)
     sample = Dataset.from_list(list(data.take(_SAMPLE))) if isinstance(data, IterableDataset) else data
     columns = sample.column_names
