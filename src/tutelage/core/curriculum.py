@@ -1,7 +1,6 @@
 """Curricula: each distillation method is a list of stages.
 
-Curriculum extraction is arXiv:2503.17494; progressive distillation and the experimental settings are arXiv:2410.05464.
-"""
+Curriculum extraction is arXiv:2503.17494; progressive distillation and the experimental settings are arXiv:2410.05464."""
 
 from __future__ import annotations
 
@@ -28,10 +27,9 @@ class Stage(Record, ABC):
     """One part of a curriculum: what the student matches, and for how many optimiser steps."""
 
     kind: ClassVar[str]  # name of the class in JSON
-    continues = False
-    """Whether the stage keeps the optimiser and the schedule of the stage before it."""
-
-    steps: int  # optimiser steps
+    continues = False  # whether the stage keeps the optimiser and the schedule of the stage before it
+    steps: int
+    """Optimiser steps."""
 
     @property
     @abstractmethod
@@ -138,7 +136,6 @@ class Curriculum(Record):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> tuple[int, int]:
@@ -156,14 +153,12 @@ class Curriculum(Record):
 
     @property
     def hidden_stages(self) -> list[HiddenStage]:
-        """The stages that match hidden states."""
         return [stage for stage in self.stages if isinstance(stage, HiddenStage)]
 
     @property
     def transplant_stage(self) -> int | None:
-        """Index of the stage after which the output head is transplanted; None without a head transplant.
-
-        Raises UserError if the warm start needs such a stage, but there is none."""
+        """Index of the stage after which the output head is transplanted, None without a head transplant; UserError if there
+        should be such a stage, but there is none."""
         if "head" not in self.warm_start:
             return None
         for index, stage in enumerate(self.stages):
@@ -201,20 +196,17 @@ def extraction(
     """Curriculum extraction (arXiv:2503.17494): projected hidden layers, shallow to deep, then the output.
 
     Args:
-        steps: optimiser steps of all stages.
+        steps: optimiser steps of all stages; UserError if they are too few.
         layer_map: pairs (student place, teacher place), both strictly increasing; or the number of hidden stages of the
             uniform map; None gives one hidden stage per student block.
         stage_steps: steps of every hidden stage (a whole number) or of each (a list); a number below 1 is the fraction of
             `steps` that the hidden stages get together, split evenly.
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
-        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`.
-
-    Raises UserError: a layer map that is out of range or not increasing, or a budget too small for the stages."""
-    if layer_map is None or isinstance(layer_map, int):
-        pairs = uniform_layer_map(student_blocks, teacher_blocks, layer_map)
-    else:
-        pairs = list(layer_map)
+        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`."""
+    pairs = layer_map
+    if pairs is None or isinstance(pairs, int):
+        pairs = uniform_layer_map(student_blocks, teacher_blocks, pairs)
     _check_layer_map(pairs, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]
@@ -244,12 +236,8 @@ def one_shot(steps: int, *, label_weight: float = 0.0, **settings: Any) -> Curri
 
 
 def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float = 0.0, **settings: Any) -> Curriculum:
-    """Progressive distillation (arXiv:2410.05464): successive teacher checkpoints, then the final teacher.
-
-    Args:
-        steps: optimiser steps in total, split evenly over the checkpoints and the final teacher.
-        checkpoints: folders of intermediate teacher checkpoints, early to late.
-    """
+    """Progressive distillation (arXiv:2410.05464): the teacher's intermediate checkpoints (folders, early to late), then the
+    final teacher; `steps` are the optimiser steps of all, split evenly."""
     if not checkpoints:
         raise UserError(
             "progressive distillation needs the teacher's intermediate checkpoints: pass teacher_checkpoints, "
@@ -258,11 +246,8 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
     teachers: list[str | None] = [*checkpoints, None]
     each = steps // len(teachers)
     counts = [each] * len(checkpoints) + [steps - each * len(checkpoints)]
-    stages = tuple(
-        OutputStage(count, teacher_checkpoint=teacher, label_weight=label_weight)
-        for count, teacher in zip(counts, teachers, strict=True)
-    )
-    return Curriculum("progressive", stages, **settings)
+    stages = [OutputStage(*pair, label_weight=label_weight) for pair in zip(counts, teachers, strict=True)]
+    return Curriculum("progressive", tuple(stages), **settings)
 
 
 def scratch(steps: int, **settings: Any) -> Curriculum:
@@ -270,9 +255,7 @@ def scratch(steps: int, **settings: Any) -> Curriculum:
     return Curriculum("scratch", (OutputStage(steps, label_weight=1.0),), **settings)
 
 
-def uniform_layer_map(
-    student_blocks: int, teacher_blocks: int, num_stages: int | None = None
-) -> list[tuple[Place, Place]]:
+def uniform_layer_map(student_blocks: int, teacher_blocks: int, num_stages: int | None = None) -> LayerMap:
     """Student block s_i with teacher block round(s_i * L_T / L_S), for `num_stages` evenly spaced s_i (default: all)."""
     if student_blocks > teacher_blocks:
         raise UserError(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tutelage.core.blocks import head_module, output_head
+from tutelage.core.blocks import head_module
 from tutelage.core.errors import UserError
 
 
@@ -16,8 +16,7 @@ from tutelage.core.errors import UserError
 class OutputHead:
     """A model's output head and what its forward does after it (`logit_scale`, soft-capping).
 
-    With the head split off, the loss can run it over chunks of positions, and hidden stages can skip it.
-    """
+    With the head split off, the loss can run it over chunks of positions, and hidden stages can skip it."""
 
     linear: nn.Linear
     softcap: float | None = None  # logits are `softcap * tanh(logits / softcap)` (Gemma 2)
@@ -30,8 +29,8 @@ class OutputHead:
         """The head of `model`; UserError if it has no linear output head."""
         head = head_module(model)
         if not isinstance(head, nn.Linear):
-            found = output_head(model)
-            kind = "none" if found is None else f"{found[0]}, a {type(found[1]).__name__}"
+            named = [name for name, module in model.named_modules() if module is head]
+            kind = "none" if head is None else f"{named[0]}, a {type(head).__name__}"
             raise UserError(
                 f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one: "
                 "load the model with a language-modelling or classification head"

@@ -3,8 +3,7 @@
 The paper's projection (arXiv:2503.17494) is `gaussian`: i.i.d. N(0, 1/d_T), drawn from a seed, never trained and never
 stored. `pca` and `logits` are contrasts of ours that are computed from calibration statistics and stored.
 
-Shapes: D teacher width, R projected width; a projection is applied as `hidden @ matrix`, (..., D) -> (..., R).
-"""
+Shapes: D teacher width, R projected width; a projection is applied as `hidden @ matrix`, (..., D) -> (..., R)."""
 
 from __future__ import annotations
 
@@ -50,8 +49,7 @@ class Projection(ABC):
             second_moment_DD: E[h h^T] of the projected states; None uses the identity, which gives the pseudo-inverse.
             max_gain: largest mean square, after the map, of noise that is as large as the targets. The inverse of a square
                 gaussian matrix can magnify noise a thousandfold; if the bound is exceeded, the map is the one with the least
-                error for noisy targets. None sets no bound.
-        """
+                error for noisy targets. None sets no bound."""
         encode = self.matrix().double()
         moment = torch.eye(len(encode), dtype=torch.float64)
         if second_moment_DD is not None:
@@ -151,8 +149,7 @@ def logits_projection(second_moment_DD: torch.Tensor, logit_gram_DD: torch.Tenso
 
     With C the second moment of the standardised state and M = W^T W (`logit_gram_DD`; W is the output head, centred over the
     vocabulary, in standardised coordinates), take the top eigenvectors U of M^{1/2} C M^{1/2} and encode
-    z = U^T M^{1/2} h, scaled to unit mean square.
-    """
+    z = U^T M^{1/2} h, scaled to unit mean square."""
     return _spectral(second_moment_DD, logit_gram_DD, out_features, "logits")
 
 

@@ -2,10 +2,7 @@
 
 The divergence merges all other entries into one bucket. By the data-processing inequality it is a lower bound of the full
 KL(p || q), too small by p_rest KL(p(. | rest) || q(. | rest)): the student does not learn how to divide its probability
-among the entries in the bucket. With k = V it is the full KL.
-
-Shapes: N positions, V outputs, K = k.
-"""
+among the entries in the bucket. With k = V it is the full KL. Shapes: N positions, V outputs, K = k."""
 
 from __future__ import annotations
 
@@ -44,8 +41,7 @@ def top_k_divergence(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum over positions of KL(target || q), with all other entries as one bucket, and its gradient for the logits, (N, V).
 
-    Overwrites `log_q_NV`. The probabilities of `target` are normalised first, because stored ones are rounded.
-    """
+    Overwrites `log_q_NV`. The probabilities of `target` are normalised first, because stored ones are rounded."""
     ids, rest = target.ids, target.log_rest.float().exp()
     p = target.log_probs.float().exp()
     mass = p.sum(-1) + rest

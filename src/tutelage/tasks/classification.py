@@ -1,7 +1,4 @@
-"""Classifiers of token sequences, and plain networks that classify any tensors.
-
-Shapes: B batch, G replicas, V classes.
-"""
+"""Classifiers of token sequences, and plain networks that classify any tensors."""
 
 from __future__ import annotations
 
@@ -27,8 +24,7 @@ class SequenceClassification(HeadTask):
     """One class per token sequence, from the last token or a pooled state.
 
     Classifiers have a nonlinearity before their head, whose output range does not match the targets. Extraction therefore
-    uses the paper's stages by default, without a head transplant.
-    """
+    uses the paper's stages by default, without a head transplant."""
 
     name = "sequence_classification"
     auto_class = AutoModelForSequenceClassification
