@@ -17,17 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from tests.tasks import pcfg_membership
 from tests.tasks.pcfg_membership import as_strings, is_member, pcfg_decode
 from tutelage.tasks import pcfg_grammar
-from tutelage.tasks.pcfg import (
-    BOS,
-    EOS,
-    FIRST_TERMINAL,
-    MASK,
-    PAD,
-    PcfgDataset,
-    pcfg_collator,
-    pcfg_config,
-    pcfg_tokens,
-)
+from tutelage.tasks.pcfg import BOS, EOS, FIRST_TERMINAL, MASK, PAD, PcfgDataset, pcfg_collator, pcfg_config
 from tutelage.tasks.pcfg_grammar import Grammar, Strings, build_grammar, sample
 
 TINY = build_grammar(levels=4, symbols=2, seed=3)
@@ -305,8 +295,8 @@ def test_small_memory_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_vocabulary() -> None:
-    tokens = {"<pad>": PAD, "<mask>": MASK, "<bos>": BOS, "<eos>": EOS, "t0": 4, "t1": 5, "t2": 6}
-    assert pcfg_tokens(CFG3) == tokens and FIRST_TERMINAL == 4 and PAD == 0
+    assert (PAD, MASK, BOS, EOS, FIRST_TERMINAL) == (0, 1, 2, 3, 4)
+    assert pcfg_config("causal_lm", 1, 1, 8, CFG3).vocab_size == 4 + 3
 
 
 def test_rows_are_the_sampled_strings() -> None:

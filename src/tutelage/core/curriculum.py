@@ -28,13 +28,12 @@ class Stage(Record, ABC):
 
     kind: ClassVar[str]  # name of the class in JSON
     continues = False  # whether the stage keeps the optimiser and the schedule of the stage before it
-    steps: int
-    """Optimiser steps."""
+    steps: int  # optimiser steps
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """A short name for logs and plots."""
+        """For logs and plots."""
 
     @property
     @abstractmethod
@@ -64,10 +63,8 @@ class HiddenStage(Stage):
 
     kind = "hidden"
     needs_teacher = True
-    student_place: Place
-    """The student's block (1-based) or `final`."""
-    teacher_place: Place
-    """The teacher's block (1-based) or `final`."""
+    student_place: Place  # the student's block (1-based) or `final`
+    teacher_place: Place  # the teacher's block (1-based) or `final`
     learning_rate: float | None = None
 
     @property
@@ -80,13 +77,10 @@ class OutputStage(Stage):
     """The student matches the teacher's output, labels, or both."""
 
     kind = "output"
-    teacher_checkpoint: str | None = None
-    """Folder of the teacher checkpoint, for progressive distillation; None is the final teacher."""
-    label_weight: float = 0.0
-    """Fraction of the loss that is label loss; 1 trains on labels alone, without a teacher."""
+    teacher_checkpoint: str | None = None  # its folder, for progressive distillation; None is the final teacher
+    label_weight: float = 0.0  # fraction of the loss that is label loss; 1 trains on labels alone, without a teacher
     learning_rate: float | None = None
-    continues: bool = False
-    """Keep the optimiser and the schedule of the output stage before, so that only the teacher's weights change."""
+    continues: bool = False  # keep optimiser and schedule of the output stage before: only the teacher changes
 
     @property
     def name(self) -> str:
@@ -103,23 +97,14 @@ class OutputStage(Stage):
 class Curriculum(Record):
     """A method as data: its stages and the settings they share."""
 
-    method: str
-    """Name under which results are reported."""
-    stages: tuple[Stage, ...]
-    """In training order."""
-    projection: str = "gaussian"
-    """Kind of projection in hidden stages (`tutelage.core.projection.KINDS`)."""
-    projection_seed: int = 0
-    """Seed of the random projections; the matrix of a stage is drawn from (seed, teacher place)."""
-    normalize: str = "standardize"
-    """`standardize` the teacher's states before projecting, or `none` as in the paper."""
-    warm_start: str = "none"
-    """Which weights of the teacher the student starts with: `none` (the paper), `head`, `embedding`, `head+embedding`."""
-    temperature: float = 1.0
-    """Softmax temperature of the output loss."""
-    top_k: int | None = None
-    """The output loss keeps the k most likely teacher outputs and merges the rest into one bucket (`tutelage.core.topk`);
-    None keeps all outputs."""
+    method: str  # name under which results are reported
+    stages: tuple[Stage, ...]  # in training order
+    projection: str = "gaussian"  # kind of projection in hidden stages (`tutelage.core.projection.KINDS`)
+    projection_seed: int = 0  # the random matrix of a stage is drawn from (seed, teacher place)
+    normalize: str = "standardize"  # `standardize` the teacher's states before projecting, or `none` as in the paper
+    warm_start: str = "none"  # the teacher's weights that the student starts with: one of `WARM_STARTS`; paper: none
+    temperature: float = 1.0  # softmax temperature of the output loss
+    top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
 
     def __post_init__(self) -> None:
         if not self.stages:

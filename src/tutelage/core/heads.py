@@ -20,8 +20,7 @@ class OutputHead:
 
     linear: nn.Linear
     softcap: float | None = None  # logits are `softcap * tanh(logits / softcap)` (Gemma 2)
-    scale: float = 1.0
-    """Logits are multiplied by this (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`)."""
+    scale: float = 1.0  # of the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`)
     outputs: int | None = None  # number of outputs in use, if the vocabulary is padded; None for all
 
     @classmethod

@@ -7,8 +7,7 @@ kept, and in `logits_loss` for a few outputs.
 Every loss is a *sum* over positions (or sequences): the caller divides by the number of items in the whole optimiser step,
 so that gradient accumulation does not change the result.
 
-Shapes: N positions, D student width, E teacher width, R projected width, V outputs.
-"""
+Shapes: N positions, D student width, E teacher width, R projected width, V outputs."""
 
 from __future__ import annotations
 
@@ -46,18 +45,12 @@ def hidden_loss(student: Tensor, target: Tensor, keep: Tensor) -> Tensor:
 class OutputSettings:
     """Settings of the output loss."""
 
-    temperature: float = 1.0
-    """t, used in both softmaxes."""
-    label_weight: float = 0.0
-    """a, the fraction of the loss that is label loss."""
-    top_k: int | None = None
-    """Keep the k most likely teacher outputs and merge the rest into one bucket (`top_k_divergence`); None keeps all."""
-    chunk_size: int | None = None
-    """Positions per chunk; None chooses it so that a chunk holds about 2^24 logits."""
-    embedding_loss: str = "cosine"
-    """Sentence encoders: `cosine` or `mse`."""
-    outputs: int | None = None
-    """Number of outputs that student and teacher share, if a vocabulary is padded; None for all."""
+    temperature: float = 1.0  # t, used in both softmaxes
+    label_weight: float = 0.0  # a, the fraction of the loss that is label loss
+    top_k: int | None = None  # teacher outputs that are kept; the rest is one bucket (`core.topk`); None keeps all
+    chunk_size: int | None = None  # positions per chunk; None chooses it so that a chunk holds about 2^24 logits
+    embedding_loss: str = "cosine"  # sentence encoders: `cosine` or `mse`
+    outputs: int | None = None  # number that student and teacher share, if a vocabulary is padded; None for all
 
 
 @dataclass(frozen=True)
@@ -82,9 +75,9 @@ def output_loss(
 ) -> Tensor:
     """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once.
 
-    Logits exist for one chunk of positions at a time. Their gradient is known in closed form, so the forward pass already
-    computes the gradients of hidden states and head while it holds the chunk's logits: the backward pass recomputes
-    nothing, and nothing of size N x V is kept. Softmax and loss are in float32 for every autocast dtype.
+    The gradient of a chunk's logits is known in closed form, so the forward pass already computes the gradients of hidden
+    states and head while it holds them: the backward pass recomputes nothing, and nothing of size N x V is kept. Softmax and
+    loss are in float32 for every autocast dtype.
 
     Args:
         student_hidden_ND: input of the student's head.
@@ -102,9 +95,7 @@ def output_loss(
 
 def _check_inputs(settings: OutputSettings, labels: Tensor | None, has_teacher: bool, needed: str) -> None:
     if settings.label_weight > 0 and labels is None:
-        raise UserError(
-            "a label_weight above 0 needs labels in the batch: add a labels column, or set label_weight to 0"
-        )
+        raise UserError("a label_weight above 0 needs labels in the batch: add labels, or set label_weight to 0")
     if settings.label_weight < 1 and not has_teacher:
         raise UserError(f"a label_weight below 1 needs the teacher's {needed}: pass them, or set label_weight to 1")
 

@@ -77,11 +77,10 @@ class RandomProjection(Projection):
     identical up to the rounding of the linear algebra library.
 
     Args:
-        in_features, out_features: the widths d_T of the teacher and r of the student.
+        in_features, out_features: the widths d_T of the teacher and r of the student; UserError below 1.
         seed: a non-negative integer, or a sequence of them.
-        kind: `gaussian` (entries N(0, 1/d_T), as in the paper), `orthogonal`, or `rademacher` (entries ±1/sqrt(d_T)).
-
-    Raises UserError: unknown kind, a width below 1, or `orthogonal` with out_features > in_features."""
+        kind: `gaussian` (entries N(0, 1/d_T), as in the paper), `orthogonal` (UserError if r > d_T), or `rademacher` (entries
+            ±1/sqrt(d_T))."""
 
     def __init__(self, in_features: int, out_features: int, seed: int | Sequence[int] = 0, kind: str = "gaussian"):
         if kind not in RANDOM_KINDS:

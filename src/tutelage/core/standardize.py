@@ -21,14 +21,10 @@ SINK_FACTOR = 4.0
 class Standardizer:
     """`(hidden - mean) / scale` per dimension, and the norm above which a position is an attention sink."""
 
-    mean: torch.Tensor
-    """Mean over calibration positions per dimension, (D,), D the width; zeros if the states are not centred."""
-    scale: torch.Tensor
-    """Standard deviation per dimension (root mean square if not centred), (D,)."""
-    sink_norm: float = float("inf")
-    """Positions whose state has a larger Euclidean norm are excluded from statistics and loss."""
-    is_identity: bool = False
-    """Whether this is the identity, which steps need not compute."""
+    mean: torch.Tensor  # over calibration positions, per dimension, (D,); zeros if the states are not centred
+    scale: torch.Tensor  # standard deviation per dimension (root mean square if not centred), (D,)
+    sink_norm: float = float("inf")  # larger states are excluded from statistics and loss
+    is_identity: bool = False  # whether this is the identity, which steps need not compute
 
     @classmethod
     def fit(cls, states_ND: torch.Tensor, center: bool = True, sink_factor: float = SINK_FACTOR) -> Standardizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, final
 
@@ -16,8 +16,7 @@ from tutelage.core.topk import TopK
 from tutelage.targets import rows
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.maps import save_target_maps
-from tutelage.targets.order import Reading
-from tutelage.targets.source import FixedSettings, StatisticsFile, TargetSource
+from tutelage.targets.source import Batches, Device, FixedSettings, Reading, StatisticsFile, TargetSource
 from tutelage.targets.stored_rows import StoredCollator, StoredRows
 from tutelage.tasks.base import Batch, OutputTarget
 from tutelage.tasks.registry import get_task
@@ -25,11 +24,7 @@ from tutelage.tasks.registry import get_task
 
 @final
 class ExtractedTargets(TargetSource):
-    """An extracted curriculum in the teacher's place; its rows bring their targets along.
-
-    Args:
-        folder: the extracted curriculum.
-    """
+    """An extracted curriculum in the teacher's place; its rows bring their targets along."""
 
     in_step_order = True
 
@@ -40,11 +35,8 @@ class ExtractedTargets(TargetSource):
         self.tokenizer = folder.tokenizer
         self._width = 0
 
-    # ---- Settings ----
-
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
-        identity = self.folder.identity
-        curriculum = identity.curriculum
+        identity, curriculum = self.folder.identity, self.folder.curriculum
         hidden = curriculum.hidden_stages
         return FixedSettings(
             where=f"the extracted curriculum in {str(self.folder.store)!r}",
@@ -94,8 +86,6 @@ class ExtractedTargets(TargetSource):
     def identity(self) -> dict[str, str]:
         return {"extraction": self.folder.identity.digest}
 
-    # ---- Targets ----
-
     def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.dequantized(batch), batch[rows.KEEP]
 
@@ -108,13 +98,7 @@ class ExtractedTargets(TargetSource):
         head = self.folder.head
         return head if head is None or self.outputs is None else replace(head, outputs=self.outputs)
 
-    def prepare(
-        self,
-        file: StatisticsFile,
-        batches: Callable[[], Sequence[Batch]],
-        device: torch.device | str,
-        width: int | None = None,
-    ) -> None:
+    def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         assert self.curriculum is not None
         if not self.curriculum.hidden_stages:
             return
@@ -122,8 +106,6 @@ class ExtractedTargets(TargetSource):
         if file.write:
             save_target_maps(maps, file.path)
         self.maps = [None if target_map is None else target_map.to(device) for target_map in maps]
-
-    # ---- Data ----
 
     def training_rows(self, dataset: Any, reading: Reading) -> StoredRows:
         assert self.curriculum is not None
@@ -133,7 +115,6 @@ class ExtractedTargets(TargetSource):
         return self.folder.evaluation if dataset is None else dataset
 
     def calibration_rows(self, dataset: Any, count: int, size: int) -> list[Any]:
-        """Those of the extraction."""
         return list(self.folder.calibration(self._width, size))
 
     def example_rows(self, dataset: StoredRows, index: int) -> Any:

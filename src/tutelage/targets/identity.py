@@ -74,16 +74,12 @@ class ExtractionIdentity(Record):
     all_stages: bool
     shard_tokens: int
     centered: bool  # whether the targets at `final` are centred, so that a transplanted head needs a bias
-    head: HeadSettings | None  # none where no head is transplanted
+    head: HeadSettings | None  # None where no head is transplanted
 
     def unnamed(self) -> dict[str, Any]:
         """As JSON values without the names of folders and files, which change nothing."""
-        return dataclasses.replace(
-            self,
-            teacher=dataclasses.replace(self.teacher, name=""),
-            data=dataclasses.replace(self.data, name=""),
-            student="",
-        ).to_dict()
+        teacher, data = dataclasses.replace(self.teacher, name=""), dataclasses.replace(self.data, name="")
+        return dataclasses.replace(self, teacher=teacher, data=data, student="").to_dict()
 
     @property
     def digest(self) -> str:
@@ -94,13 +90,9 @@ class ExtractionIdentity(Record):
 def model_hash(model: nn.Module, values_per_tensor: int | None = None) -> str:
     """SHA-256 over a model's config and weights, in the dtype they are held in; offloaded weights count by shape only.
 
-    Args:
-        model: the model.
-        values_per_tensor: read only this many values of each tensor, which is fast and distinguishes models that were trained
-            differently; None reads all.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps(_config(model), sort_keys=True, default=str).encode())
+    `values_per_tensor` reads only so many values of each tensor, which is fast and distinguishes models that were trained
+    differently; None reads all."""
+    digest = hashlib.sha256(json.dumps(_config(model), sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         if isinstance(value, torch.Tensor) and value.device.type != "meta":
@@ -110,16 +102,11 @@ def model_hash(model: nn.Module, values_per_tensor: int | None = None) -> str:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """What of a model's config decides what it computes."""
-    for module in (model, *model.children()):
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "to_dict"):
-            fields: dict[str, Any] = config.to_dict()
-            # where it was loaded from, by which version and how attention is computed change nothing
-            for name in ("_name_or_path", "transformers_version", "_attn_implementation_autoset", "use_cache"):
-                fields.pop(name, None)
-            return fields
-    return {}
+    """What of a model's config decides what it computes: not where it was loaded from, and by which version."""
+    ignored = ("_name_or_path", "transformers_version", "_attn_implementation_autoset", "use_cache")
+    configs: list[Any] = [getattr(module, "config", None) for module in (model, *model.children())]
+    fields: dict[str, Any] = next((config.to_dict() for config in configs if hasattr(config, "to_dict")), {})
+    return {name: value for name, value in fields.items() if name not in ignored}
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

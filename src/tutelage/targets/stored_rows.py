@@ -15,7 +15,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.io.store import Store
 from tutelage.targets.folder import ExtractedCurriculum, StoredBatch
 from tutelage.targets.manifest import Split, check_shards_exist, open_split
-from tutelage.targets.order import Reading, epoch_order
+from tutelage.targets.source import Reading, epoch_order
 
 
 class StoredRows(torch.utils.data.Dataset[Any]):
@@ -26,18 +26,11 @@ class StoredRows(torch.utils.data.Dataset[Any]):
     - as the trainer would read the data with the teacher at hand, in a run with the seed, stages and steps of the extraction
       whose files are on this machine;
     - else in an order drawn from (seed, stage, pass): over all rows where the files are on this machine, and where they are
-      not, shard after shard in a drawn order, each device its own shards, so that a shard is fetched once a pass.
-
-    Args:
-        source: the extracted curriculum.
-        curriculum: the run's stages.
-        width: of the student.
-        reading: sizes and seed.
-    """
+      not, shard after shard in a drawn order, each device its own shards, so that a shard is fetched once a pass."""
 
     def __init__(self, source: ExtractedCurriculum, curriculum: Curriculum, width: int, reading: Reading):
         self.source, self.width, self.reading = source, width, reading
-        self.splits = [source.split_of(index) for index in source.stages(curriculum)]
+        self.splits = [f"stage_{index + 1}" for index in source.stages(curriculum)]
         local = source.store.local is not None
         kind = _MappedRows if local else _FetchedRows
         self.tables = [kind(source.store, source.manifest.split(name)) for name in self.splits]
@@ -51,7 +44,6 @@ class StoredRows(torch.utils.data.Dataset[Any]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
         return self.source.identity.longest
 
     def place(self, position: int) -> tuple[int, int]:
@@ -59,8 +51,10 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         stage = int(np.searchsorted(self.starts, position, side="right")) - 1
         if self.planned:
             return stage, self._planned_row(stage, position)
-        passes, index = divmod(position - int(self.starts[stage]), len(self.tables[stage]))
-        order = self._once("pass", (stage, passes), lambda: self._order(stage, passes))
+        table = self.tables[stage]
+        passes, index = divmod(position - int(self.starts[stage]), len(table))
+        key = (self.reading.seed % 2**32, stage, passes)
+        order = self._once("pass", key, lambda: table.order(np.random.RandomState(list(key)), self.reading))
         return stage, int(order[index])
 
     def _once(self, name: str, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -69,25 +63,19 @@ class StoredRows(torch.utils.data.Dataset[Any]):
             self._kept[name] = (key, make())
         return self._kept[name][1]
 
-    def _order(self, stage: int, passes: int) -> np.ndarray:
-        generator = np.random.RandomState([self.reading.seed % 2**32, stage, passes])
-        return self.tables[stage].order(generator, self.reading)
-
     def _is_planned(self, curriculum: Curriculum) -> bool:
         identity, extracted = self.source.identity, self.source.curriculum
         same_steps = [s.steps for s in curriculum.stages] == [s.steps for s in extracted.stages]
-        mine = (self.reading.seed, self.reading.step_examples)
-        return same_steps and mine == (identity.seed, identity.step_examples)
+        return same_steps and (self.reading.seed, self.reading.step_examples) == (identity.seed, identity.step_examples)
 
     def _planned_row(self, stage: int, position: int) -> int:
         """Row of the example that the trainer's own sampler draws at a position."""
-        identity = self.source.identity
+        identity, table = self.source.identity, self.tables[stage]
+        assert isinstance(table, _MappedRows), "a planned order is over rows on this machine"
         count = identity.data.rows
         epoch, index = divmod(position, count)
         order = self._once("epoch", epoch, lambda: epoch_order(count, self.reading.seed, epoch, identity.sequential))
-        table = self.tables[stage]
-        assert isinstance(table, _MappedRows), "a planned order is over rows on this machine"
-        row_of = self._once("rows", stage, lambda: _inverse(table.example_ids(), count))
+        row_of = self._once("rows", stage, lambda: table.rows_by_example(count))
         return int(row_of[order[index]])
 
     def __getitems__(self, positions: Sequence[int]) -> StoredBatch:
@@ -96,17 +84,10 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         assert len(stages) == 1, "a batch never holds rows of two stages"
         stage = stages.pop()
         table = self.tables[stage].take([row for _, row in places])
-        return StoredBatch(table, self.source.form(self.splits[stage]), self.source, self.width)
+        return StoredBatch(table, self.source.identity.forms[self.splits[stage]], self.source, self.width)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {"input_ids": self.__getitems__([position]).tensors(0)["input_ids"][0]}
-
-
-def _inverse(values: np.ndarray, count: int) -> np.ndarray:
-    """Where each of `count` values stands."""
-    found = np.full(count, -1, dtype=np.int64)
-    found[values] = np.arange(len(values))
-    return found
 
 
 class _MappedRows:
@@ -119,15 +100,15 @@ class _MappedRows:
         return len(self.data)
 
     def take(self, rows: list[int]) -> pa.Table:
-        """Some rows, copied."""
         return self.data[rows]
 
-    def example_ids(self) -> np.ndarray:
-        """Of all rows."""
-        return self.data.data.column("example_id").to_numpy()
+    def rows_by_example(self, count: int) -> np.ndarray:
+        """The row of each of `count` examples; -1 for those without one."""
+        found = np.full(count, -1, dtype=np.int64)
+        found[self.data.data.column("example_id").to_numpy()] = np.arange(len(self))
+        return found
 
     def order(self, generator: np.random.RandomState, reading: Reading) -> np.ndarray:
-        """Of a pass: any."""
         return generator.permutation(len(self))
 
 
@@ -155,7 +136,6 @@ class _FetchedRows:
         return self._open[number]
 
     def take(self, rows: list[int]) -> pa.Table:
-        """Some rows, copied."""
         numbers = np.searchsorted(self.ends, rows, side="right")
         parts = [self._shard(int(n))[[int(row - self.starts[n])]] for n, row in zip(numbers, rows, strict=True)]
         return pa.concat_tables(parts)

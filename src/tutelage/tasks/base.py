@@ -20,7 +20,7 @@ from transformers import AutoModel, DataCollatorWithPadding, PreTrainedConfig, P
 
 from tutelage.core.blocks import FINAL, forward_to
 from tutelage.core.curriculum import HiddenStage, Stage
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_size, last_token, model_inputs
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
@@ -90,7 +90,6 @@ class Task(ABC):
     library: ClassVar[str] = "transformers"  # library that loads a student, for model cards
 
     # ---- Models ----
-
     def recognizes(self, clues: Clues) -> bool:
         """Whether a model belongs to this task."""
         return any(name.endswith(self.suffixes) for name in clues.names)
@@ -101,10 +100,9 @@ class Task(ABC):
 
     def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
         """A randomly initialised model; `shape` is the `teacher_shape` of the teacher, None without a teacher."""
-        try:
+        kinds = (KeyError, ValueError, TypeError, RuntimeError)
+        with as_user_error(f"could not build the {config.model_type} student", *kinds):
             return self.auto_class.from_config(config)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"could not build the {config.model_type} student: {error}") from error
 
     def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
         """What a student must know about its teacher in addition to the configuration, as JSON values."""
@@ -152,7 +150,6 @@ class Task(ABC):
         standard()
 
     # ---- Data ----
-
     def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
         """The data collator; default: padding."""
         return DataCollatorWithPadding(tokenizer)
@@ -169,7 +166,6 @@ class Task(ABC):
         return 1 / length
 
     # ---- Hidden stages ----
-
     def pools(self, stage: Stage) -> bool:
         """Whether a hidden stage compares one pooled state per sequence."""
         return self.pools_final and isinstance(stage, HiddenStage) and stage.student_place == FINAL
@@ -189,7 +185,6 @@ class Task(ABC):
         return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()
 
     # ---- Output stages ----
-
     def count_outputs(self, batch: Batch) -> Tensor:
         """Number of outputs that are compared in a batch; default: one per example."""
         ids = batch.get("input_ids")
@@ -207,7 +202,6 @@ class Task(ABC):
         return target.whole
 
     # ---- Evaluation ----
-
     @torch.inference_mode()
     def evaluate(
         self, student: nn.Module, batches: Iterable[Batch], targets: Targets, tools: EvaluationTools

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from tutelage.core.errors import UserError, reason_of
+from tutelage.core.errors import UserError, as_user_error, reason_of
 
 _SAFE = ("model*.safetensors", "*.gguf")  # the names that `from_pretrained` looks for
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -87,12 +87,11 @@ def load_model(
     check_weights(path, what=what)
     if "gguf_file" not in kwargs:
         kwargs["use_safetensors"] = True
-    try:
-        model, info = auto_class.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
-        )
-    except Exception as error:  # each architecture and quantisation library has its own
-        raise UserError(f"could not load {what} {path!r}: {reason_of(error)}") from error
+    kwargs |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    with as_user_error(
+        f"could not load {what} {path!r}"
+    ):  # each architecture and quantisation library has its own errors
+        model, info = auto_class.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     # a student may start from an encoder and a new head, and no task reads a pooler that `AutoModel` adds
     missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
     if missing and what != "student":

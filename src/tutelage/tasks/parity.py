@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from tutelage.core.errors import UserError
 
+Support = Sequence[int] | None
 _SPARSITY = 0.1  # fraction of a sparse example's bits that are -1
 _CHUNK = 4096
 _FIT_EXAMPLES = 20_000  # for the least-squares fit of a planted teacher
@@ -53,13 +54,7 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
             that they do not learn from uniform inputs alone (arXiv:2306.16921). 0: all examples are uniform."""
 
     def __init__(
-        self,
-        d: int,
-        k: int,
-        count: int,
-        seed: int | Sequence[int] = 0,
-        support: Sequence[int] | None = None,
-        sparse_until: int = 0,
+        self, d: int, k: int, count: int, seed: int | Sequence[int] = 0, support: Support = None, sparse_until: int = 0
     ):
         self.support = check_parity(d, k, support)
         self.d, self.count, self.seed, self.sparse_until = d, count, seed, sparse_until

@@ -21,12 +21,6 @@ from tutelage.tasks.pcfg_grammar import Grammar, check_seed, sample
 PAD, MASK, BOS, EOS, FIRST_TERMINAL = range(5)
 
 
-def pcfg_tokens(grammar: Grammar) -> dict[str, int]:
-    """The vocabulary: four special tokens, then the terminals `t0`, `t1`, ..."""
-    names = ("<pad>", "<mask>", "<bos>", "<eos>", *(f"t{terminal}" for terminal in range(grammar.terminals)))
-    return {name: index for index, name in enumerate(names)}
-
-
 class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
     """Strings of a grammar as rows `{"input_ids": (T,)}`, drawn on access.
 
@@ -58,7 +52,7 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Draw rows together, which is much faster than one by one; PyTorch's data loader calls it."""
+        """Draw rows together, which is much faster; PyTorch's data loader calls it."""
         index_N = np.asarray(indices, dtype=np.int64)
         outside = index_N[(index_N < -self.count) | (index_N >= self.count)]
         if len(outside):
@@ -123,7 +117,12 @@ def pcfg_config(
         if value is not None and value < 1:
             raise UserError(f"a model needs {name} of at least 1, got {value}")
     width, positions = heads * head_width, max_length or grammar.longest + 2
-    shared = {"vocab_size": len(pcfg_tokens(grammar)), "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    shared = {
+        "vocab_size": FIRST_TERMINAL + grammar.terminals,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
     if task == "masked_lm":
         shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "type_vocab_size": 1}
         shape |= {"intermediate_size": 4 * width, "max_position_embeddings": positions}

@@ -25,8 +25,7 @@ class Grammar:
     """A grammar whose symbols belong to levels; the symbols of each level are numbered from 0. Raises UserError for fewer than
     two levels, more than one root, and rules that do not fit the levels."""
 
-    levels: tuple[int, ...]
-    """Symbols of each level: (1, 3, 3, 3) has a root, two more levels of non-terminals and three terminals."""
+    levels: tuple[int, ...]  # symbols of each level: 1 for the root; the last are the terminals
     rules: tuple[np.ndarray, ...]
     """For each level except the last, (S, R, 3): the symbols of the next level that replace symbol s; -1 fills a short rule."""
 

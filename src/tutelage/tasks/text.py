@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.errors import UserError, reason_of
+from tutelage.core.errors import UserError, as_user_error, reason_of
 from tutelage.io.store import Store
 from tutelage.tasks.base import Task
 
@@ -77,12 +77,9 @@ def _read_file(file: Path) -> Dataset:
         raise _empty(file)
     if file.suffix != ".parquet":
         _check_utf8(file)
-    try:
-        return load_dataset(
-            _BUILDERS[file.suffix], data_files=str(file), split="train", **_OPTIONS.get(file.suffix, {})
-        )
-    except Exception as error:  # the exception classes depend on the format
-        raise UserError(f"could not read {str(file)!r} as {file.suffix}: {reason_of(error)}") from error
+    options = {"data_files": str(file), "split": "train", **_OPTIONS.get(file.suffix, {})}
+    with as_user_error(f"could not read {str(file)!r} as {file.suffix}"):  # each format has its own errors
+        return load_dataset(_BUILDERS[file.suffix], **options)
 
 
 def _check_utf8(file: Path) -> None:
