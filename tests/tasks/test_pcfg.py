@@ -138,27 +138,6 @@ def test_impossible_grammars(monkeypatch: pytest.MonkeyPatch, arguments: dict[st
         build_grammar(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("levels", "rules", "message"),
-    [
-        ((1,), [], r"levels \(1,\) do not define a grammar: they need a single root and at least one level below"),
-        ((2, 2), [[[[0, 1, -1]]] * 2], "they need a single root"),
-        ((1, 2, 2), [[[[0, 1, -1]]]], "3 levels need 2 arrays of rules, got 1"),
-        ((1, 2), [[[[0, 1]]]], r"the rules of level 0 have shape \(1, 1, 2\): expected \(1, rules per symbol, 3\)"),
-        ((1, 2), [[[[0, 2, -1]]]], "a rule of level 0 has a symbol outside 0 to 1: use the numbers of level 1"),
-        ((1, 2), [[[[0, -1, -1]]]], r"outside 0 to 1: use the numbers of level 1 \(-1 in the third place only\)"),
-    ],
-)
-def test_rules_that_fit_no_levels(levels: tuple[int, ...], rules: list[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Grammar(levels, tuple(np.array(table) for table in rules))
-
-
-def test_a_grammar_cannot_be_changed() -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        TINY.rules[0][0, 0, 0] = 1
-
-
 # ---- Sampling ----
 
 

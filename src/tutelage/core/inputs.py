@@ -1,5 +1,4 @@
 """Select what a model's forward takes from a batch, and which positions of a batch count.
-
 Shapes: B batch, T positions, D width."""
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ kept, and in `logits_loss` for a few outputs.
 
 Every loss is a *sum* over positions (or sequences): the caller divides by the number of items in the whole optimiser step,
 so that gradient accumulation does not change the result.
-
 Shapes: N positions, D student width, E teacher width, R projected width, V outputs."""
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ class Standardizer:
     @classmethod
     def fit(cls, states_ND: torch.Tensor, center: bool = True, sink_factor: float = SINK_FACTOR) -> Standardizer:
         """Fit on calibration states of non-padding positions; `center=False` scales by the root mean square only.
-
         Raises UserError for fewer than two positions and for states that are not finite."""
         if len(states_ND) < 2:
             raise UserError(f"standardising needs at least 2 calibration positions, got {len(states_ND)}")

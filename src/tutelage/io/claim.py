@@ -22,7 +22,6 @@ class Claim:
 
 def claim(store: Store, mine: Claim) -> bool:
     """Write the record into an empty folder, or check the record that is there; True if there was one.
-
     Raises UserError if the folder contains something else, or a record with different values."""
     if not store.exists(mine.record):
         if not store.is_empty():

@@ -15,7 +15,6 @@ from tutelage.core.errors import UserError
 @contextmanager
 def writing_errors(path: str | Path) -> Iterator[None]:
     """Say which path could not be written, and why, where the block raises an OSError.
-
     Raises UserError: the disk is full, the folder is read-only, a file is in the place of a folder..."""
     try:
         yield
@@ -29,7 +28,6 @@ def writing_errors(path: str | Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well.
-
     Raises UserError: the file cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     with writing_errors(path):

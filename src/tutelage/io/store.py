@@ -1,8 +1,7 @@
 """A folder of files, on this machine or behind any fsspec URL (s3://, gs://, abfs://, ...).
 
 A file is never read half-written: a local file is written to a temporary file, synced and renamed; an object in remote
-storage appears when its upload is complete.
-"""
+storage appears when its upload is complete."""
 
 from __future__ import annotations
 

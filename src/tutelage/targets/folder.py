@@ -1,8 +1,7 @@
 """An extracted curriculum read back from disk.
 
 A curriculum extracted at width R serves students of width r <= R: the first r columns of a random projection are the
-projection to r, and the data-aware ones are sorted. It serves every increasing subset of its stages.
-"""
+projection to r, and the data-aware ones are sorted. It serves every increasing subset of its stages."""
 
 from __future__ import annotations
 

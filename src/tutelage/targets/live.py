@@ -1,5 +1,4 @@
 """Targets from a live, frozen teacher.
-
 Shapes: B batch, T positions, D teacher width, E embedding width, V outputs."""
 
 from __future__ import annotations

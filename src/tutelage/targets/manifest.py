@@ -3,8 +3,7 @@
 The folder is a `datasets.DatasetDict` saved to disk (`datasets.load_from_disk` reads it, and so does anything that reads Arrow
 streams): a split for each stage, `calibration` and `evaluation`. Beside it lie `manifest.json`, the teacher's config and
 tokenizer, and what a head transplant needs. While it is being made, `extraction.json` says from what, and each shard has a
-receipt beside it; a shard with a receipt is whole.
-"""
+receipt beside it; a shard with a receipt is whole."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """Target maps: from a teacher's states to a student's targets.
-
 Shapes: B batch, T positions, D teacher width, R projected width, N calibration positions."""
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ of the positions that predict, n x K.
 
 *int8* states have one scale per token, the largest magnitude over 127: tokens of one text differ in norm far more than the
 dimensions of a standardised, projected state do.
-
 Shapes: B rows, T positions, R width of the stored states, N positions that predict, K stored outputs."""
 
 from __future__ import annotations

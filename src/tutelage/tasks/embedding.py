@@ -1,5 +1,4 @@
 """Sentence encoders, distilled on their pooled embedding; their folders have the format of sentence-transformers.
-
 Shapes: B batch, T positions, D encoder width, E embedding width."""
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from tutelage.core.losses import OutputSettings, embedding_loss
 from tutelage.tasks.base import Batch, Clues, EvaluationTools, OutputTarget, Task
 from tutelage.tasks.loading import check_weights, find_file, load_config, load_model
 
-# The number of pairs grows with the square of the number of sentences: 1,000 give half a million pairs.
-_PAIRED_SENTENCES = 1000
+_PAIRED_SENTENCES = 1000  # half a million pairs
 _POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 POOLINGS = tuple(_POOLING_KEYS)
 _DENSE = "2_Dense"
@@ -99,8 +97,8 @@ class SentenceEmbedding(Task):
             units = [F.normalize(embeddings[:count], dim=-1) for embeddings in (student_BE, teacher_BE)]
             similarities = [(unit @ unit.T)[upper[0], upper[1]].double().numpy() for unit in units]
             ranks = [np.argsort(np.argsort(values)) for values in similarities]
-            metrics["similarity_pearson"] = float(np.corrcoef(similarities[0], similarities[1])[0, 1])
-            metrics["similarity_spearman"] = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+            for name, pair in (("pearson", similarities), ("spearman", ranks)):
+                metrics[f"similarity_{name}"] = float(np.corrcoef(*pair)[0, 1])
         return metrics
 
 
@@ -194,10 +192,8 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
     UserError for an unknown module or pooling."""
     config = load_config(folder, what=what, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     # a T5 encoder is one half of an encoder-decoder model
-    names = config.architectures or [""]
-    half = getattr(config, "is_encoder_decoder", False) or names[0].endswith("EncoderModel")
-    auto_class = AutoModelForTextEncoding if half else AutoModel
-    encoder = load_model(folder, auto_class, what=what, **kwargs)
+    half = getattr(config, "is_encoder_decoder", False) or (config.architectures or [""])[0].endswith("EncoderModel")
+    encoder = load_model(folder, AutoModelForTextEncoding if half else AutoModel, what=what, **kwargs)
     if (modules := find_file(folder, "modules.json")) is None:
         return EmbeddingModel(encoder)
     kinds = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in _read_json(modules)}

@@ -1,7 +1,6 @@
 """Loading models and tokenizers safely.
 
-Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
-"""
+Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it."""
 
 from __future__ import annotations
 

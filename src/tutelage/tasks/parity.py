@@ -95,12 +95,8 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
         ids, labels = (torch.cat(parts)[: self.count] for parts in zip(*chunks, strict=True))
         return ids, labels
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_chunk"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._chunk = functools.lru_cache(maxsize=2)(self._make_chunk)
+    def __reduce__(self) -> Any:
+        return ParityData, (self.d, len(self.support), self.count, self.seed, self.support, self.sparse_until)
 
 
 class ReplicatedLinear(nn.Module):

@@ -28,7 +28,6 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
     one. Datasets with different seeds are different streams, but a small grammar has few strings (levels=4 has some
     hundreds), so both may contain the same string. The seed is 0 to 2^64 - 1. Rows longer than `max_length` are cut to their
     first `max_length` tokens (they lose `<eos>` and are not members of the language); None cuts no row.
-
     Raises UserError: no rows, a seed out of range, or a `max_length` that leaves nothing to predict."""
 
     def __init__(self, grammar: Grammar, count: int, seed: int, max_length: int | None = None):
@@ -77,7 +76,6 @@ def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3) ->
     `mask_probability`; of the chosen terminals 80% become `<mask>`, 10% become a random terminal and 10% stay, as in BERT;
     the labels are the ids of the chosen terminals. Padding and all other positions have the label -100. The masks come from
     PyTorch's global generator, so that the trainer's seed determines them.
-
     Raises UserError: the task is not masked_lm or causal_lm, or the probability is not above 0 and at most 1."""
     _check_task(task)
     if not 0 < mask_probability <= 1:

@@ -3,7 +3,6 @@
 The family is that of Allen-Zhu and Li, "Physics of Language Models: Part 1" (arXiv:2305.13673). Symbols belong to levels:
 level 0 is the root, the last level has the terminals. A rule rewrites a symbol to 2 or 3 symbols of the next level; the rules
 of a symbol are equally likely. The grammars are our own draws with the same statistics, not those of the paper.
-
 Shapes: N strings, M symbols of all strings one after the other, S symbols of a level, R rules of a symbol."""
 
 from __future__ import annotations
@@ -22,38 +21,12 @@ _COVER_ATTEMPTS = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A grammar whose symbols belong to levels; the symbols of each level are numbered from 0. Raises UserError for fewer than
-    two levels, more than one root, and rules that do not fit the levels."""
+    """A grammar whose symbols belong to levels; the symbols of each level are numbered from 0."""
 
     levels: tuple[int, ...]  # symbols of each level: 1 for the root; the last are the terminals
-    rules: tuple[np.ndarray, ...]
-    """For each level except the last, (S, R, 3): the symbols of the next level that replace symbol s; -1 fills a short rule."""
-
-    def __post_init__(self) -> None:
-        if len(self.levels) < 2 or self.levels[0] != 1 or min(self.levels) < 1:
-            raise UserError(
-                f"levels {self.levels} do not define a grammar: they need a single root and at least one level below"
-            )
-        if len(self.rules) != len(self.levels) - 1:
-            raise UserError(
-                f"{len(self.levels)} levels need {len(self.levels) - 1} arrays of rules, got {len(self.rules)}"
-            )
-        frozen = []
-        for level, (rules, below) in enumerate(zip(self.rules, self.levels[1:], strict=True)):
-            table = np.array(rules, dtype=np.int64)
-            if table.ndim != 3 or 0 in table.shape or table.shape[::2] != (self.levels[level], LONGEST_RULE):
-                raise UserError(
-                    f"the rules of level {level} have shape {table.shape}: expected "
-                    f"({self.levels[level]}, rules per symbol, {LONGEST_RULE}), rules of two symbols filled with {NONE}"
-                )
-            if (table < [0, 0, NONE]).any() or table.max() >= below:
-                raise UserError(
-                    f"a rule of level {level} has a symbol outside 0 to {below - 1}: use the numbers of level {level + 1} "
-                    f"({NONE} in the third place only)"
-                )
-            table.setflags(write=False)
-            frozen.append(table)
-        object.__setattr__(self, "rules", tuple(frozen))
+    rules: tuple[
+        np.ndarray, ...
+    ]  # per level above, (S, R, 3): the symbols that replace symbol s; -1 fills a short rule
 
     @property
     def terminals(self) -> int:

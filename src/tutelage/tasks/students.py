@@ -29,7 +29,6 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     `student` is a model folder, a `config.json`, or a preset such as `layers=3,hidden_size=192`: comma-separated settings that
     replace those of the teacher. Heads and feed-forward width follow the hidden size unless they are given; every other field
     (vocabulary, positions, activation...) is that of the teacher.
-
     Raises UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads."""
     if is_preset(student):
         return _preset(student, teacher)
