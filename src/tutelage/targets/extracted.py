@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -17,7 +18,7 @@ from tutelage.targets import rows
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.maps import save_target_maps
 from tutelage.targets.source import Batches, Device, FixedSettings, Reading, StatisticsFile, TargetSource
-from tutelage.targets.stored_rows import StoredCollator, StoredRows
+from tutelage.targets.stored_rows import StoredRows, collate
 from tutelage.tasks.base import Batch, OutputTarget
 from tutelage.tasks.registry import get_task
 
@@ -57,8 +58,17 @@ class ExtractedTargets(TargetSource):
                 f"the extracted curriculum in {str(self.folder.store)!r} has projections of width {extracted}, but the student "
                 f"has width {width}: extract again with --projection_dim {width}, or choose a narrower student"
             )
-        if curriculum.transplant_stage is not None:
-            self._check_transplant(student)
+        transplants = curriculum.transplant_stage is not None
+        if transplants and self.folder.identity.head is None:
+            raise UserError(
+                f"the extracted curriculum in {str(self.folder.store)!r} contains no output head to start from: extract it "
+                "with --warm_start head, or train with --warm_start none"
+            )
+        if transplants and self.folder.identity.centered and not self.task.head_has_bias(student):
+            raise UserError(
+                "the curriculum was extracted for a student whose output head has a bias, but this student's head has none: "
+                "use --warm_start none, or extract again with this student"
+            )
         if "embedding" in curriculum.warm_start:
             raise UserError(
                 f"warm_start={curriculum.warm_start!r} needs the teacher's embedding, which an extracted curriculum does not "
@@ -66,18 +76,6 @@ class ExtractedTargets(TargetSource):
             )
         super().attach(curriculum, student, outputs)
         self._width = width
-
-    def _check_transplant(self, student: nn.Module) -> None:
-        if self.folder.identity.head is None:
-            raise UserError(
-                f"the extracted curriculum in {str(self.folder.store)!r} contains no output head to start from: extract it "
-                "with --warm_start head, or train with --warm_start none"
-            )
-        if self.folder.identity.centered and not self.task.head_has_bias(student):
-            raise UserError(
-                "the curriculum was extracted for a student whose output head has a bias, but this student's head has none: "
-                "use --warm_start none, or extract again with this student"
-            )
 
     @property
     def output_count(self) -> int | None:
@@ -121,7 +119,7 @@ class ExtractedTargets(TargetSource):
         return dataset.__getitems__([int(dataset.starts[index])])
 
     def collate_with(self, collator: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
-        return StoredCollator(collator, getattr(self.tokenizer, "pad_token_id", None) or 0)
+        return partial(collate, collator, getattr(self.tokenizer, "pad_token_id", None) or 0)
 
     @property
     def columns(self) -> tuple[str, ...]:

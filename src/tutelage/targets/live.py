@@ -12,9 +12,9 @@ from torch import nn
 
 from tutelage.core.blocks import FINAL, Place, find_blocks, forward_to
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
-from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import model_inputs, output_tensor, position_mask
+from tutelage.core.projection import check_widening
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
 from tutelage.targets.identity import model_hash
@@ -171,8 +171,5 @@ class LiveTargets(TargetSource):
 
 def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:
     """Refuse a projection that cannot map the teacher's width to the student's."""
-    kind = curriculum.projection
-    if curriculum.hidden_stages and student > teacher and kind not in ("gaussian", "rademacher"):
-        raise UserError(
-            f"projection={kind!r} cannot widen {teacher} to {student}: use projection='gaussian' or a narrower student"
-        )
+    if curriculum.hidden_stages:
+        check_widening(curriculum.projection, teacher, student)

@@ -21,8 +21,7 @@ from tutelage.core.projection import (
     Projection,
     RandomProjection,
     StackedProjection,
-    logits_projection,
-    pca_projection,
+    spectral_projection,
 )
 from tutelage.core.standardize import Standardizer
 from tutelage.io.files import replacing
@@ -112,8 +111,8 @@ def _data_projection(
     # The outputs see a block's state only through the blocks above it, so there `logits` is the principal directions too;
     # an embedding model's output *is* its pooled state, with no head to look through.
     if kind == "pca" or stage.teacher_place != FINAL or calibration.head is None:
-        return pca_projection(moment, calibration.width)
-    return logits_projection(moment, _logit_gram(calibration.head, standardizer), calibration.width)
+        return spectral_projection(moment, calibration.width)
+    return spectral_projection(moment, calibration.width, _logit_gram(calibration.head, standardizer))
 
 
 def random_projection(

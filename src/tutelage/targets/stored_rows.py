@@ -36,7 +36,12 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         self.tables = [kind(source.store, source.manifest.split(name)) for name in self.splits]
         counts = [stage.steps * reading.step_examples for stage in curriculum.stages]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
-        self.planned = local and self._is_planned(curriculum)
+        identity, steps = (
+            source.identity,
+            [[stage.steps for stage in c.stages] for c in (curriculum, source.curriculum)],
+        )
+        same_order = (reading.seed, reading.step_examples) == (identity.seed, identity.step_examples)
+        self.planned = local and same_order and steps[0] == steps[1]
         self._kept: dict[str, tuple[Any, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -62,11 +67,6 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         if name not in self._kept or self._kept[name][0] != key:
             self._kept[name] = (key, make())
         return self._kept[name][1]
-
-    def _is_planned(self, curriculum: Curriculum) -> bool:
-        identity, extracted = self.source.identity, self.source.curriculum
-        same_steps = [s.steps for s in curriculum.stages] == [s.steps for s in extracted.stages]
-        return same_steps and (self.reading.seed, self.reading.step_examples) == (identity.seed, identity.step_examples)
 
     def _planned_row(self, stage: int, position: int) -> int:
         """Row of the example that the trainer's own sampler draws at a position."""
@@ -167,11 +167,6 @@ def _evened(streams: list[np.ndarray]) -> list[np.ndarray]:
     return evened
 
 
-class StoredCollator:
+def collate(collator: Callable[[Any], dict[str, Any]], pad_id: int, batch: Any) -> dict[str, Any]:
     """Decodes stored batches; other rows go to the run's own collator."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], pad_id: int):
-        self.collator, self.pad_id = collator, pad_id
-
-    def __call__(self, batch: Any) -> dict[str, Any]:
-        return batch.tensors(self.pad_id) if isinstance(batch, StoredBatch) else self.collator(batch)
+    return batch.tensors(pad_id) if isinstance(batch, StoredBatch) else collator(batch)
