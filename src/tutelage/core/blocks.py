@@ -120,9 +120,7 @@ def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None
     return _run_until(model, module, place == 0, args, inputs)
 
 
-class _Reached(Exception):
-    """Carries the hidden state out of a forward that is stopped on purpose."""
-
+class _Reached(Exception):  # carries the hidden state out of a forward that is stopped on purpose
     def __init__(self, hidden: torch.Tensor):
         self.hidden = hidden
 

@@ -261,11 +261,9 @@ def parse_layer_map(text: str) -> list[tuple[Place, Place]]:
         word = word.strip()
         if word == "head":
             raise UserError(f"layer_map {text!r}: the place before the output head is called {FINAL!r}, not 'head'")
-        if word == FINAL:
-            return FINAL
-        if not word.isdigit():
+        if word != FINAL and not word.isdigit():
             raise UserError(f"layer_map {text!r}: {word!r} is neither a block number nor {FINAL!r}")
-        return int(word)
+        return FINAL if word == FINAL else int(word)
 
     pairs: list[tuple[Place, Place]] = []
     for pair in text.split(","):
@@ -279,16 +277,14 @@ def parse_layer_map(text: str) -> list[tuple[Place, Place]]:
 def _check_layer_map(pairs: LayerMap, student_blocks: int, teacher_blocks: int) -> None:
     if not pairs:
         raise UserError("layer_map is empty: give pairs such as '1:2,final:final', or None for the uniform map")
-    ranks = []
     for pair in pairs:
         for who, place, last in zip(("student", "teacher"), pair, (student_blocks, teacher_blocks), strict=True):
             if place != FINAL and not (isinstance(place, int) and 1 <= place <= last):
                 raise UserError(f"layer_map: the {who} has blocks 1 to {last} and {FINAL!r}, not {place!r}")
-        ranks.append([float("inf") if place == FINAL else int(place) for place in pair])
-    for (s0, t0), (s1, t1) in itertools.pairwise(ranks):
-        if s1 <= s0 or t1 <= t0:
-            shown = ",".join(f"{s}:{t}" for s, t in pairs)
-            raise UserError(f"layer_map {shown} is not strictly increasing in both student and teacher")
+    ranks = [[float("inf") if place == FINAL else int(place) for place in pair] for pair in pairs]
+    if any(s1 <= s0 or t1 <= t0 for (s0, t0), (s1, t1) in itertools.pairwise(ranks)):
+        shown = ",".join(f"{s}:{t}" for s, t in pairs)
+        raise UserError(f"layer_map {shown} is not strictly increasing in both student and teacher")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

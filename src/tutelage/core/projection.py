@@ -113,7 +113,6 @@ class StackedProjection(Projection):
         self.in_features, self.out_features = parts[0].in_features, parts[0].out_features
 
     def matrix(self) -> torch.Tensor:
-        """The maps, (G, in_features, out_features)."""
         return torch.stack([part.matrix() for part in self.parts])
 
     def __call__(self, hidden_BGD: torch.Tensor) -> torch.Tensor:

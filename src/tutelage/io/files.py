@@ -27,8 +27,7 @@ def writing_errors(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well.
-    Raises UserError: the file cannot be written."""
+    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well."""
     temporary = path.with_name(path.name + ".tmp")
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,7 +137,6 @@ class ExtractedCurriculum:
 
     @cached_property
     def evaluation(self) -> Dataset:
-        """Held-out rows."""
         return open_split(self.store, self.manifest.split("evaluation")).remove_columns(["example_id", "content_hash"])
 
 

@@ -19,8 +19,6 @@ from tutelage.targets.rows import INPUT_COLUMNS, RowFormat, content_hash
 
 @dataclass(frozen=True)
 class TeacherIdentity(Record):
-    """The teacher of an extraction."""
-
     name: str
     hash: str  # `model_hash`
     dtype: str  # dtype that its weights were held in
@@ -31,8 +29,6 @@ class TeacherIdentity(Record):
 
 @dataclass(frozen=True)
 class DataIdentity(Record):
-    """The training data of an extraction."""
-
     name: str
     rows: int
     fingerprint: str  # `data_fingerprint`

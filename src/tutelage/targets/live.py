@@ -113,13 +113,9 @@ class LiveTargets(TargetSource):
             maps = load_target_maps(file.path, curriculum, width, self.blocks, replicas)
         else:
             transplants = curriculum.transplant_stage is not None
-            calibration = Calibration(
-                width,
-                replicas,
-                center_final=not transplants or self.task.head_has_bias(student),
-                keep_moment=transplants,
-                head=self.output_head() if self.task.splits_head else None,
-            )
+            centers = not transplants or self.task.head_has_bias(student)
+            head = self.output_head() if self.task.splits_head else None
+            calibration = Calibration(width, replicas, centers, keep_moment=transplants, head=head)
             maps = calibrate(self.stage_states, curriculum, batches(), self.blocks, calibration)
             if file.write:
                 save_target_maps(maps, file.path)

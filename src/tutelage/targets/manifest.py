@@ -40,14 +40,11 @@ class Shard(Record):
 
 @dataclass(frozen=True)
 class Split(Record):
-    """The rows of a stage, or of calibration or evaluation."""
-
-    name: str
+    name: str  # of a stage, `calibration` or `evaluation`
     shards: tuple[Shard, ...]
 
     @property
     def rows(self) -> int:
-        """Examples."""
         return sum(shard.rows for shard in self.shards)
 
     @property
@@ -125,9 +122,8 @@ def finish(store: Store, manifest: Manifest, features: Mapping[str, Features]) -
         store.write(f"{split.name}/dataset_info.json", json.dumps(info, indent=2))
     store.write("dataset_dict.json", json.dumps({"splits": [split.name for split in manifest.splits]}))
     store.write(MANIFEST_FILE, manifest.to_json() + "\n")
-    for split in manifest.splits:
-        for shard in split.shards:
-            store.remove(_receipt_of(shard.file))
+    for file in [shard.file for split in manifest.splits for shard in split.shards]:
+        store.remove(_receipt_of(file))
     store.remove(PROGRESS_FILE)
 
 
@@ -201,14 +197,13 @@ def open_split(store: Store, split: Split) -> Dataset:
     """A split's rows, memory-mapped; UserError for a shard that is missing, has a different size than in the manifest, or, if
     it was fetched, a different checksum."""
     check_shards_exist(store, split)
-    for shard in split.shards:
-        if store.size(shard.file) != shard.bytes:
-            raise UserError(
-                f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {store.size(shard.file):,} bytes, the "
-                f"manifest says {shard.bytes:,}; copy it again, or extract again"
-            )
     parts = []
     for shard in split.shards:
+        if (size := store.size(shard.file)) != shard.bytes:
+            raise UserError(
+                f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {size:,} bytes, the manifest says "
+                f"{shard.bytes:,}; copy it again, or extract again"
+            )
         path = store.fetch(shard.file)
         if store.local is None:
             with path.open("rb") as fetched:

@@ -34,8 +34,6 @@ _LARGEST = 127
 
 @dataclass(frozen=True)
 class RowFormat(Record):
-    """How rows are stored."""
-
     dtype: str  # of states: `int8`, `float16` or `float32`. Log-probabilities are float32 with float32, else float16.
     vocabulary: int  # ids are uint16 up to 65,536 of them, else int32
     label: str  # `none` (labels follow from the ids), `tokens` (a list) or `class` (one number)

@@ -58,9 +58,7 @@ class FixedSettings:
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """Where the statistics of the target maps are kept."""
-
-    path: Path
+    path: Path  # where the statistics of the target maps are kept
     read: bool  # read them if they are there, instead of making them
     write: bool  # write them; one process does
 

@@ -90,9 +90,7 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         return {"input_ids": self.__getitems__([position]).tensors(0)["input_ids"][0]}
 
 
-class _MappedRows:
-    """Rows of a split on this machine, memory-mapped."""
-
+class _MappedRows:  # on this machine, memory-mapped
     def __init__(self, store: Store, split: Split):
         self.data = open_split(store, split).with_format("arrow")
 

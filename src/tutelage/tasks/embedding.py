@@ -104,7 +104,6 @@ class SentenceEmbedding(Task):
 
 class EmbeddingModel(nn.Module):
     """An encoder with a pooling, an optional linear head, and optional scaling to unit norm.
-
     `embedding_size` is E, the width of the head's output, None for no head (E = D); `pooling` is `mean` over non-padding
     positions, or `cls` for the first token."""
 

@@ -20,8 +20,6 @@ from tutelage.tasks.base import Batch, HeadTask, Selected
 
 
 class _LanguageModel(HeadTask):
-    """Outputs at every position; text is packed into blocks."""
-
     per_position = True
     warm_start = "head"
 
@@ -81,7 +79,6 @@ class MaskedLM(_LanguageModel):
 
 class CausalCollator:
     """Stacks packed blocks; pads shorter rows at their end, where the labels are ignored.
-
     `always_mask` returns an attention mask even if no row is padded."""
 
     def __init__(self, pad_token_id: int | None = None, always_mask: bool = False):

@@ -101,7 +101,6 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
 
 class ReplicatedLinear(nn.Module):
     """G independent linear maps as one batched product, (B, G, in) -> (B, G, out), with the distribution of `nn.Linear`.
-
     There is one seed per replica; `index` is the number of the layer, so that layers with the same seed have different
     weights."""
 
@@ -122,8 +121,6 @@ class ReplicatedLinear(nn.Module):
 
 
 class ParityMLPConfig(PreTrainedConfig):
-    """Shape of a `ParityMLP`."""
-
     model_type = "parity_mlp"
 
     def __init__(self, d: int = 50, hidden_size: int = 100, replica_seeds: Sequence[int] | None = None, **kwargs: Any):

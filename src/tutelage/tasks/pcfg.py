@@ -27,8 +27,7 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
     Row i depends only on the grammar, the seed and i: nothing is stored, and a shorter dataset is the beginning of a longer
     one. Datasets with different seeds are different streams, but a small grammar has few strings (levels=4 has some
     hundreds), so both may contain the same string. The seed is 0 to 2^64 - 1. Rows longer than `max_length` are cut to their
-    first `max_length` tokens (they lose `<eos>` and are not members of the language); None cuts no row.
-    Raises UserError: no rows, a seed out of range, or a `max_length` that leaves nothing to predict."""
+    first `max_length` tokens (they lose `<eos>` and are not members of the language); None cuts no row."""
 
     def __init__(self, grammar: Grammar, count: int, seed: int, max_length: int | None = None):
         if count < 1:
