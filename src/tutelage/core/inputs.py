@@ -1,10 +1,5 @@
 """Select what a model's forward takes from a batch, and which positions of a batch count.
-
-Public names: `model_inputs`, `output_tensor`, `position_mask`, `label_positions`, `at_positions`, `last_token`,
-`batch_size`, `batch_positions`, `usable_positions`.
-
-Shapes: B batch, T positions, D width.
-"""
+Shapes: B batch, T positions, D width."""
 
 from __future__ import annotations
 
@@ -46,8 +41,7 @@ def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tenso
     """The positions of the output loss: mask (B, T) of positions that predict, and their labels (N,).
 
     A causal model predicts label t + 1 at position t. Without labels every non-padding position counts (in a causal model
-    every one that has a successor), and the labels are None.
-    """
+    every one that has a successor), and the labels are None."""
     labels = batch.get("labels")
     if labels is None:
         mask = batch.get("attention_mask")
@@ -62,10 +56,8 @@ def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tenso
 
 
 def at_positions(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...).
-
-    All rows for fake tensors, whose values are unknown: a plan counts every position.
-    """
+    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...); of fake tensors, whose values a plan does not
+    know, all rows."""
     return values.flatten(0, 1) if isinstance(values, FakeTensor) else values[mask]
 
 

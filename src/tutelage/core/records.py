@@ -1,7 +1,4 @@
-"""Dataclasses that are written to JSON and read back.
-
-Public names: `Record`.
-"""
+"""Dataclasses that are written to JSON and read back."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ class Record:
         return {field.name: _encode(getattr(self, field.name)) for field in fields}
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
@@ -35,7 +31,6 @@ class Record:
 
     @classmethod
     def from_json(cls: type[_Self], text: str) -> _Self:
-        """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
 
 

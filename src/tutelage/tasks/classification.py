@@ -1,16 +1,11 @@
-"""Classifiers of token sequences, and plain networks that classify any tensors.
-
-Public names: `SequenceClassification`, `PlainClassification`.
-
-Shapes: B batch, G replicas, V classes.
-"""
+"""Classifiers of token sequences, and plain networks that classify any tensors."""
 
 from __future__ import annotations
 
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -29,8 +24,7 @@ class SequenceClassification(HeadTask):
     """One class per token sequence, from the last token or a pooled state.
 
     Classifiers have a nonlinearity before their head, whose output range does not match the targets. Extraction therefore
-    uses the paper's stages by default, without a head transplant.
-    """
+    uses the paper's stages by default, without a head transplant."""
 
     name = "sequence_classification"
     auto_class = AutoModelForSequenceClassification
@@ -41,9 +35,8 @@ class SequenceClassification(HeadTask):
     def check_model(self, model: nn.Module) -> None:
         """Refuse models whose outputs are not the classes of a softmax."""
         config: Any = getattr(model, "config", None)
-        if config is None:
-            return
-        if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        wrong_kinds = ("regression", "multi_label_classification")
+        if config is not None and (config.num_labels < 2 or config.problem_type in wrong_kinds):
             raise UserError(
                 f"{type(model).__name__} has {config.num_labels} output(s) and problem_type {config.problem_type!r}: only "
                 "classification into one of two or more classes can be distilled"
@@ -61,7 +54,7 @@ class SequenceClassification(HeadTask):
     def example(self, length: int) -> Batch:
         return {**super().example(length), "labels": torch.zeros((1,), dtype=torch.long)}
 
-    def select(self, hidden: torch.Tensor, batch: Batch) -> Selected:
+    def select(self, hidden: Tensor, batch: Batch) -> Selected:
         state = last_token(hidden, batch)
         return Selected(state, batch.get("labels"), torch.arange(len(state), device=state.device))
 
@@ -79,17 +72,15 @@ class PlainClassification(Task):
 
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
-    ) -> torch.Tensor:
+    ) -> Tensor:
         logits = output_tensor(student(**model_inputs(student, batch)))
         return logits_loss(logits, None if target is None else target.whole, batch.get("labels"), settings)
 
-    def measure(
-        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
-    ) -> torch.Tensor:
+    def measure(self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools) -> Tensor:
         logits = output_tensor(student(**model_inputs(student, batch)))
         return logits_metrics(logits, batch["labels"], None if target is None else target.whole)
 
-    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+    def summarize(self, parts: list[Tensor], with_teacher: bool) -> dict[str, float]:
         """Means over examples; a replicated student has means over all replicas, and `loss_0`, `accuracy_0`... of each."""
         means = torch.cat(parts).double().mean(0)  # (6,) or, replicated, (G, 6)
         if means.dim() == 1:

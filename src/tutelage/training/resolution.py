@@ -23,8 +23,7 @@ from tutelage.core.curriculum import (
     uniform_layer_map,
 )
 from tutelage.core.errors import UserError
-from tutelage.targets.order import Reading
-from tutelage.targets.source import FixedSettings
+from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import DEFAULTS, CurriculumConfig
 
 _SHARED = ("projection", "projection_seed", "normalize", "temperature", "top_k")

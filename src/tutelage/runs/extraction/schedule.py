@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.targets.order import Reading, epoch_order
+from tutelage.targets.source import Reading, epoch_order
 
 Batches = list[list[int]]
 """Examples of the batches of a shard."""
