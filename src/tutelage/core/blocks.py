@@ -100,7 +100,14 @@ def head_module(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None = None, **inputs: Any) -> torch.Tensor:
+def forward_to(
+    model: nn.Module,
+    place: Place,
+    *args: Any,
+    blocks: Blocks | None = None,
+    head: nn.Module | None = None,
+    **inputs: Any,
+) -> torch.Tensor:
     """Run `model` up to `place` and return the hidden state there; nothing deeper is executed.
 
     The result is the *raw* output of block b, (B batch, T positions, D width) for a transformer. Some models (Llama, GPT-2)
@@ -110,9 +117,10 @@ def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None
     Args:
         place: 0 (embedding output) to the number of blocks, or `FINAL`; UserError if the model has no such place.
         args, inputs: the arguments of the model's own forward.
-        blocks: `find_blocks(model)`, if the caller has it already."""
+        blocks: `find_blocks(model)`, if the caller has it already.
+        head: the output head, where it is not the one that `head_module` finds."""
     if place == FINAL:
-        head = head_module(model)
+        head = head_module(model) if head is None else head
         return _first(model(*args, **inputs)) if head is None else _run_until(model, head, True, args, inputs)
     if not isinstance(place, int):
         raise UserError(f"no place {place!r} in {type(model).__name__}: use a block number or {FINAL!r}")

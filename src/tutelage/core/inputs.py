@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tutelage.core.errors import UserError
+
 IGNORED_LABEL = -100
 
 
@@ -26,7 +28,13 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def output_tensor(output: Any) -> torch.Tensor:
     """The output of a model's forward as one tensor: the output itself, or its `logits`."""
-    return output if isinstance(output, torch.Tensor) else output.logits
+    found = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, torch.Tensor):
+        raise UserError(
+            f"a forward gave a {type(output).__name__}, which is no tensor and has no logits: write the `whole_output` of the "
+            "task (docs/new_task.md)"
+        )
+    return found
 
 
 def position_mask(batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,10 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from tutelage.core.blocks import FINAL, Place, find_blocks, forward_to
+from tutelage.core.blocks import FINAL, Place, find_blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import model_inputs, output_tensor, position_mask
+from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.projection import check_widening
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
@@ -52,13 +52,13 @@ class LiveTargets(TargetSource):
     @torch.inference_mode()
     def states(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden state at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
-        hidden = forward_to(self.backbone, place, blocks=self.block_names, **model_inputs(self.backbone, batch))
+        hidden = self.task.state_at(self.model, place, batch, self.block_names)
         return hidden.to(batch["input_ids"].device) if "input_ids" in batch else hidden  # a teacher may span devices
 
     @torch.inference_mode()
     def whole_output(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
-        output = output_tensor(self.model(**model_inputs(self.model, batch)))
+        output = self.task.whole_output(self.model, batch)
         return output.to(batch["input_ids"].device) if "input_ids" in batch else output
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:

@@ -17,11 +17,11 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import AutoModel, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
-from tutelage.core.blocks import FINAL, forward_to
+from tutelage.core.blocks import FINAL, Blocks, Place, forward_to
 from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import batch_size, last_token, model_inputs
+from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.topk import TopK
 from tutelage.tasks.loading import load_model
@@ -119,6 +119,19 @@ class Task(ABC):
 
     def width(self, model: nn.Module) -> int:
         return int(self.backbone(model).config.hidden_size)  # type: ignore[arg-type, union-attr]
+
+    def state_at(
+        self, model: nn.Module, place: Place, batch: Mapping[str, Any], blocks: Blocks | None = None
+    ) -> Tensor:
+        """Hidden state of a model at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
+        network = self.backbone(model)
+        head = self.output_head(model) if place == FINAL and self.splits_head else None
+        module = None if head is None else head.linear
+        return forward_to(network, place, blocks=blocks, head=module, **model_inputs(network, batch))
+
+    def whole_output(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The output of a whole model as one tensor, where the head is not split off: an embedding (B, E), or logits."""
+        return output_tensor(model(**model_inputs(model, batch)))
 
     def replica_seeds(self, model: nn.Module) -> list[int] | None:
         """Seeds of the networks that a replicated model trains side by side; None for an ordinary model."""
@@ -238,11 +251,16 @@ class HeadTask(Task):
     def select(self, hidden: Tensor, batch: Batch) -> Selected:
         """The final states (N, D) of `hidden`, (B, T, D), at the positions that predict, and their labels."""
 
+    def count_outputs(self, batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
+        return torch.tensor(len(self.select(ids[..., None], batch).state), device=ids.device)
+
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
     ) -> Tensor:
-        selected = self.select(forward_to(student, FINAL, **model_inputs(student, batch)), batch)
-        teacher, head = self._teacher(target, batch), OutputHead.of(student, settings.outputs)
+        selected = self.select(self.state_at(student, FINAL, batch), batch)
+        teacher, head = self._teacher(target, batch), self.output_head(student, settings.outputs)
+        assert head is not None
         top_k = None if target is None else target.top_k
         return output_loss(selected.state, head, *teacher, selected.labels, settings=settings, targets=top_k)
 
@@ -255,10 +273,11 @@ class HeadTask(Task):
 
     def measure(self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools) -> Tensor:
         """Sums over the positions of each example: the columns of `output_metrics`, then the number of positions, (B, 7)."""
-        selected = self.select(forward_to(student, FINAL, **model_inputs(student, batch)), batch)
+        selected = self.select(self.state_at(student, FINAL, batch), batch)
         if selected.labels is None:
             raise UserError("evaluation needs labels, but the evaluation set has none: give one with a labels column")
-        teacher, head = self._teacher(target, batch), OutputHead.of(student, tools.outputs)
+        teacher, head = self._teacher(target, batch), self.output_head(student, tools.outputs)
+        assert head is not None
         values = output_metrics(selected.state, head, selected.labels, *teacher, chunk_size=tools.chunk_size)
         values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
         sums = torch.zeros(len(batch["input_ids"]), values.shape[1], device=values.device)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import last_token, model_inputs, output_tensor
+from tutelage.core.inputs import last_token
 from tutelage.core.losses import OutputSettings, logits_loss, logits_metrics
 from tutelage.tasks.base import Batch, EvaluationTools, HeadTask, OutputTarget, Selected, Task, name_metrics
 
@@ -73,11 +73,11 @@ class PlainClassification(Task):
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
     ) -> Tensor:
-        logits = output_tensor(student(**model_inputs(student, batch)))
+        logits = self.whole_output(student, batch)
         return logits_loss(logits, None if target is None else target.whole, batch.get("labels"), settings)
 
     def measure(self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools) -> Tensor:
-        logits = output_tensor(student(**model_inputs(student, batch)))
+        logits = self.whole_output(student, batch)
         return logits_metrics(logits, batch["labels"], None if target is None else target.whole)
 
     def summarize(self, parts: list[Tensor], with_teacher: bool) -> dict[str, float]:

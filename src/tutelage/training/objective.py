@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.core.blocks import find_blocks, forward_to
+from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
-from tutelage.core.inputs import model_inputs
 from tutelage.core.losses import OutputSettings, hidden_loss
 from tutelage.targets.source import TargetSource
 
@@ -79,10 +78,10 @@ class StageObjective(nn.Module):
 
     def hidden_states(self, index: int, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What hidden stage `index` compares: the student's states and their targets, (..., R), and which count, (...)."""
-        stage, network = self.curriculum.stages[index], self.task.backbone(self.student)
+        stage = self.curriculum.stages[index]
         assert isinstance(stage, HiddenStage)
         target, keep = self.source.hidden(index, batch)
-        state = forward_to(network, stage.student_place, blocks=self.blocks, **model_inputs(network, batch))
+        state = self.task.state_at(self.student, stage.student_place, batch, self.blocks)
         return self.task.stage_state(stage, state, batch), target, keep
 
     def _output_loss(self, stage: OutputStage, batch: dict[str, Any]) -> torch.Tensor:
