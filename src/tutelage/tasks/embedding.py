@@ -96,10 +96,16 @@ class SentenceEmbedding(Task):
             upper = torch.triu_indices(count, count, offset=1)
             units = [F.normalize(embeddings[:count], dim=-1) for embeddings in (student_BE, teacher_BE)]
             similarities = [(unit @ unit.T)[upper[0], upper[1]].double().numpy() for unit in units]
-            ranks = [np.argsort(np.argsort(values)) for values in similarities]
+            ranks = [_ranks(values) for values in similarities]
             for name, pair in (("pearson", similarities), ("spearman", ranks)):
                 metrics[f"similarity_{name}"] = float(np.corrcoef(*pair)[0, 1])
         return metrics
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
 class EmbeddingModel(nn.Module):
