@@ -1,7 +1,4 @@
-"""One distillation run, from options to a folder with the student in it.
-
-Public names: `distill`, `describe`.
-"""
+"""One distillation run, from options to a folder with the student in it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
-"""Evaluating a finished model from the outside.
-
-Public names: `evaluate`, `EvaluateOptions`, `EvaluationResult`.
-"""
+"""Evaluating a finished model from the outside."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,39 +20,27 @@ from tutelage.tasks.loading import load_config, load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.text import read_dataset, tokenize
 from tutelage.training.checks import check_tokenizers, shared_outputs
+from tutelage.training.config import option
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What is evaluated, on which data. None means not given."""
 
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Model: folder or Hub name; default: the embedded teacher.", "aliases": ["--student"]},
+    model: str | None = option("Model: folder or Hub name; default: the embedded teacher.", None, "--student")
+    dataset: str | None = option(
+        "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file; default: the embedded one.", None, "--eval_dataset"
     )
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file; default: the embedded held-out text.",
-            "aliases": ["--eval_dataset"],
-        },
-    )
-    teacher: str | None = field(default=None, metadata={"help": "Also compare with this model: folder or Hub name."})
-    task: str | None = field(default=None, metadata={"help": "Task of the model; default: found from its class."})
-    split: str | None = field(default=None, metadata={"help": "Split of the dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum tokens per sequence; default: the model's limit, capped at 256."}
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N sequences; default: all."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences per batch."})
-    mlm_probability: float | None = field(
-        default=None, metadata={"help": "Fraction of tokens masked (masked_lm); default: 0.3."}
-    )
-    blocks: str | None = field(
-        default=None, metadata={"help": "Dotted name of the teacher's list of blocks, where several are found."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+    teacher: str | None = option("Also compare with this model: folder or Hub name.")
+    task: str | None = option("Task of the model; default: found from its class.")
+    split: str | None = option("Split of the dataset.")
+    text_column: str = option("Column that holds the text.", "text")
+    max_length: int | None = option("Maximum tokens per sequence; default: the model's limit, capped at 256.")
+    max_samples: int | None = option("Evaluate on the first N sequences; default: all.")
+    batch_size: int = option("Sequences per batch.", 16)
+    mlm_probability: float | None = option("Fraction of tokens masked (masked_lm); default: 0.3.")
+    blocks: str | None = option("Dotted name of the teacher's list of blocks, where several are found.")
+    trust_remote_code: bool = option("Run model code that comes with a checkpoint.", False)
 
     def __post_init__(self) -> None:
         check_data_numbers(self.max_length, self.max_samples, self.mlm_probability)

@@ -1,14 +1,11 @@
-"""What a run trains and on what: from options to models and datasets.
-
-Public names: `RunOptions`, `RunInputs`, `with_defaults`, `load_inputs`, `sequence_length`.
-"""
+"""What a run trains and on what: from options to models and datasets."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -27,7 +24,7 @@ from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import is_preset, make_student, student_config
 from tutelage.tasks.text import keep_rows, read_dataset, split_dataset, stream_dataset, tokenize
 from tutelage.training.checks import check_tokenizers
-from tutelage.training.config import CurriculumConfig
+from tutelage.training.config import CurriculumConfig, option
 from tutelage.training.preparation import Given, compare_given, open_extracted
 
 # Longest block when nothing is given: long enough to learn from, short enough for a laptop.
@@ -43,32 +40,16 @@ _NO_LIMIT = 10**9
 class RunOptions:
     """What is trained, on which data. None means not given."""
 
-    student: str | None = field(
-        default=None,
-        metadata={"help": "Student: folder, config.json, or preset over the teacher, e.g. layers=3,hidden_size=192."},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file."}
-    )
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Evaluation data; default: a split of the dataset, or its end."}
-    )
-    dataset_split: str | None = field(default=None, metadata={"help": "Split of the dataset to train on."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum tokens per sequence; default: the model's limit, capped at 256."}
-    )
-    eval_fraction: float = field(
-        default=0.05, metadata={"help": "Fraction of the dataset held out where there is no evaluation data."}
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N sequences; default: all."})
-    mlm_probability: float | None = field(
-        default=None, metadata={"help": "Fraction of tokens masked (masked_lm); default: 0.3."}
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the dataset only as far as max_steps needs it, e.g. from object storage."},
-    )
+    student: str | None = option("Folder, config.json, or preset over the teacher, e.g. layers=3,hidden_size=192.")
+    dataset: str | None = option("Hub name, `datasets` folder, or .txt/.jsonl/.parquet file.")
+    eval_dataset: str | None = option("Evaluation data; default: a split of the dataset, or its end.")
+    dataset_split: str | None = option("Split of the dataset to train on.")
+    text_column: str = option("Column that holds the text.", "text")
+    max_length: int | None = option("Maximum tokens per sequence; default: the model's limit, capped at 256.")
+    eval_fraction: float = option("Fraction of the dataset held out where there is no evaluation data.", 0.05)
+    max_samples: int | None = option("Evaluate on the first N sequences; default: all.")
+    mlm_probability: float | None = option("Fraction of tokens masked (masked_lm); default: 0.3.")
+    streaming: bool = option("Read the dataset only as far as max_steps needs it, e.g. from object storage.", False)
 
     def __post_init__(self) -> None:
         check_data_numbers(self.max_length, self.max_samples, self.mlm_probability)

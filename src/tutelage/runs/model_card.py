@@ -1,7 +1,4 @@
-"""The model card of a distilled student.
-
-Public names: `write_card`.
-"""
+"""The model card of a distilled student."""
 
 from __future__ import annotations
 

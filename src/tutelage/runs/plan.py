@@ -1,7 +1,4 @@
-"""What a distillation would do and cost, before anything is spent.
-
-Public names: `plan`, `Plan`, `StagePlan`, `ModelPlan`, `describe_plan`.
-"""
+"""What a distillation would do and cost, before anything is spent."""
 
 from __future__ import annotations
 

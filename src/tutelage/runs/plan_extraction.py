@@ -1,8 +1,4 @@
-"""What an extraction would take: disk, teacher compute and time, against a live teacher in every run.
-
-Public names: `plan_extraction`, `ExtractionRequest`, `ExtractionPlan`, `describe_extraction_plan`,
-`read_count`, `bytes_per_token`.
-"""
+"""What an extraction would take: disk, teacher compute and time, against a live teacher in every run."""
 
 from __future__ import annotations
 

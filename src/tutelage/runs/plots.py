@@ -1,7 +1,4 @@
-"""Plots of runs, drawn from their metrics files.
-
-Public names: `plot_run`, `save_figure`.
-"""
+"""Plots of runs, drawn from their metrics files."""
 
 from __future__ import annotations
 

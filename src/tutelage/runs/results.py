@@ -1,7 +1,4 @@
-"""What a distillation ends with.
-
-Public names: `RunResult`, `ModelMetrics`, `Budget`, `RESULT_FILE`.
-"""
+"""What a distillation ends with."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Checks made before any compute is spent.
-
-Public names: `TrainingDiverged`, `diverged`, `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_best_metric`,
-`check_output_dir`, `claim_output_dir`, `require_unused_search`, `run_identity`, `check_same_run`.
-"""
+"""Checks made before any compute is spent."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a stage costs, and what it reaches.
-
-Public names: `StageCost`, `measure_stage`.
-"""
+"""What a stage costs, and what it reaches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Batches that a stage is measured and calibrated on.
-
-Public names: `StageFeed`.
-"""
+"""Batches that a stage is measured and calibrated on."""
 
 from __future__ import annotations
 

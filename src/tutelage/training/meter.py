@@ -1,7 +1,4 @@
-"""Counting what a run has spent: samples, tokens, FLOPs and training seconds.
-
-Public names: `Meter`.
-"""
+"""Counting what a run has spent: samples, tokens, FLOPs and training seconds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """The stage objective: one module whose forward is the loss of the current stage.
 
-Public names: `StageObjective`.
-
 This is what the trainer wraps (DDP, autocast), so wrappers see a normal forward that returns a loss. The target source is held
 outside the module tree: a teacher is never wrapped, saved, or given to the optimiser.
 """

@@ -1,7 +1,4 @@
-"""From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute.
-
-Public names: `Prepared`, `Given`, `prepare`, `open_source`, `open_extracted`, `compare_given`.
-"""
+"""From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a run leaves behind besides weights: metrics.jsonl, curriculum.json, and the progress kept in checkpoints.
-
-Public names: `Progress`, `MetricsFile`, `evaluation_metrics`, `last_complete_checkpoint`, `find_checkpoint`.
-"""
+"""What a run leaves behind besides weights: metrics.jsonl, curriculum.json, and the progress kept in checkpoints."""
 
 from __future__ import annotations
 

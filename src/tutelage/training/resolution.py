@@ -1,7 +1,4 @@
-"""From settings as given to one frozen run: curriculum, batch size and budget.
-
-Public names: `ResolvedRun`, `resolve`, `resolve_reading`, `build_curriculum`, `total_steps`.
-"""
+"""From settings as given to one frozen run: curriculum, batch size and budget."""
 
 from __future__ import annotations
 

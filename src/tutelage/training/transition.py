@@ -1,7 +1,4 @@
-"""Changing from one stage to the next: teacher weights, warm start, and the parameters that train.
-
-Public names: `StageTransition`.
-"""
+"""Changing from one stage to the next: teacher weights, warm start, and the parameters that train."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Starting the student's head and embedding from the teacher's.
 
-Public names: `transplant_head`, `project_embedding`, `apply_before_training`, `apply_before_output`.
-
 After a hidden stage that pairs `final` with `final`, the student's final state is about z = P^T (h - mean) / scale. With D
 the linear map back from z to the standardised state (least squares over the calibration text; the pseudo-inverse of P
 where the standardised states are white), the teacher's logits W h + b are about W (scale * D^T z + mean) + b, so the

@@ -1,7 +1,5 @@
 """From the teacher to Arrow columns: what a shard's batches are written as.
 
-Public names: `Encoder`.
-
 Shapes: N positions that predict.
 """
 

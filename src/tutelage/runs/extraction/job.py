@@ -1,7 +1,4 @@
-"""One extraction: claim the folder, write the missing shards, finish.
-
-Public names: `extract`, `ExtractionJob`, `describe_extraction`.
-"""
+"""One extraction: claim the folder, write the missing shards, finish."""
 
 from __future__ import annotations
 

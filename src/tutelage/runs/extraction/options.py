@@ -1,19 +1,16 @@
-"""What of an extraction is stored, and how.
-
-Public names: `ExtractOptions`, `check_options`, `choose_stages`, `DEFAULT_TOP_K`.
-"""
+"""What of an extraction is stored, and how."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError, check_range
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.rows import DTYPES
-from tutelage.training.config import CurriculumConfig
+from tutelage.training.config import CurriculumConfig, option
 
 # Outputs kept where nothing is given; the rest is merged into one bucket.
 DEFAULT_TOP_K = 64
@@ -23,23 +20,17 @@ DEFAULT_TOP_K = 64
 class ExtractOptions:
     """What of a curriculum is stored, and how."""
 
-    stages: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Teacher blocks whose states are stored, with final for the state before the output head, instead of those "
-            "that a student asks for, e.g. 8 16 final; needs projection_dim."
-        },
+    stages: list[str] | None = option(
+        "Teacher blocks whose states are stored (final: the state before the output head), not those that a student asks "
+        "for, e.g. 8 16 final; needs projection_dim."
     )
-    projection_dim: int | None = field(
-        default=None,
-        metadata={"help": "Width of the stored projections; default: the student's. Narrower students fit too."},
+    projection_dim: int | None = option(
+        "Width of stored projections; default: the student's. Narrower students fit too."
     )
-    dtype: str = field(default="int8", metadata={"help": f"Of hidden states: {', '.join(DTYPES)}."})
-    shard_tokens: int = field(default=1_000_000, metadata={"help": "Tokens per file, about."})
-    devices: int = field(
-        default=1, metadata={"help": "Devices that the student will train on, which divides the data among the stages."}
-    )
-    all_stages: bool = field(default=False, metadata={"help": "Store every row for every stage, for many epochs."})
+    dtype: str = option(f"Of hidden states: {', '.join(DTYPES)}.", "int8")
+    shard_tokens: int = option("Tokens per file, about.", 1_000_000)
+    devices: int = option("Devices that the student will train on, which divides the data among the stages.", 1)
+    all_stages: bool = option("Store every row for every stage, for many epochs.", False)
 
 
 def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:

@@ -1,7 +1,5 @@
 """Which rows a stage reads, and how they are divided into shards.
 
-Public names: `Schedule`, `plan_shards`, `Batches`.
-
 The data is divided among the stages as training with the same settings divides it: the rows of a stage are those that the
 steps of the stage would read, in that order.
 """
