@@ -22,18 +22,12 @@ _TRANSFORMERS = {field.name for field in dataclasses.fields(TrainingArguments)}
 class CommandHelp:
     """A command, and what the first screen of its help shows."""
 
-    run: Callable[..., None]
-    """Takes the dataclasses of the options."""
-    kinds: tuple[Any, ...]
-    """Dataclasses of the options."""
-    summary: str
-    """What the command does, in a sentence or two."""
-    example: str
-    """Options to start from."""
-    main: str
-    """The options that people use."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Of options whose dataclass has another one."""
+    run: Callable[..., None]  # takes the dataclasses of the options
+    kinds: tuple[Any, ...]  # dataclasses of the options
+    summary: str  # what the command does, in a sentence or two
+    example: str  # options to start from
+    main: str  # the options that people use
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of options whose dataclass has another one
 
 
 def render_help(parser: argparse.ArgumentParser, shown: CommandHelp, example: str) -> str:

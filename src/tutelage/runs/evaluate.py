@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from tutelage.core.errors import UserError, check_range
 from tutelage.core.records import Record
-from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, check_data_numbers, sequence_length
+from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, check_data_numbers, first_rows, sequence_length
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
 from tutelage.tasks.base import EvaluationTools, Task
@@ -59,11 +58,7 @@ class EvaluationResult(Record):
 
 
 def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
-    """Metrics of a saved model on a dataset; which ones, see `evaluate` of its task in `tutelage.tasks`.
-
-    Raises:
-        UserError: options that cannot work.
-    """
+    """Metrics of a saved model on a dataset (see `evaluate` of its task); UserError for options that cannot work."""
     model = options.model or DEFAULT_TEACHER
     dataset = options.dataset or (DEFAULT_EVAL_TEXT if model == DEFAULT_TEACHER else None)
     if dataset is None:
@@ -80,7 +75,10 @@ def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
         raise UserError("an embedding model is measured against its teacher: name one with --teacher")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = task.load(model, what="model", trust_remote_code=trust).to(device)
-    source = _source(task, options, device)
+    source: TargetSource = NoTargets(task)
+    if options.teacher is not None:
+        teacher = task.load(options.teacher, trust_remote_code=trust).to(device)
+        source = LiveTargets(teacher, task, options.blocks)
     rows = _rows(options, dataset, tokenizer, task, config)
     collator = task.collator(tokenizer, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
     loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=collator)
@@ -90,19 +88,10 @@ def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
     return EvaluationResult(model, dataset, options.teacher, len(rows), metrics)
 
 
-def _source(task: Task, options: EvaluateOptions, device: str) -> TargetSource:
-    if options.teacher is None:
-        return NoTargets(task)
-    teacher: nn.Module = task.load(options.teacher, trust_remote_code=options.trust_remote_code).to(device)
-    return LiveTargets(teacher, task, options.blocks)
-
-
 def _rows(options: EvaluateOptions, dataset: str, tokenizer: Any, task: Task, config: Any) -> Any:
     data = read_dataset(dataset, options.split)
     if isinstance(data, dict):
         held_out = [data[name] for name in ("test", "validation", "eval") if name in data]
         data = (held_out or list(data.values()))[0]
     length = sequence_length(options.max_length, [config], tokenizer, data)
-    rows = tokenize(data, tokenizer, task, length, options.text_column)
-    count = len(rows) if options.max_samples is None else min(options.max_samples, len(rows))
-    return rows.select(range(count)) if count < len(rows) else rows
+    return first_rows(tokenize(data, tokenizer, task, length, options.text_column), options.max_samples)

@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 1.0,
 }
 
+# names of settings, and the smallest and largest value that they may have
 _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1, math.inf),
     (("calibration_samples", "logits_chunk_size", "top_k"), 1, math.inf),
@@ -33,7 +34,6 @@ _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
     (("dataloader_num_workers", "neftune_noise_alpha"), 0, math.inf),
     (("seed", "data_seed", "projection_seed"), 0, 2**32 - 1),
 )
-"""Names of settings, and the smallest and largest value that they may have."""
 
 
 def option(help: str, default: Any = None, *aliases: str) -> Any:
@@ -109,7 +109,15 @@ class CurriculumConfig(TrainingArguments):
     overwrite_output_dir: bool = option("Replace the run in output_dir.", False)
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        for names, least, most in _RANGES:
+            for name in names:
+                check_range(name, getattr(self, name), least, most)
+        check_positive("temperature", self.temperature)
+        check_positive("num_train_epochs", self.num_train_epochs)
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
+        if self.output_dir == "":
+            raise UserError("output_dir is empty: name a folder, or leave it out")
         with as_user_error("transformers refuses the arguments", ValueError, TypeError, ImportError, OSError):
             super().__post_init__()
         installed = get_available_reporting_integrations()
@@ -128,17 +136,6 @@ class CurriculumConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
         self.logging_nan_inf_filter = False  # the trainer stops at a loss that is not finite; the filter would hide it
 
-    def _check_numbers(self) -> None:
-        for names, least, most in _RANGES:
-            for name in names:
-                check_range(name, getattr(self, name), least, most)
-        check_positive("temperature", self.temperature)
-        check_positive("num_train_epochs", self.num_train_epochs)
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise UserError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
-        if self.output_dir == "":
-            raise UserError("output_dir is empty: name a folder, or leave it out")
-
     @property
     def order_seed(self) -> int:
         """Seed of the order in which data is read."""
@@ -154,11 +151,7 @@ class CurriculumConfig(TrainingArguments):
         return int(self.value("per_device_train_batch_size")) * self.gradient_accumulation_steps * devices
 
     def teacher_loading(self) -> dict[str, Any]:
-        """What `load_model` is told about the teacher.
-
-        Raises:
-            UserError: `teacher_quantization` is not JSON, or of a kind that transformers does not know.
-        """
+        """What `load_model` is told about the teacher; UserError where `teacher_quantization` cannot be read."""
         loading: dict[str, Any] = {"dtype": self.teacher_dtype, "trust_remote_code": self.trust_remote_code}
         if self.teacher_device_map is not None:
             loading["device_map"] = self.teacher_device_map
