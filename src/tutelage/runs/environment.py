@@ -1,7 +1,4 @@
-"""Where a result was made: versions and machine.
-
-Public names: `environment`, `quiet_unless_terminal`.
-"""
+"""Where a result was made: versions and machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Batches that a stage is measured and calibrated on.
-
-Public names: `StageFeed`.
-"""
+"""Batches that a stage is measured and calibrated on."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tutelage.core.inputs import batch_positions
 from tutelage.targets.source import TargetSource
 
 Batch = dict[str, Any]
@@ -22,12 +18,9 @@ class StageFeed:
     """Takes rows from a run's training data."""
 
     source: TargetSource
-    rows: Any
-    """Training rows."""
-    collate: Callable[[Any], Batch]
-    """From rows to a batch on the device."""
-    samples: int
-    """Examples of the calibration pass."""
+    rows: Any  # for training
+    collate: Callable[[Any], Batch]  # from rows to a batch on the device
+    samples: int  # examples of the calibration pass
     batch_size: int
 
     def calibration(self) -> list[Batch]:
@@ -39,7 +32,3 @@ class StageFeed:
     def example(self, index: int) -> Batch:
         """A batch of one training example, of stage `index` where examples belong to stages."""
         return self.collate(self.source.example_rows(self.rows, index))
-
-    def calibration_positions(self) -> int:
-        """Positions that the calibration pass reads, about."""
-        return min(self.samples, len(self.rows)) * batch_positions(self.example(0))

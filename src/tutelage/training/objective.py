@@ -1,7 +1,5 @@
 """The stage objective: one module whose forward is the loss of the current stage.
 
-Public names: `StageObjective`.
-
 This is what the trainer wraps (DDP, autocast), so wrappers see a normal forward that returns a loss. The target source is held
 outside the module tree: a teacher is never wrapped, saved, or given to the optimiser.
 """
@@ -22,12 +20,8 @@ from tutelage.targets.source import TargetSource
 class StageObjective(nn.Module):
     """Holds the student; `forward(batch)` gives the loss of the current stage.
 
-    Args:
-        student: the model that trains.
-        source: where targets come from, with a curriculum attached.
-        container: dotted name of the student's list of blocks.
-        chunk_size: positions whose logits are held at a time.
-        embedding_loss: `cosine` or `mse`.
+    `source` has a curriculum attached. `container` is the dotted name of the student's list of blocks, `chunk_size` the
+    positions whose logits are held at a time, `embedding_loss` `cosine` or `mse`.
     """
 
     def __init__(
@@ -40,9 +34,8 @@ class StageObjective(nn.Module):
         embedding_loss: str = "cosine",
     ):
         super().__init__()
-        self.student = student
+        self.student, self.task = student, source.task
         self._outside = (source,)  # a tuple hides it from nn.Module's registration
-        self.task = source.task
         self.blocks = find_blocks(self.task.backbone(student), container)
         self.chunk_size, self.embedding_loss = chunk_size, embedding_loss
         self.stage_index = 0
@@ -86,13 +79,9 @@ class StageObjective(nn.Module):
 
     def _output_loss(self, stage: OutputStage, batch: dict[str, Any]) -> torch.Tensor:
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""
+        temperature, top_k = self.curriculum.temperature, self.curriculum.top_k
         settings = OutputSettings(
-            self.curriculum.temperature,
-            stage.label_weight,
-            self.curriculum.top_k,
-            self.chunk_size,
-            self.embedding_loss,
-            self.source.outputs,
+            temperature, stage.label_weight, top_k, self.chunk_size, self.embedding_loss, self.source.outputs
         )
         target = self.source.output(batch) if stage.needs_teacher else None
         return self.task.output_loss(self.student, batch, target, settings)

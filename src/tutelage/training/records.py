@@ -1,7 +1,4 @@
-"""What a run leaves behind besides weights: metrics.jsonl, curriculum.json, and the progress kept in checkpoints.
-
-Public names: `Progress`, `MetricsFile`, `evaluation_metrics`, `last_complete_checkpoint`, `find_checkpoint`.
-"""
+"""What a run leaves behind besides weights: metrics.jsonl, curriculum.json, and the progress kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -22,35 +19,23 @@ METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
 
 
-_TIMINGS = ("_runtime", "_per_second", "_time")
-
-
 def evaluation_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of an evaluation in what the trainer logs, without their `eval_` and without how long it took."""
-    return {
-        name.removeprefix("eval_"): value
-        for name, value in record.items()
-        if name.startswith("eval_") and not name.endswith(_TIMINGS)
-    }
+    timings = ("_runtime", "_per_second", "_time")
+    named = {name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if not f"_{name}".endswith(timings)}
 
 
 @dataclass
 class Progress:
     """Totals of a run so far; written last into each checkpoint, which is complete only with it."""
 
-    stage: int = 0
-    """Index of the stage the last step belonged to."""
-    samples: int = 0
-    """Examples the student has trained on, over all devices."""
-    tokens: int = 0
-    """Non-padding tokens among them."""
-    student_flops: float = 0.0
-    """Student forward and backward."""
-    teacher_flops: float = 0.0
-    """Teacher forward, calibration included."""
-    seconds: float = 0.0
-    """Wall-clock seconds of training, calibration included, evaluation and saving left out."""
-
+    stage: int = 0  # index of the stage the last step belonged to
+    samples: int = 0  # examples the student has trained on, over all devices
+    tokens: int = 0  # non-padding tokens among them
+    student_flops: float = 0.0  # student forward and backward
+    teacher_flops: float = 0.0  # teacher forward, calibration included
+    seconds: float = 0.0  # wall-clock seconds of training, calibration included, evaluation and saving left out
     identity: dict[str, str] = field(default_factory=dict)
     """What the run trains from, and how: a resumed run must be the same one."""
 
@@ -99,11 +84,6 @@ class MetricsFile:
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
-    return (checkpoint / PROGRESS_FILE).is_file()
-
-
 def checkpoints(output_dir: Path) -> list[Path]:
     """A run's checkpoint folders, complete or not, oldest first."""
     found = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
@@ -112,25 +92,20 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end, if any."""
-    return next((folder for folder in reversed(checkpoints(output_dir)) if is_complete(folder)), None)
+    return next((folder for folder in reversed(checkpoints(output_dir)) if (folder / PROGRESS_FILE).is_file()), None)
 
 
 def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means: a folder, True for the newest complete one, else none.
 
-    Raises:
-        UserError: there is none, or it was not written to its end.
+    Raises UserError where there is none, or it was not written to its end.
     """
     if not asked:
         return None
-    if asked is True:
-        found = last_complete_checkpoint(output_dir)
-        if found is None:
-            raise UserError(f"no complete checkpoint in {str(output_dir)!r} to resume from")
-        return found
-    if not is_complete(Path(asked)):
-        raise UserError(
-            f"checkpoint {asked!r} is missing or was not written to its end: "
-            "resume from an earlier one, or with resume_from_checkpoint=True from the newest complete one"
-        )
-    return Path(asked)
+    found = last_complete_checkpoint(output_dir) if asked is True else Path(asked)
+    if found is None:
+        raise UserError(f"no complete checkpoint in {str(output_dir)!r} to resume from")
+    if not (found / PROGRESS_FILE).is_file():
+        how = "resume from an earlier one, or with resume_from_checkpoint=True from the newest complete one"
+        raise UserError(f"checkpoint {asked!r} is missing or was not written to its end: {how}")
+    return found
