@@ -1,7 +1,5 @@
 """Why a curriculum helps on text: how much of each layer of a language model short contexts explain.
 
-Public names: `diagnose_language`, `NgramProbe`, `LanguageDiagnosis`.
-
 Shapes: B sequences, T positions, W width, P positions with a whole context, n length of the context.
 """
 
@@ -71,7 +69,6 @@ class LanguageDiagnosis(Record):
     layers: dict[str, tuple[float, ...]]
     """By place: the fraction of held-out variance that the last 1, 2, ... tokens explain."""
     environment: dict[str, Any]
-    """Versions and machine."""
 
 
 def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
@@ -98,16 +95,11 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
         rows = rows.select(range(min(probe.max_samples, len(rows))))
         sides.append(_states_and_contexts(source, DataLoader(rows, batch_size=16, collate_fn=collate), probe.length))
     (states, contexts), (held_out, held_out_contexts) = sides
-    found = LanguageDiagnosis(
-        teacher=probe.teacher,
-        dataset=probe.dataset,
-        positions=(len(contexts), len(held_out_contexts)),
-        layers={
-            place: tuple(ngram_explained(states[place], contexts, held_out[place], held_out_contexts))
-            for place in states
-        },
-        environment=environment(),
-    )
+    layers = {
+        place: tuple(ngram_explained(states[place], contexts, held_out[place], held_out_contexts)) for place in states
+    }
+    positions = (len(contexts), len(held_out_contexts))
+    found = LanguageDiagnosis(probe.teacher, probe.dataset, positions, layers, environment())
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "ngrams.json", found.to_json() + "\n")
     _plot(found, folder / "ngrams.png")
@@ -115,7 +107,6 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
 
 
 def _texts(probe: NgramProbe) -> tuple[Any, Any]:
-    """The text that the probes are fitted on, and the held-out text."""
     data = read_dataset(probe.dataset)
     if probe.eval_dataset is None:
         return split_dataset(data, 0.3)
@@ -173,7 +164,6 @@ def _all_states(source: LiveTargets, inputs: dict[str, Any]) -> dict[str, torch.
 
 
 def _plot(found: LanguageDiagnosis, path: Path) -> None:
-    """One line for each length of context, over the places."""
     places = list(found.layers)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -181,9 +171,6 @@ def _plot(found: LanguageDiagnosis, path: Path) -> None:
         label = f"last {index + 1} token(s)"
         axis.plot(range(len(places)), scores, "o-", markersize=3, color=COLORS[index], label=label)
     axis.set_xticks(range(len(places)), places)
-    axis.set(
-        xlabel="place in the teacher (0 = embedding)",
-        ylabel="variance explained on held-out text",
-        title=f"What the last tokens explain: {Path(found.teacher).name}",
-    )
+    axis.set(xlabel="place in the teacher (0 = embedding)", ylabel="variance explained on held-out text")
+    axis.set_title(f"What the last tokens explain: {Path(found.teacher).name}")
     save_plot(figure, path)

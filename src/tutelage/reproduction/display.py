@@ -1,7 +1,4 @@
-"""Tables, numbers and plots as reports show them.
-
-Public names: `Table`, `show_number`, `listed`, `as_markdown`, `save_plot`.
-"""
+"""Tables, numbers and plots as reports show them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,9 @@
-"""What a comparison found, as values that are written to disk and read back.
-
-Public names: `Comparison`, `MethodResult`, `RunRecord`, `CurvePoint`, `Trial`, `Ratio`, `read_runs`,
-`write_runs`, `COMPARISON_FILE`, `COSTS`.
-"""
+"""What a comparison found, as values that are written to disk and read back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedRatio
+from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedRatio, as_good
 from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Candidate, Variant
 
@@ -29,11 +25,9 @@ class CurvePoint(Record):
     """One evaluation of a student, and what its training had cost by then."""
 
     samples: int
-    """Training examples."""
     flops: float
-    """Training FLOPs, those of the teacher included."""
+    """Of training, those of the teacher included."""
     seconds: float
-    """Training time."""
     metrics: dict[str, float]
     """Held-out metrics; a value that was not finite is left out."""
 
@@ -56,7 +50,7 @@ class RunRecord(Record):
 
     @property
     def final(self) -> dict[str, float]:
-        """Metrics at the end."""
+        """Metrics at the end; empty without evaluations."""
         return self.curve[-1].metrics if self.curve else {}
 
     @property
@@ -124,9 +118,7 @@ class Ratio(Record):
     """Cost to the target of one variant in units of that of a second variant."""
 
     over: str
-    """Name of the variant whose cost is divided."""
     under: str
-    """Name of the variant whose cost it is divided by."""
     cost: str
     """One of `COSTS`."""
     seeds: int
@@ -158,7 +150,6 @@ class Comparison(Record):
     """Fields of the recipe, as JSON values."""
     teacher: TeacherRecord
     environment: dict[str, Any]
-    """Versions and machine, as JSON values."""
     methods: tuple[MethodResult, ...] = ()
     ratios: tuple[Ratio, ...] = ()
     verdict: str = ""
@@ -169,8 +160,7 @@ class Comparison(Record):
 
     def ratio(self, over: str, under: str, cost: str = "samples") -> Ratio | None:
         """The ratio of two variants, where it was computed."""
-        found = (r for r in self.ratios if (r.over, r.under, r.cost) == (over, under, cost))
-        return next(found, None)
+        return next((r for r in self.ratios if (r.over, r.under, r.cost) == (over, under, cost)), None)
 
     @property
     def baseline(self) -> MethodResult | None:
@@ -180,47 +170,22 @@ class Comparison(Record):
 
     def reached(self, value: float, target: float) -> bool:
         """Whether a value of the metric is as good as `target`."""
-        return value >= target if self.better == "higher" else value <= target
-
-    @classmethod
-    def from_json(cls, text: str) -> Comparison:
-        """The inverse of `to_json`.
-
-        Raises:
-            UserError: the text is not JSON, or not the JSON of a comparison.
-        """
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UserError(f"it is not JSON ({error})") from error
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError("it was written by an earlier version of tutelage, or is not a comparison") from error
+        return as_good(value, target, self.better)
 
     @classmethod
     def read(cls, folder: Path) -> Comparison:
-        """The comparison of a folder.
-
-        Raises:
-            UserError: the folder has none, or its file cannot be read.
-        """
+        """The comparison of a folder; UserError where the folder has none, or its file cannot be read."""
         path = folder / COMPARISON_FILE
         if not path.is_file():
             raise UserError(f"found no {COMPARISON_FILE} in {str(folder)!r}: make one with tutelage compare")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except UserError as error:
-            raise UserError(f"cannot read {str(path)!r}: {error}. Make it again with tutelage compare") from error
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            wrong = "it was written by an earlier version of tutelage, or is not a comparison"
+            if isinstance(error, json.JSONDecodeError):
+                wrong = f"it is not JSON ({error})"
+            raise UserError(f"cannot read {str(path)!r}: {wrong}. Make it again with tutelage compare") from error
 
     def write(self, folder: Path) -> None:
         """Write the file that `read` reads."""
         write_atomically(folder / COMPARISON_FILE, self.to_json() + "\n")
-
-
-def read_runs(path: Path) -> list[RunRecord]:
-    """The records of `write_runs`."""
-    return [RunRecord.from_dict(fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def write_runs(path: Path, runs: Sequence[RunRecord]) -> None:
-    """Write the records of runs that share a model."""
-    write_atomically(path, json.dumps([run.to_dict() for run in runs], allow_nan=False))

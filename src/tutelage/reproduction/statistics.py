@@ -1,7 +1,5 @@
 """Medians, intervals and ratios of runs that may never reach their target.
 
-Public names: `Estimate`, `NO_ESTIMATE`, `PairedRatio`, `median_interval`, `paired_ratio`, `FEWEST_FOR_INTERVAL`.
-
 A run that never reaches its target is *beyond the budget*: infinity in sorting, None in results.
 """
 
@@ -46,6 +44,11 @@ class PairedRatio(Record):
     def is_bound(self) -> bool:
         """Whether the true ratio may be smaller, since the second method did not always reach the target."""
         return self.unreached > 0
+
+
+def as_good(value: float, target: float, better: str) -> bool:
+    """Whether a value of a metric is at least as good as `target`; `better` is `higher` or `lower`."""
+    return value >= target if better == "higher" else value <= target
 
 
 def median_interval(values: Sequence[float | None]) -> Estimate:
