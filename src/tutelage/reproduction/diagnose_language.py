@@ -34,22 +34,14 @@ from tutelage.tasks.text import read_dataset, split_dataset, tokenize
 class NgramProbe:
     """What is probed."""
 
-    teacher: str
-    """Folder or Hub name of a language model."""
-    dataset: str
-    """Text that the probes are fitted on."""
-    eval_dataset: str | None = None
-    """Held-out text; default: the end of the dataset."""
-    length: int = 3
-    """Longest context, in tokens."""
-    max_samples: int = 256
-    """Sequences on each side (fitting, held out)."""
-    max_length: int = 128
-    """Tokens per sequence."""
-    text_column: str = "text"
-    """Column of the dataset that contains the text."""
-    blocks: str | None = None
-    """Dotted name of the teacher's list of blocks, where several are found."""
+    teacher: str  # folder or Hub name of a language model
+    dataset: str  # text that the probes are fitted on
+    eval_dataset: str | None = None  # held-out text; default: the end of the dataset
+    length: int = 3  # longest context, in tokens
+    max_samples: int = 256  # sequences on each side (fitting, held out)
+    max_length: int = 128  # tokens per sequence
+    text_column: str = "text"  # column of the dataset that contains the text
+    blocks: str | None = None  # dotted name of the teacher's list of blocks, where several are found
 
     def __post_init__(self) -> None:
         if not 1 <= self.length <= len(COLORS):
@@ -64,8 +56,7 @@ class LanguageDiagnosis(Record):
 
     teacher: str
     dataset: str
-    positions: tuple[int, ...]
-    """Positions that the probes were fitted on, and held-out ones."""
+    positions: tuple[int, ...]  # positions that the probes were fitted on, and held-out ones
     layers: dict[str, tuple[float, ...]]
     """By place: the fraction of held-out variance that the last 1, 2, ... tokens explain."""
     environment: dict[str, Any]

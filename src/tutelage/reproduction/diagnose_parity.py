@@ -46,15 +46,11 @@ class ParityDiagnosis(Record):
 
     d: int
     k: int
-    teacher: str
-    """How the teacher was made."""
-    examples: int
-    """Uniform inputs that the weights are estimated from."""
+    teacher: str  # how the teacher was made
+    examples: int  # uniform inputs that the weights are estimated from
     environment: dict[str, Any]
-    output: DegreeWeights
-    """Of the teacher's output."""
-    hidden: DegreeWeights
-    """Of the teacher's hidden layer, projected to the student's width."""
+    output: DegreeWeights  # of the teacher's output
+    hidden: DegreeWeights  # of the teacher's hidden layer, projected to the student's width
     student: tuple[StudentPoint, ...]
 
 

@@ -22,8 +22,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    """The first cell names the row."""
+    rows: Sequence[Sequence[str]]  # the first cell names the row
     note: str = ""
 
     def to_markdown(self) -> str:

@@ -53,8 +53,7 @@ def fourier_weights(values: torch.Tensor, bits_Nd: torch.Tensor, which: Sequence
 class DegreeWeights(Record):
     """Fourier weight of a function at each degree."""
 
-    support: dict[int, float]
-    """At each degree from 1 to k: the total over all monomials of support coordinates."""
+    support: dict[int, float]  # at each degree from 1 to k: the total over all monomials of support coordinates
     off_support: dict[int, float]
     """At degrees 1 and 2: the mean over a sample of monomials off the support, times the number of support monomials of
     that degree, so that the two can be compared."""

@@ -42,30 +42,21 @@ class Recipe(ABC):
     A recipe can be pickled, so that a worker process gets the recipe itself; what it has computed stays behind.
     """
 
-    about: ClassVar[str] = ""
-    """One line for `tutelage compare --list`."""
-    replicated: ClassVar[bool] = False
-    """Whether all seeds train side by side in one model."""
-    stop_at_target: ClassVar[bool] = False
-    """Whether a run ends when all its seeds have reached the target."""
+    about: ClassVar[str] = ""  # one line for `tutelage compare --list`
+    replicated: ClassVar[bool] = False  # whether all seeds train side by side in one model
+    stop_at_target: ClassVar[bool] = False  # whether a run ends when all its seeds have reached the target
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the reported runs: initial student, data order and random projection."""
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     """Seeds on which learning rates and schedules are chosen; never reported."""
-    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """The learning rates that are tried for every method."""
+    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)  # the learning rates that are tried for every method
     batch_size: int = 64
-    budget_samples: int = 1_920_000
-    """Examples that each method may train on."""
-    eval_every: int = 8_000
-    """Examples between evaluations."""
-    eval_samples: int = 4096
-    """Held-out examples."""
-    tuning_share: float = 1.0
-    """Fraction of the budget that tuning runs get."""
-    size: str = field(default="own", kw_only=True, metadata=FIXED)
-    """`smoke`, `laptop`, `paper` or `own`."""
+    budget_samples: int = 1_920_000  # examples that each method may train on
+    eval_every: int = 8_000  # examples between evaluations
+    eval_samples: int = 4096  # held-out examples
+    tuning_share: float = 1.0  # fraction of the budget that tuning runs get
+    size: str = field(default="own", kw_only=True, metadata=FIXED)  # `smoke`, `laptop`, `paper` or `own`
 
     def __post_init__(self) -> None:
         at_least_one(self, "batch_size", "budget_samples", "eval_every", "eval_samples")
@@ -169,11 +160,9 @@ class Recipe(ABC):
 class PaperRecipe(Recipe):
     """A recipe of the paper: it trains a teacher, unless the folder of a finished one is given."""
 
-    teachers: ClassVar[tuple[str, ...]] = (TRAINED,)
-    """Teachers that are not folders."""
+    teachers: ClassVar[tuple[str, ...]] = (TRAINED,)  # teachers that are not folders
 
-    teacher: str = TRAINED
-    """`trained`, or the folder of a finished teacher."""
+    teacher: str = TRAINED  # `trained`, or the folder of a finished teacher
     teacher_seed: int = 0
     teacher_learning_rate: float = 2e-3
 

@@ -36,15 +36,11 @@ class Report:
 
     comparison: Comparison
     curves: Sequence[MethodCurves]
-    banner: str
-    """Says that runs are missing; empty for a finished comparison."""
-    verdict: str
-    """On the first screen, as `summary`."""
+    banner: str  # says that runs are missing; empty for a finished comparison
+    verdict: str  # on the first screen, as `summary`
     summary: Table
-    tables: Sequence[Table]
-    """Folded."""
-    reading: Sequence[str]
-    """How to read the report."""
+    tables: Sequence[Table]  # folded
+    reading: Sequence[str]  # how to read the report
 
     @property
     def title(self) -> str:

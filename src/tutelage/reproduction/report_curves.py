@@ -56,8 +56,7 @@ class MethodCurves:
 
     name: str
     color: str
-    dash: str
-    """As plotly names it."""
+    dash: str  # as plotly names it
     axes: Mapping[str, AxisCurves]
 
 

@@ -25,11 +25,9 @@ class CurvePoint(Record):
     """One evaluation of a student, and what its training had cost by then."""
 
     samples: int
-    flops: float
-    """Of training, those of the teacher included."""
+    flops: float  # of training, those of the teacher included
     seconds: float
-    metrics: dict[str, float]
-    """Held-out metrics; a value that was not finite is left out."""
+    metrics: dict[str, float]  # held-out metrics; a value that was not finite is left out
 
     def cost(self, name: str) -> float:
         """The cost called `name`, one of `COSTS`."""
@@ -41,10 +39,8 @@ class RunRecord(Record):
     """A finished run of one seed."""
 
     seed: int
-    curve: tuple[CurvePoint, ...]
-    """Evaluations in order of samples; the first one is of the untrained student."""
-    diverged: str | None = None
-    """What diverged, where training had to stop."""
+    curve: tuple[CurvePoint, ...]  # evaluations in order of samples; the first one is of the untrained student
+    diverged: str | None = None  # what diverged, where training had to stop
     at_target: CurvePoint | None = None
     """The first point of the curve at the target; None where there is none, or no target."""
 
@@ -72,14 +68,11 @@ class Trial(Record):
     """What a candidate scored on the tuning seeds."""
 
     candidate: Candidate
-    unit: str
-    """What `score` is: `samples to target` or `final METRIC`."""
+    unit: str  # what `score` is: `samples to target` or `final METRIC`
     score: float | None = None
     """Median over the tuning seeds; None where the target was not reached, or training diverged."""
-    final: float | None = None
-    """Median of the final metric."""
-    stopped_after: int | None = None
-    """Samples after which a run that did not reach the target was stopped."""
+    final: float | None = None  # median of the final metric
+    stopped_after: int | None = None  # samples after which a run that did not reach the target was stopped
     diverged: bool = False
 
 
@@ -88,12 +81,9 @@ class MethodResult(Record):
     """A variant: how it was tuned, and its runs."""
 
     variant: Variant
-    candidate: Candidate | None = None
-    """What tuning chose; None before tuning, or where every candidate diverged."""
-    trials: tuple[Trial, ...] = ()
-    """Empty where there was a single candidate."""
-    curriculum: Curriculum | None = None
-    """Checkpoints of a teacher by name, without their folder."""
+    candidate: Candidate | None = None  # what tuning chose; None before tuning, or where every candidate diverged
+    trials: tuple[Trial, ...] = ()  # empty where there was a single candidate
+    curriculum: Curriculum | None = None  # checkpoints of a teacher by name, without their folder
     runs: tuple[RunRecord, ...] = ()
     samples_to_target: Estimate = NO_ESTIMATE
     """Median over the runs; a run that never reached the target counts as beyond the budget."""
@@ -119,12 +109,9 @@ class Ratio(Record):
 
     over: str
     under: str
-    cost: str
-    """One of `COSTS`."""
-    seeds: int
-    """Seeds that both have run."""
-    paired: PairedRatio
-    """Over the seeds on which at least one reached the target."""
+    cost: str  # one of `COSTS`
+    seeds: int  # seeds that both have run
+    paired: PairedRatio  # over the seeds on which at least one reached the target
 
 
 @dataclass(frozen=True)
@@ -133,21 +120,15 @@ class Comparison(Record):
 
     recipe: str
     size: str
-    command: str | None
-    """The command that repeats it."""
-    complete: bool
-    """Whether all of its runs are finished."""
-    match: str
-    """The cost, one of `COSTS`, that is equal for all variants."""
-    budget: int
-    """Samples of a one-shot run."""
+    command: str | None  # the command that repeats it
+    complete: bool  # whether all of its runs are finished
+    match: str  # the cost, one of `COSTS`, that is equal for all variants
+    budget: int  # samples of a one-shot run
     metric: str
-    better: str
-    """`higher` or `lower`."""
+    better: str  # `higher` or `lower`
     target: float | None
     seeds: tuple[int, ...]
-    settings: dict[str, Any]
-    """Fields of the recipe, as JSON values."""
+    settings: dict[str, Any]  # fields of the recipe, as JSON values
     teacher: TeacherRecord
     environment: dict[str, Any]
     methods: tuple[MethodResult, ...] = ()

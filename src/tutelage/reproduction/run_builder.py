@@ -32,8 +32,7 @@ class RunBuilder:
 
     recipe: Recipe
     teacher: Teacher
-    root: Path
-    """Folder of the comparison."""
+    root: Path  # folder of the comparison
 
     def folder(self, variant: Variant, candidate: Candidate, seeds: Sequence[int], what: str = "runs") -> Path:
         """Folder of a run; variants of one name and different settings have different folders."""

@@ -48,8 +48,7 @@ class PlannedRun:
     candidate: Candidate
     seeds: tuple[int, ...]
     folder: Path
-    limit: float | None = None
-    """Samples after which the run is stopped."""
+    limit: float | None = None  # samples after which the run is stopped
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,10 @@ class Runner:
 
     recipe: Recipe
     teacher: Teacher
-    root: Path
-    """Folder of the comparison."""
-    match: str
-    """The cost that is equal for all variants, one of `results.COSTS`."""
-    workers: Workers | None = None
-    """Make the runs; None makes them in this process, one at a time."""
-    lock: Any = field(default_factory=threading.Lock)
-    """Held while the cost of a step is measured."""
+    root: Path  # folder of the comparison
+    match: str  # the cost that is equal for all variants, one of `results.COSTS`
+    workers: Workers | None = None  # make the runs; None makes them in this process, one at a time
+    lock: Any = field(default_factory=threading.Lock)  # held while the cost of a step is measured
 
     @functools.cached_property
     def builder(self) -> RunBuilder:

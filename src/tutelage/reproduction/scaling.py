@@ -37,27 +37,19 @@ _DRAWS = 2000
 class ScalingSettings(Record):
     """The numbers of a scaling experiment."""
 
-    ks: tuple[int, ...] = (3, 4)
-    """Numbers of support bits."""
-    ds: tuple[int, ...] = (16, 24, 32, 48, 64)
-    """Dimensions."""
-    teachers: tuple[str, ...] = ("planted", "trained")
-    """Kinds of teacher; trained ones are trained past convergence."""
+    ks: tuple[int, ...] = (3, 4)  # numbers of support bits
+    ds: tuple[int, ...] = (16, 24, 32, 48, 64)  # dimensions
+    teachers: tuple[str, ...] = ("planted", "trained")  # kinds of teacher; trained ones are trained past convergence
     teacher_width: int = 2000
     student_width: int = 100
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     """Seeds on which each method's learning rate is chosen, for each parity."""
-    learning_rates: tuple[float, ...] = (3.0, 1.0, 0.3, 10.0)
-    """The learning rates that are tried for every method."""
-    budget_samples: int = 960_000
-    """Examples within which a parity must be solved."""
-    eval_every: int = 3_200
-    """Examples between evaluations."""
-    stage_samples: int = 16_000
-    """Examples of the hidden stage."""
-    target: float = 0.99
-    """Held-out accuracy that counts as solved."""
+    learning_rates: tuple[float, ...] = (3.0, 1.0, 0.3, 10.0)  # the learning rates that are tried for every method
+    budget_samples: int = 960_000  # examples within which a parity must be solved
+    eval_every: int = 3_200  # examples between evaluations
+    stage_samples: int = 16_000  # examples of the hidden stage
+    target: float = 0.99  # held-out accuracy that counts as solved
 
     def __post_init__(self) -> None:
         for name in ("ks", "ds", "teachers"):
@@ -76,10 +68,8 @@ class ScalingPoint(Record):
     teacher: str
     d: int
     method: str
-    learning_rate: float | None
-    """The one chosen; None where training diverged at all of them."""
-    samples: tuple[float | None, ...]
-    """Samples to the target of each seed; None where it was not reached."""
+    learning_rate: float | None  # the one chosen; None where training diverged at all of them
+    samples: tuple[float | None, ...]  # samples to the target of each seed; None where it was not reached
 
 
 @dataclass(frozen=True)
@@ -87,11 +77,9 @@ class PowerLaw(Record):
     """samples = exp(intercept) * d^exponent; both are None with fewer than two dimensions to fit."""
 
     exponent: float | None
-    ci95: tuple[float | None, float | None]
-    """Bootstrap 95% interval of the exponent."""
+    ci95: tuple[float | None, float | None]  # bootstrap 95% interval of the exponent
     intercept: float | None
-    unreached: int
-    """Runs left out because they did not reach the target: the true slope is then steeper than the fit."""
+    unreached: int  # runs left out because they did not reach the target: the true slope is then steeper than the fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +89,7 @@ class MethodFit(PowerLaw):
     k: int
     teacher: str
     method: str
-    after_stage: PowerLaw | None = None
-    """Of extraction: the same for its output stage alone."""
+    after_stage: PowerLaw | None = None  # of extraction: the same for its output stage alone
 
     def matches(self, point: ScalingPoint) -> bool:
         """Whether the fit is (also) to this point."""
@@ -114,14 +101,12 @@ class ScalingResult(Record):
     """A scaling experiment, finished or in progress (`scaling.json`)."""
 
     size: str
-    command: str
-    """The command that repeats it."""
+    command: str  # the command that repeats it
     settings: ScalingSettings
     environment: dict[str, Any]
     points: tuple[ScalingPoint, ...] = ()
     fits: tuple[MethodFit, ...] = ()
-    verdict: str = ""
-    """One line for each fit."""
+    verdict: str = ""  # one line for each fit
     recipe: str = "scaling"
 
 

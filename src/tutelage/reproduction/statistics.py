@@ -35,8 +35,7 @@ class PairedRatio(Record):
     """The median over seeds of the cost of one method divided by that of a second method."""
 
     estimate: Estimate
-    pairs: int
-    """Seeds on which at least one of the two reached the target; the others say nothing."""
+    pairs: int  # seeds on which at least one of the two reached the target; the others say nothing
     unreached: int = 0
     """Pairs in which the second method did not reach the target: its budget is used in place of its cost."""
 

@@ -33,8 +33,7 @@ _FORMAT = 2  # part of the hash: raise it when training code changes what a sett
 class Checkpoint(Record):
     """A checkpoint of a teacher's training."""
 
-    samples: int
-    """Examples seen."""
+    samples: int  # examples seen
     folder: str
 
 
@@ -47,8 +46,7 @@ class Teacher:
     metrics: dict[str, float] = field(default_factory=dict)
     samples: int | None = None
     converged_at: int | None = None
-    checkpoints: tuple[Checkpoint, ...] = ()
-    """Checkpoints of its training, early to late."""
+    checkpoints: tuple[Checkpoint, ...] = ()  # checkpoints of its training, early to late
     transition: int | None = None
 
 
@@ -64,8 +62,7 @@ class TeacherRule:
     value: float | None
     factor: float
     max_samples: int
-    checkpoint_every: int
-    """Examples between the checkpoints kept for progressive distillation, up to convergence."""
+    checkpoint_every: int  # examples between the checkpoints kept for progressive distillation, up to convergence
     better: str = "higher"
 
     def reached(self, value: float) -> bool:
@@ -77,28 +74,20 @@ class TeacherRule:
 class TeacherRecord(Record):
     """What is known of a teacher."""
 
-    description: str
-    """How it was made, and by what rule its training was stopped."""
-    metrics: dict[str, float]
-    """On held-out data."""
-    samples: int | None = None
-    """Examples that it was trained on."""
-    converged_at: int | None = None
-    """Examples after which it had converged; None without such a rule."""
+    description: str  # how it was made, and by what rule its training was stopped
+    metrics: dict[str, float]  # on held-out data
+    samples: int | None = None  # examples that it was trained on
+    converged_at: int | None = None  # examples after which it had converged; None without such a rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTeacher(TeacherRecord):
     """The record of a finished training (`teacher.json`)."""
 
-    transition: int
-    """Index of the checkpoint whose metric is nearest to halfway between the first and the last."""
-    curve: tuple[tuple[int, float], ...]
-    """Examples seen, and the rule's metric."""
-    checkpoints: tuple[Checkpoint, ...]
-    """Folders are relative to that of the record."""
-    settings: dict[str, Any]
-    """All that the teacher depends on."""
+    transition: int  # index of the checkpoint whose metric is nearest to halfway between the first and the last
+    curve: tuple[tuple[int, float], ...]  # examples seen, and the rule's metric
+    checkpoints: tuple[Checkpoint, ...]  # folders are relative to that of the record
+    settings: dict[str, Any]  # all that the teacher depends on
 
 
 def teacher_settings(recipe: PaperRecipe) -> dict[str, Any]:

@@ -34,12 +34,10 @@ class Variant(Record):
     """A method and the settings in which it differs from the recipe."""
 
     name: str
-    method: str
-    """One of `METHODS`."""
+    method: str  # one of `METHODS`
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """`CurriculumConfig` fields; `schedule` too for progressive distillation."""
-    budget_fraction: float = 1.0
-    """Fraction of the comparison's budget that it gets."""
+    budget_fraction: float = 1.0  # fraction of the comparison's budget that it gets
 
     @property
     def settings(self) -> str:
@@ -53,8 +51,7 @@ class Candidate(Record):
     """What tuning chooses."""
 
     learning_rate: float
-    schedule: str | None = None
-    """Progressive: one of `SCHEDULES`."""
+    schedule: str | None = None  # progressive: one of `SCHEDULES`
 
     @property
     def label(self) -> str:

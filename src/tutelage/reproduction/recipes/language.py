@@ -50,21 +50,16 @@ class LanguageRecipe(PaperRecipe):
     budget_samples: int = 32_000
     eval_every: int = 1_600
     eval_samples: int = 512
-    layers: int = 4
-    """Blocks of teacher and student."""
+    layers: int = 4  # blocks of teacher and student
     teacher_heads: int = 16
     student_heads: int = 4
     head_width: int = 8
-    stage_fraction: float = 0.25
-    """Fraction of the steps given to the hidden stages together."""
-    num_stages: int | None = 1
-    """Hidden stages of the paper's extraction, evenly spaced; `none`: one for each block."""
+    stage_fraction: float = 0.25  # fraction of the steps given to the hidden stages together
+    num_stages: int | None = 1  # hidden stages of the paper's extraction, evenly spaced; `none`: one for each block
     teacher_samples: int = 64_000
     """Sequences that the teacher is trained on, with a cosine decay to zero: its loss has flattened by then."""
-    teacher_checkpoints: int = 8
-    """Checkpoints kept over its training, for progressive distillation."""
-    mlm_probability: float = 0.3
-    """Fraction of tokens masked (masked prediction)."""
+    teacher_checkpoints: int = 8  # checkpoints kept over its training, for progressive distillation
+    mlm_probability: float = 0.3  # fraction of tokens masked (masked prediction)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,8 +140,7 @@ class PcfgRecipe(LanguageRecipe):
 
     best = Variant("extraction-standardized", "extraction", {"normalize": "standardize"})
 
-    levels: int = 5
-    """Levels of the grammar, root and terminals included."""
+    levels: int = 5  # levels of the grammar, root and terminals included
     grammar_seed: int = 0
 
     @cached_property
@@ -199,10 +193,8 @@ class TextRecipe(LanguageRecipe):
 
     dataset: str | None = None
     """Hub name, folder or file; default: the embedded Austen text, with Wikipedia summaries where they were fetched."""
-    eval_dataset: str | None = None
-    """Held-out text; default: the end of each text."""
-    max_length: int = 64
-    """Tokens per sequence."""
+    eval_dataset: str | None = None  # held-out text; default: the end of each text
+    max_length: int = 64  # tokens per sequence
     teacher_heads: int = 8
     head_width: int = 16
     budget_samples: int = 16_000

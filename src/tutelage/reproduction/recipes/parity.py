@@ -33,26 +33,20 @@ class ParityRecipe(PaperRecipe):
     metric = "accuracy"
     better = "higher"
 
-    d: int = 64
-    """Input bits."""
-    k: int = 5
-    """Bits that the label is the parity of."""
+    d: int = 64  # input bits
+    k: int = 5  # bits that the label is the parity of
     support: tuple[int, ...] | None = None
     """Their coordinates; default: the first k (two-layer networks), or k drawn at random (transformers)."""
-    target: float = 0.99
-    """Held-out accuracy to reach."""
+    target: float = 0.99  # held-out accuracy to reach
     teacher_learning_rate: float = 0.5
     teacher_batch_size: int = 16
-    teacher_max_samples: int = 4_000_000
-    """Examples within which the teacher must converge."""
+    teacher_max_samples: int = 4_000_000  # examples within which the teacher must converge
     teacher_factor: float = 2.5
     """The teacher is trained for this many times the examples after which it first reached 99.9%."""
     teacher_sparse_samples: int = 0
     """Examples over which the teacher's inputs go from half sparse to uniform (arXiv:2306.16921); 0: uniform from the start."""
-    teacher_checkpoint_every: int = 16_000
-    """Examples between the checkpoints kept for progressive distillation."""
-    stage_samples: int = 16_000
-    """Examples of each hidden stage."""
+    teacher_checkpoint_every: int = 16_000  # examples between the checkpoints kept for progressive distillation
+    stage_samples: int = 16_000  # examples of each hidden stage
     stage_learning_rate: float = 3.0
 
     def __post_init__(self) -> None:
@@ -153,10 +147,8 @@ class ParityMLPRecipe(ParityRecipe):
     """`trained`, `planted` (a network that computes the parity by construction), or the folder of a finished teacher."""
     teacher_width: int = 5000
     student_width: int = 100
-    match_activation: str = "pre"
-    """The student's side of the stage: `pre` or `post` activation."""
-    planted_noise: float = 0.02
-    """Planted teacher: standard deviation of the weights off the support."""
+    match_activation: str = "pre"  # the student's side of the stage: `pre` or `post` activation
+    planted_noise: float = 0.02  # planted teacher: standard deviation of the weights off the support
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,8 +209,7 @@ class ParityTransformerRecipe(ParityRecipe):
     about = "sparse parity, GPT-2 shape"
     task = "sequence_classification"
 
-    layers: int = 2
-    """Blocks of teacher and student."""
+    layers: int = 2  # blocks of teacher and student
     teacher_heads: int = 16
     student_heads: int = 4
     head_width: int = 8
