@@ -59,8 +59,7 @@ def compare(
     """
     asked = recipe.default_methods if methods is None else methods
     variants = [method if isinstance(method, Variant) else plain_variant(method) for method in asked]
-    _check_budget(match, jobs)
-    _check(recipe, variants)
+    _check(recipe, variants, match, jobs)
     sketch = recipe.sketch_teacher()
     if sketch is not None:  # what cannot work with a teacher of this shape is refused before the training
         builder = RunBuilder(recipe, Teacher(sketch, "untrained"), output_dir)
@@ -146,7 +145,8 @@ def _run_method(runner: Runner, variant: Variant, record: _Record) -> None:
         record.put(result)
 
 
-def _check_budget(match: str, jobs: int | Workers) -> None:
+def _check(recipe: Recipe, variants: Sequence[Variant], match: str, jobs: int | Workers) -> None:
+    """Refuse what cannot be compared."""
     if match not in COSTS:
         raise UserError(f"unknown match {match!r}: use one of {listed(COSTS)}")
     if isinstance(jobs, int) and jobs < 1:
@@ -155,10 +155,6 @@ def _check_budget(match: str, jobs: int | Workers) -> None:
         raise UserError(
             "runs at the same time slow each other down, so their seconds cannot be compared: --match seconds needs --jobs 1"
         )
-
-
-def _check(recipe: Recipe, variants: Sequence[Variant]) -> None:
-    """Refuse variants, seeds and rates that cannot be compared."""
     seeds, tuning = recipe.seeds, recipe.tuning_seeds
     given = {"methods": [variant.name for variant in variants], "seeds": seeds, "learning_rates": recipe.learning_rates}
     for name, values in {**given, "tuning_seeds": tuning}.items():

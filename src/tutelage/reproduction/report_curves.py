@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from tutelage.reproduction.display import show_number
-from tutelage.reproduction.results import Comparison, MethodResult, RunRecord
+from tutelage.reproduction.results import Comparison, MethodResult
 from tutelage.runs import plots
 
 AXES = {"samples": "training samples", "flops": plots.AXES["flops"], "seconds": plots.AXES["seconds"]}
@@ -70,14 +70,13 @@ def method_curves(comparison: Comparison) -> tuple[MethodCurves, ...]:
 
 
 def _against(axis: str, method: MethodResult, metric: str) -> AxisCurves:
-    lines = [(line, run.at_target is not None) for run in method.runs if (line := _line(run, axis, metric)).x]
+    lines = []
+    for run in method.runs:
+        points = sorted((point.cost(axis), point.metrics[metric]) for point in run.curve if metric in point.metrics)
+        if points:
+            line = SeedCurve(run.seed, [_round(x) for x, _ in points], [_round(y) for _, y in points])
+            lines.append((line, run.at_target is not None))
     return AxisCurves(tuple(line for line, _ in lines), _band(lines))
-
-
-def _line(run: RunRecord, axis: str, metric: str) -> SeedCurve:
-    """The points of a run that have the metric, in order of x."""
-    points = sorted((point.cost(axis), point.metrics[metric]) for point in run.curve if metric in point.metrics)
-    return SeedCurve(run.seed, [_round(x) for x, _ in points], [_round(y) for _, y in points])
 
 
 def _band(lines: Sequence[tuple[SeedCurve, bool]]) -> Band:

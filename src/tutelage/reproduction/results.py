@@ -12,7 +12,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedRatio, as_good
+from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedRatio
 from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Candidate, Variant
 
@@ -148,10 +148,6 @@ class Comparison(Record):
         """One-shot distillation: the variant called `one_shot`, or the first one of that method."""
         found = [method for method in self.methods if method.variant.method == "one_shot"]
         return min(found, key=lambda method: method.name != "one_shot", default=None)
-
-    def reached(self, value: float, target: float) -> bool:
-        """Whether a value of the metric is as good as `target`."""
-        return as_good(value, target, self.better)
 
     @classmethod
     def read(cls, folder: Path) -> Comparison:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, Stage
+from tutelage.core.curriculum import Curriculum, HiddenStage
 from tutelage.io.files import write_atomically
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import CurvePoint, RunRecord
@@ -134,13 +134,10 @@ def _at_equal_cost(builder: RunBuilder, variant: Variant, candidate: Candidate, 
     reference = _step_costs(builder, plain_variant("one_shot"), candidate, match)["output"]
     cost = _step_costs(builder, variant, candidate, match)
     *first, last = made.stages
-    spent = cost[_CALIBRATION] + sum(cost[_key(stage)] * stage.steps for stage in first)
-    left = max(1, round((reference * steps - spent) / cost[_key(last)]))
+    *before, step = (cost[stage.name if isinstance(stage, HiddenStage) else "output"] for stage in made.stages)
+    spent = cost[_CALIBRATION] + sum(each * stage.steps for each, stage in zip(before, first, strict=True))
+    left = max(1, round((reference * steps - spent) / step))
     return dataclasses.replace(made, stages=(*first, dataclasses.replace(last, steps=left)))
-
-
-def _key(stage: Stage) -> str:
-    return stage.name if isinstance(stage, HiddenStage) else "output"
 
 
 def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, match: str) -> dict[str, float]:

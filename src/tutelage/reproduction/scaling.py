@@ -24,7 +24,6 @@ from tutelage.reproduction.compare import compare
 from tutelage.reproduction.display import Table, listed, save_plot
 from tutelage.reproduction.recipe import change_fields
 from tutelage.reproduction.recipes import resolve
-from tutelage.reproduction.results import MethodResult
 from tutelage.reproduction.runner import Workers
 from tutelage.runs.environment import environment
 from tutelage.runs.plots import COLORS
@@ -201,14 +200,13 @@ def run_scaling(
             log(f"k={k} d={d}, {teacher} teacher")
             place = folder / f"k{k}-{teacher}-d{d}"
             made = compare(recipe, place, SCALING_METHODS, jobs=workers, command=None, log=lambda line: None)
-            points = [_point(k, teacher, d, method) for method in made.methods]
-            result = _write(folder, dataclasses.replace(result, points=(*result.points, *points)))
+            points = list(result.points)
+            for method in made.methods:
+                rate = None if method.candidate is None else method.candidate.learning_rate
+                samples = tuple(run.to_target("samples") for run in method.runs)
+                points.append(ScalingPoint(k, teacher, d, method.name, rate, samples))
+            result = _write(folder, dataclasses.replace(result, points=tuple(points)))
     return result
-
-
-def _point(k: int, teacher: str, d: int, method: MethodResult) -> ScalingPoint:
-    rate = None if method.candidate is None else method.candidate.learning_rate
-    return ScalingPoint(k, teacher, d, method.name, rate, tuple(run.to_target("samples") for run in method.runs))
 
 
 def _write(folder: Path, result: ScalingResult) -> ScalingResult:

@@ -7,7 +7,7 @@ import itertools
 import statistics
 
 from tutelage.reproduction.results import COSTS, Comparison, MethodResult, Ratio
-from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, PairedRatio, median_interval, paired_ratio
+from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, PairedRatio, as_good, median_interval, paired_ratio
 
 _LONGEST_HEADLINE = 4  # lines
 
@@ -51,7 +51,7 @@ def _timed(method: MethodResult, comparison: Comparison) -> MethodResult:
     for run in method.runs:
         at_target = None
         if target is not None and run.diverged is None:
-            at_target = run.first(comparison.metric, lambda value: comparison.reached(value, target))
+            at_target = run.first(comparison.metric, lambda value: as_good(value, target, comparison.better))
         runs.append(dataclasses.replace(run, at_target=at_target))
     estimate = median_interval([run.to_target("samples") for run in runs])
     return dataclasses.replace(method, runs=tuple(runs), samples_to_target=estimate)
