@@ -65,10 +65,6 @@ class TeacherRule:
     checkpoint_every: int  # examples between the checkpoints kept for progressive distillation, up to convergence
     better: str = "higher"
 
-    def reached(self, value: float) -> bool:
-        """Whether a value of the metric means convergence."""
-        return self.value is not None and as_good(value, self.value, self.better)
-
 
 @dataclass(frozen=True)
 class TeacherRecord(Record):
@@ -129,7 +125,7 @@ class _Watch(TrainerCallback):
         samples, rule = state.global_step * self.batch_size, self.rule
         value = kwargs["metrics"][f"eval_{rule.metric}"]
         self.curve.append((samples, value))
-        if self.converged_at is None and rule.reached(value):
+        if self.converged_at is None and rule.value is not None and as_good(value, rule.value, rule.better):
             self.converged_at = samples
         converged = self.converged_at
         if samples and (converged is None or samples <= converged):

@@ -32,6 +32,8 @@ from tutelage.tasks.pcfg_grammar import Grammar, build_grammar
 from tutelage.tasks.registry import get_task
 from tutelage.tasks.text import read_dataset, split_dataset, tokenize
 
+_OTHER = "it was made for a different language"
+
 
 @dataclass(frozen=True)
 class LanguageRecipe(PaperRecipe):
@@ -121,16 +123,11 @@ class LanguageRecipe(PaperRecipe):
         model, name = teacher.model, Path(self.teacher).name
         entries, mine = int(model.config.vocab_size), self.model_config(1).vocab_size  # type: ignore[union-attr, arg-type]
         if mine != entries:
-            raise UserError(
-                f"teacher {name!r} has {entries} vocabulary entries, the recipe has {mine}: it was made for a different "
-                "language"
-            )
+            raise UserError(f"teacher {name!r} has {entries} vocabulary entries, the recipe has {mine}: {_OTHER}")
         metrics = self.evaluate(model, self.eval_data(()), batch_size=64)
         if metrics["loss"] > math.log(entries):
-            raise UserError(
-                f"teacher {name!r} has a held-out loss of {metrics['loss']:.3f} on this recipe's text, worse than chance: "
-                "it was made for a different language"
-            )
+            found = f"teacher {name!r} has a held-out loss of {metrics['loss']:.3f} on this recipe's text"
+            raise UserError(f"{found}, worse than chance: {_OTHER}")
         return dataclasses.replace(teacher, metrics=metrics)
 
 
@@ -252,12 +249,9 @@ class TextRecipe(LanguageRecipe):
 
     def _shape(self, heads: int) -> dict[str, Any]:
         return {
-            "vocab_size": len(self.tokenizer),
-            "hidden_size": heads * self.head_width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": heads,
-            "max_position_embeddings": self.max_length,
-            "pad_token_id": self.tokenizer.pad_token_id,
+            **{"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id},
+            **{"hidden_size": heads * self.head_width, "max_position_embeddings": self.max_length},
+            **{"num_hidden_layers": self.layers, "num_attention_heads": heads},
         }
 
 
