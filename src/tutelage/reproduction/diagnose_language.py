@@ -68,8 +68,7 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
     Layers that short contexts explain are an easier target: this shows the curriculum that extraction follows. Writes
     ngrams.json and ngrams.png to `folder`.
 
-    Raises:
-        UserError: no language model, no tokenizer, or text that cannot be read or is too short.
+    Raises UserError: no language model, no tokenizer, or text that cannot be read or is too short.
     """
     task = detect_task(probe.teacher)
     if not task.per_position:

@@ -125,8 +125,7 @@ class Recipe(ABC):
     def make_teacher(self, folder: Path) -> Teacher:
         """Train, load or build the teacher; a recipe may keep things in `folder`, that of the comparison.
 
-        Raises:
-            UserError: the teacher does not converge, or does not fit the recipe.
+        Raises UserError: the teacher does not converge, or does not fit the recipe.
         """
 
     def sketch_teacher(self) -> nn.Module | None:
@@ -241,8 +240,7 @@ def at_least_one(recipe: Any, *names: str) -> None:
 def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fields:
     """The dataclass called `name` in messages, with some fields changed; text is read as the field's type.
 
-    Raises:
-        UserError: an unknown field, or a value that cannot be read.
+    Raises UserError: an unknown field, or a value that cannot be read.
     """
     hints = typing.get_type_hints(type(values))
     known = [part.name for part in _changeable(values)]

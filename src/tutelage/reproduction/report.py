@@ -62,8 +62,7 @@ def write_report(folder: Path) -> Path:
 
     Returns the path of report.html, or, with a warning, that of report.md if plotly is not installed.
 
-    Raises:
-        UserError: there is no comparison.json, or an earlier version wrote it.
+    Raises UserError: there is no comparison.json, or an earlier version wrote it.
     """
     comparison = Comparison.read(folder)
     curves = method_curves(comparison)

@@ -181,8 +181,7 @@ def run_scaling(
         command: the command that repeats the experiment, for the record.
         log: called with a line of progress.
 
-    Raises:
-        UserError: an unknown size or field, or settings that cannot work, before the first comparison.
+    Raises UserError: an unknown size or field, or settings that cannot work, before the first comparison.
     """
     size = name.partition("/")[2] or "laptop"
     if size not in SCALING_SIZES:

@@ -80,8 +80,7 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
     There are also `method` (default: the name where it is a method, else extraction), `budget` (a fraction of the
     comparison's budget) and, for progressive, `schedule`.
 
-    Raises:
-        UserError: a bad name, an unknown method or field, or a value that cannot be read.
+    Raises UserError: a bad name, an unknown method or field, or a value that cannot be read.
     """
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"{name!r} cannot name a variant: use letters, digits and the signs . _ + -")
@@ -117,8 +116,7 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
 def parse_variant(text: str) -> Variant:
     """A variant as written on the command line: `NAME:key=value,key=value`.
 
-    Raises:
-        UserError: not of this form, or what `make_variant` refuses.
+    Raises UserError: not of this form, or what `make_variant` refuses.
     """
     name, colon, rest = text.partition(":")
     settings: dict[str, str] = {}
@@ -138,8 +136,7 @@ def parse_variant(text: str) -> Variant:
 def read_methods(value: Any) -> tuple[Variant, ...]:
     """The `methods` of a comparison file: a mapping of names to settings, or a list of names of methods.
 
-    Raises:
-        UserError: neither of the two, or what `make_variant` refuses.
+    Raises UserError: neither of the two, or what `make_variant` refuses.
     """
     if isinstance(value, str):
         value = value.split()
@@ -199,8 +196,7 @@ def build_curriculum(
         steps, batch_size: steps of the whole curriculum, and examples per step.
         fraction: of the comparison's budget that `steps` is; a schedule of checkpoints is shortened by it too.
 
-    Raises:
-        UserError: progressive without checkpoints, or what the builders refuse.
+    Raises UserError: progressive without checkpoints, or what the builders refuse.
     """
     if args.method != "progressive":
         return method_curriculum(args, blocks, steps)

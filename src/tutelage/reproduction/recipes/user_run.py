@@ -114,8 +114,7 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
 
     `overrides` replace the file's options. Without a file, the embedded teacher, student and text are the defaults.
 
-    Raises:
-        UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
+    Raises UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
     """
     given = {**({} if file is None else read_options(file, "student: layers=2")), **overrides}
     where = "the command line" if file is None else f"config {str(file)!r}"
