@@ -1,7 +1,4 @@
-"""`tutelage diagnose`: parse, call, print.
-
-Public names: `diagnose_command`.
-"""
+"""`tutelage diagnose`: parse, call, print."""
 
 from __future__ import annotations
 
