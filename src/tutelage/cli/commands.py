@@ -1,7 +1,5 @@
 """The sub-commands: parse, call, print."""
 
-from __future__ import annotations
-
 import dataclasses
 import pkgutil
 from collections.abc import Sequence

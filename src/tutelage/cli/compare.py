@@ -1,7 +1,5 @@
 """`tutelage compare` and `tutelage report`: parse, call, print."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What commands share: help (one screen with what people use, then the rest in groups), parser, progress."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

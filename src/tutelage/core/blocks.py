@@ -3,8 +3,6 @@
 A *place* is an integer or `FINAL`. Place 0 is the input of the first block (the embedding output, `hidden_states[0]` in
 transformers), place b is the output of block b, and `FINAL` is the input of the output head (after the final norm)."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import Any

@@ -2,8 +2,6 @@
 
 Curriculum extraction is arXiv:2503.17494; progressive distillation and the experimental settings are arXiv:2410.05464."""
 
-from __future__ import annotations
-
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The one exception that means a user's mistake, and the checks that raise it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,8 +1,6 @@
 """Select what a model's forward takes from a batch, and which positions of a batch count.
 Shapes: B batch, T positions, D width."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

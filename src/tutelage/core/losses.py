@@ -8,8 +8,6 @@ Every loss is a *sum* over positions (or sequences): the caller divides by the n
 so that gradient accumulation does not change the result.
 Shapes: N positions, D student width, E teacher width, R projected width, V outputs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ The paper's projection (arXiv:2503.17494) is `gaussian`: i.i.d. N(0, 1/d_T), dra
 stored. `pca` and `logits` are contrasts of ours that are computed from calibration statistics and stored.
 Shapes: D teacher width, R projected width; a projection is applied as `hidden @ matrix`, (..., D) -> (..., R)."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Dataclasses that are written to JSON and read back."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import types

@@ -1,7 +1,5 @@
 """Claim a folder for a run, an extraction, a comparison or a teacher, so that nothing else writes to it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

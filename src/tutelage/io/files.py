@@ -1,7 +1,5 @@
 """Write files so that nobody reads them half-written."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 A file is never read half-written: a local file is written to a temporary file, synced and renamed; an object in remote
 storage appears when its upload is complete."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Comparing methods on one recipe: the same data order, initial students, evaluation sets, rates and budget for all."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -3,8 +3,6 @@
 Shapes: B sequences, T positions, W width, P positions with a whole context, n length of the context.
 """
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass
 from functools import partial

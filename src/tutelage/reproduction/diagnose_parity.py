@@ -1,7 +1,5 @@
 """Why a curriculum helps on a parity: Fourier weights that are in the teacher's hidden layer but not in its output."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

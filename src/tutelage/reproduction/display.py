@@ -1,7 +1,5 @@
 """Tables, numbers and plots as reports show them."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence

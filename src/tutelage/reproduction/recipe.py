@@ -1,7 +1,5 @@
 """What methods are compared on: a teacher, students, data, and the settings that all methods have in common."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from abc import ABC, abstractmethod

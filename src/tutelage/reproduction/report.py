@@ -3,8 +3,6 @@
 The first screen of the page is the verdict, one small table and one plot; everything else is folded.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import html

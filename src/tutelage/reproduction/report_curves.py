@@ -1,7 +1,5 @@
 """The curves of a comparison: each method's seeds, and their median and range, against each cost."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The tables of a comparison's report, and its curricula in words."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Settings, curricula and trainers of the runs of a comparison."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib

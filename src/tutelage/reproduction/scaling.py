@@ -4,8 +4,6 @@ Theory (arXiv:2503.17494, arXiv:2410.05464): one-shot distillation from a conver
 learning from labels does; with a curriculum the exponent in d no longer grows with k.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

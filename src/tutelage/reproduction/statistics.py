@@ -3,8 +3,6 @@
 A run that never reaches its target is *beyond the budget*: infinity in sorting, None in results.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

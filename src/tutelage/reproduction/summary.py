@@ -1,7 +1,5 @@
 """What follows from the runs of a comparison: its target, medians, ratios and verdict."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """Choosing a learning rate, and for progressive distillation a schedule, on seeds that are not reported."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Methods under comparison: named variants, what is tuned for them, and the curricula they become."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import typing

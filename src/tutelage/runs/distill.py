@@ -1,7 +1,5 @@
 """One distillation run, from options to a folder with the student in it."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

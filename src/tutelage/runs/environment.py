@@ -1,7 +1,5 @@
 """Where a result was made: versions and machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -1,7 +1,5 @@
 """Evaluating a finished model from the outside."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a run trains and on what: from options to models and datasets."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Options of a run as text: from a YAML file, and to the parser that reads flags."""
 
-from __future__ import annotations
-
 import json
 import types
 import typing

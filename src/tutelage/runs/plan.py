@@ -1,7 +1,5 @@
 """What a distillation would do and cost, before anything is spent."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

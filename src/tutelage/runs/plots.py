@@ -1,7 +1,5 @@
 """Plots of runs, drawn from their metrics files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

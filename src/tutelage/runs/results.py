@@ -1,7 +1,5 @@
 """What a distillation ends with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from tutelage.core.records import Record

@@ -1,7 +1,5 @@
 """Checkpoints of a teacher: checking and loading other weights of the same architecture."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

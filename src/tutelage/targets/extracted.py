@@ -1,7 +1,5 @@
 """Targets from an extracted curriculum on disk, without a teacher."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """What an extraction depends on, and hashes that tell models, tokenizers and datasets apart."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

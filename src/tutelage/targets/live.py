@@ -1,8 +1,6 @@
 """Targets from a live, frozen teacher.
 Shapes: B batch, T positions, D teacher width, E embedding width, V outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final

@@ -5,8 +5,6 @@ streams): a split for each stage, `calibration` and `evaluation`. Beside it lie 
 tokenizer, and what a head transplant needs. While it is being made, `extraction.json` says from what, and each shard has a
 receipt beside it; a shard with a receipt is whole."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

@@ -7,8 +7,6 @@ of the positions that predict, n x K.
 dimensions of a standardised, projected state do.
 Shapes: B rows, T positions, R width of the stored states, N positions that predict, K stored outputs."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 The objective, the trainer, evaluation and extraction use a source without knowing which one it is. R is the projected width."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The rows of a curriculum on disk, in the order in which a run reads them."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ A new task is a subclass of `Task`, or of `HeadTask` if its output comes from on
 `tutelage.tasks.registry.register_task` (docs/new_task.md). The losses themselves are in `tutelage.core.losses`.
 Shapes: B batch, T positions, D width, E teacher width, N positions that predict, V outputs."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Classifiers of token sequences, and plain networks that classify any tensors."""
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import torch

@@ -1,8 +1,6 @@
 """Sentence encoders, distilled on their pooled embedding; their folders have the format of sentence-transformers.
 Shapes: B batch, T positions, D encoder width, E embedding width."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,9 +94,8 @@ class SentenceEmbedding(Task):
             upper = torch.triu_indices(count, count, offset=1)
             units = [F.normalize(embeddings[:count], dim=-1) for embeddings in (student_BE, teacher_BE)]
             similarities = [(unit @ unit.T)[upper[0], upper[1]].double().numpy() for unit in units]
-            ranks = [_ranks(values) for values in similarities]
-            for name, pair in (("pearson", similarities), ("spearman", ranks)):
-                metrics[f"similarity_{name}"] = float(np.corrcoef(*pair)[0, 1])
+            for name, pair in (("pearson", similarities), ("spearman", [_ranks(values) for values in similarities])):
+                metrics[f"similarity_{name}"] = float(np.corrcoef(np.stack(pair))[0, 1])
         return metrics
 
 

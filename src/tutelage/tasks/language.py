@@ -1,7 +1,5 @@
 """Language models, causal and masked, and their data collators."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from typing import Any, final

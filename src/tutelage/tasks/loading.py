@@ -2,8 +2,6 @@
 
 Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The two-layer network and the settings are those of arXiv:2410.05464 and arXiv:2503.17494. Bits are stored as 0 and 1
 (`input_ids`, 1 meaning +1), so that the same data feeds transformers. Shapes: B batch, G replicas, d input bits."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 A row is `<bos>`, the terminals of one string, `<eos>`; terminal t has the id FIRST_TERMINAL + t.
 Shapes: N rows, T positions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

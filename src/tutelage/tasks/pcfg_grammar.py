@@ -5,8 +5,6 @@ level 0 is the root, the last level has the terminals. A rule rewrites a symbol 
 of a symbol are equally likely. The grammars are our own draws with the same statistics, not those of the paper.
 Shapes: N strings, M symbols of all strings one after the other, S symbols of a level, R rules of a symbol."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The registered tasks, by name."""
 
-from __future__ import annotations
-
 from torch import nn
 from transformers import PreTrainedConfig
 

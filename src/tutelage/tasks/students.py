@@ -1,7 +1,5 @@
 """Students: from a folder, from a config file, or from a preset relative to the teacher."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Read, tokenise and pack datasets."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Checks made before any compute is spent."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The settings of a run: `transformers.TrainingArguments` and what a curriculum adds."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a stage costs, and what it reaches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

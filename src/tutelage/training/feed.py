@@ -1,7 +1,5 @@
 """Batches that a stage is measured and calibrated on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Counting what a run has spent: samples, tokens, FLOPs and training seconds."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ This is what the trainer wraps (DDP, autocast), so wrappers see a normal forward
 outside the module tree: a teacher is never wrapped, saved, or given to the optimiser.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

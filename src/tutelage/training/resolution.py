@@ -1,7 +1,5 @@
 """From settings as given to one frozen run: curriculum, batch size and budget."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

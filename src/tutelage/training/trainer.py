@@ -4,8 +4,6 @@ One `train()` covers all stages: one data order, one progress bar, one step coun
 the trainable set, the optimiser and the schedule are made anew.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable, Iterator

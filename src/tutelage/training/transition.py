@@ -1,7 +1,5 @@
 """Changing from one stage to the next: teacher weights, warm start, and the parameters that train."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from tutelage.core.curriculum import HiddenStage, OutputStage

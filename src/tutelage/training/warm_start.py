@@ -18,8 +18,6 @@ be.
 Shapes: V outputs, D teacher width, R student width, N calibration positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

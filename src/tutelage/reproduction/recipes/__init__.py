@@ -1,7 +1,5 @@
 """The paper's recipes at three sizes: `laptop` is the default, `smoke` runs in seconds, `paper` has the published numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Settings follow arXiv:2410.05464 (PCFG: 30% masking, Adam with betas 0.9 and 0.9
 compared at the end of one budget; the target of a comparison is one-shot's final loss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,7 +1,5 @@
 """Sparse parity with two-layer networks and with transformers (arXiv:2503.17494, arXiv:2410.05464)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

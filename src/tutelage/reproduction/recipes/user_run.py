@@ -1,7 +1,5 @@
 """A comparison on the user's teacher, student and data, described in a YAML file."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Shapes: N positions that predict.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

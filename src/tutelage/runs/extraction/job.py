@@ -1,7 +1,5 @@
 """One extraction: claim the folder, write the missing shards, finish."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import shutil

@@ -1,7 +1,5 @@
 """What of an extraction is stored, and how."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The data is divided among the stages as training with the same settings divides 
 steps of the stage would read, in that order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
