@@ -249,7 +249,37 @@ def test_other_classes(refused: Refused, classifier_teacher: Path, corpus: Path,
     assert "the student has 2 classes, the teacher 3: they must be the same classes" in line
     Dataset.from_dict({"text": ["ba"] * 40, "label": [0, 3] * 20}).to_json(tmp_path / "labels.jsonl")
     line = refused(**teacher, dataset=tmp_path / "labels.jsonl")
-    assert "the dataset has the label 3, but the teacher has the classes 0 to 2: correct the labels" in line
+    assert "the training dataset has the label 3, but the model has the classes 0 to 2: correct the labels" in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"input_ids": ["abc", "def"]}, "each row needs a list of whole numbers"),
+        ({"input_ids": [[1, 2], [1, 2.5]]}, "each row needs a list of whole numbers"),
+        ({"input_ids": [[1, 2], []]}, "has a row without tokens: drop it"),
+        ({"input_ids": [[1, 2], None]}, "has input_ids without a value: drop these rows"),
+        ({"input_ids": [[1, 2], [1, VOCAB]]}, f"has the token id {VOCAB}, but ids are from 0 to {VOCAB - 1}"),
+        ({"input_ids": [[1, 2], [1, -5]]}, f"has the token id -5, but ids are from 0 to {VOCAB - 1}"),
+        ({"input_ids": [[1, 2], [1, 2]], "labels": [[1, 2], [1]]}, "more or fewer labels than tokens"),
+        (
+            {"input_ids": [[1, 2], [1, 2]], "labels": [[-100, 2], [1, VOCAB]]},
+            f"has the label {VOCAB}, but the model has",
+        ),
+    ],
+)
+def test_rows_that_no_model_takes(refused: Refused, tmp_path: Path, rows: dict[str, Any], message: str) -> None:
+    data = Dataset.from_dict({name: values * 20 for name, values in rows.items()})
+    data.to_parquet(tmp_path / "rows.parquet")
+    assert message in refused(dataset=tmp_path / "rows.parquet")
+
+
+def test_an_evaluation_of_rows_that_no_model_takes(
+    error_of: Callable[..., str], causal_teacher: Path, tmp_path: Path
+) -> None:
+    Dataset.from_dict({"input_ids": [[1, 2], [1, VOCAB]]}).to_parquet(tmp_path / "rows.parquet")
+    line = error_of("evaluate", "--model", causal_teacher, "--dataset", tmp_path / "rows.parquet")
+    assert f"the evaluation dataset has the token id {VOCAB}" in line
 
 
 @pytest.mark.parametrize(

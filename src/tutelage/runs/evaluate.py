@@ -16,7 +16,7 @@ from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER
 from tutelage.tasks.loading import load_config, load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.text import read_dataset, tokenize
-from tutelage.training.checks import check_tokenizers, shared_outputs
+from tutelage.training.checks import check_dataset, check_tokenizers, shared_outputs
 from tutelage.training.config import option
 
 
@@ -78,10 +78,11 @@ def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
         teacher = task.load(options.teacher, trust_remote_code=trust).to(device)
         source = LiveTargets(teacher, task, options.blocks)
     rows = _rows(options, dataset, tokenizer, task, config)
+    source.outputs = shared_outputs(student, source, tokenizer)
+    check_dataset(rows, [student, *source.models], task, "evaluation")
     collator = task.collator(tokenizer, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
     loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=collator)
     batches = ({key: value.to(device) for key, value in batch.items()} for batch in loader)
-    source.outputs = shared_outputs(student, source, tokenizer)
     metrics = task.evaluate(student, batches, source.output, EvaluationTools(source.outputs))
     return EvaluationResult(model, dataset, options.teacher, len(rows), metrics)
 

@@ -122,7 +122,6 @@ def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None
         return tokenize(part, tokenizer, task, length, options.text_column)
 
     rows = _streamed(options, args, devices, encode) if options.streaming else _read(options, encode)
-    task.check_rows(rows[0], base)
     source: TargetSource = NoTargets(task)
     shape = None
     if teacher_path is not None:

@@ -42,7 +42,7 @@ class LiveTargets(TargetSource):
         self.backbone = self.task.backbone(model)
         self.block_names = find_blocks(self.backbone, container)
         self.blocks = len(self.block_names)
-        self.parameters = count_parameters(model)
+        self.parameters, self.models = count_parameters(model), (model,)
         self._student: nn.Module | None = None
         self._checkpoint: str | None = None
         self._finished: dict[str, torch.Tensor] | None = None

@@ -68,6 +68,7 @@ class TargetSource:
 
     blocks: int | None = None  # L_T, the teacher's blocks; None without a teacher
     parameters: int | None = None  # parameters of a teacher in memory
+    models: tuple[nn.Module, ...] = ()  # the teacher, where it is in memory
     in_step_order: ClassVar[bool] = False  # whether training rows are in the order of the steps: not to be shuffled
     tokenizer: PreTrainedTokenizerBase | None = None  # tokenizer that comes with the targets
 

@@ -164,9 +164,6 @@ class Task(ABC):
         """The data collator; default: padding."""
         return DataCollatorWithPadding(tokenizer)
 
-    def check_rows(self, rows: Any, config: PreTrainedConfig) -> None:
-        """Raise UserError for training rows that do not fit the teacher."""
-
     def example(self, length: int) -> Batch:
         """A batch with one sequence of zeros, used to count operations."""
         return {"input_ids": torch.zeros((1, length), dtype=torch.long)}

@@ -4,12 +4,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    default_data_collator,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, default_data_collator
 
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import last_token
@@ -38,15 +33,6 @@ class SequenceClassification(HeadTask):
             raise UserError(
                 f"{type(model).__name__} has {config.num_labels} output(s) and problem_type {config.problem_type!r}: only "
                 "classification into one of two or more classes can be distilled"
-            )
-
-    def check_rows(self, rows: Any, config: PreTrainedConfig) -> None:
-        classes = int(config.num_labels or 0)
-        labels = rows["labels"] if "labels" in rows.column_names else []
-        wrong = next((label for label in labels if not 0 <= label < classes), None)
-        if wrong is not None:
-            raise UserError(
-                f"the dataset has the label {wrong}, but the teacher has the classes 0 to {classes - 1}: correct the labels"
             )
 
     def example(self, length: int) -> Batch:

@@ -178,7 +178,7 @@ def tokenize(
     sample = Dataset.from_list(list(data.take(_SAMPLE))) if isinstance(data, IterableDataset) else data
     columns = sample.column_names
     if "input_ids" in columns:
-        longest = max(len(ids) for ids in sample["input_ids"])
+        longest = max(len(ids or ()) for ids in sample["input_ids"])
         if longest > max_length:
             raise UserError(
                 f"the dataset has a sequence of {longest} tokens, the model takes {max_length}: truncate it, "

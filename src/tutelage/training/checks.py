@@ -4,21 +4,23 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow import compute
+from datasets import Dataset
+from pyarrow import compute, types
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import usable_positions
+from tutelage.core.inputs import IGNORED_LABEL, usable_positions
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import TargetSource
+from tutelage.tasks.base import Task
 from tutelage.training.records import CURRICULUM_FILE, METRICS_FILE, TARGETS_FILE, checkpoints
 
 
@@ -64,32 +66,73 @@ def shared_outputs(student: nn.Module, source: TargetSource, tokenizer: PreTrain
     return len(tokenizer)
 
 
-def check_dataset(dataset: Any, config: Any, name: str) -> None:
-    """Refuse an empty dataset, one without model inputs, and sequences longer than the model's positions."""
+def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: str) -> None:
+    """Refuse an empty dataset, rows without model inputs, and tokens or labels that one of the models does not take."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return
     if len(dataset) == 0:
         raise UserError(f"the {name} dataset is empty: it needs at least one example")
-    row = dataset[0]
+    row, where = dataset[0], f"the {name} dataset"
     have = row.keys() if hasattr(row, "keys") else [type(row).__name__]
     if "input_ids" not in have:
-        found = f"the {name} dataset has no column 'input_ids' (it has {', '.join(have)})"
+        found = f"{where} has no column 'input_ids' (it has {', '.join(have)})"
         raise UserError(f"{found}: tokenise it first, e.g. with tutelage.tasks.text.tokenize")
-    positions = usable_positions(config)
-    if positions is None:
+    if not task.tokenized:
         return
-    if hasattr(dataset, "longest"):  # a dataset that makes its rows knows
-        longest = dataset.longest
-    elif hasattr(dataset, "data"):
-        lengths = compute.list_value_length(dataset.data.column("input_ids"))
-        if dataset._indices is not None:
-            lengths = lengths.take(dataset._indices.column(0))
-        longest = compute.max(lengths).as_py()
-    else:
-        longest = max(len(dataset[index]["input_ids"]) for index in range(len(dataset)))
-    if longest > positions:
-        found = f"the {name} dataset has a sequence of {longest} tokens"
-        raise UserError(f"{found}, the model has {positions} positions: lower max_length")
+    shortest, longest, first, last = 1, getattr(dataset, "longest", 1), 0, 0  # a dataset that makes its rows knows
+    for ids, labels in _columns(dataset, where) if longest == 1 else ():
+        lengths, numbers = compute.list_value_length(ids), compute.min_max(compute.list_flatten(ids)).as_py()
+        shortest, longest = min(shortest, compute.min(lengths).as_py()), max(longest, compute.max(lengths).as_py())
+        first, last = min(first, numbers["min"] or 0), max(last, numbers["max"] or 0)
+        if labels is not None:
+            _check_labels(labels, lengths, [task.output_count(model) for model in models], where)
+    if shortest < 1:
+        raise UserError(f"{where} has a row without tokens: drop it")
+    for config in (task.backbone(model).config for model in models):
+        positions, entries = usable_positions(config), getattr(config, "vocab_size", None)
+        if positions is not None and longest > positions:
+            found = f"{where} has a sequence of {longest} tokens"
+            raise UserError(f"{found}, the model has {positions} positions: lower max_length")
+        if first < 0 or (entries is not None and last >= entries):
+            found = (
+                f"{where} has the token id {first if first < 0 else last}, but ids are from 0 to {(entries or 0) - 1}"
+            )
+            raise UserError(f"{found}: tokenise the text with the model's tokenizer")
+
+
+def _columns(dataset: Any, where: str) -> Iterator[tuple[Any, Any]]:
+    """Token ids and labels (None without such a column) as Arrow arrays, some rows at a time; of rows that are not in Arrow,
+    which may be slow to read, 64 spread evenly."""
+    if not hasattr(dataset, "data"):
+        rows = [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // 64))]
+        names = [name for name in ("input_ids", "labels") if name in rows[0]]
+        dataset = Dataset.from_list([{name: torch.as_tensor(row[name]).tolist() for name in names} for row in rows])
+    kinds = dataset.features
+    if "int" not in str(getattr(getattr(kinds["input_ids"], "feature", None), "dtype", "")):
+        raise UserError(
+            f"{where} has input_ids of the type {kinds['input_ids']}: each row needs a list of whole numbers"
+        )
+    for table in dataset.with_format("arrow").iter(10_000):
+        ids = table["input_ids"].combine_chunks()
+        if ids.null_count or compute.list_flatten(ids).null_count:
+            raise UserError(f"{where} has input_ids without a value: drop these rows")
+        yield ids, table["labels"].combine_chunks() if "labels" in table.column_names else None
+
+
+def _check_labels(labels: Any, lengths: Any, counts: Sequence[int | None], where: str) -> None:
+    if hasattr(labels, "values"):  # a label at each position
+        if not compute.list_value_length(labels).equals(lengths):
+            raise UserError(
+                f"{where} has rows with more or fewer labels than tokens: give one label per token, -100 for none"
+            )
+        labels = compute.list_flatten(labels)
+    least = min((count for count in counts if count is not None), default=None)
+    if least is not None and types.is_integer(labels.type):
+        values = labels.to_numpy(zero_copy_only=False)
+        wrong = values[(values != IGNORED_LABEL) & ((values < 0) | (values >= least))]
+        if len(wrong):
+            found = f"{where} has the label {wrong[0]:g}, but the model has the classes 0 to {least - 1}"
+            raise UserError(f"{found}: correct the labels")
 
 
 def check_best_metric(name: str | None, metrics: Mapping[str, float]) -> None:

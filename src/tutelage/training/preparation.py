@@ -57,13 +57,12 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     if isinstance(student, str):
         student = task.load(student, what="student", trust_remote_code=args.trust_remote_code)
     eval_dataset = source.evaluation_rows(given.eval_dataset)
-    for model in (student, getattr(source, "model", None)):
-        if model is not None:
-            task.check_model(model)
-            config = task.backbone(model).config
-            checks.check_dataset(given.train_dataset, config, "training")
-            checks.check_dataset(eval_dataset, config, "evaluation")
+    models = [student, *source.models]
+    for model in models:
+        task.check_model(model)
     outputs = checks.shared_outputs(student, source, tokenizer)
+    checks.check_dataset(given.train_dataset, models, task, "training")
+    checks.check_dataset(eval_dataset, models, task, "evaluation")
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))
     rows = len(given.train_dataset) if hasattr(given.train_dataset, "__len__") else None
     blocks, fixed = (student_blocks, source.blocks), source.fixed_settings(student_blocks)
