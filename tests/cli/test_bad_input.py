@@ -493,3 +493,39 @@ def test_evaluate(
     make_tokenizer(words=WORDS[::-1]).save_pretrained(other)
     line = error_of("evaluate", "--model", causal_teacher, "--teacher", other, *data)
     assert "different tokenizers" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("progress.json", b'{"stage": 0'),
+        ("progress.json", b'{"stage": 0, "unknown": 1}'),
+        ("trainer_state.json", b"{"),
+        ("trainer_state.json", None),
+        ("model.safetensors", b"garbage"),
+    ],
+)
+def test_a_damaged_checkpoint_names_the_one_before(
+    error_of: Callable[..., str], causal_teacher: Path, corpus: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    data = ("--teacher", causal_teacher, "--student", STUDENT, "--dataset", corpus / "text.txt")
+    flags = (*data, "--output_dir", tmp_path / "out", *budget(save_strategy="steps", save_steps=2, max_steps=4))
+    run("distill", *flags)
+    file = tmp_path / "out" / "checkpoint-4" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    line = error_of("distill", *flags, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-4")
+    assert f"is damaged, so resume from '{tmp_path / 'out' / 'checkpoint-2'}'" in line
+
+
+def test_a_run_does_not_overwrite_what_it_reads(refused: Refused, causal_teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(causal_teacher, folder)
+    shutil.copytree(causal_teacher, folder / "checkpoint-2")
+    (folder / "curriculum.json").write_text("{}")  # as after a run
+    for read in (folder, folder / "checkpoint-2"):
+        for name in ("teacher_model_name_or_path", "student"):
+            line = refused(**{name: read}, output_dir=folder, overwrite_output_dir="true")
+            assert f"the run would overwrite '{read}', which it reads: choose a different output_dir" in line
+    assert (folder / "model.safetensors").is_file()

@@ -167,18 +167,19 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
 
 
 def _measured(folder: Path, match: str) -> dict[str, float]:
-    """Median cost of a step by stage, from a run's metrics; the first step also pays for calibration."""
+    """Median cost of a step by stage, from a run's metrics."""
     costs: dict[str, list[float]] = {}
-    previous = first = 0.0
+    previous = 0.0
     for record in MetricsFile(folder / METRICS_FILE).read():
         if "loss" not in record:
             continue
         stage = record["stage_name"] if record["stage_name"].startswith("hidden") else "output"
         costs.setdefault(stage, []).append(record[match] - previous)
         previous = record[match]
-        first = first or previous
     found = {stage: sorted(values[1:])[len(values[1:]) // 2] for stage, values in costs.items()}
-    found[_CALIBRATION] = first - next(iter(found.values())) if match == "flops" else 0.0
+    # the first step of a stage also pays for calibration, or for the transplant before it
+    extra = sum(values[0] - found[stage] for stage, values in costs.items())
+    found[_CALIBRATION] = extra if match == "flops" else 0.0
     return found
 
 

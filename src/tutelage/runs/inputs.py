@@ -20,7 +20,7 @@ from tutelage.tasks.loading import check_weights, load_config, load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import is_preset, make_student, student_config
 from tutelage.tasks.text import keep_rows, read_dataset, split_dataset, stream_dataset, tokenize
-from tutelage.training.checks import check_tokenizers
+from tutelage.training.checks import check_not_read, check_tokenizers
 from tutelage.training.config import CurriculumConfig, option
 from tutelage.training.preparation import Given, compare_given, open_extracted
 from tutelage.training.resolution import check_made
@@ -104,6 +104,7 @@ def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None
 
     The student trains on `devices`; None is those of this run. Raises UserError for whatever is wrong with the options.
     """
+    check_not_read(args.output_dir, options.student, options.dataset, options.eval_dataset)
     if args.curriculum_dir is not None:
         return _from_disk(options, args, args.curriculum_dir)
     assert options.student is not None and options.dataset is not None

@@ -40,6 +40,13 @@ class TargetMap:
         """Targets, (..., D) -> (..., R), float32."""
         return self.projection(self.standardizer(hidden))
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it has statistics of the teacher's states."""
+        return (
+            not self.standardizer.is_identity or self.moment is not None or isinstance(self.projection, DataProjection)
+        )
+
     def to(self, device: torch.device | str) -> TargetMap:
         return TargetMap(self.standardizer.to(device), self.projection, self.moment)
 

@@ -159,6 +159,14 @@ def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
         raise UserError(f"{where} already contains a run. Choose a different folder, {how}")
 
 
+def check_not_read(output_dir: str | None, *sources: str | None) -> None:
+    """Refuse a folder that a run reads from, or that contains a checkpoint that it reads: it would be overwritten."""
+    own = Path(output_dir or ".").resolve()
+    for path in (Path(source).resolve() for source in sources if source is not None):
+        if path == own or (path.parent == own and path.name.startswith("checkpoint-")):
+            raise UserError(f"the run would overwrite {str(path)!r}, which it reads: choose a different output_dir")
+
+
 def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, overwrite: bool) -> None:
     """Make `output_dir` this run's: refuse the folder of a different run, and a resume with a different curriculum."""
     store, whose = Store(output_dir), Claim(CURRICULUM_FILE, curriculum.to_dict(), "a run")

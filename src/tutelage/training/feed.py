@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ class StageFeed:
 
     def calibration(self) -> list[Batch]:
         """The first training examples (those of the extraction, where there is one), in batches."""
+        return self._calibration
+
+    @cached_property
+    def _calibration(self) -> list[Batch]:
         with torch.random.fork_rng(devices=[]):  # masking collators may draw
             lists = self.source.calibration_rows(self.rows, self.samples, self.batch_size)
             return [self.collate(rows) for rows in lists]

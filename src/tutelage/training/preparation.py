@@ -52,6 +52,9 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
 
     The student trains on `devices`; None is those of this run. Raises UserError for anything that cannot work.
     """
+    named = (part for part in (given.model, given.teacher) if isinstance(part, str))
+    checkpoints = args.teacher_checkpoints or ()
+    checks.check_not_read(args.output_dir, args.teacher_model_name_or_path, args.curriculum_dir, *named, *checkpoints)
     source = open_source(given, args)
     task, student, tokenizer = source.task, given.model, given.tokenizer or source.tokenizer
     if isinstance(student, str):

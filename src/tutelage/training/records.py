@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.errors import UserError
+from safetensors import SafetensorError
+
+from tutelage.core.errors import UserError, as_user_error
 from tutelage.io.files import write_atomically, writing_errors
 
 CURRICULUM_FILE = "curriculum.json"
@@ -58,6 +61,17 @@ class Progress:
     def load(cls, folder: Path) -> Progress:
         """Read from a checkpoint folder."""
         return cls(**json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def reading_checkpoint(folder: Path) -> Iterator[None]:
+    """Turn what reading a damaged checkpoint raises into a UserError that names the one before it."""
+    complete = [path for path in checkpoints(folder.parent) if (path / PROGRESS_FILE).is_file()]
+    older = complete[: complete.index(folder)] if folder in complete else []
+    how = f"resume from {str(older[-1])!r}" if older else "start the run again with overwrite_output_dir"
+    kinds = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
+    with as_user_error(f"checkpoint {str(folder)!r} is damaged, so {how}", *kinds):
+        yield
 
 
 class MetricsFile:

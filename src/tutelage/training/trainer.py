@@ -123,7 +123,8 @@ class CurriculumTrainer(Trainer):
         identity = checks.run_identity(self.args, self.curriculum, self.source, self.train_dataset)
         progress, self._resumed_stage = Progress(identity=identity), None
         if checkpoint is not None:
-            progress = Progress.load(checkpoint)
+            with records.reading_checkpoint(checkpoint):
+                progress = Progress.load(checkpoint)
             checks.check_same_run(progress.identity, identity, str(checkpoint))
             self._resumed_stage = progress.stage
         self.meter = Meter(progress, self.args.world_size, self._sum_over_devices)
@@ -139,7 +140,8 @@ class CurriculumTrainer(Trainer):
 
     def _finished(self, checkpoint: Path) -> bool:
         """Load a checkpoint of a run that is complete; False, and nothing loaded, for any other."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        with records.reading_checkpoint(checkpoint):
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < self.curriculum.total_steps:
             return False
         self.state = state
@@ -185,6 +187,8 @@ class CurriculumTrainer(Trainer):
             self.transition.enter(index, fresh, self.feed)
             if step == 0:
                 self._charge_calibration()
+            if self.transition.transplanted is not None:
+                self._charge_transplant(self.transition.transplanted)
         if fresh and self.args.world_size > 1 and self.curriculum.warm_start != "none":
             for parameter in self.objective.student.parameters():  # each process fitted its own, to the last bit
                 torch.distributed.broadcast(parameter.data, 0)
@@ -192,11 +196,21 @@ class CurriculumTrainer(Trainer):
         self.progress.stage = index
 
     def _charge_calibration(self) -> None:
-        """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
-        hidden = [index for index, target_map in enumerate(self.source.maps) if target_map is not None]
-        positions = min(self.feed.samples, len(self.feed.rows)) * batch_positions(self.feed.example(0)) if hidden else 0
-        for index in hidden:
-            self.progress.teacher_flops += self.transition.measure(index, self.feed).teacher_flops * positions
+        """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over what was read for it."""
+        for index, target_map in enumerate(self.source.maps if self.source.models else ()):
+            if target_map is not None:
+                read = self.feed.calibration()[
+                    : None if target_map.is_calibrated else 1
+                ]  # the first batch tells the width
+                cost = self.transition.measure(index, self.feed)
+                self.progress.teacher_flops += cost.teacher_flops * sum(map(batch_positions, read))
+
+    def _charge_transplant(self, index: int) -> None:
+        """Charge the pass that compares the student's states with their targets before the head is transplanted."""
+        cost = self.transition.measure(index, self.feed)
+        positions = sum(map(batch_positions, self.feed.calibration()))
+        self.progress.teacher_flops += cost.teacher_flops * positions
+        self.progress.student_flops += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
@@ -340,7 +354,8 @@ class CurriculumTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         standard = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
-        self.task.restore(self.model, Path(resume_from_checkpoint), standard)
+        with records.reading_checkpoint(Path(resume_from_checkpoint)):
+            self.task.restore(self.model, Path(resume_from_checkpoint), standard)
 
     def _load_best_model(self) -> None:
         self.task.restore(self.model, Path(str(self.state.best_model_checkpoint)), super()._load_best_model)

@@ -21,15 +21,17 @@ class StageTransition:
         self.trainable: frozenset[str] = self.all  # parameters that train in the current stage
         self.costs: dict[int, StageCost] = {}  # measured cost of the stages entered so far, by index
         self.entered: int | None = None  # index of the current stage; None before training
+        self.transplanted: int | None = None  # the stage from which a head was transplanted on entering the current one
 
     def enter(self, index: int, fresh: bool, feed: StageFeed) -> None:
         """Make stage `index` the current one; `fresh` is at its first step, where a warm start applies (not on resuming)."""
         objective, stages = self.objective, self.objective.curriculum.stages
+        self.transplanted = None
         if fresh and any(stage.needs_teacher for stage in stages):
             if index == 0:
                 warm_start.apply_before_training(objective)
             elif isinstance(stages[index], OutputStage) and isinstance(stages[index - 1], HiddenStage):
-                warm_start.apply_before_output(objective, feed.calibration)
+                self.transplanted = warm_start.apply_before_output(objective, feed.calibration)
         stage = stages[index]
         objective.source.use_checkpoint(stage.teacher_checkpoint if isinstance(stage, OutputStage) else None)
         objective.stage_index = index

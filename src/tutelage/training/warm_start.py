@@ -110,11 +110,13 @@ def apply_before_training(objective: StageObjective) -> None:
 
 
 @torch.no_grad()
-def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[dict[str, Any]]]) -> None:
-    """The head transplant, when the first output stage begins; `batches` gives the calibration batches."""
+def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[dict[str, Any]]]) -> int | None:
+    """The head transplant, when the first output stage begins; `batches` gives the calibration batches.
+
+    Returns the stage whose states it compared over these batches; None where there is nothing to do."""
     index = objective.curriculum.transplant_stage
     if index is None or is_tied(objective.student):
-        return
+        return None
     student, was_training = objective.student, objective.student.training
     student.eval()
     distance = size = 0.0
@@ -125,6 +127,7 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
         size += float(targets.square().sum())
     student.train(was_training)
     _transplant(objective, size / distance if distance > 0 else None)
+    return index
 
 
 def _transplant(objective: StageObjective, max_gain: float | None) -> None:
