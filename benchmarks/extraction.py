@@ -44,8 +44,7 @@ from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.manifest import ShardWriter
-from tutelage.targets.order import Reading
-from tutelage.targets.source import StatisticsFile
+from tutelage.targets.source import Reading, StatisticsFile
 from tutelage.targets.stored_rows import StoredRows
 from tutelage.tasks.loading import load_config
 from tutelage.tasks.registry import get_task

@@ -28,7 +28,6 @@ from tutelage.runs.environment import environment
 from tutelage.runs.extraction.job import extract
 from tutelage.runs.extraction.options import DEFAULT_TOP_K, ExtractOptions
 from tutelage.runs.inputs import RunOptions
-from tutelage.tasks.pcfg import pcfg_tokens
 from tutelage.tasks.pcfg_grammar import build_grammar
 from tutelage.training.config import CurriculumConfig
 
@@ -41,7 +40,8 @@ def pcfg(folder: Path, rows: int) -> dict[str, Any]:
     system = resolve("pcfg-clm/laptop", {})
     grammar = build_grammar(system.levels, seed=system.grammar_seed)
     teacher: Any = system.make_teacher(folder).model
-    words = Tokenizer(models.WordLevel(pcfg_tokens(grammar), unk_token="<pad>"))
+    names = ("<pad>", "<mask>", "<bos>", "<eos>", *(f"t{terminal}" for terminal in range(grammar.terminals)))
+    words = Tokenizer(models.WordLevel({name: token for token, name in enumerate(names)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     teacher.save_pretrained(folder / "teacher")

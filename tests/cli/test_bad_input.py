@@ -249,7 +249,37 @@ def test_other_classes(refused: Refused, classifier_teacher: Path, corpus: Path,
     assert "the student has 2 classes, the teacher 3: they must be the same classes" in line
     Dataset.from_dict({"text": ["ba"] * 40, "label": [0, 3] * 20}).to_json(tmp_path / "labels.jsonl")
     line = refused(**teacher, dataset=tmp_path / "labels.jsonl")
-    assert "the dataset has the label 3, but the teacher has the classes 0 to 2: correct the labels" in line
+    assert "the training dataset has the label 3, but the model has the classes 0 to 2: correct the labels" in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"input_ids": ["abc", "def"]}, "each row needs a list of whole numbers"),
+        ({"input_ids": [[1, 2], [1, 2.5]]}, "each row needs a list of whole numbers"),
+        ({"input_ids": [[1, 2], []]}, "has a row without tokens: drop it"),
+        ({"input_ids": [[1, 2], None]}, "has input_ids without a value: drop these rows"),
+        ({"input_ids": [[1, 2], [1, VOCAB]]}, f"has the token id {VOCAB}, but ids are from 0 to {VOCAB - 1}"),
+        ({"input_ids": [[1, 2], [1, -5]]}, f"has the token id -5, but ids are from 0 to {VOCAB - 1}"),
+        ({"input_ids": [[1, 2], [1, 2]], "labels": [[1, 2], [1]]}, "more or fewer labels than tokens"),
+        (
+            {"input_ids": [[1, 2], [1, 2]], "labels": [[-100, 2], [1, VOCAB]]},
+            f"has the label {VOCAB}, but the model has",
+        ),
+    ],
+)
+def test_rows_that_no_model_takes(refused: Refused, tmp_path: Path, rows: dict[str, Any], message: str) -> None:
+    data = Dataset.from_dict({name: values * 20 for name, values in rows.items()})
+    data.to_parquet(tmp_path / "rows.parquet")
+    assert message in refused(dataset=tmp_path / "rows.parquet")
+
+
+def test_an_evaluation_of_rows_that_no_model_takes(
+    error_of: Callable[..., str], causal_teacher: Path, tmp_path: Path
+) -> None:
+    Dataset.from_dict({"input_ids": [[1, 2], [1, VOCAB]]}).to_parquet(tmp_path / "rows.parquet")
+    line = error_of("evaluate", "--model", causal_teacher, "--dataset", tmp_path / "rows.parquet")
+    assert f"the evaluation dataset has the token id {VOCAB}" in line
 
 
 @pytest.mark.parametrize(
@@ -463,3 +493,39 @@ def test_evaluate(
     make_tokenizer(words=WORDS[::-1]).save_pretrained(other)
     line = error_of("evaluate", "--model", causal_teacher, "--teacher", other, *data)
     assert "different tokenizers" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("progress.json", b'{"stage": 0'),
+        ("progress.json", b'{"stage": 0, "unknown": 1}'),
+        ("trainer_state.json", b"{"),
+        ("trainer_state.json", None),
+        ("model.safetensors", b"garbage"),
+    ],
+)
+def test_a_damaged_checkpoint_names_the_one_before(
+    error_of: Callable[..., str], causal_teacher: Path, corpus: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    data = ("--teacher", causal_teacher, "--student", STUDENT, "--dataset", corpus / "text.txt")
+    flags = (*data, "--output_dir", tmp_path / "out", *budget(save_strategy="steps", save_steps=2, max_steps=4))
+    run("distill", *flags)
+    file = tmp_path / "out" / "checkpoint-4" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    line = error_of("distill", *flags, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-4")
+    assert f"is damaged, so resume from '{tmp_path / 'out' / 'checkpoint-2'}'" in line
+
+
+def test_a_run_does_not_overwrite_what_it_reads(refused: Refused, causal_teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(causal_teacher, folder)
+    shutil.copytree(causal_teacher, folder / "checkpoint-2")
+    (folder / "curriculum.json").write_text("{}")  # as after a run
+    for read in (folder, folder / "checkpoint-2"):
+        for name in ("teacher_model_name_or_path", "student"):
+            line = refused(**{name: read}, output_dir=folder, overwrite_output_dir="true")
+            assert f"the run would overwrite '{read}', which it reads: choose a different output_dir" in line
+    assert (folder / "model.safetensors").is_file()

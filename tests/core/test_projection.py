@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tutelage import RandomProjection
-from tutelage.core.projection import RANDOM_KINDS, DataProjection, logits_projection, pca_projection
+from tutelage.core.projection import RANDOM_KINDS, DataProjection, spectral_projection
 
 PINNED = {"gaussian": "809ab18f98e9db74", "rademacher": "2405fd9062ef80de"}
 
@@ -52,7 +52,7 @@ def test_bad_projections_are_refused() -> None:
     with pytest.raises(ValueError, match="widths of at least 1"):
         RandomProjection(4, 0)
     with pytest.raises(ValueError, match="'pca' cannot widen 4 to 8"):
-        pca_projection(torch.eye(4), 8)
+        spectral_projection(torch.eye(4), 8)
 
 
 def correlated(count: int = 4000, width: int = 12) -> torch.Tensor:
@@ -87,11 +87,11 @@ def test_head_projection_has_the_least_logit_error() -> None:
         back = states @ projection.matrix().double() @ projection.decoder(moment).double()
         return ((states - back) @ weight.T).square().sum(-1).mean().item()
 
-    chosen = logits_projection(moment, weight.T @ weight, rank)
+    chosen = spectral_projection(moment, rank, weight.T @ weight)
     values = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment))
     assert error(chosen) == pytest.approx(values[rank:].square().sum().item(), rel=1e-3)
-    assert error(chosen) < error(pca_projection(moment, rank)) < error(RandomProjection(12, rank, 0))
-    for projection in (chosen, pca_projection(moment, rank)):
+    assert error(chosen) < error(spectral_projection(moment, rank)) < error(RandomProjection(12, rank, 0))
+    for projection in (chosen, spectral_projection(moment, rank)):
         codes = states @ projection.matrix().double()
         assert torch.allclose((codes.T @ codes / len(codes)), torch.eye(rank).double(), atol=1e-4)
 
@@ -134,7 +134,7 @@ def test_head_projection_is_the_top_of_the_singular_values() -> None:
     states, rank = correlated(), 4
     moment = states.T @ states / len(states)
     weight = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).double()
-    chosen = logits_projection(moment, weight.T @ weight, rank)
+    chosen = spectral_projection(moment, rank, weight.T @ weight)
     # z = L^{-1/2} U^T M^{1/2} h is decoded by L^{1/2} U^T M^{-1/2}, with L and U of M^{1/2} C M^{1/2}
     values, vectors = torch.linalg.eigh(weight.T @ weight)
     root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
@@ -149,6 +149,6 @@ def test_head_projection_is_the_top_of_the_singular_values() -> None:
 def test_more_columns_than_directions_stay_finite() -> None:
     moment = torch.zeros(12, 12).double()
     moment[:3, :3] = torch.eye(3)
-    for projection in (pca_projection(moment, 6), logits_projection(moment, torch.eye(12), 6)):
+    for projection in (spectral_projection(moment, 6), spectral_projection(moment, 6, torch.eye(12))):
         assert torch.isfinite(projection.matrix()).all()
         assert torch.isfinite(projection.decoder(moment)).all()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import pytest
 
-from tutelage.reproduction.teachers import Checkpoint, TeacherJob, TeacherRule, TrainedTeacher
+from tests.reproduction.comparing import tiny
+from tutelage.reproduction import teachers
+from tutelage.reproduction.teachers import Checkpoint, TrainedTeacher
 
 
 def test_a_record_is_read_back_as_it_was_written() -> None:
@@ -23,21 +26,18 @@ def test_a_record_is_read_back_as_it_was_written() -> None:
     assert TrainedTeacher.from_json(record.to_json()) == record
 
 
-def test_a_teachers_folder_is_named_after_all_that_it_depends_on() -> None:
-    job = TeacherJob(
-        name="parity-mlp",
-        identity={"d": 8},
-        rule=TeacherRule("accuracy", 0.999, 2.5, 640, 64),
-        arguments={"learning_rate": 0.1},
-        build=nn.Identity,
-        load=lambda folder: nn.Identity(),
-        data=lambda count: ([], []),
-        collator=None,
-    )
-    others = (
-        dataclasses.replace(job, identity={"d": 9}),
-        dataclasses.replace(job, rule=dataclasses.replace(job.rule, factor=3.0)),
-        dataclasses.replace(job, arguments={"learning_rate": 0.2}),
-    )
-    assert len({job.folder_name, *(other.folder_name for other in others)}) == 4
-    assert dataclasses.replace(job, collator=print).folder_name == job.folder_name
+def test_a_teachers_folder_is_named_after_all_that_it_depends_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "_train", lambda folder, recipe: asked.append(folder))
+    asked: list[Path] = []
+
+    def folder(**fields: Any) -> str:
+        with pytest.raises(FileNotFoundError):  # nothing was trained
+            teachers.trained_teacher(tiny(**fields))
+        return asked[-1].name
+
+    first = folder()
+    others = [folder(teacher_width=9), folder(teacher_factor=3.0), folder(teacher_learning_rate=0.2)]
+    assert len({first, *others}) == 4 and first.startswith("parity-mlp-")
+    assert folder(student_width=9) == first

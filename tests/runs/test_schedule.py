@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.runs.extraction.schedule import Schedule, plan_shards
-from tutelage.targets.order import Reading, epoch_order
+from tutelage.targets.source import Reading, epoch_order
 
 TWO_STAGES = Curriculum("extraction", (HiddenStage(3, 1, 1), OutputStage(5)))
 

@@ -17,8 +17,8 @@ from tests.runs.conftest import files_of, train
 from tutelage.core.projection import RandomProjection
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.folder import ExtractedCurriculum
-from tutelage.targets.order import Reading
 from tutelage.targets.rows import dequantized
+from tutelage.targets.source import Reading
 from tutelage.targets.stored_rows import StoredRows
 
 

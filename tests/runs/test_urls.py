@@ -18,7 +18,7 @@ from tutelage.runs.extraction.job import extract
 from tutelage.runs.extraction.options import ExtractOptions
 from tutelage.targets import manifest as storage
 from tutelage.targets.folder import ExtractedCurriculum
-from tutelage.targets.order import Reading
+from tutelage.targets.source import Reading
 from tutelage.targets.stored_rows import StoredRows
 from tutelage.tasks.text import read_dataset
 

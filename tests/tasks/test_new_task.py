@@ -8,9 +8,13 @@ from typing import Any, final
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
+    AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
+    BertForQuestionAnswering,
     BertForTokenClassification,
+    BertModel,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
 )
@@ -29,6 +33,7 @@ from tutelage import (
     register_task,
 )
 from tutelage.core.curriculum import Curriculum
+from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import IGNORED_LABEL, at_positions, label_positions
 from tutelage.runs.evaluate import EvaluateOptions, evaluate
 from tutelage.runs.results import RESULT_FILE, RunResult
@@ -64,9 +69,6 @@ class Tagging(HeadTask):
 
     def example(self, length: int) -> Batch:
         return {**super().example(length), "labels": torch.zeros((1, length), dtype=torch.long)}
-
-    def count_outputs(self, batch: Batch) -> torch.Tensor:
-        return label_positions(batch, causal=False)[0].sum()
 
     def select(self, hidden: torch.Tensor, batch: Batch) -> Selected:
         mask, labels = label_positions(batch, causal=False)
@@ -170,3 +172,44 @@ def test_it_is_extracted_and_distilled_from_disk(tagger: Path, corpus: Path, tmp
     live = distill(options(corpus), settings(tmp_path / "live", tagger, top_k=TAGS))
     for name in ("loss", "accuracy"):
         assert stored.student.metrics[name] == pytest.approx(live.student.metrics[name], rel=1e-6)
+
+
+@final
+class Spans(Tagging):
+    """Its head has a name that nothing looks for."""
+
+    name = "spans"
+    auto_class = AutoModelForQuestionAnswering
+    suffixes = ("ForQuestionAnswering",)
+
+    def output_head(self, model: nn.Module, outputs: int | None = None) -> OutputHead:
+        return OutputHead(model.qa_outputs, outputs=outputs)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
+        tags = super().collator(tokenizer)
+        return lambda rows: {**(batch := tags(rows)), "labels": batch["labels"].clamp_max(1)}
+
+
+def test_a_task_may_say_where_its_head_is(corpus: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    BertForQuestionAnswering(bert_config()).save_pretrained(tmp_path / "T")
+    make_tokenizer(encoder=True).save_pretrained(tmp_path / "T")
+    register_task(Spans())
+    try:
+        result = distill(options(corpus), settings(tmp_path / "run", tmp_path / "T"))
+    finally:
+        del TASKS["spans"]
+    assert (result.task, result.method) == ("spans", "extraction")
+    assert result.student.metrics["kl"] > 0
+
+
+def test_the_default_count_is_that_of_the_positions_selected(tagging: Tagging) -> None:
+    batch = {"input_ids": torch.tensor([[7, 8, 9], [7, 0, 0]]), "labels": torch.tensor([[1, -100, 2], [3, -100, -100]])}
+    assert tagging.count_outputs(batch).item() == 3
+
+
+def test_an_output_that_is_no_tensor_says_what_to_write() -> None:
+    task = get_task("classification")
+    model = BertModel(bert_config())
+    with pytest.raises(UserError, match="has no logits: write the `whole_output` of the task"):
+        task.whole_output(model, {"input_ids": torch.tensor([[2, 7, 3]])})

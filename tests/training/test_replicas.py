@@ -197,8 +197,8 @@ def test_stacked_projection_is_its_parts() -> None:
 
 def test_a_replicas_projection_is_drawn_from_its_own_seed() -> None:
     curriculum = hidden_then_output(projection_seed=4)
-    stacked = random_projection(curriculum, 2, (40, WIDTH), 2, SEEDS)
-    alone = random_projection(curriculum, 2, (40, WIDTH), 2, SEEDS[1:2])
+    stacked = random_projection(curriculum, HiddenStage(1, 2, 2), (40, WIDTH), 2, SEEDS)
+    alone = random_projection(curriculum, HiddenStage(1, 2, 2), (40, WIDTH), 2, SEEDS[1:2])
     assert isinstance(stacked, StackedProjection)
     assert torch.equal(stacked.matrix()[1], alone.matrix()[0])
     assert torch.equal(stacked.matrix()[1], RandomProjection(40, WIDTH, (4, 2, 5)).matrix())

@@ -22,8 +22,7 @@ from tutelage.core.errors import UserError
 from tutelage.runs.distill import distill
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.folder import ExtractedCurriculum
-from tutelage.targets.order import Reading
-from tutelage.targets.source import FixedSettings
+from tutelage.targets.source import FixedSettings, Reading
 from tutelage.tasks.language import CausalCollator
 from tutelage.training.config import DEFAULTS
 from tutelage.training.resolution import resolve

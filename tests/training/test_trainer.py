@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from tests.training.conftest import VOCAB, llama, token_rows
+from tests.training.conftest import LENGTH, VOCAB, llama, token_rows
 from tutelage import CurriculumTrainer, forward_to, one_shot
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.targets.live import LiveTargets
@@ -391,3 +391,25 @@ def test_default_warm_start(make_trainer: Make, settings: dict, warm_start: str,
     trainer = make_trainer(**{"warm_start": None, **settings})
     assert trainer.curriculum.warm_start == warm_start
     assert [stage.name for stage in trainer.curriculum.stages] == stages
+
+
+@pytest.mark.parametrize("settings", [{"normalize": "none"}, {}, {"warm_start": "head"}])
+def test_every_pass_of_the_teacher_is_charged(
+    make_trainer: Callable[..., CurriculumTrainer], monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    """Calibration (without statistics: one batch, for the width), training, and the pass before a head transplant."""
+    seen: list[int] = []
+    original = LiveTargets.states
+
+    def states(self: LiveTargets, place: Any, batch: dict[str, Any]) -> torch.Tensor:
+        seen.append(len(batch["input_ids"]))
+        return original(self, place, batch)
+
+    trainer = make_trainer(layer_map="final:final", calibration_samples=16, max_steps=4, ragged=False, **settings)
+    monkeypatch.setattr(LiveTargets, "states", states)
+    trainer.train()
+    rows = sum(seen) - 2 * 2  # less an example of each stage that is measured: with the student, and the teacher alone
+    costs = trainer.transition.costs
+    # both stages run the teacher to its final state; the output stage also runs its head
+    head = (costs[1].teacher_flops - costs[0].teacher_flops) * 2 * 4 * LENGTH
+    assert trainer.progress.teacher_flops == pytest.approx(costs[0].teacher_flops * rows * LENGTH + head)

@@ -18,8 +18,8 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.maps import Calibration, TargetMap, calibrate
+from tutelage.tasks.base import Task
 from tutelage.tasks.embedding import EmbeddingModel
-from tutelage.training import objective as objective_module
 from tutelage.training import warm_start
 from tutelage.training.objective import StageObjective
 from tutelage.training.warm_start import apply_before_output, apply_before_training, is_tied
@@ -68,12 +68,16 @@ def perfect_student(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def perfect(teacher: LiveTargets, target_map: TargetMap, noise: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(7)
 
-        def state(_network: nn.Module, place: str, blocks: Any = None, **inputs: torch.Tensor) -> torch.Tensor:
+        states = type(teacher.task).state_at
+
+        def state(task: Task, model: nn.Module, place: Any, batch: Any, blocks: Any = None) -> torch.Tensor:
+            if model is teacher.model:
+                return states(task, model, place, batch, blocks)
             assert place == FINAL
-            target = target_map(teacher.states(FINAL, inputs))
+            target = target_map(teacher.states(FINAL, batch))
             return target + noise * target.std() * torch.randn(target.shape, generator=generator)
 
-        monkeypatch.setattr(objective_module, "forward_to", state)
+        monkeypatch.setattr(type(teacher.task), "state_at", state)
 
     return perfect
 
@@ -140,9 +144,9 @@ def test_noise_in_a_student_of_full_width_is_not_magnified(perfect_student: Call
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
     batch = batches()[0]
     theirs = teacher_model(**batch).logits
-    mine = student.lm_head(objective_module.forward_to(student, FINAL, **batch))
+    mine = student.lm_head(teacher.task.state_at(student, FINAL, batch))
     naive = target_map.projection.decoder() * target_map.standardizer.scale
-    inverted = objective_module.forward_to(student, FINAL, **batch) @ naive @ teacher_model.lm_head.weight.T
+    inverted = teacher.task.state_at(student, FINAL, batch) @ naive @ teacher_model.lm_head.weight.T
     assert (mine - theirs).square().mean() < 2 * theirs.square().mean()
     assert (inverted - theirs).square().mean() > 10 * theirs.square().mean()
 

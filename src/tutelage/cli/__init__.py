@@ -3,8 +3,6 @@
 Everything that a command does is in `tutelage.runs` and `tutelage.reproduction`.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Sequence

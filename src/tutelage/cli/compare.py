@@ -1,9 +1,4 @@
-"""`tutelage compare` and `tutelage report`: parse, call, print.
-
-Public names: `compare_command`, `report_command`, `read_overrides`.
-"""
-
-from __future__ import annotations
+"""`tutelage compare` and `tutelage report`: parse, call, print."""
 
 import argparse
 import hashlib
@@ -51,8 +46,7 @@ def compare_command(arguments: Sequence[str]) -> None:
         print(_listing())
         return
     data = {name: value for name in _DATA_OPTIONS if (value := getattr(options, name)) is not None}
-    overrides = {**read_overrides([*rest, *fields]), **data}
-    name = options.recipe
+    overrides, name = {**read_overrides([*rest, *fields]), **data}, options.recipe
     command = shlex.join(["tutelage", "compare", *arguments])
     folder = Path(options.output_dir or Path("comparisons") / _slug(options, overrides))
     if name is not None and name.partition("/")[0] == "scaling" and not _is_file(name):
@@ -84,18 +78,15 @@ def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[l
 def _parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="tutelage compare", description=_ABOUT, formatter_class=shape)
-    parser.add_argument(
-        "recipe", nargs="?", help="RECIPE, RECIPE/SIZE, or a .yaml file; default: what the options describe"
-    )
+    recipe = "RECIPE, RECIPE/SIZE, or a .yaml file; default: what the options describe"
+    parser.add_argument("recipe", nargs="?", help=recipe)
     parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
     parser.add_argument("--methods", nargs="+", help="names of methods, e.g. extraction one_shot")
-    parser.add_argument(
-        "--variant",
-        action="append",
-        metavar="NAME:KEY=VALUE,...",
-        help="a method with settings, in addition to the methods, e.g. mine:layer_map=final:final,warm_start=head; repeatable. "
-        "Keys are method (default: extraction), budget (a fraction) and fields of CurriculumConfig",
+    variant = (
+        "a method with settings, in addition to the methods, e.g. mine:layer_map=final:final,warm_start=head; repeatable. "
+        "Keys are method (default: extraction), budget (a fraction) and fields of CurriculumConfig"
     )
+    parser.add_argument("--variant", action="append", metavar="NAME:KEY=VALUE,...", help=variant)
     parser.add_argument("--match", choices=COSTS, help="the cost that is equal for all methods; default: samples")
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time; default: 1")
     parser.add_argument("--output_dir", help="default: comparisons/NAME")
@@ -129,9 +120,8 @@ def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: 
 def report_command(arguments: Sequence[str]) -> None:
     """Redraw a comparison's report from what is on disk."""
     parser = Parser(prog="tutelage report", description="Redraw the report of a comparison, finished or not.")
-    parser.add_argument(
-        "folder", nargs="?", help="output_dir of tutelage compare; default: the newest one below comparisons"
-    )
+    text = "output_dir of tutelage compare; default: the newest one below comparisons"
+    parser.add_argument("folder", nargs="?", help=text)
     given = parser.parse_args(arguments).folder
     written = sorted(Path("comparisons").glob("*/comparison.json"), key=lambda file: file.stat().st_mtime)
     if given is None and not written:
@@ -190,7 +180,6 @@ def _is_number(word: str) -> bool:
 
 
 def _listing() -> str:
-    """The recipes, their sizes and fields."""
     lines = ["recipes (tutelage compare RECIPE/SIZE; the default size is laptop):", ""]
     for name, sizes in RECIPES.items():
         lines += [*_described(name, sizes["laptop"].about, sizes, sizes["laptop"].settings()), ""]

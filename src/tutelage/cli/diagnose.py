@@ -1,9 +1,4 @@
-"""`tutelage diagnose`: parse, call, print.
-
-Public names: `diagnose_command`.
-"""
-
-from __future__ import annotations
+"""`tutelage diagnose`: parse, call, print."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,16 +1,12 @@
-"""What commands share: help (one screen with what people use, then the rest in groups), parser, progress.
-
-Public names: `CommandHelp`, `render_help`, `Parser`, `progress`.
-"""
-
-from __future__ import annotations
+"""What commands share: help (one screen with what people use, then the rest in groups), parser, progress."""
 
 import argparse
 import dataclasses
 import sys
 import textwrap
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from transformers import TrainingArguments
 
@@ -22,26 +18,27 @@ _TRANSFORMERS = {field.name for field in dataclasses.fields(TrainingArguments)}
 
 @dataclass(frozen=True)
 class CommandHelp:
-    """What the first screen of a command's help shows."""
+    """A command, and what the first screen of its help shows."""
 
-    summary: str
-    """What the command does, in a sentence or two."""
-    example: str
-    """A command to start from."""
-    main: tuple[str, ...]
-    """The options that people use."""
+    run: Callable[..., None]  # takes the dataclasses of the options
+    kinds: tuple[Any, ...]  # dataclasses of the options
+    summary: str  # what the command does, in a sentence or two
+    example: str  # options to start from
+    main: str  # the options that people use
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of options whose dataclass has another one
 
 
-def render_help(parser: argparse.ArgumentParser, shown: CommandHelp) -> str:
+def render_help(parser: argparse.ArgumentParser, shown: CommandHelp, example: str) -> str:
     """The whole help text: the options people use first, the rest under groups."""
+    main = shown.main.split()
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # of --x and --no_x, the first
-    rest = [action for dest, action in actions.items() if dest not in shown.main and dest != "help"]
+    rest = [action for dest, action in actions.items() if dest not in main and dest != "help"]
     own = [action for action in rest if action.dest not in _TRANSFORMERS]
     theirs = [action for action in rest if action.dest in _TRANSFORMERS]
-    lines = [f"usage: {parser.prog} [options]", "", *textwrap.wrap(shown.summary, _WIDTH), "", f"  {shown.example}", ""]
-    lines += [line for dest in shown.main for line in _describe(actions[dest])]
+    lines = [f"usage: {parser.prog} [options]", "", *textwrap.wrap(shown.summary, _WIDTH), "", f"  {example}", ""]
+    lines += [line for dest in main for line in _describe(actions[dest])]
     if own:
         lines += ["", "More options:", *(line for action in own for line in _describe(action))]
     if theirs:

@@ -1,14 +1,7 @@
 """Find the repeated blocks of a network, and run the network only up to one of them.
 
-Public names: `find_blocks`, `Blocks`, `forward_to`, `output_head`, `head_module`, `FINAL`.
-
 A *place* is an integer or `FINAL`. Place 0 is the input of the first block (the embedding output, `hidden_states[0]` in
-transformers), place b is the output of block b, and `FINAL` is the input of the output head (after the final norm).
-
-Shapes: B batch, T positions, D width.
-"""
-
-from __future__ import annotations
+transformers), place b is the output of block b, and `FINAL` is the input of the output head (after the final norm)."""
 
 import functools
 from dataclasses import dataclass
@@ -48,13 +41,8 @@ class Blocks:
 def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
     """Find the repeated blocks of a transformer, an `nn.Sequential`, or a module with one `nn.ModuleList` of blocks.
 
-    Args:
-        model: any `transformers` model or plain module.
-        container: dotted name of the list of blocks, for a model where the search is ambiguous.
-
-    Raises:
-        UserError: no list of blocks, several candidates (they are listed), or `container` is not one.
-    """
+    `container` is the dotted name of the list of blocks, for a model where the search is ambiguous. Raises UserError: no
+    list of blocks, several candidates (they are listed), or `container` is not one."""
     if hasattr(model, "_first_module") and isinstance(model, nn.Sequential):
         raise UserError(
             f"{type(model).__name__} is a pipeline of modules, not a network of blocks: pass its folder, or its transformer "
@@ -95,17 +83,10 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
     return _names(name, blocks)
 
 
-def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Name and module of the map from the last hidden state to the outputs; None if the model has no such map."""
-    head = head_module(model)
-    return None if head is None else next((name, head) for name, module in model.named_modules() if module is head)
-
-
 def head_module(model: nn.Module) -> nn.Module | None:
-    """The module of `output_head`, without the slow search for its name: this runs in every output step."""
+    """The map from the last hidden state to the outputs; None if the model has no such map."""
     get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    if head is not None:
+    if get is not None and (head := get()) is not None:
         return head
     for name in _CLASSIFIER_NAMES:
         try:
@@ -117,25 +98,27 @@ def head_module(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None = None, **inputs: Any) -> torch.Tensor:
+def forward_to(
+    model: nn.Module,
+    place: Place,
+    *args: Any,
+    blocks: Blocks | None = None,
+    head: nn.Module | None = None,
+    **inputs: Any,
+) -> torch.Tensor:
     """Run `model` up to `place` and return the hidden state there; nothing deeper is executed.
 
-    The result is the *raw* output of block b. Some models (Llama, GPT-2) apply their final norm to the last entry of
-    `hidden_states`; `FINAL` is the place after that norm. Gradients flow as in a full forward.
+    The result is the *raw* output of block b, (B batch, T positions, D width) for a transformer. Some models (Llama, GPT-2)
+    apply their final norm to the last entry of `hidden_states`; `FINAL` is the place after that norm, or the
+    `last_hidden_state` of a model without an output head. Gradients flow as in a full forward.
 
     Args:
-        place: 0 (embedding output) to the number of blocks, or `FINAL`.
+        place: 0 (embedding output) to the number of blocks, or `FINAL`; UserError if the model has no such place.
         args, inputs: the arguments of the model's own forward.
         blocks: `find_blocks(model)`, if the caller has it already.
-
-    Returns:
-        The hidden state, (B, T, D) for a transformer; `last_hidden_state` for `FINAL` of a model without an output head.
-
-    Raises:
-        UserError: the model has no such place.
-    """
+        head: the output head, where it is not the one that `head_module` finds."""
     if place == FINAL:
-        head = head_module(model)
+        head = head_module(model) if head is None else head
         return _first(model(*args, **inputs)) if head is None else _run_until(model, head, True, args, inputs)
     if not isinstance(place, int):
         raise UserError(f"no place {place!r} in {type(model).__name__}: use a block number or {FINAL!r}")
@@ -143,9 +126,7 @@ def forward_to(model: nn.Module, place: Place, *args: Any, blocks: Blocks | None
     return _run_until(model, module, place == 0, args, inputs)
 
 
-class _Reached(Exception):
-    """Carries the hidden state out of a forward that is stopped on purpose."""
-
+class _Reached(Exception):  # carries the hidden state out of a forward that is stopped on purpose
     def __init__(self, hidden: torch.Tensor):
         self.hidden = hidden
 
@@ -179,7 +160,6 @@ def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inp
 
 
 def _is_recomputed(module: nn.Module) -> bool:
-    """Whether transformers will run this block under gradient checkpointing."""
     names = [cls.__name__ for cls in type(module).__mro__]
     return "GradientCheckpointingLayer" in names and bool(module.gradient_checkpointing) and module.training
 
@@ -200,8 +180,7 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
     """Outermost lists of modules of one class, by dotted name (lists inside a block, such as experts, do not count).
 
     A list of several classes (a hybrid of attention and Mamba blocks) counts if `config.num_hidden_layers` is its length;
-    otherwise neither it nor the lists inside it are candidates.
-    """
+    otherwise neither it nor the lists inside it are candidates."""
     found: dict[str, nn.ModuleList | nn.Sequential] = {}
     mixed: list[str] = []
     for name, module in model.named_modules():

@@ -1,12 +1,6 @@
 """Curricula: each distillation method is a list of stages.
 
-Public names: `HiddenStage`, `OutputStage`, `Stage` (their base), `Curriculum`, `extraction`, `one_shot`, `progressive`,
-`scratch`, `uniform_layer_map`, `parse_layer_map`, `METHODS`, `WARM_STARTS`.
-
-Curriculum extraction is arXiv:2503.17494; progressive distillation and the experimental settings are arXiv:2410.05464.
-"""
-
-from __future__ import annotations
+Curriculum extraction is arXiv:2503.17494; progressive distillation and the experimental settings are arXiv:2410.05464."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -30,18 +24,14 @@ LayerMap = Sequence[tuple[Place, Place]]
 class Stage(Record, ABC):
     """One part of a curriculum: what the student matches, and for how many optimiser steps."""
 
-    kind: ClassVar[str]
-    """Name of the class in JSON."""
-    continues = False
-    """Whether the stage keeps the optimiser and the schedule of the stage before it."""
-
-    steps: int
-    """Optimiser steps."""
+    kind: ClassVar[str]  # name of the class in JSON
+    continues = False  # whether the stage keeps the optimiser and the schedule of the stage before it
+    steps: int  # optimiser steps
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """A short name for logs and plots."""
+        """For logs and plots."""
 
     @property
     @abstractmethod
@@ -71,10 +61,8 @@ class HiddenStage(Stage):
 
     kind = "hidden"
     needs_teacher = True
-    student_place: Place
-    """The student's block (1-based) or `final`."""
-    teacher_place: Place
-    """The teacher's block (1-based) or `final`."""
+    student_place: Place  # the student's block (1-based) or `final`
+    teacher_place: Place  # the teacher's block (1-based) or `final`
     learning_rate: float | None = None
 
     @property
@@ -87,13 +75,10 @@ class OutputStage(Stage):
     """The student matches the teacher's output, labels, or both."""
 
     kind = "output"
-    teacher_checkpoint: str | None = None
-    """Folder of the teacher checkpoint, for progressive distillation; None is the final teacher."""
-    label_weight: float = 0.0
-    """Fraction of the loss that is label loss; 1 trains on labels alone, without a teacher."""
+    teacher_checkpoint: str | None = None  # its folder, for progressive distillation; None is the final teacher
+    label_weight: float = 0.0  # fraction of the loss that is label loss; 1 trains on labels alone, without a teacher
     learning_rate: float | None = None
-    continues: bool = False
-    """Keep the optimiser and the schedule of the output stage before, so that only the teacher's weights change."""
+    continues: bool = False  # keep optimiser and schedule of the output stage before: only the teacher changes
 
     @property
     def name(self) -> str:
@@ -110,23 +95,14 @@ class OutputStage(Stage):
 class Curriculum(Record):
     """A method as data: its stages and the settings they share."""
 
-    method: str
-    """Name under which results are reported."""
-    stages: tuple[Stage, ...]
-    """In training order."""
-    projection: str = "gaussian"
-    """Kind of projection in hidden stages (`tutelage.core.projection.KINDS`)."""
-    projection_seed: int = 0
-    """Seed of the random projections; the matrix of a stage is drawn from (seed, teacher place)."""
-    normalize: str = "standardize"
-    """`standardize` the teacher's states before projecting, or `none` as in the paper."""
-    warm_start: str = "none"
-    """Which weights of the teacher the student starts with: `none` (the paper), `head`, `embedding`, `head+embedding`."""
-    temperature: float = 1.0
-    """Softmax temperature of the output loss."""
-    top_k: int | None = None
-    """The output loss keeps the k most likely teacher outputs and merges the rest into one bucket (`tutelage.core.topk`);
-    None keeps all outputs."""
+    method: str  # name under which results are reported
+    stages: tuple[Stage, ...]  # in training order
+    projection: str = "gaussian"  # kind of projection in hidden stages (`tutelage.core.projection.KINDS`)
+    projection_seed: int = 0  # the random matrix of a stage is drawn from (seed, teacher place)
+    normalize: str = "standardize"  # `standardize` the teacher's states before projecting, or `none` as in the paper
+    warm_start: str = "none"  # the teacher's weights that the student starts with: one of `WARM_STARTS`; paper: none
+    temperature: float = 1.0  # softmax temperature of the output loss
+    top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -143,7 +119,6 @@ class Curriculum(Record):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> tuple[int, int]:
@@ -161,14 +136,12 @@ class Curriculum(Record):
 
     @property
     def hidden_stages(self) -> list[HiddenStage]:
-        """The stages that match hidden states."""
         return [stage for stage in self.stages if isinstance(stage, HiddenStage)]
 
     @property
     def transplant_stage(self) -> int | None:
-        """Index of the stage after which the output head is transplanted; None without a head transplant.
-
-        Raises UserError if the warm start needs such a stage, but there is none."""
+        """Index of the stage after which the output head is transplanted, None without a head transplant; UserError if there
+        should be such a stage, but there is none."""
         if "head" not in self.warm_start:
             return None
         for index, stage in enumerate(self.stages):
@@ -206,22 +179,17 @@ def extraction(
     """Curriculum extraction (arXiv:2503.17494): projected hidden layers, shallow to deep, then the output.
 
     Args:
-        steps: optimiser steps of all stages.
+        steps: optimiser steps of all stages; UserError if they are too few.
         layer_map: pairs (student place, teacher place), both strictly increasing; or the number of hidden stages of the
             uniform map; None gives one hidden stage per student block.
         stage_steps: steps of every hidden stage (a whole number) or of each (a list); a number below 1 is the fraction of
             `steps` that the hidden stages get together, split evenly.
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
-        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`.
-
-    Raises:
-        UserError: a layer map that is out of range or not increasing, or a budget too small for the stages.
-    """
-    if layer_map is None or isinstance(layer_map, int):
-        pairs = uniform_layer_map(student_blocks, teacher_blocks, layer_map)
-    else:
-        pairs = list(layer_map)
+        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`."""
+    pairs = layer_map
+    if pairs is None or isinstance(pairs, int):
+        pairs = uniform_layer_map(student_blocks, teacher_blocks, pairs)
     _check_layer_map(pairs, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]
@@ -251,14 +219,8 @@ def one_shot(steps: int, *, label_weight: float = 0.0, **settings: Any) -> Curri
 
 
 def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float = 0.0, **settings: Any) -> Curriculum:
-    """Progressive distillation (arXiv:2410.05464): successive teacher checkpoints, then the final teacher.
-
-    One optimiser and one learning-rate schedule go through all of it.
-
-    Args:
-        steps: optimiser steps in total, split evenly over the checkpoints and the final teacher.
-        checkpoints: folders of intermediate teacher checkpoints, early to late.
-    """
+    """Progressive distillation (arXiv:2410.05464): the teacher's intermediate checkpoints (folders, early to late), then the
+    final teacher; `steps` are the optimiser steps of all, split evenly. One optimiser and one schedule go through all of it."""
     if not checkpoints:
         raise UserError(
             "progressive distillation needs the teacher's intermediate checkpoints: pass teacher_checkpoints, "
@@ -267,11 +229,11 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
     teachers: list[str | None] = [*checkpoints, None]
     each = steps // len(teachers)
     counts = [each] * len(checkpoints) + [steps - each * len(checkpoints)]
-    stages = tuple(
-        OutputStage(count, teacher_checkpoint=teacher, label_weight=label_weight, continues=index > 0)
-        for index, (count, teacher) in enumerate(zip(counts, teachers, strict=True))
-    )
-    return Curriculum("progressive", stages, **settings)
+    stages = [
+        OutputStage(*pair, label_weight=label_weight, continues=index > 0)
+        for index, pair in enumerate(zip(counts, teachers, strict=True))
+    ]
+    return Curriculum("progressive", tuple(stages), **settings)
 
 
 def scratch(steps: int, **settings: Any) -> Curriculum:
@@ -279,9 +241,7 @@ def scratch(steps: int, **settings: Any) -> Curriculum:
     return Curriculum("scratch", (OutputStage(steps, label_weight=1.0),), **settings)
 
 
-def uniform_layer_map(
-    student_blocks: int, teacher_blocks: int, num_stages: int | None = None
-) -> list[tuple[Place, Place]]:
+def uniform_layer_map(student_blocks: int, teacher_blocks: int, num_stages: int | None = None) -> LayerMap:
     """Student block s_i with teacher block round(s_i * L_T / L_S), for `num_stages` evenly spaced s_i (default: all)."""
     if student_blocks > teacher_blocks:
         raise UserError(
@@ -302,11 +262,9 @@ def parse_layer_map(text: str) -> list[tuple[Place, Place]]:
         word = word.strip()
         if word == "head":
             raise UserError(f"layer_map {text!r}: the place before the output head is called {FINAL!r}, not 'head'")
-        if word == FINAL:
-            return FINAL
-        if not word.isdigit():
+        if word != FINAL and not word.isdigit():
             raise UserError(f"layer_map {text!r}: {word!r} is neither a block number nor {FINAL!r}")
-        return int(word)
+        return FINAL if word == FINAL else int(word)
 
     pairs: list[tuple[Place, Place]] = []
     for pair in text.split(","):
@@ -320,16 +278,14 @@ def parse_layer_map(text: str) -> list[tuple[Place, Place]]:
 def _check_layer_map(pairs: LayerMap, student_blocks: int, teacher_blocks: int) -> None:
     if not pairs:
         raise UserError("layer_map is empty: give pairs such as '1:2,final:final', or None for the uniform map")
-    ranks = []
     for pair in pairs:
         for who, place, last in zip(("student", "teacher"), pair, (student_blocks, teacher_blocks), strict=True):
             if place != FINAL and not (isinstance(place, int) and 1 <= place <= last):
                 raise UserError(f"layer_map: the {who} has blocks 1 to {last} and {FINAL!r}, not {place!r}")
-        ranks.append([float("inf") if place == FINAL else int(place) for place in pair])
-    for (s0, t0), (s1, t1) in itertools.pairwise(ranks):
-        if s1 <= s0 or t1 <= t0:
-            shown = ",".join(f"{s}:{t}" for s, t in pairs)
-            raise UserError(f"layer_map {shown} is not strictly increasing in both student and teacher")
+    ranks = [[float("inf") if place == FINAL else int(place) for place in pair] for pair in pairs]
+    if any(s1 <= s0 or t1 <= t0 for (s0, t0), (s1, t1) in itertools.pairwise(ranks)):
+        shown = ",".join(f"{s}:{t}" for s, t in pairs)
+        raise UserError(f"layer_map {shown} is not strictly increasing in both student and teacher")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

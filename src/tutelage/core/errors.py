@@ -1,9 +1,4 @@
-"""The one exception that means a user's mistake, and the checks that raise it.
-
-Public names: `UserError`, `check_range`, `check_positive`, `as_user_error`, `reason_of`.
-"""
-
-from __future__ import annotations
+"""The one exception that means a user's mistake, and the checks that raise it."""
 
 import math
 from collections.abc import Iterator
@@ -13,8 +8,7 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """Options, files or data that cannot work; the message says what was found, what was expected and what to do.
 
-    The command line prints it as one line and exits with code 2. Any other exception is a bug of tutelage.
-    """
+    The command line prints it as one line and exits with code 2. Any other exception is a bug of tutelage."""
 
 
 def check_range(name: str, value: float | None, least: int, most: float = math.inf) -> None:
@@ -35,19 +29,13 @@ def check_positive(name: str, value: float | None) -> None:
 
 @contextmanager
 def as_user_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn the errors that a library raises for bad settings or files into `UserError(f"{what}: {reason}")`.
-
-    Args:
-        what: what did not work, and with what.
-        kinds: the errors; none given means every exception.
-    """
+    """Turn the errors of these kinds (default: all) that a library raises into `UserError(f"{what}: {reason}")`."""
+    wanted = kinds or (Exception,)
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
-        if kinds and not isinstance(error, kinds):
-            raise
+    except wanted as error:
         raise UserError(f"{what}: {reason_of(error)}") from error
 
 

@@ -1,7 +1,4 @@
-"""The map from the last hidden state to the outputs, separate from the model.
-
-Public names: `OutputHead`.
-"""
+"""The map from the last hidden state to the outputs, separate from the model."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tutelage.core.blocks import head_module, output_head
+from tutelage.core.blocks import head_module
 from tutelage.core.errors import UserError
 
 
@@ -19,24 +16,20 @@ from tutelage.core.errors import UserError
 class OutputHead:
     """A model's output head and what its forward does after it (`logit_scale`, soft-capping).
 
-    With the head split off, the loss can run it over chunks of positions, and hidden stages can skip it.
-    """
+    With the head split off, the loss can run it over chunks of positions, and hidden stages can skip it."""
 
     linear: nn.Linear
-    softcap: float | None = None
-    """Logits are `softcap * tanh(logits / softcap)` (Gemma 2)."""
-    scale: float = 1.0
-    """Logits are multiplied by this (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`)."""
-    outputs: int | None = None
-    """Number of outputs in use, if the vocabulary is padded; None for all."""
+    softcap: float | None = None  # logits are `softcap * tanh(logits / softcap)` (Gemma 2)
+    scale: float = 1.0  # of the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`)
+    outputs: int | None = None  # number of outputs in use, if the vocabulary is padded; None for all
 
     @classmethod
     def of(cls, model: nn.Module, outputs: int | None = None) -> OutputHead:
         """The head of `model`; UserError if it has no linear output head."""
         head = head_module(model)
         if not isinstance(head, nn.Linear):
-            found = output_head(model)
-            kind = "none" if found is None else f"{found[0]}, a {type(found[1]).__name__}"
+            named = [name for name, module in model.named_modules() if module is head]
+            kind = "none" if head is None else f"{named[0]}, a {type(head).__name__}"
             raise UserError(
                 f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one: "
                 "load the model with a language-modelling or classification head"

@@ -1,12 +1,5 @@
 """Select what a model's forward takes from a batch, and which positions of a batch count.
-
-Public names: `model_inputs`, `output_tensor`, `position_mask`, `label_positions`, `at_positions`, `last_token`,
-`batch_size`, `batch_positions`, `usable_positions`.
-
-Shapes: B batch, T positions, D width.
-"""
-
-from __future__ import annotations
+Shapes: B batch, T positions, D width."""
 
 import inspect
 from collections.abc import Mapping
@@ -15,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from tutelage.core.errors import UserError
 
 IGNORED_LABEL = -100
 
@@ -37,7 +32,13 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def output_tensor(output: Any) -> torch.Tensor:
     """The output of a model's forward as one tensor: the output itself, or its `logits`."""
-    return output if isinstance(output, torch.Tensor) else output.logits
+    found = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, torch.Tensor):
+        raise UserError(
+            f"a forward gave a {type(output).__name__}, which is no tensor and has no logits: write the `whole_output` of the "
+            "task (docs/new_task.md)"
+        )
+    return found
 
 
 def position_mask(batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
@@ -52,8 +53,7 @@ def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tenso
     """The positions of the output loss: mask (B, T) of positions that predict, and their labels (N,).
 
     A causal model predicts label t + 1 at position t. Without labels every non-padding position counts (in a causal model
-    every one that has a successor), and the labels are None.
-    """
+    every one that has a successor), and the labels are None."""
     labels, attention = batch.get("labels"), batch.get("attention_mask")
     attention = None if attention is None else attention.bool()
     if labels is None:
@@ -70,10 +70,8 @@ def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tenso
 
 
 def at_positions(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...).
-
-    All rows for fake tensors, whose values are unknown: a plan counts every position.
-    """
+    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...); of fake tensors, whose values a plan does not
+    know, all rows."""
     return values.flatten(0, 1) if isinstance(values, FakeTensor) else values[mask]
 
 

@@ -4,16 +4,9 @@ The KL divergence between teacher and student is computed in `_divergence` for m
 (`output_loss`, in chunks of positions), in `tutelage.core.topk.top_k_divergence` if only the largest teacher outputs are
 kept, and in `logits_loss` for a few outputs.
 
-Public names: `hidden_loss`, `output_loss`, `OutputSettings`, `logits_loss`, `output_metrics`, `logits_metrics`,
-`METRIC_COLUMNS`, `embedding_loss`, `chunk_positions`.
-
 Every loss is a *sum* over positions (or sequences): the caller divides by the number of items in the whole optimiser step,
 so that gradient accumulation does not change the result.
-
-Shapes: N positions, D student width, E teacher width, R projected width, V outputs.
-"""
-
-from __future__ import annotations
+Shapes: N positions, D student width, E teacher width, R projected width, V outputs."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
@@ -30,21 +24,16 @@ from tutelage.core.topk import TopK, top_k, top_k_divergence
 # Logits held at a time: 2^24 float32 values are 64 MiB per tensor, large enough that the matrix products stay efficient.
 CHUNK_LOGITS = 2**24
 
+# columns of `output_metrics`
 METRIC_COLUMNS = ("loss", "accuracy", "kl", "agreement", "teacher_loss", "teacher_accuracy")
-"""Columns of `output_metrics`."""
 
 
-def hidden_loss(student: torch.Tensor, target: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def hidden_loss(student: Tensor, target: Tensor, keep: Tensor) -> Tensor:
     """Squared distance between student states and projected teacher states, per dimension, summed over kept positions.
 
-    This is the stage loss of arXiv:2503.17494 divided by the width R. The minimiser is the same, and values, learning rates
-    and gradient clipping are comparable between widths.
-
-    Args:
-        student: (..., R) states with gradients.
-        target: (..., R) targets.
-        keep: (...) boolean; padding and attention sinks are False.
-    """
+    `student` and `target` are (..., R), `keep` is (...), False for padding and attention sinks. This is the stage loss of
+    arXiv:2503.17494 divided by the width R. The minimiser is the same, and values, learning rates and gradient clipping are
+    comparable between widths."""
     # masked before squaring: a masked state that is not finite would put NaN into the gradient (0 * inf)
     difference = torch.where(keep[..., None], student.float() - target, 0.0)
     return difference.square().mean(-1).sum()
@@ -54,52 +43,45 @@ def hidden_loss(student: torch.Tensor, target: torch.Tensor, keep: torch.Tensor)
 class OutputSettings:
     """Settings of the output loss."""
 
-    temperature: float = 1.0
-    """t, used in both softmaxes."""
-    label_weight: float = 0.0
-    """a, the fraction of the loss that is label loss."""
-    top_k: int | None = None
-    """Keep the k most likely teacher outputs and merge the rest into one bucket (`top_k_divergence`); None keeps all."""
-    chunk_size: int | None = None
-    """Positions per chunk; None chooses it so that a chunk holds about 2^24 logits."""
-    embedding_loss: str = "cosine"
-    """Sentence encoders: `cosine` or `mse`."""
-    outputs: int | None = None
-    """Number of outputs that student and teacher share, if a vocabulary is padded; None for all."""
+    temperature: float = 1.0  # t, used in both softmaxes
+    label_weight: float = 0.0  # a, the fraction of the loss that is label loss
+    top_k: int | None = None  # teacher outputs that are kept; the rest is one bucket (`core.topk`); None keeps all
+    chunk_size: int | None = None  # positions per chunk; None chooses it so that a chunk holds about 2^24 logits
+    embedding_loss: str = "cosine"  # sentence encoders: `cosine` or `mse`
+    outputs: int | None = None  # number that student and teacher share, if a vocabulary is padded; None for all
 
 
 @dataclass(frozen=True)
 class _OutputSpec:
     head: OutputHead
-    teacher_hidden: torch.Tensor | None
+    teacher_hidden: Tensor | None
     teacher_head: OutputHead | None
-    labels: torch.Tensor | None
+    labels: Tensor | None
     settings: OutputSettings
     targets: TopK | None
 
 
 def output_loss(
-    student_hidden_ND: torch.Tensor,
+    student_hidden_ND: Tensor,
     student_head: OutputHead,
-    teacher_hidden_NE: torch.Tensor | None = None,
+    teacher_hidden_NE: Tensor | None = None,
     teacher_head: OutputHead | None = None,
-    labels_N: torch.Tensor | None = None,
+    labels_N: Tensor | None = None,
     *,
     settings: OutputSettings = OutputSettings(),
     targets: TopK | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once.
 
-    Logits exist for one chunk of positions at a time. Their gradient is known in closed form, so the forward pass already
-    computes the gradients of hidden states and head while it holds the chunk's logits: the backward pass recomputes
-    nothing, and nothing of size N x V is kept. Softmax and loss are in float32 for every autocast dtype.
+    The gradient of a chunk's logits is known in closed form, so the forward pass already computes the gradients of hidden
+    states and head while it holds them: the backward pass recomputes nothing, and nothing of size N x V is kept. Softmax and
+    loss are in float32 for every autocast dtype.
 
     Args:
         student_hidden_ND: input of the student's head.
         teacher_hidden_NE, teacher_head: the same for the teacher; None with label_weight 1.
         labels_N: target ids, needed if label_weight > 0; positions with the label -100 have no label loss.
-        targets: the teacher's largest outputs at this temperature, instead of its hidden states and head.
-    """
+        targets: the teacher's largest outputs at this temperature, instead of its hidden states and head."""
     has_teacher = targets is not None or (teacher_hidden_NE is not None and teacher_head is not None)
     _check_inputs(settings, labels_N, has_teacher, "hidden states and head")
     spec = _OutputSpec(student_head, teacher_hidden_NE, teacher_head, labels_N, settings, targets)
@@ -109,11 +91,9 @@ def output_loss(
     )
 
 
-def _check_inputs(settings: OutputSettings, labels: torch.Tensor | None, has_teacher: bool, needed: str) -> None:
+def _check_inputs(settings: OutputSettings, labels: Tensor | None, has_teacher: bool, needed: str) -> None:
     if settings.label_weight > 0 and labels is None:
-        raise UserError(
-            "a label_weight above 0 needs labels in the batch: add a labels column, or set label_weight to 0"
-        )
+        raise UserError("a label_weight above 0 needs labels in the batch: add labels, or set label_weight to 0")
     if settings.label_weight < 1 and not has_teacher:
         raise UserError(f"a label_weight below 1 needs the teacher's {needed}: pass them, or set label_weight to 1")
 
@@ -126,8 +106,8 @@ def chunk_positions(head: OutputHead) -> int:
 class _ChunkedOutputLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, spec: _OutputSpec, chunk_size: int, with_grad: bool, *parameters: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any, hidden: Tensor, spec: _OutputSpec, chunk_size: int, with_grad: bool, *parameters: Tensor
+    ) -> Tensor:
         inputs = [hidden, *parameters]
         wanted = [with_grad and tensor.requires_grad for tensor in inputs]
         # the head's gradients are sums over chunks, and float16 is too narrow: both are kept in float32
@@ -161,7 +141,7 @@ class _ChunkedOutputLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         # The stored gradients belong to this call alone, so they are scaled in place.
         grads = [
             None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)
@@ -171,16 +151,14 @@ class _ChunkedOutputLoss(torch.autograd.Function):
         return grads[0], None, None, None, *grads[1:]
 
 
-def _is_half(hidden: torch.Tensor) -> bool:
+def _is_half(hidden: Tensor) -> bool:
     """Whether the head would run in float16, where the gradient of a logit is often below the smallest number; the factor
     of a gradient scaler comes too late for it."""
     kind = hidden.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
 
 
-def _loss_and_logit_grad(
-    logits: torch.Tensor, spec: _OutputSpec, rows: slice, with_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_logit_grad(logits: Tensor, spec: _OutputSpec, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
     """Loss summed over a chunk, and its gradient with respect to the logits (empty if not wanted)."""
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     gradient = logits.new_empty(0)
@@ -204,9 +182,7 @@ def _loss_and_logit_grad(
     return loss, gradient
 
 
-def _divergence(
-    log_q: torch.Tensor, spec: _OutputSpec, rows: slice, with_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _divergence(log_q: Tensor, spec: _OutputSpec, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """KL(teacher || student) at the temperature of the loss, and its gradient with respect to the student's scaled logits."""
     if spec.targets is not None:
         return top_k_divergence(log_q, spec.targets[rows], with_grad)
@@ -225,13 +201,13 @@ def _divergence(
 
 @torch.no_grad()
 def output_metrics(
-    student_hidden_ND: torch.Tensor,
+    student_hidden_ND: Tensor,
     student_head: OutputHead,
-    labels_N: torch.Tensor,
-    teacher_hidden_NE: torch.Tensor | None = None,
+    labels_N: Tensor,
+    teacher_hidden_NE: Tensor | None = None,
     teacher_head: OutputHead | None = None,
     chunk_size: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Metrics per position, (N, 6), with the columns `METRIC_COLUMNS`: label loss (nats), top-1 correct,
     KL(teacher || student) (nats), top-1 agreement, and the teacher's label loss and top-1 correct. Without a teacher the last
     four are zero."""
@@ -247,11 +223,11 @@ def output_metrics(
 
 
 def logits_loss(
-    student: torch.Tensor,
-    teacher: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
+    student: Tensor,
+    teacher: Tensor | None = None,
+    labels: Tensor | None = None,
     settings: OutputSettings = OutputSettings(),
-) -> torch.Tensor:
+) -> Tensor:
     """The loss of `output_loss` from logits (..., V) and labels (...), for models with few outputs."""
     weight, t = settings.label_weight, settings.temperature
     _check_inputs(settings, labels, teacher is not None, "logits")
@@ -265,12 +241,12 @@ def logits_loss(
     return loss
 
 
-def logits_metrics(student: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
+def logits_metrics(student: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
     """The columns of `output_metrics` from logits (..., V) and labels (...), (..., 6)."""
     log_q = torch.log_softmax(student.float(), dim=-1)
     log_p = torch.zeros_like(log_q) if teacher is None else torch.log_softmax(teacher.float(), dim=-1)
 
-    def against_labels(log_probabilities: torch.Tensor) -> list[torch.Tensor]:
+    def against_labels(log_probabilities: Tensor) -> list[Tensor]:
         loss = -log_probabilities.gather(-1, labels[..., None])[..., 0]
         return [loss, (log_probabilities.argmax(-1) == labels).float()]
 
@@ -282,14 +258,14 @@ def logits_metrics(student: torch.Tensor, labels: torch.Tensor, teacher: torch.T
     return torch.stack([loss, correct, divergence, agreement, *against_labels(log_p)], dim=-1)
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) over the last dimension; outputs of probability zero contribute zero, and get no gradient."""
     possible = log_p > -torch.inf
     difference = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
     return (log_p.exp() * difference).sum(-1)
 
 
-def embedding_loss(student_BE: torch.Tensor, teacher_BE: torch.Tensor, kind: str = "cosine") -> torch.Tensor:
+def embedding_loss(student_BE: Tensor, teacher_BE: Tensor, kind: str = "cosine") -> Tensor:
     """Distance between pooled embeddings, summed over sequences: `cosine` (1 - cos) or `mse` (mean over dimensions)."""
     if kind == "cosine":
         return (1 - F.cosine_similarity(student_BE.float(), teacher_BE.float(), dim=-1)).sum()

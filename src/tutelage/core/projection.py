@@ -1,15 +1,8 @@
 """Fixed linear maps from the teacher's width to the student's.
 
-Public names: `Projection`, `RandomProjection`, `StackedProjection`, `DataProjection`, `pca_projection`,
-`logits_projection`, `RANDOM_KINDS`, `KINDS`.
-
 The paper's projection (arXiv:2503.17494) is `gaussian`: i.i.d. N(0, 1/d_T), drawn from a seed, never trained and never
 stored. `pca` and `logits` are contrasts of ours that are computed from calibration statistics and stored.
-
-Shapes: D teacher width, R projected width; a projection is applied as `hidden @ matrix`, (..., D) -> (..., R).
-"""
-
-from __future__ import annotations
+Shapes: D teacher width, R projected width; a projection is applied as `hidden @ matrix`, (..., D) -> (..., R)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -53,8 +46,7 @@ class Projection(ABC):
             second_moment_DD: E[h h^T] of the projected states; None uses the identity, which gives the pseudo-inverse.
             max_gain: largest mean square, after the map, of noise that is as large as the targets. The inverse of a square
                 gaussian matrix can magnify noise a thousandfold; if the bound is exceeded, the map is the one with the least
-                error for noisy targets. None sets no bound.
-        """
+                error for noisy targets. None sets no bound."""
         encode = self.matrix().double()
         moment = torch.eye(len(encode), dtype=torch.float64)
         if second_moment_DD is not None:
@@ -82,24 +74,17 @@ class RandomProjection(Projection):
     identical up to the rounding of the linear algebra library.
 
     Args:
-        in_features, out_features: the widths d_T of the teacher and r of the student.
+        in_features, out_features: the widths d_T of the teacher and r of the student; UserError below 1.
         seed: a non-negative integer, or a sequence of them.
-        kind: `gaussian` (entries N(0, 1/d_T), as in the paper), `orthogonal`, or `rademacher` (entries ±1/sqrt(d_T)).
-
-    Raises:
-        UserError: unknown kind, a width below 1, or `orthogonal` with out_features > in_features.
-    """
+        kind: `gaussian` (entries N(0, 1/d_T), as in the paper), `orthogonal` (UserError if r > d_T), or `rademacher` (entries
+            ±1/sqrt(d_T))."""
 
     def __init__(self, in_features: int, out_features: int, seed: int | Sequence[int] = 0, kind: str = "gaussian"):
         if kind not in RANDOM_KINDS:
             raise UserError(f"unknown random projection {kind!r}: use one of {', '.join(RANDOM_KINDS)}")
         if in_features < 1 or out_features < 1:
             raise UserError(f"a projection needs widths of at least 1, got {in_features} -> {out_features}")
-        if kind == "orthogonal" and out_features > in_features:
-            raise UserError(
-                f"an orthogonal projection cannot widen {in_features} to {out_features}: "
-                "use projection='gaussian' or a narrower student"
-            )
+        check_widening(kind, in_features, out_features)
         self.in_features, self.out_features = in_features, out_features
         self.seed, self.kind = seed, kind
 
@@ -126,7 +111,6 @@ class StackedProjection(Projection):
         self.in_features, self.out_features = parts[0].in_features, parts[0].out_features
 
     def matrix(self) -> torch.Tensor:
-        """The maps, (G, in_features, out_features)."""
         return torch.stack([part.matrix() for part in self.parts])
 
     def __call__(self, hidden_BGD: torch.Tensor) -> torch.Tensor:
@@ -145,34 +129,30 @@ class DataProjection(Projection):
         return self._matrix
 
 
-def pca_projection(second_moment_DD: torch.Tensor, out_features: int) -> DataProjection:
-    """Principal directions of the (standardised) states, each scaled to unit mean square."""
-    return _spectral(second_moment_DD, None, out_features, "pca")
-
-
-def logits_projection(second_moment_DD: torch.Tensor, logit_gram_DD: torch.Tensor, out_features: int) -> DataProjection:
-    """The directions of the final state that the teacher's logits depend on: the rank-R code with the least squared error in
-    the logits.
+def spectral_projection(
+    second_moment_DD: torch.Tensor, out_features: int, logit_gram_DD: torch.Tensor | None = None
+) -> DataProjection:
+    """Directions of the standardised states, scaled to unit mean square: the principal ones (`pca`), or with a `logit_gram_DD`
+    those that the teacher's logits depend on (`logits`), the rank-R code with the least squared error in the logits.
 
     With C the second moment of the standardised state and M = W^T W (`logit_gram_DD`; W is the output head, centred over the
-    vocabulary, in standardised coordinates), take the top eigenvectors U of M^{1/2} C M^{1/2} and encode
-    z = U^T M^{1/2} h, scaled to unit mean square.
-    """
-    return _spectral(second_moment_DD, logit_gram_DD, out_features, "logits")
-
-
-def _spectral(moment: torch.Tensor, gram: torch.Tensor | None, out_features: int, kind: str) -> DataProjection:
-    width = len(moment)
-    if out_features > width:
-        raise UserError(
-            f"projection={kind!r} cannot widen {width} to {out_features}: use projection='gaussian' or a narrower student"
-        )
-    moment = moment.double().cpu()
-    root = torch.eye(width, dtype=torch.float64) if gram is None else _square_root(gram.double().cpu())
-    values, vectors = torch.linalg.eigh(root @ moment @ root)
+    vocabulary, in standardised coordinates), take the top eigenvectors U of M^{1/2} C M^{1/2} and encode z = U^T M^{1/2} h."""
+    width, kind = len(second_moment_DD), "pca" if logit_gram_DD is None else "logits"
+    check_widening(kind, width, out_features)
+    identity = torch.eye(width, dtype=torch.float64)
+    root = identity if logit_gram_DD is None else _square_root(logit_gram_DD.double().cpu())
+    values, vectors = torch.linalg.eigh(root @ second_moment_DD.double().cpu() @ root)
     top = torch.arange(width - 1, width - 1 - out_features, -1)
     scale = values[top].clamp_min(1e-12 * float(values[-1])).rsqrt()
     return DataProjection(root @ vectors[:, top] * scale, kind)
+
+
+def check_widening(kind: str, in_features: int, out_features: int) -> None:
+    """Raise UserError for a kind of projection that cannot map to a larger width."""
+    if out_features > in_features and kind not in ("gaussian", "rademacher"):
+        raise UserError(
+            f"projection={kind!r} cannot widen {in_features} to {out_features}: use projection='gaussian' or a narrower student"
+        )
 
 
 def _square_root(gram: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,4 @@
-"""Dataclasses that are written to JSON and read back.
-
-Public names: `Record`.
-"""
-
-from __future__ import annotations
+"""Dataclasses that are written to JSON and read back."""
 
 import dataclasses
 import json
@@ -24,7 +19,6 @@ class Record:
         return {field.name: _encode(getattr(self, field.name)) for field in fields}
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
@@ -35,7 +29,6 @@ class Record:
 
     @classmethod
     def from_json(cls: type[_Self], text: str) -> _Self:
-        """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
 
 

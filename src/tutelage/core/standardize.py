@@ -1,15 +1,10 @@
 """Standardisation of teacher states per dimension, and detection of attention sinks.
 
-Public names: `Standardizer`, `SINK_FACTOR`.
-
 Pretrained language models have massive activations: a few dimensions, and a few positions (attention sinks, mostly the
 first token), hundreds of times larger than the rest. Without standardisation they dominate every projection.
 
 A position is a *sink* if the norm of its state is above `SINK_FACTOR` times the median norm over the calibration text. The
-threshold is fixed at calibration, so whether a position counts does not depend on its batch.
-
-Shapes: B batch, T positions, D width.
-"""
+threshold is fixed at calibration, so whether a position counts does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -26,19 +21,14 @@ SINK_FACTOR = 4.0
 class Standardizer:
     """`(hidden - mean) / scale` per dimension, and the norm above which a position is an attention sink."""
 
-    mean: torch.Tensor
-    """Per-dimension mean over calibration positions, (D,); zeros if the states are not centred."""
-    scale: torch.Tensor
-    """Per-dimension standard deviation (root mean square if not centred), (D,)."""
-    sink_norm: float = float("inf")
-    """Positions whose state has a larger Euclidean norm are excluded from statistics and loss."""
-    is_identity: bool = False
-    """Whether this is the identity, which steps need not compute."""
+    mean: torch.Tensor  # over calibration positions, per dimension, (D,); zeros if the states are not centred
+    scale: torch.Tensor  # standard deviation per dimension (root mean square if not centred), (D,)
+    sink_norm: float = float("inf")  # larger states are excluded from statistics and loss
+    is_identity: bool = False  # whether this is the identity, which steps need not compute
 
     @classmethod
     def fit(cls, states_ND: torch.Tensor, center: bool = True, sink_factor: float = SINK_FACTOR) -> Standardizer:
         """Fit on calibration states of non-padding positions; `center=False` scales by the root mean square only.
-
         Raises UserError for fewer than two positions and for states that are not finite."""
         if len(states_ND) < 2:
             raise UserError(f"standardising needs at least 2 calibration positions, got {len(states_ND)}")
@@ -60,14 +50,11 @@ class Standardizer:
         return cls(torch.zeros(width), torch.ones(width), is_identity=True)
 
     def to(self, device: torch.device | str) -> Standardizer:
-        """The same statistics on `device`."""
         return Standardizer(self.mean.to(device), self.scale.to(device), self.sink_norm, self.is_identity)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Standardise `hidden`, (..., D), in float32."""
-        if self.is_identity:
-            return hidden.float()
-        return (hidden.float() - self.mean) / self.scale
+        return hidden.float() if self.is_identity else (hidden.float() - self.mean) / self.scale
 
     def keep(self, hidden: torch.Tensor) -> torch.Tensor:
         """True where a position is not an attention sink, (...)."""

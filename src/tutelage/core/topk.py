@@ -1,13 +1,8 @@
 """A distribution over outputs, given by its k largest entries and the total probability of all others.
 
-Public names: `TopK`, `top_k`, `top_k_divergence`.
-
 The divergence merges all other entries into one bucket. By the data-processing inequality it is a lower bound of the full
 KL(p || q), too small by p_rest KL(p(. | rest) || q(. | rest)): the student does not learn how to divide its probability
-among the entries in the bucket. With k = V it is the full KL.
-
-Shapes: N positions, V outputs, K = k.
-"""
+among the entries in the bucket. With k = V it is the full KL. Shapes: N positions, V outputs, K = k."""
 
 from __future__ import annotations
 
@@ -20,12 +15,9 @@ import torch
 class TopK:
     """The largest entries of N distributions."""
 
-    ids: torch.Tensor
-    """Outputs (N, K), int64, largest first."""
-    log_probs: torch.Tensor
-    """Their log-probabilities (N, K) in nats, float32."""
-    log_rest: torch.Tensor
-    """Log of the total probability of all other outputs (N,); -inf if there are none."""
+    ids: torch.Tensor  # outputs (N, K), int64, largest first
+    log_probs: torch.Tensor  # their log-probabilities (N, K) in nats, float32
+    log_rest: torch.Tensor  # log of the total probability of all other outputs (N,); -inf if there are none
 
     def __getitem__(self, rows: slice) -> TopK:
         return TopK(self.ids[rows], self.log_probs[rows], self.log_rest[rows])
@@ -49,8 +41,7 @@ def top_k_divergence(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum over positions of KL(target || q), with all other entries as one bucket, and its gradient for the logits, (N, V).
 
-    Overwrites `log_q_NV`. The probabilities of `target` are normalised first, because stored ones are rounded.
-    """
+    Overwrites `log_q_NV`. The probabilities of `target` are normalised first, because stored ones are rounded."""
     ids, rest = target.ids, target.log_rest.float().exp()
     p = target.log_probs.float().exp()
     mass = p.sum(-1) + rest

@@ -1,9 +1,4 @@
-"""Claim a folder for a run, an extraction, a comparison or a teacher, so that nothing else writes to it.
-
-Public names: `Claim`, `claim`.
-"""
-
-from __future__ import annotations
+"""Claim a folder for a run, an extraction, a comparison or a teacher, so that nothing else writes to it."""
 
 import json
 from collections.abc import Mapping
@@ -18,17 +13,13 @@ from tutelage.io.store import Store
 class Claim:
     """The purpose of a folder, and the file in it that records the purpose."""
 
-    record: str
-    """Name of the file."""
-    contents: Mapping[str, Any]
-    """Its JSON values: a folder with different values has a different owner."""
-    what: str
-    """Description for messages, e.g. `a comparison`."""
+    record: str  # name of the file
+    contents: Mapping[str, Any]  # its JSON values: a folder with different values has a different owner
+    what: str  # description for messages, e.g. `a comparison`.
 
 
 def claim(store: Store, mine: Claim) -> bool:
     """Write the record into an empty folder, or check the record that is there; True if there was one.
-
     Raises UserError if the folder contains something else, or a record with different values."""
     if not store.exists(mine.record):
         if not store.is_empty():

@@ -1,9 +1,4 @@
-"""Write files so that nobody reads them half-written.
-
-Public names: `replacing`, `write_atomically`, `writing_errors`.
-"""
-
-from __future__ import annotations
+"""Write files so that nobody reads them half-written."""
 
 import os
 from collections.abc import Iterator
@@ -18,10 +13,7 @@ from tutelage.core.errors import UserError
 @contextmanager
 def writing_errors(path: str | Path) -> Iterator[None]:
     """Say which path could not be written, and why, where the block raises an OSError.
-
-    Raises:
-        UserError: the disk is full, the folder is read-only, a file is in the place of a folder...
-    """
+    Raises UserError: the disk is full, the folder is read-only, a file is in the place of a folder..."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -33,11 +25,7 @@ def writing_errors(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well."""
     temporary = path.with_name(path.name + ".tmp")
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,7 @@
 """A folder of files, on this machine or behind any fsspec URL (s3://, gs://, abfs://, ...).
 
-Public names: `Store`, `sha256_of`.
-
 A file is never read half-written: a local file is written to a temporary file, synced and renamed; an object in remote
-storage appears when its upload is complete.
-"""
-
-from __future__ import annotations
+storage appears when its upload is complete."""
 
 import hashlib
 import os
@@ -23,7 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from tutelage.core.errors import as_user_error
-from tutelage.io.files import replacing, write_atomically, writing_errors
+from tutelage.io.files import replacing, writing_errors
 
 
 def sha256_of(handle: Any) -> str:
@@ -35,15 +30,8 @@ def sha256_of(handle: Any) -> str:
 
 
 class Store:
-    """Files below a folder or URL.
-
-    Args:
-        url: the folder.
-        kept: fetched files that stay on this machine at a time, where the folder is elsewhere; the oldest goes first.
-
-    Raises:
-        UserError: here and in every method, an address that cannot be used or reached, or a file that cannot be written.
-    """
+    """Files below a folder or URL; of a folder elsewhere, `kept` fetched files stay on this machine at a time, and the oldest
+    goes first. Every method raises UserError for an address that cannot be reached, or a file that cannot be written."""
 
     def __init__(self, url: str | Path, kept: int = 8):
         self.url, self.kept = str(url).rstrip("/"), kept
@@ -70,7 +58,6 @@ class Store:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Say which address could not be reached, and why."""
         with as_user_error(f"could not reach {self.url!r} (check the address, your permissions and credentials)"):
             yield  # each file system has errors of its own
 
@@ -78,17 +65,14 @@ class Store:
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
         with self._reaching():
             return bool(self.fs.isfile(self._path(name)))
 
     def is_empty(self) -> bool:
-        """Whether there is nothing at all."""
         with self._reaching():
             return not (self.fs.exists(self.root) and self.fs.find(self.root))
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
         with self._reaching():
             return int(self.fs.size(self._path(name)))
 
@@ -101,18 +85,13 @@ class Store:
             return sorted(str(path)[start:] for path in self.fs.find(self._path(folder)))
 
     def read(self, name: str) -> str:
-        """A text file."""
         with self._reaching():
             content: bytes = self.fs.cat_file(self._path(name))
         return content.decode("utf-8")
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file whole."""
-        if self.local is None:
-            with writing_errors(f"{self.url}/{name}"), self._reaching():
-                self.fs.pipe_file(self._path(name), text.encode("utf-8"))
-            return
-        write_atomically(self.local / name, text)
+        with self.writing(name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -137,7 +116,7 @@ class Store:
         """Path of a file on this machine: the file itself, or a copy that is kept for a while."""
         if self.local is not None:
             return self.local / name
-        fs = self.fs
+        fs = self.fs  # first, since a forked process forgets what is fetched
         if name in self._fetched:
             self._fetched.move_to_end(name)
             return self._fetched[name]
@@ -159,13 +138,8 @@ class Store:
         return paths[0].parent if paths else Path(self.root) / folder
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of a file."""
         with self._reaching(), self.fs.open(self._path(name), "rb") as handle:
             return sha256_of(handle)
 
-    # a copy in a different process fetches its own files
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "kept": self.kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["url"], state["kept"])  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        return Store, (self.url, self.kept)  # a copy in a different process fetches its own files

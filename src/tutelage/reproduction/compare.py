@@ -1,14 +1,10 @@
-"""Comparing methods on one recipe: the same data order, initial students, evaluation sets, rates and budget for all.
-
-Public names: `compare`.
-"""
-
-from __future__ import annotations
+"""Comparing methods on one recipe: the same data order, initial students, evaluation sets, rates and budget for all."""
 
 import contextlib
 import dataclasses
 import json
 import threading
+import typing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -44,7 +40,7 @@ def compare(
     command: str | None = None,
     log: Log = print,
 ) -> Comparison:
-    """Run methods x seeds on a recipe and write `comparison.json`.
+    """Run methods x seeds on a recipe; write `comparison.json` and return its contents.
 
     Args:
         recipe: what is compared on.
@@ -55,20 +51,16 @@ def compare(
         command: the command that repeats the comparison, for the record.
         log: called with a line of progress.
 
-    Returns:
-        The contents of comparison.json.
-
-    Raises:
-        UserError: settings that cannot work, among them a target above what the teacher reaches, or a folder that
-            contains a different comparison.
+    Raises UserError: settings that cannot work, among them a target above what the teacher reaches, or a folder
+    that contains a different comparison.
     """
     asked = recipe.default_methods if methods is None else methods
     variants = [method if isinstance(method, Variant) else plain_variant(method) for method in asked]
-    _check_budget(match, jobs)
-    _check(recipe, variants)
+    _check(recipe, variants, match, jobs)
     sketch = recipe.sketch_teacher()
     if sketch is not None:  # what cannot work with a teacher of this shape is refused before the training
-        _check_variants(RunBuilder(recipe, Teacher(sketch, "untrained"), output_dir), variants, with_checkpoints=False)
+        builder = RunBuilder(recipe, Teacher(sketch, "untrained"), output_dir)
+        builder.check([variant for variant in variants if variant.method != "progressive"])  # needs checkpoints
     _claim(output_dir, recipe, match)
     log(f"teacher of {recipe.name}/{recipe.size}")
     teacher = recipe.make_teacher(output_dir)
@@ -77,7 +69,7 @@ def compare(
         log("progressive distillation is left out: this teacher came without checkpoints of its training")
         variants = [variant for variant in variants if variant.method != "progressive"]
     runner = Runner(recipe, teacher, output_dir, match)
-    _check_variants(runner.builder, variants, with_checkpoints=True)
+    runner.builder.check(variants)
     record = _Record(recipe, output_dir, _begun(recipe, teacher, match, command), log)
     record.begin(variants)
     if jobs == 1:
@@ -111,7 +103,6 @@ class _Record:
                 self._write()
 
     def end(self) -> Comparison:
-        """Write the finished comparison."""
         self.comparison = dataclasses.replace(self.comparison, complete=True)
         self._write()
         return self.comparison
@@ -123,7 +114,7 @@ class _Record:
 
 def _run_side_by_side(workers: Workers, runner: Runner, variants: Sequence[Variant], record: _Record) -> None:
     """Run every variant in a separate thread, which waits for its runs."""
-    runner = dataclasses.replace(runner, submit=workers.submit)
+    runner = dataclasses.replace(runner, workers=workers)
     machine = {**record.comparison.environment, "jobs": workers.count}
     record.comparison = dataclasses.replace(record.comparison, environment=machine)
     with ThreadPoolExecutor(len(variants)) as threads:
@@ -132,7 +123,7 @@ def _run_side_by_side(workers: Workers, runner: Runner, variants: Sequence[Varia
             for done in as_completed(started):
                 done.result()
         except BaseException:
-            workers.stop()  # the runs that have not begun are not needed
+            workers.shutdown(cancel_futures=True)  # the runs that have not begun are not needed
             raise
 
 
@@ -151,7 +142,8 @@ def _run_method(runner: Runner, variant: Variant, record: _Record) -> None:
         record.put(result)
 
 
-def _check_budget(match: str, jobs: int | Workers) -> None:
+def _check(recipe: Recipe, variants: Sequence[Variant], match: str, jobs: int | Workers) -> None:
+    """Refuse what cannot be compared."""
     if match not in COSTS:
         raise UserError(f"unknown match {match!r}: use one of {listed(COSTS)}")
     if isinstance(jobs, int) and jobs < 1:
@@ -160,23 +152,13 @@ def _check_budget(match: str, jobs: int | Workers) -> None:
         raise UserError(
             "runs at the same time slow each other down, so their seconds cannot be compared: --match seconds needs --jobs 1"
         )
-
-
-def _check(recipe: Recipe, variants: Sequence[Variant]) -> None:
-    """Refuse variants, seeds and rates that cannot be compared."""
-    names = [variant.name for variant in variants]
-    if not names:
-        raise UserError("methods are empty: give at least one")
-    if len(set(names)) != len(names):
-        raise UserError(f"methods are repeated: {listed(names)}")
-    for name in ("seeds", "learning_rates"):
-        if not getattr(recipe, name):
+    seeds, tuning = recipe.seeds, recipe.tuning_seeds
+    given = {"methods": [variant.name for variant in variants], "seeds": seeds, "learning_rates": recipe.learning_rates}
+    for name, values in {**given, "tuning_seeds": tuning}.items():
+        if not values and name != "tuning_seeds":
             raise UserError(f"{name} are empty: give at least one")
-    for name in ("seeds", "tuning_seeds", "learning_rates"):
-        values = getattr(recipe, name)
         if len(set(values)) != len(values):
             raise UserError(f"{name} are repeated: {listed(values)}")
-    seeds, tuning = recipe.seeds, recipe.tuning_seeds
     if min((*seeds, *tuning)) < 0:
         raise UserError(f"seeds must not be negative: {listed((*seeds, *tuning))}")
     if not all(0 < rate < float("inf") for rate in recipe.learning_rates):
@@ -188,12 +170,6 @@ def _check(recipe: Recipe, variants: Sequence[Variant]) -> None:
             "tuning_seeds are empty: give some, or a single learning rate and, for progressive, a single schedule "
             "(--variant NAME:method=progressive,schedule=two)"
         )
-
-
-def _check_variants(builder: RunBuilder, variants: Sequence[Variant], *, with_checkpoints: bool) -> None:
-    for variant in variants:
-        if with_checkpoints or variant.method != "progressive":
-            builder.check(variant)
 
 
 def _check_target(recipe: Recipe, teacher: Teacher) -> None:
@@ -219,35 +195,28 @@ def _claim(output_dir: Path, recipe: Recipe, match: str) -> None:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Everything that the runs depend on, as JSON values."""
     whole = {**recipe.settings(), **recipe.identity(), "metric": recipe.metric, "target": recipe.target}
-    made: dict[str, Any] = json.loads(json.dumps(whole, default=str))
-    return made
+    return typing.cast(dict[str, Any], json.loads(json.dumps(whole, default=str)))
 
 
 def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) -> Comparison:
-    """The comparison before its first run."""
+    same = {name: getattr(recipe, name) for name in ("size", "metric", "better", "target", "seeds")}
     return Comparison(
         recipe=recipe.name,
-        size=recipe.size,
         command=command,
         complete=False,
         match=match,
         budget=recipe.budget_samples,
-        metric=recipe.metric,
-        better=recipe.better,
-        target=recipe.target,
-        seeds=tuple(recipe.seeds),
         settings=_settings(recipe),
         teacher=TeacherRecord(teacher.description, teacher.metrics, teacher.samples, teacher.converged_at),
         environment=environment(),
+        **same,
     )
 
 
 def _portable(curriculum: Curriculum) -> Curriculum:
     """A curriculum for the record: checkpoints by name, wherever this machine keeps them."""
-    stages = tuple(
-        dataclasses.replace(stage, teacher_checkpoint=Path(stage.teacher_checkpoint).name)
-        if isinstance(stage, OutputStage) and stage.teacher_checkpoint is not None
-        else stage
-        for stage in curriculum.stages
-    )
-    return dataclasses.replace(curriculum, stages=stages)
+    stages = list(curriculum.stages)
+    for index, stage in enumerate(stages):
+        if isinstance(stage, OutputStage) and stage.teacher_checkpoint is not None:
+            stages[index] = dataclasses.replace(stage, teacher_checkpoint=Path(stage.teacher_checkpoint).name)
+    return dataclasses.replace(curriculum, stages=tuple(stages))

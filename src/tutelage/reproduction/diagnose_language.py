@@ -1,11 +1,7 @@
 """Why a curriculum helps on text: how much of each layer of a language model short contexts explain.
 
-Public names: `diagnose_language`, `NgramProbe`, `LanguageDiagnosis`.
-
 Shapes: B sequences, T positions, W width, P positions with a whole context, n length of the context.
 """
-
-from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
@@ -36,22 +32,14 @@ from tutelage.tasks.text import read_dataset, split_dataset, tokenize
 class NgramProbe:
     """What is probed."""
 
-    teacher: str
-    """Folder or Hub name of a language model."""
-    dataset: str
-    """Text that the probes are fitted on."""
-    eval_dataset: str | None = None
-    """Held-out text; default: the end of the dataset."""
-    length: int = 3
-    """Longest context, in tokens."""
-    max_samples: int = 256
-    """Sequences on each side (fitting, held out)."""
-    max_length: int = 128
-    """Tokens per sequence."""
-    text_column: str = "text"
-    """Column of the dataset that contains the text."""
-    blocks: str | None = None
-    """Dotted name of the teacher's list of blocks, where several are found."""
+    teacher: str  # folder or Hub name of a language model
+    dataset: str  # text that the probes are fitted on
+    eval_dataset: str | None = None  # held-out text; default: the end of the dataset
+    length: int = 3  # longest context, in tokens
+    max_samples: int = 256  # sequences on each side (fitting, held out)
+    max_length: int = 128  # tokens per sequence
+    text_column: str = "text"  # column of the dataset that contains the text
+    blocks: str | None = None  # dotted name of the teacher's list of blocks, where several are found
 
     def __post_init__(self) -> None:
         if not 1 <= self.length <= len(COLORS):
@@ -66,12 +54,10 @@ class LanguageDiagnosis(Record):
 
     teacher: str
     dataset: str
-    positions: tuple[int, ...]
-    """Positions that the probes were fitted on, and held-out ones."""
+    positions: tuple[int, ...]  # positions that the probes were fitted on, and held-out ones
     layers: dict[str, tuple[float, ...]]
     """By place: the fraction of held-out variance that the last 1, 2, ... tokens explain."""
     environment: dict[str, Any]
-    """Versions and machine."""
 
 
 def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
@@ -80,8 +66,7 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
     Layers that short contexts explain are an easier target: this shows the curriculum that extraction follows. Writes
     ngrams.json and ngrams.png to `folder`.
 
-    Raises:
-        UserError: no language model, no tokenizer, or text that cannot be read or is too short.
+    Raises UserError: no language model, no tokenizer, or text that cannot be read or is too short.
     """
     task = detect_task(probe.teacher)
     if not task.per_position:
@@ -98,16 +83,11 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
         rows = rows.select(range(min(probe.max_samples, len(rows))))
         sides.append(_states_and_contexts(source, DataLoader(rows, batch_size=16, collate_fn=collate), probe.length))
     (states, contexts), (held_out, held_out_contexts) = sides
-    found = LanguageDiagnosis(
-        teacher=probe.teacher,
-        dataset=probe.dataset,
-        positions=(len(contexts), len(held_out_contexts)),
-        layers={
-            place: tuple(ngram_explained(states[place], contexts, held_out[place], held_out_contexts))
-            for place in states
-        },
-        environment=environment(),
-    )
+    layers = {
+        place: tuple(ngram_explained(states[place], contexts, held_out[place], held_out_contexts)) for place in states
+    }
+    positions = (len(contexts), len(held_out_contexts))
+    found = LanguageDiagnosis(probe.teacher, probe.dataset, positions, layers, environment())
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "ngrams.json", found.to_json() + "\n")
     _plot(found, folder / "ngrams.png")
@@ -115,7 +95,6 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
 
 
 def _texts(probe: NgramProbe) -> tuple[Any, Any]:
-    """The text that the probes are fitted on, and the held-out text."""
     data = read_dataset(probe.dataset)
     if probe.eval_dataset is None:
         return split_dataset(data, 0.3)
@@ -173,7 +152,6 @@ def _all_states(source: LiveTargets, inputs: dict[str, Any]) -> dict[str, torch.
 
 
 def _plot(found: LanguageDiagnosis, path: Path) -> None:
-    """One line for each length of context, over the places."""
     places = list(found.layers)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -181,9 +159,6 @@ def _plot(found: LanguageDiagnosis, path: Path) -> None:
         label = f"last {index + 1} token(s)"
         axis.plot(range(len(places)), scores, "o-", markersize=3, color=COLORS[index], label=label)
     axis.set_xticks(range(len(places)), places)
-    axis.set(
-        xlabel="place in the teacher (0 = embedding)",
-        ylabel="variance explained on held-out text",
-        title=f"What the last tokens explain: {Path(found.teacher).name}",
-    )
+    axis.set(xlabel="place in the teacher (0 = embedding)", ylabel="variance explained on held-out text")
+    axis.set_title(f"What the last tokens explain: {Path(found.teacher).name}")
     save_plot(figure, path)

@@ -1,9 +1,4 @@
-"""Why a curriculum helps on a parity: Fourier weights that are in the teacher's hidden layer but not in its output.
-
-Public names: `diagnose_parity`, `ParityDiagnosis`, `StudentPoint`.
-"""
-
-from __future__ import annotations
+"""Why a curriculum helps on a parity: Fourier weights that are in the teacher's hidden layer but not in its output."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,31 +44,21 @@ class ParityDiagnosis(Record):
 
     d: int
     k: int
-    teacher: str
-    """How the teacher was made."""
-    examples: int
-    """Uniform inputs that the weights are estimated from."""
+    teacher: str  # how the teacher was made
+    examples: int  # uniform inputs that the weights are estimated from
     environment: dict[str, Any]
-    """Versions and machine."""
-    output: DegreeWeights
-    """Of the teacher's output."""
-    hidden: DegreeWeights
-    """Of the teacher's hidden layer, projected to the student's width."""
+    output: DegreeWeights  # of the teacher's output
+    hidden: DegreeWeights  # of the teacher's hidden layer, projected to the student's width
     student: tuple[StudentPoint, ...]
 
 
 def diagnose_parity(recipe: Recipe, folder: Path, log: Callable[[str], None] = print) -> ParityDiagnosis:
     """Fourier weights of a parity teacher's output, of its projected hidden layer, and of a student over extraction.
 
-    Writes fourier.json, fourier.png and fourier.md to `folder`.
+    Writes fourier.json, fourier.png and fourier.md to `folder`. The recipe is a `parity-mlp`, whose first seed and middle
+    learning rate are used.
 
-    Args:
-        recipe: a `parity-mlp`; its first seed and the middle one of its learning rates are used.
-        folder: where the results go.
-        log: called with a line of progress.
-
-    Raises:
-        UserError: a different recipe, no seed or learning rate, or more degrees than the plot has colours.
+    Raises UserError: a different recipe, no seed or learning rate, or more degrees than the plot has colours.
     """
     if not isinstance(recipe, ParityMLPRecipe):
         raise UserError(f"Fourier weights are for parity-mlp, not {recipe.name}")
@@ -89,16 +74,9 @@ def diagnose_parity(recipe: Recipe, folder: Path, log: Callable[[str], None] = p
         output = weights_by_degree(_margin(teacher.model(bits_Nd)), bits_Nd, recipe.coordinates)
         hidden = weights_by_degree(projection(hidden_NW), bits_Nd, recipe.coordinates)
     log("training a student by extraction")
-    found = ParityDiagnosis(
-        d=recipe.d,
-        k=recipe.k,
-        teacher=teacher.description,
-        examples=_EXAMPLES,
-        environment=environment(),
-        output=output,
-        hidden=hidden,
-        student=_train_student(recipe, teacher, bits_Nd, folder),
-    )
+    student = _train_student(recipe, teacher, bits_Nd, folder)
+    about = (recipe.d, recipe.k, teacher.description, _EXAMPLES, environment())
+    found = ParityDiagnosis(*about, output, hidden, student)
     write_atomically(folder / "fourier.json", found.to_json() + "\n")
     _plot(found, folder / "fourier.png")
     write_atomically(folder / "fourier.md", _report(found))
@@ -123,13 +101,10 @@ class _Watch(TrainerCallback):
 def _train_student(
     recipe: ParityMLPRecipe, teacher: Teacher, bits_Nd: torch.Tensor, folder: Path
 ) -> tuple[StudentPoint, ...]:
-    """Train the student of the first seed by extraction and watch its output."""
     watch, seeds = _Watch(recipe, bits_Nd), recipe.seeds[:1]
     rate = sorted(recipe.learning_rates)[len(recipe.learning_rates) // 2]
-    runner = Runner(recipe, teacher, folder, "samples")
-    callbacks = [watch, StopAtTarget(recipe, seeds, None)]
-    planned = PlannedRun(plain_variant("extraction"), Candidate(rate), tuple(seeds), folder / "student")
-    runner.train(planned, callbacks)
+    planned = PlannedRun(plain_variant("extraction"), Candidate(rate), seeds, folder / "student")
+    Runner(recipe, teacher, folder, "samples").train(planned, [watch, StopAtTarget(recipe, seeds, None)])
     return tuple(watch.points)
 
 
@@ -139,14 +114,18 @@ def _margin(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _plot(found: ParityDiagnosis, path: Path) -> None:
-    """The teacher's weights by degree, and the student's over its training."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     degrees = list(range(1, found.k + 1))
     sides = (("output", found.output, -0.19), ("projected hidden layer", found.hidden, 0.19))
     for color, (name, weights, offset) in zip(COLORS, sides, strict=False):
-        places = [degree + offset for degree in degrees]
-        left.bar(places, [weights.support[degree] for degree in degrees], 0.36, color=color, label=name)
+        left.bar(
+            [degree + offset for degree in degrees],
+            [weights.support[degree] for degree in degrees],
+            0.36,
+            color=color,
+            label=name,
+        )
     left.set(xlabel="degree of the monomial", ylabel="fraction of variance", title="Teacher, monomials of the support")
     left.set_xticks(degrees)
     samples = [point.samples for point in found.student]
@@ -159,7 +138,6 @@ def _plot(found: ParityDiagnosis, path: Path) -> None:
 
 
 def _report(found: ParityDiagnosis) -> str:
-    """The weights as Markdown."""
     degrees = range(1, found.k + 1)
     functions = {
         "teacher, output": found.output,
@@ -168,9 +146,8 @@ def _report(found: ParityDiagnosis) -> str:
     }
     rows = []
     for name, weights in functions.items():
-        numbers = [weights.support[degree] for degree in degrees]
-        numbers += [weights.off_support.get(degree, float("nan")) for degree in (1, 2)]
-        rows.append([name, *(f"{number:.4f}" for number in numbers)])
+        off_support = (weights.off_support.get(degree, float("nan")) for degree in (1, 2))
+        rows.append([name, *(f"{number:.4f}" for number in (*weights.support.values(), *off_support))])
     columns = ["function", *(f"degree {degree}" for degree in degrees), "off support, 1", "off support, 2"]
     note = (
         f"Teacher: {found.teacher}. The numbers are fractions of the variance on the monomials of the support, by degree, "

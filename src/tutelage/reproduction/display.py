@@ -1,9 +1,4 @@
-"""Tables, numbers and plots as reports show them.
-
-Public names: `Table`, `show_number`, `listed`, `as_markdown`, `save_plot`.
-"""
-
-from __future__ import annotations
+"""Tables, numbers and plots as reports show them."""
 
 import math
 import re
@@ -25,8 +20,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    """The first cell names the row."""
+    rows: Sequence[Sequence[str]]  # the first cell names the row
     note: str = ""
 
     def to_markdown(self) -> str:

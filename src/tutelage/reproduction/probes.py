@@ -1,7 +1,5 @@
 """What a state says of its input: Fourier weights of parities, and n-gram probes of language models.
 
-Public names: `monomials`, `fourier_weights`, `DegreeWeights`, `weights_by_degree`, `ngram_explained`.
-
 Shapes: N examples or positions, d input bits, W width, T positions, n length of the context.
 """
 
@@ -35,24 +33,18 @@ def fourier_weights(values: torch.Tensor, bits_Nd: torch.Tensor, which: Sequence
 
     For vector-valued functions, the sum of squared coefficients E[f_w chi_S] over components w, divided by the sum of
     their variances. Estimated from N uniform examples, with the bias of a squared mean taken off, so that a monomial
-    with no weight is at zero on average and may come out slightly negative.
-
-    Args:
-        values: f, (N,) or (N, W).
-        bits_Nd: inputs as 0 and 1.
-        which: the monomials.
+    with no weight is at zero on average and may come out slightly negative. `values`, f, are (N,) or (N, W); bits 0 or 1.
     """
     outputs = values.double().reshape(len(values), -1)
     outputs = outputs - outputs.mean(0)
     variance = outputs.square().mean(0).sum().clamp_min(1e-30)
     signs = bits_Nd.double() * 2 - 1
-    count = len(outputs)
     weights = []
     for subset in which:
         character = signs[:, list(subset)].prod(1, keepdim=True)
         products = outputs * character
         coefficient = products.mean(0)
-        noise = (products - coefficient).square().mean(0) / (count - 1)
+        noise = (products - coefficient).square().mean(0) / (len(outputs) - 1)
         weights.append((coefficient.square() - noise).sum() / variance)
     return torch.stack(weights)
 
@@ -61,8 +53,7 @@ def fourier_weights(values: torch.Tensor, bits_Nd: torch.Tensor, which: Sequence
 class DegreeWeights(Record):
     """Fourier weight of a function at each degree."""
 
-    support: dict[int, float]
-    """At each degree from 1 to k: the total over all monomials of support coordinates."""
+    support: dict[int, float]  # at each degree from 1 to k: the total over all monomials of support coordinates
     off_support: dict[int, float]
     """At degrees 1 and 2: the mean over a sample of monomials off the support, times the number of support monomials of
     that degree, so that the two can be compared."""
@@ -76,13 +67,9 @@ class DegreeWeights(Record):
 def weights_by_degree(
     values: torch.Tensor, bits_Nd: torch.Tensor, support: Sequence[int], off_support: int = 32
 ) -> DegreeWeights:
-    """Fourier weight of a function at each degree.
+    """Fourier weight of a function, `values` (N,) or (N, W), at each degree of the monomials of `support`.
 
-    Args:
-        values: the function, (N,) or (N, W).
-        bits_Nd: inputs as 0 and 1.
-        support: the k coordinates of the parity.
-        off_support: monomials sampled off the support, at each degree.
+    At each degree, `off_support` monomials off the support are sampled.
     """
     outside = [index for index in range(bits_Nd.shape[1]) if index not in set(support)]
     weights = DegreeWeights({}, {})
@@ -104,7 +91,7 @@ def ngram_explained(
     ridge: float = 1.0,
     sweeps: int = 6,
 ) -> list[float]:
-    """Fraction of the variance of held-out states that a linear probe of the last 1, 2, ... n tokens explains.
+    """Fraction (R^2) of the variance of held-out states that a linear probe of the last 1, 2, ... n tokens explains.
 
     The probe is additive in one-hot tokens, h_t = mean + sum_j A_j[x_{t-j}], fitted by ridge regression (by backfitting,
     so no vocabulary is too large). Dimensions are scaled to unit variance first.
@@ -114,9 +101,6 @@ def ngram_explained(
         held_out_NW, held_out_contexts_Nn: the same for held-out text.
         ridge: pseudo-count that shrinks a rare token's row.
         sweeps: rounds of backfitting.
-
-    Returns:
-        R^2 for contexts of 1 to n tokens.
     """
     if len(states_NW) < 2 or len(held_out_NW) < 2:
         raise UserError(

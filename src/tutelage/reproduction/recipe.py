@@ -1,9 +1,4 @@
-"""What methods are compared on: a teacher, students, data, and the settings that all methods have in common.
-
-Public names: `Recipe`, `PaperRecipe`, `change_fields`, `at_least_one`, `EVAL_SEED`, `TEACHER_SEED`, `TRAINED`, `FIXED`.
-"""
-
-from __future__ import annotations
+"""What methods are compared on: a teacher, students, data, and the settings that all methods have in common."""
 
 import dataclasses
 import typing
@@ -13,12 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from tutelage.core.errors import UserError
-from tutelage.reproduction.teachers import Teacher, TeacherJob, TeacherRule, trained_teacher
+from tutelage.reproduction.statistics import as_good
+from tutelage.reproduction.teachers import Teacher, TeacherRule, trained_teacher
 from tutelage.reproduction.variants import Variant
 from tutelage.runs.options import RENAMED, read_value, type_name
+from tutelage.tasks.base import EvaluationTools
+from tutelage.tasks.loading import load_model
+from tutelage.tasks.registry import get_task
 
 # The random streams of evaluation and of teachers are far from those that students train on.
 EVAL_SEED = 1_000_000_007
@@ -39,31 +40,21 @@ class Recipe(ABC):
     A recipe can be pickled, so that a worker process gets the recipe itself; what it has computed stays behind.
     """
 
-    about: ClassVar[str] = ""
-    """One line for `tutelage compare --list`."""
-    replicated: ClassVar[bool] = False
-    """Whether all seeds train side by side in one model."""
-    stop_at_target: ClassVar[bool] = False
-    """Whether a run ends when all its seeds have reached the target."""
+    about: ClassVar[str] = ""  # one line for `tutelage compare --list`
+    replicated: ClassVar[bool] = False  # whether all seeds train side by side in one model
+    stop_at_target: ClassVar[bool] = False  # whether a run ends when all its seeds have reached the target
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the reported runs: initial student, data order and random projection."""
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     """Seeds on which learning rates and schedules are chosen; never reported."""
-    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """The learning rates that are tried for every method."""
+    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)  # the learning rates that are tried for every method
     batch_size: int = 64
-    """Examples per step."""
-    budget_samples: int = 1_920_000
-    """Examples that each method may train on."""
-    eval_every: int = 8_000
-    """Examples between evaluations."""
-    eval_samples: int = 4096
-    """Held-out examples."""
-    tuning_share: float = 1.0
-    """Fraction of the budget that tuning runs get."""
-    size: str = field(default="own", kw_only=True, metadata=FIXED)
-    """`smoke`, `laptop`, `paper` or `own`."""
+    budget_samples: int = 1_920_000  # examples that each method may train on
+    eval_every: int = 8_000  # examples between evaluations
+    eval_samples: int = 4096  # held-out examples
+    tuning_share: float = 1.0  # fraction of the budget that tuning runs get
+    size: str = field(default="own", kw_only=True, metadata=FIXED)  # `smoke`, `laptop`, `paper` or `own`
 
     def __post_init__(self) -> None:
         at_least_one(self, "batch_size", "budget_samples", "eval_every", "eval_samples")
@@ -74,8 +65,6 @@ class Recipe(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
-
-    # What is compared
 
     @property
     @abstractmethod
@@ -109,7 +98,7 @@ class Recipe(ABC):
 
     def reached(self, value: float, target: float) -> bool:
         """Whether a value of the metric is as good as `target`."""
-        return value >= target if self.better == "higher" else value <= target
+        return as_good(value, target, self.better)
 
     def settings(self) -> dict[str, Any]:
         """The fields that a user can change, and their values."""
@@ -122,8 +111,6 @@ class Recipe(ABC):
     def check(self) -> None:
         """Raise UserError where the data cannot be used; reads them if need be."""
 
-    # What a run is made of
-
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
         """`CurriculumConfig` fields of every method."""
@@ -134,13 +121,9 @@ class Recipe(ABC):
 
     @abstractmethod
     def make_teacher(self, folder: Path) -> Teacher:
-        """Train, load or build the teacher.
+        """Train, load or build the teacher; a recipe may keep things in `folder`, that of the comparison.
 
-        Args:
-            folder: of the comparison, for what a recipe keeps there.
-
-        Raises:
-            UserError: the teacher does not converge, or does not fit the recipe.
+        Raises UserError: the teacher does not converge, or does not fit the recipe.
         """
 
     def sketch_teacher(self) -> nn.Module | None:
@@ -174,20 +157,16 @@ class Recipe(ABC):
 class PaperRecipe(Recipe):
     """A recipe of the paper: it trains a teacher, unless the folder of a finished one is given."""
 
-    teachers: ClassVar[tuple[str, ...]] = (TRAINED,)
-    """Teachers that are not folders."""
+    teachers: ClassVar[tuple[str, ...]] = (TRAINED,)  # teachers that are not folders
 
-    teacher: str = TRAINED
-    """`trained`, or the folder of a finished teacher."""
+    teacher: str = TRAINED  # `trained`, or the folder of a finished teacher
     teacher_seed: int = 0
-    """Seed of the teacher."""
     teacher_learning_rate: float = 2e-3
-    """Learning rate of the teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher not in self.teachers and not Path(self.teacher).is_dir():
-            known = " or ".join(repr(name) for name in self.teachers)
+        if self.teacher_is_given and not Path(self.teacher).is_dir():
+            known = " or ".join(map(repr, self.teachers))
             raise UserError(f"unknown teacher {self.teacher!r}: use {known}, or the folder of a finished teacher")
 
     @property
@@ -199,25 +178,16 @@ class PaperRecipe(Recipe):
         if self.teacher_is_given:
             given = Teacher(self.load_teacher(self.teacher), f"given: {Path(self.teacher).name}")
             return self.checked_teacher(given)
-        arguments = {
+        return self.checked_teacher(trained_teacher(self))
+
+    def teacher_arguments(self) -> dict[str, Any]:
+        """`CurriculumConfig` fields of the teacher's training."""
+        return {
             **self.arguments(),
-            "task": self.task,
-            "learning_rate": self.teacher_learning_rate,
+            **{"task": self.task, "seed": self.teacher_seed, "learning_rate": self.teacher_learning_rate},
             "per_device_train_batch_size": self.teacher_batch_size,
-            "seed": self.teacher_seed,
             "train_sampling_strategy": "sequential",
         }
-        job = TeacherJob(
-            name=self.name,
-            identity=self.teacher_identity(),
-            rule=self.teacher_rule(),
-            arguments=arguments,
-            build=self.new_teacher,
-            load=self.load_teacher,
-            data=self.teacher_data,
-            collator=self.collator,
-        )
-        return self.checked_teacher(trained_teacher(job))
 
     def sketch_teacher(self) -> nn.Module | None:
         return None if self.teacher_is_given else self.new_teacher()
@@ -231,9 +201,15 @@ class PaperRecipe(Recipe):
     def new_teacher(self) -> nn.Module:
         """The teacher before its training."""
 
-    @abstractmethod
     def load_teacher(self, folder: str) -> nn.Module:
         """Read a teacher from a folder; UserError where there is none of this kind."""
+        return load_model(folder, get_task(self.task).auto_class)
+
+    def evaluate(self, model: nn.Module, data: Any, batch_size: int) -> dict[str, float]:
+        """Metrics of a model on held-out data."""
+        with torch.random.fork_rng(devices=[]):
+            batches = DataLoader(data, batch_size=batch_size, collate_fn=self.collator)
+            return get_task(self.task).evaluate(model, batches, lambda batch: None, EvaluationTools())
 
     @abstractmethod
     def checked_teacher(self, teacher: Teacher) -> Teacher:
@@ -260,15 +236,9 @@ def at_least_one(recipe: Any, *names: str) -> None:
 
 
 def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fields:
-    """A dataclass with some fields changed; text is read as the field's type.
+    """The dataclass called `name` in messages, with some fields changed; text is read as the field's type.
 
-    Args:
-        values: the dataclass.
-        changes: new values by field.
-        name: of the dataclass, for messages.
-
-    Raises:
-        UserError: an unknown field, or a value that cannot be read.
+    Raises UserError: an unknown field, or a value that cannot be read.
     """
     hints = typing.get_type_hints(type(values))
     known = [part.name for part in _changeable(values)]
@@ -276,10 +246,8 @@ def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fi
     for key, value in changes.items():
         if key not in known:
             new = RENAMED.get(key)
-            raise UserError(
-                f"{name} has no field {key!r}: "
-                + (f"it is now called {new!r}" if new in known else f"it has {', '.join(known)}")
-            )
+            hint = f"it is now called {new!r}" if new in known else f"it has {', '.join(known)}"
+            raise UserError(f"{name} has no field {key!r}: {hint}")
         try:
             read[key] = read_value(value, hints[key])
         except ValueError:

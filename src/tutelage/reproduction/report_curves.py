@@ -1,10 +1,6 @@
-"""The curves of a comparison: each method's seeds, and their median and range, against each cost.
+"""The curves of a comparison: each method's seeds, and their median and range, against each cost."""
 
-Public names: `method_curves`, `MethodCurves`, `draw_curves`, `AXES`.
-"""
-
-from __future__ import annotations
-
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from tutelage.reproduction.display import show_number
-from tutelage.reproduction.results import Comparison, MethodResult, RunRecord
+from tutelage.reproduction.results import Comparison, MethodResult
 from tutelage.runs import plots
 
 AXES = {"samples": "training samples", "flops": plots.AXES["flops"], "seconds": plots.AXES["seconds"]}
@@ -58,33 +54,27 @@ class MethodCurves:
 
     name: str
     color: str
-    dash: str
-    """As plotly names it."""
+    dash: str  # as plotly names it
     axes: Mapping[str, AxisCurves]
 
 
 def method_curves(comparison: Comparison) -> tuple[MethodCurves, ...]:
     """The curves of every method, each with a different colour and dash."""
-    found = []
-    for number, method in enumerate(comparison.methods):
-        rounds, color = divmod(number, len(plots.COLORS))
-        dash = list(_DASHES)[rounds % len(_DASHES)]
-        axes = {axis: _against(axis, method, comparison.metric) for axis in AXES}
-        found.append(MethodCurves(method.name, plots.COLORS[color], dash, axes))
-    return tuple(found)
+    looks = itertools.cycle((color, dash) for dash in _DASHES for color in plots.COLORS)
+    return tuple(
+        MethodCurves(method.name, *look, {axis: _against(axis, method, comparison.metric) for axis in AXES})
+        for method, look in zip(comparison.methods, looks, strict=False)
+    )
 
 
 def _against(axis: str, method: MethodResult, metric: str) -> AxisCurves:
-    lines = [(run, _line(run, axis, metric)) for run in method.runs]
-    drawn = [(run, line) for run, line in lines if line.x]
-    band = _band([(line, run.at_target is not None) for run, line in drawn])
-    return AxisCurves(tuple(line for _, line in drawn), band)
-
-
-def _line(run: RunRecord, axis: str, metric: str) -> SeedCurve:
-    """The points of a run that have the metric, in order of x."""
-    points = sorted((point.cost(axis), point.metrics[metric]) for point in run.curve if metric in point.metrics)
-    return SeedCurve(run.seed, [_round(x) for x, _ in points], [_round(y) for _, y in points])
+    lines = []
+    for run in method.runs:
+        points = sorted((point.cost(axis), point.metrics[metric]) for point in run.curve if metric in point.metrics)
+        if points:
+            line = SeedCurve(run.seed, [_round(x) for x, _ in points], [_round(y) for _, y in points])
+            lines.append((line, run.at_target is not None))
+    return AxisCurves(tuple(line for line, _ in lines), _band(lines))
 
 
 def _band(lines: Sequence[tuple[SeedCurve, bool]]) -> Band:
@@ -92,11 +82,9 @@ def _band(lines: Sequence[tuple[SeedCurve, bool]]) -> Band:
 
     A line that reached the target (its second value) may have stopped there: it keeps its last value.
     """
-    if not lines:
-        return Band([], [], [], [])
-    grid = np.unique(np.concatenate([line.x for line, _ in lines]))
-    end = min((line.x[-1] for line, held in lines if not held), default=grid[-1])
-    grid = grid[(grid >= max(line.x[0] for line, _ in lines)) & (grid <= end)]
+    grid = np.unique([x for line, _ in lines for x in line.x])
+    start = max((line.x[0] for line, _ in lines), default=math.inf)
+    grid = grid[(grid >= start) & (grid <= min((line.x[-1] for line, held in lines if not held), default=math.inf))]
     if not grid.size:
         return Band([], [], [], [])
     if grid.size > _BAND_POINTS:

@@ -1,9 +1,4 @@
-"""The tables of a comparison's report, and its curricula in words.
-
-Public names: `summary_table`, `detail_tables`, `stage_words`, `settings_words`.
-"""
-
-from __future__ import annotations
+"""The tables of a comparison's report, and its curricula in words."""
 
 import json
 import statistics
@@ -13,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from tutelage.core.blocks import FINAL, Place
+from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
 from tutelage.reproduction.display import Table, listed, show_number
 from tutelage.reproduction.report_curves import MethodCurves
-from tutelage.reproduction.results import Comparison, MethodResult, Ratio, Trial
+from tutelage.reproduction.results import COSTS, Comparison, MethodResult, Ratio, Trial
 from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, Estimate
 
 _VALUE_ROWS = 12  # rows of a method in the table of a plot's values
-_COST_NAMES = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
+COST_NAMES = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -41,41 +36,35 @@ def summary_table(comparison: Comparison) -> Table:
 
 def detail_tables(comparison: Comparison, curves: Sequence[MethodCurves]) -> list[Table]:
     """Everything else, in the order in which a reader may ask for it; tables without rows are left out."""
-    teacher = comparison.teacher
-    known = {"description": teacher.description, "samples": teacher.samples, "converged at": teacher.converged_at}
+    teacher = comparison.teacher.to_dict()
+    metrics = teacher.pop("metrics")
+    legend = [(m.name, m.variant.method, m.variant.settings or "the recipe's own") for m in comparison.methods]
+    note = "Settings not named here are the recipe's own."
     tables = [
-        _legend(comparison),
+        Table("Methods", ("name", "method", "settings"), legend, note),
         _details(comparison),
         _ratios(comparison),
         _learning_rates(comparison),
         _every_run(comparison),
         _values(curves, comparison.metric),
         _pairs("Settings", {**comparison.settings, "command": comparison.command}),
-        _pairs("Teacher", {**known, **teacher.metrics}),
+        _pairs("Teacher", {**teacher, **metrics}),
         _pairs("Environment", comparison.environment),
     ]
     return [table for table in tables if table.rows]
 
 
 def _facts(comparison: Comparison) -> str:
-    """Budget, metric, target and seeds in a few sentences."""
-    samples = show_number(comparison.budget)
+    samples, unit = show_number(comparison.budget), COST_NAMES[comparison.match]
+    budget = f"Budget of one-shot: {samples} samples; every other method got the same number of {unit}."
     if comparison.match == "samples":
         budget = f"Budget of every method: {samples} samples."
-    else:
-        unit = _COST_NAMES[comparison.match]
-        budget = f"Budget of one-shot: {samples} samples; every other method got the same number of {unit}."
     goal = "there is no target, so the final values are compared"
     if comparison.target is not None:
         goal = f"the target is {show_number(comparison.target)}"
     seeds = listed(comparison.seeds)
     over = f"Medians over seeds {seeds}." if len(comparison.seeds) > 1 else f"Seed {seeds}."
     return f"{budget} Held-out {comparison.metric}: {comparison.better} is better; {goal}. {over}"
-
-
-def _legend(comparison: Comparison) -> Table:
-    rows = [(m.name, m.variant.method, m.variant.settings or "the recipe's own") for m in comparison.methods]
-    return Table("Methods", ("name", "method", "settings"), rows, "Settings not named here are the recipe's own.")
 
 
 def _details(comparison: Comparison) -> Table:
@@ -88,8 +77,8 @@ def _details(comparison: Comparison) -> Table:
         if target is not None:
             beyond = _beyond(method, comparison) if method.runs else "-"
             row += [_reached(method, comparison), _interval(method.samples_to_target, beyond)]
-        seconds = _median([run.seconds for run in method.runs])
-        rows.append([*row, _median(method.finals(metric), with_range=True), seconds])
+        row += [_median(method.finals(metric), with_range=True), _median([run.seconds for run in method.runs])]
+        rows.append(row)
     return Table("Results in detail", columns, rows)
 
 
@@ -107,7 +96,7 @@ def _ratios(comparison: Comparison) -> Table:
         estimate = ratio.paired.estimate
         interval = _interval(estimate, "unbounded") if ratio.paired.pairs else "-"
         names = f"{ratio.over} / {ratio.under}"
-        rows.append((names, _COST_NAMES[ratio.cost], show_number(estimate.median), interval, _note(ratio)))
+        rows.append((names, COST_NAMES[ratio.cost], show_number(estimate.median), interval, _note(ratio)))
     note = "The cost to the target of the first method, divided by that of the second method, on the same seed."
     return Table("Ratios", ("ratio", "of", "median", _spread(comparison), "note"), rows, note)
 
@@ -140,7 +129,6 @@ def _ratio(ratio: Ratio | None) -> str:
 
 
 def _learning_rates(comparison: Comparison) -> Table:
-    """Scores by learning rate, one row per method and schedule."""
     units = {trial.unit for method in comparison.methods for trial in method.trials}
     cells: dict[tuple[str, str], dict[float, str]] = {}  # text by (method, schedule) and rate
     for method in comparison.methods:
@@ -171,7 +159,7 @@ def _every_run(comparison: Comparison) -> Table:
         for run in method.runs:
             row = [method.name, str(run.seed)]
             if target is not None:
-                row += [show_number(run.to_target(cost)) for cost in ("samples", "flops", "seconds")]
+                row += [show_number(run.to_target(cost)) for cost in COSTS]
                 row[2] = _beyond(method, comparison) if run.at_target is None else row[2]
             final = show_number(run.final.get(metric)) + (" (diverged)" if run.diverged else "")
             rows.append((*row, final, show_number(run.seconds)))
@@ -180,11 +168,8 @@ def _every_run(comparison: Comparison) -> Table:
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> Table:
-    rows = [
-        (name.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
-        for name, value in values.items()
-        if value is not None
-    ]
+    known = {name.replace("_", " "): value for name, value in values.items() if value is not None}
+    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in known.items()]
     return Table(title, ("what", "value"), rows)
 
 
@@ -194,7 +179,7 @@ def _values(curves: Sequence[MethodCurves], metric: str) -> Table:
     for curve in curves:
         band = curve.axes["samples"].band
         size = len(band.x)
-        for index in np.unique(np.linspace(0, size - 1, min(size, _VALUE_ROWS)).round().astype(int)) if size else ():
+        for index in np.unique(np.linspace(0, size - 1, min(size, _VALUE_ROWS)).round().astype(int)):
             values = (band.x[index], band.median[index], band.low[index], band.high[index])
             rows.append((curve.name, *map(show_number, values)))
     columns = ("method", "samples", f"median {metric}", "smallest seed", "largest seed")
@@ -203,9 +188,9 @@ def _values(curves: Sequence[MethodCurves], metric: str) -> Table:
 
 def _beyond(method: MethodResult, comparison: Comparison) -> str:
     """A target that a method never reached is shown by the samples that the method had."""
-    if comparison.match == "samples":
-        return f"> {show_number(comparison.budget)}"
     ends = [run.curve[-1].samples for run in method.runs if run.curve]
+    if comparison.match == "samples":
+        ends = [comparison.budget]
     return f"> {show_number(max(ends))}" if ends else "not reached"
 
 
@@ -230,7 +215,9 @@ def _median(values: Sequence[float], with_range: bool = False) -> str:
 def stage_words(stage: Stage) -> str:
     """What a stage does."""
     if isinstance(stage, HiddenStage):
-        words = f"student's {_place(stage.student_place)} learns teacher's {_place(stage.teacher_place)}"
+        places = (stage.student_place, stage.teacher_place)
+        student, teacher = ("final state" if place == FINAL else f"block {place}" for place in places)
+        words = f"student's {student} learns teacher's {teacher}"
     elif isinstance(stage, OutputStage) and stage.needs_teacher:
         words = "output of the teacher"
         if stage.teacher_checkpoint:
@@ -242,14 +229,9 @@ def stage_words(stage: Stage) -> str:
     return f"{words}, {stage.steps:,} steps{rate}"
 
 
-def _place(place: Place) -> str:
-    return "final state" if place == FINAL else f"block {place}"
-
-
 def settings_words(curriculum: Curriculum) -> str:
     """The settings that hidden stages have in common, and the temperature."""
-    words = f"temperature {curriculum.temperature:g}"
-    if not curriculum.hidden_stages:
-        return words
-    hidden = f"projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start}"
-    return f"{hidden}, {words}"
+    hidden = (
+        f"projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start}, "
+    )
+    return f"{hidden if curriculum.hidden_stages else ''}temperature {curriculum.temperature:g}"

@@ -1,13 +1,9 @@
-"""What a comparison found, as values that are written to disk and read back.
-
-Public names: `Comparison`, `MethodResult`, `RunRecord`, `CurvePoint`, `Trial`, `Ratio`, `read_runs`,
-`write_runs`, `COMPARISON_FILE`, `COSTS`.
-"""
+"""What a comparison found, as values that are written to disk and read back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +25,9 @@ class CurvePoint(Record):
     """One evaluation of a student, and what its training had cost by then."""
 
     samples: int
-    """Training examples."""
-    flops: float
-    """Training FLOPs, those of the teacher included."""
+    flops: float  # of training, those of the teacher included
     seconds: float
-    """Training time."""
-    metrics: dict[str, float]
-    """Held-out metrics; a value that was not finite is left out."""
+    metrics: dict[str, float]  # held-out metrics; a value that was not finite is left out
 
     def cost(self, name: str) -> float:
         """The cost called `name`, one of `COSTS`."""
@@ -47,16 +39,14 @@ class RunRecord(Record):
     """A finished run of one seed."""
 
     seed: int
-    curve: tuple[CurvePoint, ...]
-    """Evaluations in order of samples; the first one is of the untrained student."""
-    diverged: str | None = None
-    """What diverged, where training had to stop."""
+    curve: tuple[CurvePoint, ...]  # evaluations in order of samples; the first one is of the untrained student
+    diverged: str | None = None  # what diverged, where training had to stop
     at_target: CurvePoint | None = None
     """The first point of the curve at the target; None where there is none, or no target."""
 
     @property
     def final(self) -> dict[str, float]:
-        """Metrics at the end."""
+        """Metrics at the end; empty without evaluations."""
         return self.curve[-1].metrics if self.curve else {}
 
     @property
@@ -78,14 +68,11 @@ class Trial(Record):
     """What a candidate scored on the tuning seeds."""
 
     candidate: Candidate
-    unit: str
-    """What `score` is: `samples to target` or `final METRIC`."""
+    unit: str  # what `score` is: `samples to target` or `final METRIC`
     score: float | None = None
     """Median over the tuning seeds; None where the target was not reached, or training diverged."""
-    final: float | None = None
-    """Median of the final metric."""
-    stopped_after: int | None = None
-    """Samples after which a run that did not reach the target was stopped."""
+    final: float | None = None  # median of the final metric
+    stopped_after: int | None = None  # samples after which a run that did not reach the target was stopped
     diverged: bool = False
 
 
@@ -94,12 +81,9 @@ class MethodResult(Record):
     """A variant: how it was tuned, and its runs."""
 
     variant: Variant
-    candidate: Candidate | None = None
-    """What tuning chose; None before tuning, or where every candidate diverged."""
-    trials: tuple[Trial, ...] = ()
-    """Empty where there was a single candidate."""
-    curriculum: Curriculum | None = None
-    """Checkpoints of a teacher by name, without their folder."""
+    candidate: Candidate | None = None  # what tuning chose; None before tuning, or where every candidate diverged
+    trials: tuple[Trial, ...] = ()  # empty where there was a single candidate
+    curriculum: Curriculum | None = None  # checkpoints of a teacher by name, without their folder
     runs: tuple[RunRecord, ...] = ()
     samples_to_target: Estimate = NO_ESTIMATE
     """Median over the runs; a run that never reached the target counts as beyond the budget."""
@@ -124,15 +108,10 @@ class Ratio(Record):
     """Cost to the target of one variant in units of that of a second variant."""
 
     over: str
-    """Name of the variant whose cost is divided."""
     under: str
-    """Name of the variant whose cost it is divided by."""
-    cost: str
-    """One of `COSTS`."""
-    seeds: int
-    """Seeds that both have run."""
-    paired: PairedRatio
-    """Over the seeds on which at least one reached the target."""
+    cost: str  # one of `COSTS`
+    seeds: int  # seeds that both have run
+    paired: PairedRatio  # over the seeds on which at least one reached the target
 
 
 @dataclass(frozen=True)
@@ -141,24 +120,17 @@ class Comparison(Record):
 
     recipe: str
     size: str
-    command: str | None
-    """The command that repeats it."""
-    complete: bool
-    """Whether all of its runs are finished."""
-    match: str
-    """The cost, one of `COSTS`, that is equal for all variants."""
-    budget: int
-    """Samples of a one-shot run."""
+    command: str | None  # the command that repeats it
+    complete: bool  # whether all of its runs are finished
+    match: str  # the cost, one of `COSTS`, that is equal for all variants
+    budget: int  # samples of a one-shot run
     metric: str
-    better: str
-    """`higher` or `lower`."""
+    better: str  # `higher` or `lower`
     target: float | None
     seeds: tuple[int, ...]
-    settings: dict[str, Any]
-    """Fields of the recipe, as JSON values."""
+    settings: dict[str, Any]  # fields of the recipe, as JSON values
     teacher: TeacherRecord
     environment: dict[str, Any]
-    """Versions and machine, as JSON values."""
     methods: tuple[MethodResult, ...] = ()
     ratios: tuple[Ratio, ...] = ()
     verdict: str = ""
@@ -169,8 +141,7 @@ class Comparison(Record):
 
     def ratio(self, over: str, under: str, cost: str = "samples") -> Ratio | None:
         """The ratio of two variants, where it was computed."""
-        found = (r for r in self.ratios if (r.over, r.under, r.cost) == (over, under, cost))
-        return next(found, None)
+        return next((r for r in self.ratios if (r.over, r.under, r.cost) == (over, under, cost)), None)
 
     @property
     def baseline(self) -> MethodResult | None:
@@ -178,49 +149,20 @@ class Comparison(Record):
         found = [method for method in self.methods if method.variant.method == "one_shot"]
         return min(found, key=lambda method: method.name != "one_shot", default=None)
 
-    def reached(self, value: float, target: float) -> bool:
-        """Whether a value of the metric is as good as `target`."""
-        return value >= target if self.better == "higher" else value <= target
-
-    @classmethod
-    def from_json(cls, text: str) -> Comparison:
-        """The inverse of `to_json`.
-
-        Raises:
-            UserError: the text is not JSON, or not the JSON of a comparison.
-        """
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UserError(f"it is not JSON ({error})") from error
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError("it was written by an earlier version of tutelage, or is not a comparison") from error
-
     @classmethod
     def read(cls, folder: Path) -> Comparison:
-        """The comparison of a folder.
-
-        Raises:
-            UserError: the folder has none, or its file cannot be read.
-        """
+        """The comparison of a folder; UserError where the folder has none, or its file cannot be read."""
         path = folder / COMPARISON_FILE
         if not path.is_file():
             raise UserError(f"found no {COMPARISON_FILE} in {str(folder)!r}: make one with tutelage compare")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except UserError as error:
-            raise UserError(f"cannot read {str(path)!r}: {error}. Make it again with tutelage compare") from error
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            wrong = "it was written by an earlier version of tutelage, or is not a comparison"
+            if isinstance(error, json.JSONDecodeError):
+                wrong = f"it is not JSON ({error})"
+            raise UserError(f"cannot read {str(path)!r}: {wrong}. Make it again with tutelage compare") from error
 
     def write(self, folder: Path) -> None:
         """Write the file that `read` reads."""
         write_atomically(folder / COMPARISON_FILE, self.to_json() + "\n")
-
-
-def read_runs(path: Path) -> list[RunRecord]:
-    """The records of `write_runs`."""
-    return [RunRecord.from_dict(fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def write_runs(path: Path, runs: Sequence[RunRecord]) -> None:
-    """Write the records of runs that share a model."""
-    write_atomically(path, json.dumps([run.to_dict() for run in runs], allow_nan=False))

@@ -1,9 +1,4 @@
-"""Settings, curricula and trainers of the runs of a comparison.
-
-Public names: `RunBuilder`.
-"""
-
-from __future__ import annotations
+"""Settings, curricula and trainers of the runs of a comparison."""
 
 import copy
 import functools
@@ -35,8 +30,7 @@ class RunBuilder:
 
     recipe: Recipe
     teacher: Teacher
-    root: Path
-    """Folder of the comparison."""
+    root: Path  # folder of the comparison
 
     def folder(self, variant: Variant, candidate: Candidate, seeds: Sequence[int], what: str = "runs") -> Path:
         """Folder of a run; variants of one name and different settings have different folders."""
@@ -49,19 +43,14 @@ class RunBuilder:
     def arguments(self, variant: Variant, candidate: Candidate, folder: Path, seed: int) -> CurriculumConfig:
         """Settings of a run."""
         recipe = self.recipe
-        evaluate_every = max(1, recipe.eval_every // recipe.batch_size)
+        every = max(1, recipe.eval_every // recipe.batch_size)
         fields = {
-            "output_dir": str(folder),
-            "method": variant.method,
-            "task": recipe.task,
-            "learning_rate": candidate.learning_rate,
-            "seed": seed,
-            "data_seed": seed,
-            "per_device_train_batch_size": recipe.batch_size,
-            **{"eval_strategy": "steps", "eval_steps": evaluate_every, "eval_on_start": True},
-            **{"save_strategy": "steps", "save_steps": 20 * evaluate_every, "save_total_limit": 1},
-            **{"logging_steps": evaluate_every, "disable_tqdm": True, "report_to": "none"},
-            "train_sampling_strategy": "sequential",
+            **{"output_dir": str(folder), "method": variant.method, "task": recipe.task},
+            **{"learning_rate": candidate.learning_rate, "seed": seed, "data_seed": seed},
+            **{"per_device_train_batch_size": recipe.batch_size, "train_sampling_strategy": "sequential"},
+            **{"eval_strategy": "steps", "eval_steps": every, "eval_on_start": True},
+            **{"save_strategy": "steps", "save_steps": 20 * every, "save_total_limit": 1},
+            **{"logging_steps": every, "disable_tqdm": True, "report_to": "none"},
             **recipe.arguments(),
             **recipe.method_arguments(variant.method),
             **{key: value for key, value in variant.overrides.items() if key != "schedule"},
@@ -72,14 +61,14 @@ class RunBuilder:
             fields.pop("layer_map", None)
         return CurriculumConfig(**fields)
 
-    def check(self, variant: Variant) -> None:
+    def check(self, variants: Sequence[Variant]) -> None:
         """Raise UserError where a variant has no curriculum on this recipe, before anything is run."""
-        student, teacher = self.recipe.make_student(self.recipe.seeds[:1]), self.teacher.model
-        source = LiveTargets(teacher, get_task(self.recipe.task))
-        for candidate in candidates(variant, self.recipe.learning_rates):
-            made = self.curriculum(variant, candidate, self.steps())
-            source.attach(made, student)
-            warm_start.check(StageObjective(student, source))
+        for variant in variants:
+            student = self.recipe.make_student(self.recipe.seeds[:1])
+            source = LiveTargets(self.teacher.model, get_task(self.recipe.task))
+            for candidate in candidates(variant, self.recipe.learning_rates):
+                source.attach(self.curriculum(variant, candidate, self.steps()), student)
+                warm_start.check(StageObjective(student, source))
 
     def steps(self, fraction: float = 1.0) -> int:
         """Optimiser steps of a fraction of the budget."""

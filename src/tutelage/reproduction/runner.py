@@ -1,21 +1,21 @@
 """Making the runs of a comparison, with equal budgets, and their curves.
 
-Public names: `Runner`, `PlannedRun`, `StopAtTarget`, `Workers`.
-
 A finished run is a folder that contains run.json, so a comparison that was stopped resumes with the missing runs.
 A run depends only on its settings and seeds, so the number of processes changes only the seconds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import math
 import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,21 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tutelage.core.curriculum import Curriculum
-from tutelage.reproduction.equal_cost import at_equal_cost
+from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.io.files import write_atomically
 from tutelage.reproduction.recipe import Recipe
-from tutelage.reproduction.results import CurvePoint, RunRecord, read_runs, write_runs
+from tutelage.reproduction.results import CurvePoint, RunRecord
 from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.teachers import Teacher
-from tutelage.reproduction.variants import Candidate, Variant
+from tutelage.reproduction.variants import Candidate, Variant, plain_variant
 from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.training.checks import TrainingDiverged
 from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics, last_complete_checkpoint
 from tutelage.training.trainer import CurriculumTrainer
 
 _RUN_FILE = "run.json"
+_PILOT_STEPS = {"flops": 4, "seconds": 24}  # per stage: FLOPs do not vary, seconds do
+_CALIBRATION = "calibration"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ class PlannedRun:
     candidate: Candidate
     seeds: tuple[int, ...]
     folder: Path
-    limit: float | None = None
-    """Samples after which the run is stopped."""
+    limit: float | None = None  # samples after which the run is stopped
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,20 @@ class Runner:
 
     recipe: Recipe
     teacher: Teacher
-    root: Path
-    """Folder of the comparison."""
-    match: str
-    """The cost that is equal for all variants, one of `results.COSTS`."""
-    submit: Callable[[Runner, PlannedRun], Future[list[RunRecord]]] | None = None
-    """Starts a run in a different process (`Workers.submit`); None makes the runs in this process, one at a time."""
-    lock: Any = field(default_factory=threading.Lock)
-    """Held while the cost of a step is measured."""
+    root: Path  # folder of the comparison
+    match: str  # the cost that is equal for all variants, one of `results.COSTS`
+    workers: Workers | None = None  # make the runs; None makes them in this process, one at a time
+    lock: Any = field(default_factory=threading.Lock)  # held while the cost of a step is measured
 
     @functools.cached_property
     def builder(self) -> RunBuilder:
-        """Builds settings, curricula and trainers."""
         return RunBuilder(self.recipe, self.teacher, self.root)
 
     def curriculum(self, variant: Variant, candidate: Candidate) -> Curriculum:
-        """Curriculum of a run, of a length that makes the budgets equal."""
+        """Of a length that makes the budgets equal."""
         if self.match == "samples" or variant.method in ("one_shot", "progressive"):
             return self.builder.curriculum(variant, candidate, self.builder.steps(variant.budget_fraction))
-        return at_equal_cost(self.builder, variant, candidate, self.match)
+        return _at_equal_cost(self.builder, variant, candidate, self.match)
 
     def runs(
         self,
@@ -90,19 +86,20 @@ class Runner:
             PlannedRun(variant, candidate, group, self.builder.folder(variant, candidate, group, what), limit)
             for group in groups
         ]
-        if self.submit is None:
+        if self.workers is None:
             yield from map(self.run, planned)
             return
         with self.lock:
             self.curriculum(variant, candidate)  # measures the cost of a step once for all runs, if they need it
-        started = [self.submit(self, run) for run in planned]
+        make = functools.partial(_run_in_worker, self.recipe, self.root, self.match)
+        started = [self.workers.submit(make, run) for run in planned]
         yield from (future.result() for future in started)
 
     def run(self, planned: PlannedRun) -> list[RunRecord]:
         """One record per seed; read back if the run was made before."""
         file = planned.folder / _RUN_FILE
         if file.exists():
-            return read_runs(file)
+            return [RunRecord.from_dict(fields) for fields in json.loads(file.read_text(encoding="utf-8"))]
         diverged = None
         try:
             self.train(planned, [StopAtTarget(self.recipe, planned.seeds, planned.limit)])
@@ -111,7 +108,7 @@ class Runner:
         metrics = MetricsFile(planned.folder / METRICS_FILE).read()
         curves = _curves(metrics, planned.seeds, self.recipe.replicated)
         records = [RunRecord(seed, tuple(curve), diverged) for seed, curve in curves.items()]
-        write_runs(file, records)
+        write_atomically(file, json.dumps([record.to_dict() for record in records], allow_nan=False))
         for checkpoint in planned.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         return records
@@ -127,12 +124,70 @@ class Runner:
         return trainer
 
 
+def _at_equal_cost(builder: RunBuilder, variant: Variant, candidate: Candidate, match: str) -> Curriculum:
+    """The curriculum of a variant that costs as much as its fraction of the budget costs one-shot.
+
+    The variant is not progressive, whose stages follow the teacher's training; `match` is `flops` or `seconds`.
+    """
+    steps = builder.steps(variant.budget_fraction)
+    made = builder.curriculum(variant, candidate, steps)
+    reference = _step_costs(builder, plain_variant("one_shot"), candidate, match)["output"]
+    cost = _step_costs(builder, variant, candidate, match)
+    *first, last = made.stages
+    *before, step = (cost[stage.name if isinstance(stage, HiddenStage) else "output"] for stage in made.stages)
+    spent = cost[_CALIBRATION] + sum(each * stage.steps for each, stage in zip(before, first, strict=True))
+    left = max(1, round((reference * steps - spent) / step))
+    return dataclasses.replace(made, stages=(*first, dataclasses.replace(last, steps=left)))
+
+
+def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, match: str) -> dict[str, float]:
+    """Cost of one step of each stage, and of calibration, measured on a few steps of each.
+
+    It is stored in the comparison's folder: when the comparison is resumed, the seconds would be different, and its runs
+    must keep their lengths.
+    """
+    whole = dataclasses.replace(variant, budget_fraction=1.0)  # a step costs the same at every budget
+    folder = builder.root / "pilot" / builder.folder(whole, candidate, [0]).parent.name
+    file = folder.with_name(f"{folder.name}.json")
+    if file.exists():
+        kept: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+    steps = _PILOT_STEPS[match]
+    made = builder.curriculum(variant, candidate, builder.steps())
+    short = dataclasses.replace(made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages))
+    seeds = builder.recipe.seeds if builder.recipe.replicated else builder.recipe.seeds[:1]
+    args = builder.arguments(variant, candidate, folder, seeds[0])
+    args.logging_steps, args.eval_on_start, args.overwrite_output_dir = 1, False, True
+    args.eval_strategy, args.save_strategy = "no", "no"
+    builder.trainer(args, seeds, short).train()
+    found = _measured(folder, match)
+    shutil.rmtree(folder)
+    write_atomically(file, json.dumps(found))
+    return found
+
+
+def _measured(folder: Path, match: str) -> dict[str, float]:
+    """Median cost of a step by stage, from a run's metrics."""
+    costs: dict[str, list[float]] = {}
+    previous = 0.0
+    for record in MetricsFile(folder / METRICS_FILE).read():
+        if "loss" not in record:
+            continue
+        stage = record["stage_name"] if record["stage_name"].startswith("hidden") else "output"
+        costs.setdefault(stage, []).append(record[match] - previous)
+        previous = record[match]
+    found = {stage: sorted(values[1:])[len(values[1:]) // 2] for stage, values in costs.items()}
+    # the first step of a stage also pays for calibration, or for the transplant before it
+    extra = sum(values[0] - found[stage] for stage, values in costs.items())
+    found[_CALIBRATION] = extra if match == "flops" else 0.0
+    return found
+
+
 class StopAtTarget(TrainerCallback):
     """Ends a run when all seeds have reached the target, or at a limit; evaluates at the end."""
 
     def __init__(self, recipe: Recipe, seeds: Sequence[int], limit: float | None):
-        self.recipe, self.limit = recipe, limit
-        self.waiting = set(range(len(seeds)))
+        self.recipe, self.limit, self.waiting = recipe, limit, set(range(len(seeds)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -143,7 +198,6 @@ class StopAtTarget(TrainerCallback):
             self._note(record)
 
     def _note(self, metrics: dict[str, Any]) -> None:
-        """Take the seeds that have reached the target off the list."""
         recipe, target = self.recipe, self.recipe.target
         for index in list(self.waiting):
             name = f"eval_{recipe.metric}_{index}" if recipe.replicated else f"eval_{recipe.metric}"
@@ -163,15 +217,11 @@ def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated:
     """Evaluations of each seed; the cost of a model that contains several seeds is divided among them."""
     seeds_per_model = len(seeds) if replicated else 1
     curves: dict[int, list[CurvePoint]] = {seed: [] for seed in seeds}
-    for record in records:
+    for record in filter(evaluation_metrics, records):
         values = evaluation_metrics(record)
-        if not values:
-            continue
         for index, seed in enumerate(seeds):
-            own = values
-            if replicated:
-                ending = f"_{index}"
-                own = {key.removesuffix(ending): value for key, value in values.items() if key.endswith(ending)}
+            ending = f"_{index}" if replicated else ""
+            own = {key.removesuffix(ending): value for key, value in values.items() if key.endswith(ending)}
             # JSON has no numbers for the values of a run that diverges
             finite = {key: value for key, value in own.items() if math.isfinite(value)}
             flops, seconds = record["flops"] / seeds_per_model, record["seconds"] / seeds_per_model
@@ -179,35 +229,19 @@ def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated:
     return curves
 
 
-class Workers:
+class Workers(ProcessPoolExecutor):
     """A pool of `count` processes, each with its part of the machine's threads.
 
-    Used as a context manager; a process makes its teacher once for as long as runs of the same comparison come in.
+    A process makes its teacher once for as long as runs of the same comparison come in.
     """
 
     def __init__(self, count: int):
-        self.count = count
-        threads = max(1, torch.get_num_threads() // count)
         # CUDA rules out a plain fork; a fork server imports the libraries once for all workers, where there is one
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
+        self.count, context = count, multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload([__name__])
-        self._pool = ProcessPoolExecutor(count, context, _start_worker, (threads,))
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Let the runs that have begun end, and begin no new ones."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def submit(self, runner: Runner, planned: PlannedRun) -> Future[list[RunRecord]]:
-        """`Runner.run` in a process of the pool."""
-        return self._pool.submit(_run_in_worker, runner.recipe, runner.root, runner.match, planned)
+        super().__init__(count, context, _start_worker, (max(1, torch.get_num_threads() // count),))
 
 
 def _start_worker(threads: int) -> None:

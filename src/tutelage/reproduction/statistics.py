@@ -1,11 +1,7 @@
 """Medians, intervals and ratios of runs that may never reach their target.
 
-Public names: `Estimate`, `NO_ESTIMATE`, `PairedRatio`, `median_interval`, `paired_ratio`, `FEWEST_FOR_INTERVAL`.
-
 A run that never reaches its target is *beyond the budget*: infinity in sorting, None in results.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -37,8 +33,7 @@ class PairedRatio(Record):
     """The median over seeds of the cost of one method divided by that of a second method."""
 
     estimate: Estimate
-    pairs: int
-    """Seeds on which at least one of the two reached the target; the others say nothing."""
+    pairs: int  # seeds on which at least one of the two reached the target; the others say nothing
     unreached: int = 0
     """Pairs in which the second method did not reach the target: its budget is used in place of its cost."""
 
@@ -46,6 +41,11 @@ class PairedRatio(Record):
     def is_bound(self) -> bool:
         """Whether the true ratio may be smaller, since the second method did not always reach the target."""
         return self.unreached > 0
+
+
+def as_good(value: float, target: float, better: str) -> bool:
+    """Whether a value of a metric is at least as good as `target`; `better` is `higher` or `lower`."""
+    return value >= target if better == "higher" else value <= target
 
 
 def median_interval(values: Sequence[float | None]) -> Estimate:

@@ -1,15 +1,11 @@
-"""What follows from the runs of a comparison: its target, medians, ratios and verdict.
-
-Public names: `summarise`, `ratio_of`, `verdict`, `headline`.
-"""
-
-from __future__ import annotations
+"""What follows from the runs of a comparison: its target, medians, ratios and verdict."""
 
 import dataclasses
+import itertools
 import statistics
 
 from tutelage.reproduction.results import COSTS, Comparison, MethodResult, Ratio
-from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, PairedRatio, median_interval, paired_ratio
+from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, PairedRatio, as_good, median_interval, paired_ratio
 
 _LONGEST_HEADLINE = 4  # lines
 
@@ -17,24 +13,22 @@ _LONGEST_HEADLINE = 4  # lines
 def summarise(comparison: Comparison, target: float | None) -> Comparison:
     """The comparison with everything that follows from its runs computed anew.
 
-    Args:
-        comparison: its variants contain the runs.
-        target: value of the metric to reach; None takes the median of one-shot's final values.
+    `target` is the value of the metric to reach; None takes the median of one-shot's final values.
     """
-    if target is None:
-        target = _final_of_one_shot(comparison)
+    if target is None and comparison.baseline is not None:
+        runs = [run for run in comparison.baseline.runs if run.diverged is None]
+        finals = sorted(run.final[comparison.metric] for run in runs)
+        target = finals[len(finals) // 2] if finals else None
     comparison = dataclasses.replace(comparison, target=target)
     methods = tuple(_timed(method, comparison) for method in comparison.methods)
     comparison = dataclasses.replace(comparison, methods=methods)
-    baseline = comparison.baseline
-    pairs = [
-        (over, under)
-        for over in methods
-        for under in methods
-        if over is not under and (over.variant.method == "extraction" or under is baseline)
+    ratios = [
+        ratio_of(over, under, cost)
+        for over, under in itertools.permutations(methods, 2)
+        if over.variant.method == "extraction" or under is comparison.baseline
+        for cost in COSTS
     ]
-    ratios = tuple(ratio_of(over, under, cost) for over, under in pairs for cost in COSTS)
-    comparison = dataclasses.replace(comparison, ratios=ratios)
+    comparison = dataclasses.replace(comparison, ratios=tuple(ratios))
     return dataclasses.replace(comparison, verdict=verdict(comparison))
 
 
@@ -50,19 +44,12 @@ def ratio_of(over: MethodResult, under: MethodResult, cost: str) -> Ratio:
     return Ratio(over.name, under.name, cost, len(seeds), paired)
 
 
-def _final_of_one_shot(comparison: Comparison) -> float | None:
-    runs = () if comparison.baseline is None else comparison.baseline.runs
-    finals = sorted(run.final[comparison.metric] for run in runs if run.diverged is None)
-    return finals[len(finals) // 2] if finals else None
-
-
 def _timed(method: MethodResult, comparison: Comparison) -> MethodResult:
-    """A result with the points at which its runs reached the target."""
     target, runs = comparison.target, []
     for run in method.runs:
         at_target = None
         if target is not None and run.diverged is None:
-            at_target = run.first(comparison.metric, lambda value: comparison.reached(value, target))
+            at_target = run.first(comparison.metric, lambda value: as_good(value, target, comparison.better))
         runs.append(dataclasses.replace(run, at_target=at_target))
     estimate = median_interval([run.to_target("samples") for run in runs])
     return dataclasses.replace(method, runs=tuple(runs), samples_to_target=estimate)
@@ -76,10 +63,9 @@ def verdict(comparison: Comparison) -> str:
     if comparison.target is None:
         return _final_values(comparison, methods)
     lines = [_reached(method, comparison) for method in methods]
-    for over in methods:
-        for under in methods:
-            if over.variant.method == "extraction" and under.variant.method in ("one_shot", "progressive"):
-                lines.append(_compared(over, under, comparison))
+    for over, under in itertools.product(methods, methods):
+        if over.variant.method == "extraction" and under.variant.method in ("one_shot", "progressive"):
+            lines.append(_compared(over, under, comparison))
     return "\n".join(filter(None, lines))
 
 
@@ -152,12 +138,12 @@ def _times(paired: PairedRatio) -> str:
 
 def _spread(paired: PairedRatio) -> str:
     """The interval; with few seeds the bootstrap of their median is their range, not a 95% interval."""
-    low, high = paired.estimate.low, paired.estimate.high
+    if paired.pairs == 1:
+        return "1 seed"
     kind = "95% interval" if paired.pairs >= FEWEST_FOR_INTERVAL else "range"
-    seeds = f"{paired.pairs} seed{'s' if paired.pairs > 1 else ''}"
-    upper = "beyond the budget" if high is None else f"{high:.2g}"
-    lower = "beyond the budget" if low is None else f"{low:.2g}"
-    return f"{kind} over {seeds}: {lower} to {upper}" if paired.pairs > 1 else seeds
+    ends = (paired.estimate.low, paired.estimate.high)
+    low, high = ("beyond the budget" if end is None else f"{end:.2g}" for end in ends)
+    return f"{kind} over {paired.pairs} seeds: {low} to {high}"
 
 
 def _judged(ratio: Ratio) -> str:

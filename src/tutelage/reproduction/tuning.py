@@ -1,9 +1,4 @@
-"""Choosing a learning rate, and for progressive distillation a schedule, on seeds that are not reported.
-
-Public names: `tune`.
-"""
-
-from __future__ import annotations
+"""Choosing a learning rate, and for progressive distillation a schedule, on seeds that are not reported."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -35,7 +30,7 @@ def tune(runner: Runner, variant: Variant, log: Callable[[str], None]) -> tuple[
     best: tuple[_Score, Candidate] | None = None
     for candidate in tried:
         other_schedule = candidate.schedule != first_schedule and not recipe.stop_at_target
-        if best is not None and other_schedule and candidate.learning_rate != best_rate:
+        if other_schedule and candidate.learning_rate != best_rate:
             continue
         limit = None
         if best is not None and recipe.stop_at_target:

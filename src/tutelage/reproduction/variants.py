@@ -1,10 +1,4 @@
-"""Methods under comparison: named variants, what is tuned for them, and the curricula they become.
-
-Public names: `Variant`, `Candidate`, `plain_variant`, `make_variant`, `parse_variant`, `read_methods`, `candidates`,
-`build_curriculum`, `CONTROLLED`, `SCHEDULES`.
-"""
-
-from __future__ import annotations
+"""Methods under comparison: named variants, what is tuned for them, and the curricula they become."""
 
 import dataclasses
 import re
@@ -13,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.core.curriculum import METHODS, Curriculum, OutputStage, Stage
+from tutelage.core.curriculum import METHODS, Curriculum, OutputStage
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
 from tutelage.reproduction.teachers import Teacher
@@ -38,20 +32,15 @@ class Variant(Record):
     """A method and the settings in which it differs from the recipe."""
 
     name: str
-    """Short name, used in every report: `final-state`."""
-    method: str
-    """One of `METHODS`."""
+    method: str  # one of `METHODS`
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """`CurriculumConfig` fields; `schedule` too for progressive distillation."""
-    budget_fraction: float = 1.0
-    """Fraction of the comparison's budget that it gets."""
+    budget_fraction: float = 1.0  # fraction of the comparison's budget that it gets
 
     @property
     def settings(self) -> str:
         """The overrides and the fraction of the budget in words; empty for a plain method."""
-        shown = dict(self.overrides)
-        if self.budget_fraction != 1:
-            shown["budget"] = self.budget_fraction
+        shown = {**self.overrides, **({} if self.budget_fraction == 1 else {"budget": self.budget_fraction})}
         return ", ".join(f"{key}={_as_text(value)}" for key, value in shown.items())
 
 
@@ -60,8 +49,7 @@ class Candidate(Record):
     """What tuning chooses."""
 
     learning_rate: float
-    schedule: str | None = None
-    """Progressive: one of `SCHEDULES`."""
+    schedule: str | None = None  # progressive: one of `SCHEDULES`
 
     @property
     def label(self) -> str:
@@ -70,11 +58,7 @@ class Candidate(Record):
 
 
 def plain_variant(method: str) -> Variant:
-    """A method with the recipe's settings.
-
-    Raises:
-        UserError: unknown method.
-    """
+    """A method with the recipe's settings; UserError where it is unknown."""
     if ":" in method:
         name, _, settings = method.partition(":")
         raise UserError(
@@ -89,15 +73,12 @@ def plain_variant(method: str) -> Variant:
 
 
 def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
-    """A named variant.
+    """A named variant, from `CurriculumConfig` fields as text or values.
 
-    Args:
-        name: letters, digits and `. _ + -`.
-        settings: `CurriculumConfig` fields, as text or values; `method` (default: the name where it is a method, else
-            extraction), `budget` (fraction of the comparison's budget) and, for progressive, `schedule`.
+    There are also `method` (default: the name where it is a method, else extraction), `budget` (a fraction of the
+    comparison's budget) and, for progressive, `schedule`.
 
-    Raises:
-        UserError: a bad name, an unknown method or field, or a value that cannot be read.
+    Raises UserError: a bad name, an unknown method or field, or a value that cannot be read.
     """
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"{name!r} cannot name a variant: use letters, digits and the signs . _ + -")
@@ -133,18 +114,15 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
 def parse_variant(text: str) -> Variant:
     """A variant as written on the command line: `NAME:key=value,key=value`.
 
-    Raises:
-        UserError: not of this form, or what `make_variant` refuses.
+    Raises UserError: not of this form, or what `make_variant` refuses.
     """
     name, colon, rest = text.partition(":")
     settings: dict[str, str] = {}
-    last = ""
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if equals:
-            settings[key] = value
-            last = key
-        elif last:
+            last, settings[key] = key, value
+        elif settings:
             settings[last] += f",{part}"  # a comma within a value: layer_map=1:1,2:2
         else:
             raise UserError(f"cannot read {part!r} in the variant {text!r}: write NAME:key=value,key=value")
@@ -156,8 +134,7 @@ def parse_variant(text: str) -> Variant:
 def read_methods(value: Any) -> tuple[Variant, ...]:
     """The `methods` of a comparison file: a mapping of names to settings, or a list of names of methods.
 
-    Raises:
-        UserError: neither of the two, or what `make_variant` refuses.
+    Raises UserError: neither of the two, or what `make_variant` refuses.
     """
     if isinstance(value, str):
         value = value.split()
@@ -168,14 +145,12 @@ def read_methods(value: Any) -> tuple[Variant, ...]:
             f"methods must be a mapping of names to settings, e.g. {{one_shot: {{}}, mine: {{layer_map: final:final}}}}, or "
             f"a list of names, got {value!r}"
         )
-    made = []
     for name, settings in value.items():
         if settings and not isinstance(settings, Mapping):
             raise UserError(
                 f"variant {name!r} needs a mapping of settings, e.g. {{warm_start: head}}, got {settings!r}"
             )
-        made.append(make_variant(str(name), settings) if settings else plain_variant(str(name)))
-    return tuple(made)
+    return tuple(make_variant(str(name), given) if given else plain_variant(str(name)) for name, given in value.items())
 
 
 def _read(name: str, key: str, value: Any, hint: Any) -> Any:
@@ -187,7 +162,6 @@ def _read(name: str, key: str, value: Any, hint: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    """A setting as it is written on the command line."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -217,12 +191,10 @@ def build_curriculum(
         candidate: holds the schedule of progressive distillation.
         blocks: numbers of blocks of student and teacher.
         teacher: progressive distillation uses its checkpoints.
-        steps: of the whole curriculum.
-        batch_size: examples per step.
+        steps, batch_size: steps of the whole curriculum, and examples per step.
         fraction: of the comparison's budget that `steps` is; a schedule of checkpoints is shortened by it too.
 
-    Raises:
-        UserError: progressive without checkpoints, or what the builders refuse.
+    Raises UserError: progressive without checkpoints, or what the builders refuse.
     """
     if args.method != "progressive":
         return method_curriculum(args, blocks, steps)
@@ -232,38 +204,29 @@ def build_curriculum(
             f"({teacher.description}): leave progressive out of --methods"
         )
     assert candidate.schedule is not None
-    uses = _schedule(candidate.schedule, teacher, batch_size / fraction)
-    stages: list[Stage] = []
+    uses: list[tuple[int, str | None]] = []
     left = steps
-
-    def stage(count: int, folder: str | None) -> Stage:
-        return OutputStage(count, teacher_checkpoint=folder, label_weight=args.label_weight, continues=bool(stages))
-
-    for count, folder in uses:
+    for count, folder in _schedule(candidate.schedule, teacher, batch_size / fraction):
         count = min(count, left - 1)  # the finished teacher comes last, at least for one step
         if count < 1:
             break
-        stages.append(stage(count, folder))
+        uses.append((count, folder))
         left -= count
-    stages.append(stage(left, None))
-    return Curriculum(
-        "progressive",
-        tuple(stages),
-        normalize=args.value("normalize"),
-        temperature=args.value("temperature"),
-        top_k=args.top_k,
+    stages = tuple(
+        OutputStage(count, teacher_checkpoint=folder, label_weight=args.label_weight, continues=number > 0)
+        for number, (count, folder) in enumerate([*uses, (left, None)])
     )
+    settings = {"normalize": args.value("normalize"), "temperature": args.value("temperature"), "top_k": args.top_k}
+    return Curriculum("progressive", stages, **settings)
 
 
 def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:
-    """Steps on each checkpoint, early to late."""
     times = [checkpoint.samples for checkpoint in teacher.checkpoints]
     if name == "two":
         middle = teacher.checkpoints[len(times) // 2 if teacher.transition is None else teacher.transition]
         return [(max(1, int(middle.samples // 2 // batch_size)), middle.folder)]
     pace = int(name.removeprefix("pace-"))
-    spans = [after - before for before, after in zip([0, *times], times, strict=False)]
     return [
-        (max(1, int(span // (pace * batch_size))), checkpoint.folder)
-        for span, checkpoint in zip(spans, teacher.checkpoints, strict=True)
+        (max(1, int((checkpoint.samples - before) // (pace * batch_size))), checkpoint.folder)
+        for before, checkpoint in zip([0, *times], teacher.checkpoints, strict=False)
     ]

@@ -1,9 +1,4 @@
-"""Where a result was made: versions and machine.
-
-Public names: `environment`, `quiet_unless_terminal`.
-"""
-
-from __future__ import annotations
+"""Where a result was made: versions and machine."""
 
 import os
 import platform

@@ -1,20 +1,14 @@
-"""Evaluating a finished model from the outside.
+"""Evaluating a finished model from the outside."""
 
-Public names: `evaluate`, `EvaluateOptions`, `EvaluationResult`.
-"""
-
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from tutelage.core.errors import UserError, check_range
 from tutelage.core.records import Record
-from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, check_data_numbers, sequence_length
+from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, check_data_numbers, first_rows, sequence_length
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
 from tutelage.tasks.base import EvaluationTools, Task
@@ -22,40 +16,28 @@ from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER
 from tutelage.tasks.loading import load_config, load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.text import read_dataset, tokenize
-from tutelage.training.checks import check_tokenizers, shared_outputs
+from tutelage.training.checks import check_dataset, check_tokenizers, shared_outputs
+from tutelage.training.config import option
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What is evaluated, on which data. None means not given."""
 
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Model: folder or Hub name; default: the embedded teacher.", "aliases": ["--student"]},
+    model: str | None = option("Model: folder or Hub name; default: the embedded teacher.", None, "--student")
+    dataset: str | None = option(
+        "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file; default: the embedded one.", None, "--eval_dataset"
     )
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file; default: the embedded held-out text.",
-            "aliases": ["--eval_dataset"],
-        },
-    )
-    teacher: str | None = field(default=None, metadata={"help": "Also compare with this model: folder or Hub name."})
-    task: str | None = field(default=None, metadata={"help": "Task of the model; default: found from its class."})
-    split: str | None = field(default=None, metadata={"help": "Split of the dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum tokens per sequence; default: the model's limit, capped at 256."}
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N sequences; default: all."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences per batch."})
-    mlm_probability: float | None = field(
-        default=None, metadata={"help": "Fraction of tokens masked (masked_lm); default: 0.3."}
-    )
-    blocks: str | None = field(
-        default=None, metadata={"help": "Dotted name of the teacher's list of blocks, where several are found."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+    teacher: str | None = option("Also compare with this model: folder or Hub name.")
+    task: str | None = option("Task of the model; default: found from its class.")
+    split: str | None = option("Split of the dataset.")
+    text_column: str = option("Column that holds the text.", "text")
+    max_length: int | None = option("Maximum tokens per sequence; default: the model's limit, capped at 256.")
+    max_samples: int | None = option("Evaluate on the first N sequences; default: all.")
+    batch_size: int = option("Sequences per batch.", 16)
+    mlm_probability: float | None = option("Fraction of tokens masked (masked_lm); default: 0.3.")
+    blocks: str | None = option("Dotted name of the teacher's list of blocks, where several are found.")
+    trust_remote_code: bool = option("Run model code that comes with a checkpoint.", False)
 
     def __post_init__(self) -> None:
         check_data_numbers(self.max_length, self.max_samples, self.mlm_probability)
@@ -74,11 +56,7 @@ class EvaluationResult(Record):
 
 
 def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
-    """Metrics of a saved model on a dataset; which ones, see `evaluate` of its task in `tutelage.tasks`.
-
-    Raises:
-        UserError: options that cannot work.
-    """
+    """Metrics of a saved model on a dataset (see `evaluate` of its task); UserError for options that cannot work."""
     model = options.model or DEFAULT_TEACHER
     dataset = options.dataset or (DEFAULT_EVAL_TEXT if model == DEFAULT_TEACHER else None)
     if dataset is None:
@@ -95,21 +73,18 @@ def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
         raise UserError("an embedding model is measured against its teacher: name one with --teacher")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = task.load(model, what="model", trust_remote_code=trust).to(device)
-    source = _source(task, options, device)
+    source: TargetSource = NoTargets(task)
+    if options.teacher is not None:
+        teacher = task.load(options.teacher, trust_remote_code=trust).to(device)
+        source = LiveTargets(teacher, task, options.blocks)
     rows = _rows(options, dataset, tokenizer, task, config)
+    source.outputs = shared_outputs(student, source, tokenizer)
+    check_dataset(rows, [student, *source.models], task, "evaluation")
     collator = task.collator(tokenizer, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
     loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=collator)
     batches = ({key: value.to(device) for key, value in batch.items()} for batch in loader)
-    source.outputs = shared_outputs(student, source, tokenizer)
     metrics = task.evaluate(student, batches, source.output, EvaluationTools(source.outputs))
     return EvaluationResult(model, dataset, options.teacher, len(rows), metrics)
-
-
-def _source(task: Task, options: EvaluateOptions, device: str) -> TargetSource:
-    if options.teacher is None:
-        return NoTargets(task)
-    teacher: nn.Module = task.load(options.teacher, trust_remote_code=options.trust_remote_code).to(device)
-    return LiveTargets(teacher, task, options.blocks)
 
 
 def _rows(options: EvaluateOptions, dataset: str, tokenizer: Any, task: Task, config: Any) -> Any:
@@ -118,6 +93,4 @@ def _rows(options: EvaluateOptions, dataset: str, tokenizer: Any, task: Task, co
         held_out = [data[name] for name in ("test", "validation", "eval") if name in data]
         data = (held_out or list(data.values()))[0]
     length = sequence_length(options.max_length, [config], tokenizer, data)
-    rows = tokenize(data, tokenizer, task, length, options.text_column)
-    count = len(rows) if options.max_samples is None else min(options.max_samples, len(rows))
-    return rows.select(range(count)) if count < len(rows) else rows
+    return first_rows(tokenize(data, tokenizer, task, length, options.text_column), options.max_samples)

@@ -1,14 +1,9 @@
-"""What a run trains and on what: from options to models and datasets.
-
-Public names: `RunOptions`, `RunInputs`, `with_defaults`, `load_inputs`, `sequence_length`.
-"""
-
-from __future__ import annotations
+"""What a run trains and on what: from options to models and datasets."""
 
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -17,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from tutelage.core.errors import UserError, check_positive, check_range
 from tutelage.core.inputs import usable_positions
-from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
 from tutelage.tasks.base import Task
@@ -26,49 +20,32 @@ from tutelage.tasks.loading import check_weights, load_config, load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import is_preset, make_student, student_config
 from tutelage.tasks.text import keep_rows, read_dataset, split_dataset, stream_dataset, tokenize
-from tutelage.training.checks import check_tokenizers
-from tutelage.training.config import CurriculumConfig
+from tutelage.training.checks import check_not_read, check_tokenizers
+from tutelage.training.config import CurriculumConfig, option
 from tutelage.training.preparation import Given, compare_given, open_extracted
+from tutelage.training.resolution import check_made
 
-# Longest block when nothing is given: long enough to learn from, short enough for a laptop.
-DEFAULT_LENGTH = 256
+DEFAULT_LENGTH = 256  # tokens, where nothing is given: long enough to learn from, short enough for a laptop
 DEFAULT_MLM_PROBABILITY = 0.3
-# Budget of a run that names neither teacher nor data nor budget: under two minutes on 2 cores.
-_DEFAULT_STEPS = 200
+_DEFAULT_STEPS = 200  # of a run that names neither teacher nor data nor budget: under two minutes on 2 cores
 _DEFAULT_EVAL_SAMPLES = 64
-_NO_LIMIT = 10**9
+NO_LIMIT = 10**9  # positions of a model that has no limit
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What is trained, on which data. None means not given."""
 
-    student: str | None = field(
-        default=None,
-        metadata={"help": "Student: folder, config.json, or preset over the teacher, e.g. layers=3,hidden_size=192."},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file."}
-    )
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Evaluation data; default: a split of the dataset, or its end."}
-    )
-    dataset_split: str | None = field(default=None, metadata={"help": "Split of the dataset to train on."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum tokens per sequence; default: the model's limit, capped at 256."}
-    )
-    eval_fraction: float = field(
-        default=0.05, metadata={"help": "Fraction of the dataset held out where there is no evaluation data."}
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N sequences; default: all."})
-    mlm_probability: float | None = field(
-        default=None, metadata={"help": "Fraction of tokens masked (masked_lm); default: 0.3."}
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the dataset only as far as max_steps needs it, e.g. from object storage."},
-    )
+    student: str | None = option("Folder, config.json, or preset over the teacher, e.g. layers=3,hidden_size=192.")
+    dataset: str | None = option("Hub name, `datasets` folder, or .txt/.jsonl/.parquet file.")
+    eval_dataset: str | None = option("Evaluation data; default: a split of the dataset, or its end.")
+    dataset_split: str | None = option("Split of the dataset to train on.")
+    text_column: str = option("Column that holds the text.", "text")
+    max_length: int | None = option("Maximum tokens per sequence; default: the model's limit, capped at 256.")
+    eval_fraction: float = option("Fraction of the dataset held out where there is no evaluation data.", 0.05)
+    max_samples: int | None = option("Evaluate on the first N sequences; default: all.")
+    mlm_probability: float | None = option("Fraction of tokens masked (masked_lm); default: 0.3.")
+    streaming: bool = option("Read the dataset only as far as max_steps needs it, e.g. from object storage.", False)
 
     def __post_init__(self) -> None:
         check_data_numbers(self.max_length, self.max_samples, self.mlm_probability)
@@ -90,12 +67,10 @@ class RunInputs:
     source: TargetSource
     student: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    train_dataset: Dataset | None
-    """None where the target source brings its rows along."""
+    train_dataset: Dataset | None  # None where the target source brings its rows along
     eval_dataset: Dataset
     collator: Any
-    names: dict[str, str]
-    """For reports: teacher, student, dataset."""
+    names: dict[str, str]  # for reports: teacher, student, dataset
 
     @property
     def task(self) -> Task:
@@ -104,10 +79,7 @@ class RunInputs:
 
 
 def with_defaults(options: RunOptions, args: CurriculumConfig) -> tuple[RunOptions, CurriculumConfig]:
-    """Options and settings with the embedded teacher, student, text and budget, where nothing else is named.
-
-    The arguments stay as they are.
-    """
+    """Copies with the embedded teacher, student, text and budget, where nothing else is named."""
     if args.curriculum_dir is not None:
         return options, args
     args = copy.copy(args)
@@ -116,12 +88,8 @@ def with_defaults(options: RunOptions, args: CurriculumConfig) -> tuple[RunOptio
     if args.teacher_model_name_or_path == DEFAULT_TEACHER or args.method == "scratch":
         options = dataclasses.replace(options, student=options.student or DEFAULT_STUDENT)
         if options.dataset is None:
-            options = dataclasses.replace(
-                options,
-                dataset=DEFAULT_TEXT,
-                eval_dataset=options.eval_dataset or DEFAULT_EVAL_TEXT,
-                max_samples=options.max_samples or _DEFAULT_EVAL_SAMPLES,
-            )
+            held_out, count = options.eval_dataset or DEFAULT_EVAL_TEXT, options.max_samples or _DEFAULT_EVAL_SAMPLES
+            options = dataclasses.replace(options, dataset=DEFAULT_TEXT, eval_dataset=held_out, max_samples=count)
             if args.max_steps <= 0 and args.num_train_epochs is None:
                 args.max_steps = _DEFAULT_STEPS
     if options.student is None:
@@ -134,18 +102,14 @@ def with_defaults(options: RunOptions, args: CurriculumConfig) -> tuple[RunOptio
 def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None = None) -> RunInputs:
     """Check the options, then load or build models and data; `with_defaults` has been applied.
 
-    Args:
-        options, args: options and settings.
-        devices: that the student trains on; None is those of this run.
-
-    Raises:
-        UserError: whatever is wrong with them, before any training.
+    The student trains on `devices`; None is those of this run. Raises UserError for whatever is wrong with the options.
     """
+    check_not_read(args.output_dir, options.student, options.dataset, options.eval_dataset)
     if args.curriculum_dir is not None:
         return _from_disk(options, args, args.curriculum_dir)
     assert options.student is not None and options.dataset is not None
-    teacher_path = None if args.method == "scratch" else args.teacher_model_name_or_path
     named = args.teacher_model_name_or_path
+    teacher_path = None if args.method == "scratch" else named
     reference = named or (DEFAULT_TEACHER if is_preset(options.student) else options.student)
     base = load_config(reference, trust_remote_code=args.trust_remote_code)
     if teacher_path is not None:
@@ -158,10 +122,7 @@ def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None
         length = sequence_length(options.max_length, [config, base], tokenizer, part)
         return tokenize(part, tokenizer, task, length, options.text_column)
 
-    train_dataset, eval_dataset = (
-        _streamed(options, args, devices, encode) if options.streaming else _read(options, encode)
-    )
-    task.check_rows(train_dataset, base)
+    rows = _streamed(options, args, devices, encode) if options.streaming else _read(options, encode)
     source: TargetSource = NoTargets(task)
     shape = None
     if teacher_path is not None:
@@ -171,7 +132,7 @@ def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None
     student = make_student(options.student, task, config, shape)
     names = {"teacher": named or "none", "student": options.student, "dataset": options.dataset}
     collator = task.collator(tokenizer, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
-    return RunInputs(source, student.float(), tokenizer, train_dataset, eval_dataset, collator, names)
+    return RunInputs(source, student.float(), tokenizer, *rows, collator, names)
 
 
 def _tokenizer(reference: str, student: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -187,23 +148,32 @@ def _tokenizer(reference: str, student: str, trust_remote_code: bool) -> PreTrai
 
 def _read(options: RunOptions, encode: Callable[[Any], Any]) -> tuple[Dataset, Dataset]:
     """Training and evaluation rows of a dataset that is read whole."""
+    train_part, eval_part = _divided(options)
+    train = encode(train_part)
+    return train, _held_out(options, encode) if eval_part is None else first_rows(
+        encode(eval_part), options.max_samples
+    )
+
+
+def _divided(options: RunOptions) -> tuple[Any, Any]:
+    """Texts to train on, and to evaluate on: None where those are named, and a dataset without splits is not divided."""
     assert options.dataset is not None
     data = read_dataset(options.dataset, options.dataset_split)
-    if options.eval_dataset:
-        train_part = split_dataset(data, options.eval_fraction)[0] if isinstance(data, dict) else data
-        return encode(train_part), _held_out(options, encode)
+    if options.eval_dataset and not isinstance(data, dict):
+        return data, None
     train_part, eval_part = split_dataset(data, options.eval_fraction)
-    return encode(train_part), _first(encode(eval_part), options.max_samples)
+    return train_part, None if options.eval_dataset else eval_part
 
 
 def _held_out(options: RunOptions, encode: Callable[[Any], Any]) -> Dataset:
     """Rows of `eval_dataset`."""
     assert options.eval_dataset is not None
     data = read_dataset(options.eval_dataset)
-    return _first(encode(next(iter(data.values())) if isinstance(data, dict) else data), options.max_samples)
+    return first_rows(encode(next(iter(data.values())) if isinstance(data, dict) else data), options.max_samples)
 
 
-def _first(rows: Dataset, count: int | None) -> Dataset:
+def first_rows(rows: Dataset, count: int | None) -> Dataset:
+    """The first `count` rows; None is all."""
     return rows if count is None else rows.select(range(min(count, len(rows))))
 
 
@@ -221,24 +191,23 @@ def _streamed(
     held_out = options.max_samples or _DEFAULT_EVAL_SAMPLES
     kept = keep_rows(rows, held_out + count)
     if len(kept) <= held_out:
-        raise UserError(
-            f"the stream has {len(kept)} row(s), too few to hold {held_out} out for evaluation: give an --eval_dataset, "
-            "fewer --max_samples or more data"
-        )
+        found = f"the stream has {len(kept)} row(s), too few to hold {held_out} out for evaluation"
+        raise UserError(f"{found}: give an --eval_dataset, fewer --max_samples or more data")
     return kept.select(range(held_out, len(kept))), kept.select(range(held_out))
 
 
 def _from_disk(options: RunOptions, args: CurriculumConfig, folder: str) -> RunInputs:
     """Targets, texts and tokenizer of an extracted curriculum; a teacher or data that are given are only compared."""
     if options.streaming:
-        raise UserError(
-            "streaming is for the text of a live run or an extraction, but an extracted curriculum is always read as needed: "
-            "leave streaming out"
-        )
+        what = "streaming is for the text of a live run or an extraction, but an extracted curriculum"
+        raise UserError(f"{what} is always read as needed: leave streaming out")
     source = open_extracted(folder, args)
-    _check_data_options(options, source)
     task, tokenizer, identity = source.task, source.tokenizer, source.folder.identity
     assert tokenizer is not None
+    made: dict[str, Any] = {"mlm_probability": identity.mlm_probability}
+    if task.per_position:
+        made["max_length"] = identity.longest
+    check_made(f"the extracted curriculum in {str(source.folder.store)!r}", made, options)
     student = options.student or str(source.folder.student_config)
     config = student_config(student, load_config(str(source.folder.teacher_config)))
     length = options.max_length or identity.longest
@@ -246,48 +215,24 @@ def _from_disk(options: RunOptions, args: CurriculumConfig, folder: str) -> RunI
     def encode(part: Any) -> Any:
         return tokenize(part, tokenizer, task, length, options.text_column)
 
-    given = None
-    if options.dataset is not None:
-        data = read_dataset(options.dataset, options.dataset_split)
-        whole = not isinstance(data, dict) and options.eval_dataset
-        given = encode(data if whole else split_dataset(data, options.eval_fraction)[0])
+    given = None if options.dataset is None else encode(_divided(options)[0])
     own = None if is_preset(student) else load_tokenizer(student)
-    check_tokenizers(own, tokenizer)
     compare_given(source, Given(student, None, given, None, own, None), args)
-    evaluation = _first(source.folder.evaluation, options.max_samples)
-    if options.eval_dataset:
-        evaluation = _held_out(options, encode)
+    stored = source.folder.evaluation
+    evaluation = _held_out(options, encode) if options.eval_dataset else first_rows(stored, options.max_samples)
     set_seed(args.seed)
     model = make_student(student, task, config, identity.teacher.shape)
-    names = {
-        "teacher": identity.teacher.name,
-        "student": options.student or identity.student,
-        "dataset": identity.data.name,
-    }
+    named = options.student or identity.student
+    names = {"teacher": identity.teacher.name, "student": named, "dataset": identity.data.name}
     collator = task.collator(tokenizer, identity.mlm_probability or DEFAULT_MLM_PROBABILITY)
     return RunInputs(source, model.float(), tokenizer, None, evaluation, collator, names)
-
-
-def _check_data_options(options: RunOptions, source: ExtractedTargets) -> None:
-    """Refuse explicit options that contradict the extracted curriculum."""
-    identity = source.folder.identity
-    made = {"mlm_probability": identity.mlm_probability}
-    if source.task.per_position:
-        made["max_length"] = identity.longest
-    for name, value in made.items():
-        given = getattr(options, name)
-        if given is not None and given != value:
-            raise UserError(
-                f"the extracted curriculum in {str(source.folder.store)!r} was made with {name}={value}, but {name}={given} "
-                f"was given: leave {name} out, or extract again"
-            )
 
 
 def sequence_length(
     asked: int | None, configs: Sequence[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, data: Any
 ) -> int:
     """Tokens of the longest sequence: what was asked, else what the models take, at most 256 for text."""
-    positions = min(usable_positions(config) or _NO_LIMIT for config in configs)
+    positions = min(usable_positions(config) or NO_LIMIT for config in configs)
     if asked is not None:
         check_length(asked, positions)
         return asked

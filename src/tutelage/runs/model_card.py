@@ -1,9 +1,4 @@
-"""The model card of a distilled student.
-
-Public names: `write_card`.
-"""
-
-from __future__ import annotations
+"""The model card of a distilled student."""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +12,7 @@ from tutelage.tasks.registry import get_task
 def write_card(folder: Path, result: RunResult, curriculum: Curriculum) -> None:
     """Write README.md: teacher, data, method, budget and metrics."""
     budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
-    stages = "\n".join(
-        f"| {number} | {stage.name} | {stage.steps} |" for number, stage in enumerate(curriculum.stages, 1)
-    )
+    stages = "\n".join(f"| {n} | {stage.name} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1))
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
     rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
     metrics = "\n".join(f"| {name} | {_show(mine)} | {_show(theirs)} |" for name, mine, theirs in rows)

@@ -1,9 +1,4 @@
-"""Options of a run as text: from a YAML file, and to the parser that reads flags.
-
-Public names: `OptionParser`, `read_options`, `as_flags`, `parse_options`, `read_value`, `type_name`.
-"""
-
-from __future__ import annotations
+"""Options of a run as text: from a YAML file, and to the parser that reads flags."""
 
 import json
 import types
@@ -17,7 +12,7 @@ from transformers import HfArgumentParser
 
 from tutelage.core.errors import UserError
 
-# Names that options had once, and the ones they have now.
+# names that options had once, and the ones they have now
 RENAMED = {"eval_samples": "max_samples", "teacher_path": "teacher", "mask_probability": "mlm_probability"}
 
 
@@ -31,34 +26,27 @@ class OptionParser(HfArgumentParser):
         """Raise instead of printing the usage of two hundred options."""
         raise UserError(message)
 
-    @property
-    def names(self) -> set[str]:
-        """Every option's names, aliases included, without dashes."""
-        return {flag.lstrip("-") for action in self._actions for flag in action.option_strings}
-
 
 def parse_options(parser: OptionParser, arguments: Sequence[str]) -> tuple[Any, ...]:
-    """The parser's dataclasses, from a YAML file (`--config`) overridden by flags.
+    """The parser's dataclasses, from a YAML file (the option `config`) overridden by flags.
 
-    Raises:
-        UserError: an unknown option, a value that cannot be read, or a file that is not a mapping of options.
+    Raises UserError for an unknown option, a value that cannot be read, or a file that is not a mapping of options.
     """
-    if "config" not in parser.names:
-        parser.add_argument("--config", help="YAML file with any of these options")
     config = parser.parse_known_args(list(arguments))[0].config
     if config is not None:
         options = read_options(Path(config))
+        names = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
         for name in options:
-            if name not in parser.names - {"config"}:
+            if name not in names - {"config"}:
                 raise UserError(f"config {str(config)!r} has an unknown option {name!r}{_renamed(name)}")
         arguments = [*as_flags(options), *arguments]
-    *values, rest, unknown = parser.parse_args_into_dataclasses(
+    *values, _, unknown = parser.parse_args_into_dataclasses(
         list(arguments), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         raise UserError(f"unknown option {unknown[0]!r}{_renamed(name)}: see {parser.prog} --help")
-    return (*values, rest)
+    return tuple(values)
 
 
 def _renamed(name: str) -> str:
@@ -66,16 +54,9 @@ def _renamed(name: str) -> str:
 
 
 def read_options(path: Path, example: str = "method: extraction") -> dict[str, Any]:
-    """A YAML file's options: each value as text, a list of texts, or None where it is left empty.
+    """A YAML file's options: each value as text, a list of texts, or None where it is left empty; `example` is for messages.
 
-    YAML alone reads `1:2` as 62 and `1e-3` as a string; text is parsed as flags are.
-
-    Args:
-        path: the file.
-        example: an option that the message may show.
-
-    Raises:
-        UserError: no such file, not YAML, or no mapping.
+    YAML alone reads `1:2` as 62 and `1e-3` as a string; text is parsed as flags are. Raises UserError for any other file.
     """
     if not path.is_file():
         raise UserError(f"no config file {str(path)!r}: give an existing YAML file")
@@ -87,13 +68,8 @@ def read_options(path: Path, example: str = "method: extraction") -> dict[str, A
         raise UserError(f"config {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"config {str(path)!r} must be a mapping of options, e.g. `{example}`")
-    return {key: _as_text(value, words[key]) for key, value in values.items()}
-
-
-def _as_text(value: Any, words: Any) -> Any:
-    if value is None:
-        return None
-    return json.dumps(value) if isinstance(value, dict) else words
+    texts = {key: json.dumps(value) if isinstance(value, dict) else words[key] for key, value in values.items()}
+    return {key: None if values[key] is None else text for key, text in texts.items()}
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
@@ -110,12 +86,8 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
 def read_value(value: Any, hint: Any) -> Any:
     """A value as the type of a field, e.g. `2e6` as an int or `0.1,0.3` as a tuple of floats.
 
-    Args:
-        value: text, a list of texts, or a value of that type already.
-        hint: bool, int, float, str, a tuple or list of one of them, or a union with None.
-
-    Raises:
-        ValueError: it cannot be read as that type.
+    `value` is text, a list of texts, or of that type already; `hint` is bool, int, float, str, a tuple or list of one of
+    them, or a union with None. Raises ValueError where it cannot be read as that type.
     """
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None or value == "none":
@@ -129,7 +101,10 @@ def read_value(value: Any, hint: Any) -> Any:
     if isinstance(value, list | tuple):
         raise ValueError
     if hint is bool:
-        return _read_bool(str(value))
+        text = str(value).lower()
+        if text not in ("true", "yes", "1", "false", "no", "0"):
+            raise ValueError
+        return text in ("true", "yes", "1")
     if hint is int and isinstance(value, str):
         number = float(value)  # 2e6 and 2_000_000 alike
         if not number.is_integer():  # nor inf or nan
@@ -139,12 +114,6 @@ def read_value(value: Any, hint: Any) -> Any:
         return hint(value)
     except TypeError as error:
         raise ValueError from error
-
-
-def _read_bool(text: str) -> bool:
-    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
-        raise ValueError
-    return text.lower() in ("true", "yes", "1")
 
 
 def type_name(hint: Any) -> str:

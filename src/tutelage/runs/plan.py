@@ -1,9 +1,4 @@
-"""What a distillation would do and cost, before anything is spent.
-
-Public names: `plan`, `Plan`, `StagePlan`, `ModelPlan`, `describe_plan`.
-"""
-
-from __future__ import annotations
+"""What a distillation would do and cost, before anything is spent."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +11,7 @@ from tutelage.core.curriculum import Curriculum, HiddenStage, Stage, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import usable_positions
 from tutelage.core.records import Record
-from tutelage.runs.inputs import DEFAULT_LENGTH, RunOptions, check_length
+from tutelage.runs.inputs import DEFAULT_LENGTH, NO_LIMIT, RunOptions, check_length
 from tutelage.runs.plan_extraction import ExtractionPlan
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
@@ -39,8 +34,7 @@ class ModelPlan(Record):
     class_name: str
     parameters: int
     hidden_size: int
-    blocks: tuple[str, ...]
-    """Dotted names."""
+    blocks: tuple[str, ...]  # dotted names
 
 
 @dataclass(frozen=True)
@@ -49,12 +43,10 @@ class StagePlan(Record):
 
     name: str
     hidden: bool
-    """Whether it is a hidden stage."""
     steps: int
     student_flops_per_token: float
     teacher_flops_per_token: float
-    one_shot_ratio: float
-    """Cost of a one-shot step over that of this stage's."""
+    one_shot_ratio: float  # cost of a one-shot step over that of this stage's
 
 
 @dataclass(frozen=True)
@@ -66,42 +58,33 @@ class Plan(Record):
     student: ModelPlan
     curriculum: Curriculum
     stages: tuple[StagePlan, ...]
-    tokens: int
-    """Of the whole run."""
-    flops: float
-    """Of the whole run, teacher included."""
-    one_shot_flops: float
-    """Of one-shot distillation on as many tokens."""
+    tokens: int  # of the whole run
+    flops: float  # of the whole run, teacher included
+    one_shot_flops: float  # of one-shot distillation on as many tokens
     teacher_forward_flops_per_token: float
     vocabulary: int
-    outputs: int
-    """Outputs at a position that predicts."""
-    extraction: ExtractionPlan | None = None
-    """Where an extraction was planned too."""
+    outputs: int  # at a position that predicts
+    extraction: ExtractionPlan | None = None  # where one was planned too
 
 
 def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None) -> Plan:
     """Blocks, stage map, parameters and predicted FLOPs; both models exist as fake tensors only, without memory.
 
-    Args:
-        options: `student` and `max_length` are read; None is the embedded teacher and student.
-        args: the run's settings; without a budget, 1,000 steps are assumed.
-
-    Raises:
-        UserError: options that cannot work.
+    Of `options`, `student` and `max_length` are read. What is not given is the embedded teacher, its student and 1,000 steps.
+    Raises UserError for options that cannot work.
     """
     options, args = options or RunOptions(), args or CurriculumConfig()
-    teacher, student = _names(options, args)
+    teacher = args.teacher_model_name_or_path or DEFAULT_TEACHER
+    student = options.student or (DEFAULT_STUDENT if teacher == DEFAULT_TEACHER else None)
+    if student is None:
+        raise UserError("no student was given: name one, e.g. --student layers=3,hidden_size=192")
     base = load_config(teacher, trust_remote_code=args.trust_remote_code)
     task = get_task(args.task) if args.task else detect_task(teacher, args.trust_remote_code)
     if not task.tokenized:
-        raise UserError(
-            f"a plan needs a model that reads tokens, but task {task.name} is for plain networks: leave task out"
-        )
-    positions = usable_positions(base)
-    if options.max_length is not None and positions is not None:
-        check_length(options.max_length, positions)
-    length = options.max_length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+        raise UserError(f"a plan needs a model that reads tokens, task {task.name} has plain networks: leave task out")
+    positions = usable_positions(base) or NO_LIMIT
+    check_length(options.max_length or 1, positions)
+    length = options.max_length or min(DEFAULT_LENGTH, positions)
     steps = args.max_steps if args.max_steps > 0 else _DEFAULT_STEPS
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher_model = task.build(base)
@@ -130,24 +113,9 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
     )
 
 
-def _names(options: RunOptions, args: CurriculumConfig) -> tuple[str, str]:
-    """Teacher and student: as given, else the embedded ones."""
-    teacher = args.teacher_model_name_or_path or DEFAULT_TEACHER
-    student = options.student or (DEFAULT_STUDENT if teacher == DEFAULT_TEACHER else None)
-    if student is None:
-        raise UserError("no student was given: name one, e.g. --student layers=3,hidden_size=192")
-    return teacher, student
-
-
 def _stage_plan(stage: Stage, cost: StageCost, baseline: StageCost) -> StagePlan:
-    return StagePlan(
-        stage.name,
-        isinstance(stage, HiddenStage),
-        stage.steps,
-        cost.student_flops,
-        cost.teacher_flops,
-        baseline.flops / cost.flops,
-    )
+    hidden, ratio = isinstance(stage, HiddenStage), baseline.flops / cost.flops
+    return StagePlan(stage.name, hidden, stage.steps, cost.student_flops, cost.teacher_flops, ratio)
 
 
 def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, Any]) -> list[StageCost]:
@@ -171,19 +139,11 @@ def describe_plan(planned: Plan) -> str:
             f"{who}: {model.name} ({model.class_name}, {model.parameters:,} parameters, width {model.hidden_size}, "
             f"{len(model.blocks)} blocks {model.blocks[0]} to {model.blocks[-1]})"
         )
-    lines += [
-        "",
-        f"{'stage':<24}{'steps':>8}{'student FLOPs/token':>22}{'teacher FLOPs/token':>22}{'one-shot/stage':>17}",
-    ]
+    heads = f"{'steps':>8}{'student FLOPs/token':>22}{'teacher FLOPs/token':>22}{'one-shot/stage':>17}"
+    lines += ["", f"{'stage':<24}{heads}"]
     for stage in planned.stages:
-        lines.append(
-            f"{stage.name:<24}{stage.steps:>8,}{stage.student_flops_per_token:>22.3g}"
-            f"{stage.teacher_flops_per_token:>22.3g}{stage.one_shot_ratio:>16.1f}x"
-        )
-    lines += [
-        "",
-        f"total: {planned.curriculum.total_steps:,} steps, {planned.tokens:,} tokens, {planned.flops:.3g} FLOPs; one-shot at "
-        f"equal tokens: {planned.one_shot_flops:.3g} FLOPs ({planned.flops / planned.one_shot_flops:.0%}). Nothing was "
-        "trained.",
-    ]
-    return "\n".join(lines)
+        costs = f"{stage.student_flops_per_token:>22.3g}{stage.teacher_flops_per_token:>22.3g}"
+        lines.append(f"{stage.name:<24}{stage.steps:>8,}{costs}{stage.one_shot_ratio:>16.1f}x")
+    total = f"total: {planned.curriculum.total_steps:,} steps, {planned.tokens:,} tokens, {planned.flops:.3g} FLOPs"
+    one_shot = f"{planned.one_shot_flops:.3g} FLOPs ({planned.flops / planned.one_shot_flops:.0%})"
+    return "\n".join([*lines, "", f"{total}; one-shot at equal tokens: {one_shot}. Nothing was trained."])

@@ -1,8 +1,4 @@
-"""What an extraction would take: disk, teacher compute and time, against a live teacher in every run.
-
-Public names: `plan_extraction`, `ExtractionRequest`, `ExtractionPlan`, `describe_extraction_plan`,
-`read_count`, `bytes_per_token`.
-"""
+"""What an extraction would take: disk, teacher compute and time, against a live teacher in every run."""
 
 from __future__ import annotations
 
@@ -21,15 +17,11 @@ _BYTES = {"int8": 1, "uint16": 2, "float16": 2, "int32": 4, "float32": 4}
 
 
 def read_count(text: str) -> int:
-    """`1T`, `250M`, `2e9` or `1000` as a number.
-
-    Raises:
-        UserError: anything else.
-    """
-    unit = text.strip()[-1:].upper()
-    unit = unit if unit in _UNITS else ""
+    """`1T`, `250M`, `2e9` or `1000` as a number; UserError for anything else."""
+    digits = text.strip().upper().replace(",", "").replace("_", "")
+    unit = digits[-1:] if digits[-1:] in _UNITS else ""
     try:
-        count = float(text.strip()[: len(text.strip()) - len(unit)].replace(",", "").replace("_", "")) * _UNITS[unit]
+        count = float(digits.removesuffix(unit)) * _UNITS[unit]
     except ValueError:
         raise UserError(f"cannot read {text!r} as a count: write 1T, 250M, 2e9 or 1000") from None
     if not 1 <= count < float("inf"):
@@ -41,14 +33,10 @@ def read_count(text: str) -> int:
 class ExtractionRequest:
     """What an extraction is planned for."""
 
-    tokens: int
-    """Of one run, all stages together."""
-    width: int
-    """R of the stored projections."""
-    top_k: int
-    """Outputs kept."""
-    runs: int = 3
-    """Students to be trained."""
+    tokens: int  # of one run, all stages together
+    width: int  # R of the stored projections
+    top_k: int  # outputs kept
+    runs: int = 3  # students to be trained
     tokens_per_second: float | None = None
     """Of the whole teacher's forward pass, measured on the accelerator in mind; a truncated pass is taken to be faster in
     proportion to its FLOPs."""
@@ -70,8 +58,7 @@ class StageExtraction(Record):
     bytes_per_token: dict[str, float]
     bytes: dict[str, float]
     teacher_flops: float
-    hours: float | None
-    """None where the teacher's pace is unknown."""
+    hours: float | None  # None where the teacher's pace is unknown
 
 
 @dataclass(frozen=True)
@@ -107,11 +94,8 @@ def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan
     stages = []
     for stage in planned.stages:
         tokens = request.tokens * stage.steps / steps
-        width = request.width if stage.hidden else None
-        per_token = {
-            dtype: bytes_per_token(dtype, planned.vocabulary, width, request.top_k, request.predicting)
-            for dtype in DTYPES
-        }
+        what = (planned.vocabulary, request.width if stage.hidden else None, request.top_k, request.predicting)
+        per_token = {dtype: bytes_per_token(dtype, *what) for dtype in DTYPES}
         hours = None
         if request.tokens_per_second is not None:
             depth = stage.teacher_flops_per_token / planned.teacher_forward_flops_per_token
@@ -125,12 +109,7 @@ def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan
 def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, predicting: float = 1.0) -> float:
     """Bytes per token on disk, with its id and without what is stored once per row.
 
-    Args:
-        dtype: of the stored values.
-        vocabulary: entries.
-        width: R of a hidden stage; None is the output stage.
-        top_k: outputs kept there.
-        predicting: fraction of the tokens at which there is an output.
+    `width` is R of a hidden stage; None is the output stage: `top_k` outputs at the fraction `predicting` of tokens.
     """
     form = RowFormat(dtype, vocabulary, "none", False, "states")
     ids, floats = _BYTES[form.ids], _BYTES[form.floats]
@@ -141,12 +120,10 @@ def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, 
 
 def describe_extraction_plan(found: ExtractionPlan) -> str:
     """The plan as text for the terminal."""
+    heads = "".join(f"{dtype:>12}" for dtype in DTYPES)
     lines = [
-        "",
-        f"extraction of {_short(found.tokens)} tokens, projections to {found.width}, {found.top_k} outputs kept:",
-        f"{'stage':<24}{'tokens':>10}"
-        + "".join(f"{dtype:>12}" for dtype in DTYPES)
-        + f"{'teacher FLOPs':>16}{'hours':>10}",
+        f"\nextraction of {_short(found.tokens)} tokens, projections to {found.width}, {found.top_k} outputs kept:",
+        f"{'stage':<24}{'tokens':>10}{heads}{'teacher FLOPs':>16}{'hours':>10}",
     ]
 
     def row(name: str, tokens: float, part: StageExtraction | ExtractionPlan) -> str:
@@ -156,10 +133,8 @@ def describe_extraction_plan(found: ExtractionPlan) -> str:
     lines += [row(stage.name, stage.tokens, stage) for stage in found.stages]
     lines.append(row("once", found.tokens, found))
     live = None if found.hours is None else found.hours * found.runs
-    lines.append(
-        f"live teacher in {found.runs} runs: {found.teacher_flops * found.runs:.3g} teacher FLOPs, {_hours(live)} "
-        "accelerator-hours"
-    )
+    flops = f"{found.teacher_flops * found.runs:.3g} teacher FLOPs"
+    lines.append(f"live teacher in {found.runs} runs: {flops}, {_hours(live)} accelerator-hours")
     if found.hours is None:
         lines.append("hours: give --tokens_per_second, the teacher's forward pass measured on your accelerator")
     return "\n".join(lines)

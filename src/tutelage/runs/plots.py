@@ -1,9 +1,4 @@
-"""Plots of runs, drawn from their metrics files.
-
-Public names: `plot_run`, `save_figure`.
-"""
-
-from __future__ import annotations
+"""Plots of runs, drawn from their metrics files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,22 +21,12 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     training = [record for record in records if "loss" in record]
     for number, stage in enumerate(dict.fromkeys(record["stage"] for record in training)):
-        part = [record for record in training if record["stage"] == stage]
-        axis.plot(
-            [record["step"] for record in part],
-            [record["loss"] for record in part],
-            color=COLORS[number % len(COLORS)],
-            label=f"stage {stage}: {part[0]['stage_name']}",
-        )
-    evaluated = [record for record in records if "eval_loss" in record]
+        steps, losses = zip(*((r["step"], r["loss"]) for r in training if r["stage"] == stage), strict=True)
+        name = next(record["stage_name"] for record in training if record["stage"] == stage)
+        axis.plot(steps, losses, color=COLORS[number % len(COLORS)], label=f"stage {stage}: {name}")
+    evaluated = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     if evaluated:
-        axis.plot(
-            [record["step"] for record in evaluated],
-            [record["eval_loss"] for record in evaluated],
-            "k--o",
-            markersize=3,
-            label="held-out loss",
-        )
+        axis.plot(*zip(*evaluated, strict=True), "k--o", markersize=3, label="held-out loss")
     axis.set(xlabel="optimiser steps", ylabel="loss of the stage", title=title)
     axis.grid(alpha=0.3)
     axis.legend()

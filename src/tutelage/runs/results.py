@@ -1,9 +1,4 @@
-"""What a distillation ends with.
-
-Public names: `RunResult`, `ModelMetrics`, `Budget`, `RESULT_FILE`.
-"""
-
-from __future__ import annotations
+"""What a distillation ends with."""
 
 from dataclasses import dataclass, field
 
@@ -29,8 +24,7 @@ class Budget(Record):
     tokens: int
     student_flops: float
     teacher_flops: float
-    seconds: float
-    """Of training; evaluation and saving are left out."""
+    seconds: float  # of training; evaluation and saving are left out
 
     @property
     def flops(self) -> float:
@@ -42,8 +36,7 @@ class Budget(Record):
 class RunResult(Record):
     """A finished distillation; `result.json` holds it."""
 
-    names: dict[str, str]
-    """Of teacher, student and dataset, as they were given."""
+    names: dict[str, str]  # of teacher, student and dataset, as they were given
     task: str
     method: str
     seed: int

@@ -1,9 +1,4 @@
-"""Checkpoints of a teacher: checking and loading other weights of the same architecture.
-
-Public names: `check_checkpoint`, `load_checkpoint`.
-"""
-
-from __future__ import annotations
+"""Checkpoints of a teacher: checking and loading other weights of the same architecture."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
 from tutelage.tasks.loading import load_config
 
 
@@ -56,12 +51,9 @@ def _stored_shapes(folder: Path, prefix: str) -> dict[str, list[int]]:
         raise UserError(f"teacher checkpoint {str(folder)!r} is not a folder with model.safetensors in it")
     shapes: dict[str, list[int]] = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                names = handle.keys()
-                shapes.update({n.removeprefix(prefix): list(handle.get_slice(n).get_shape()) for n in names})
-        except SafetensorError as error:
-            raise UserError(f"teacher checkpoint {str(file)!r} is not a safetensors file: {error}") from error
+        kind = f"teacher checkpoint {str(file)!r} is not a safetensors file"
+        with as_user_error(kind, SafetensorError), safe_open(file, "pt") as handle:
+            shapes |= {n.removeprefix(prefix): list(handle.get_slice(n).get_shape()) for n in handle.keys()}  # noqa: SIM118
     return shapes
 
 
@@ -74,10 +66,8 @@ def _difference(model: nn.Module, shapes: Mapping[str, list[int]]) -> str | None
         if name in shapes and shapes[name] != list(value.shape):
             return f"{name} has shape {shapes[name]} there and {list(value.shape)} in the teacher"
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    for name in shapes:
-        if name not in state and not any(re.search(pattern, name) for pattern in ignored):
-            return f"the teacher lacks its {name}"
-    return None
+    extra = [name for name in shapes if name not in state and not any(re.search(p, name) for p in ignored)]
+    return f"the teacher lacks its {extra[0]}" if extra else None
 
 
 def _is_tied(model: nn.Module, name: str) -> bool:

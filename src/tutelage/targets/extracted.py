@@ -1,12 +1,8 @@
-"""Targets from an extracted curriculum on disk, without a teacher.
+"""Targets from an extracted curriculum on disk, without a teacher."""
 
-Public names: `ExtractedTargets`.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -19,20 +15,15 @@ from tutelage.core.topk import TopK
 from tutelage.targets import rows
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.maps import save_target_maps
-from tutelage.targets.order import Reading
-from tutelage.targets.source import FixedSettings, StatisticsFile, TargetSource
-from tutelage.targets.stored_rows import StoredCollator, StoredRows
+from tutelage.targets.source import Batches, Device, FixedSettings, Reading, StatisticsFile, TargetSource
+from tutelage.targets.stored_rows import StoredRows, collate
 from tutelage.tasks.base import Batch, OutputTarget
 from tutelage.tasks.registry import get_task
 
 
 @final
 class ExtractedTargets(TargetSource):
-    """An extracted curriculum in the teacher's place; its rows bring their targets along.
-
-    Args:
-        folder: the extracted curriculum.
-    """
+    """An extracted curriculum in the teacher's place; its rows bring their targets along."""
 
     in_step_order = True
 
@@ -43,11 +34,8 @@ class ExtractedTargets(TargetSource):
         self.tokenizer = folder.tokenizer
         self._width = 0
 
-    # ---- Settings ----
-
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
-        identity = self.folder.identity
-        curriculum = identity.curriculum
+        identity, curriculum = self.folder.identity, self.folder.curriculum
         hidden = curriculum.hidden_stages
         return FixedSettings(
             where=f"the extracted curriculum in {str(self.folder.store)!r}",
@@ -68,8 +56,17 @@ class ExtractedTargets(TargetSource):
                 f"the extracted curriculum in {str(self.folder.store)!r} has projections of width {extracted}, but the student "
                 f"has width {width}: extract again with --projection_dim {width}, or choose a narrower student"
             )
-        if curriculum.transplant_stage is not None:
-            self._check_transplant(student)
+        transplants = curriculum.transplant_stage is not None
+        if transplants and self.folder.identity.head is None:
+            raise UserError(
+                f"the extracted curriculum in {str(self.folder.store)!r} contains no output head to start from: extract it "
+                "with --warm_start head, or train with --warm_start none"
+            )
+        if transplants and self.folder.identity.centered and not self.task.head_has_bias(student):
+            raise UserError(
+                "the curriculum was extracted for a student whose output head has a bias, but this student's head has none: "
+                "use --warm_start none, or extract again with this student"
+            )
         if "embedding" in curriculum.warm_start:
             raise UserError(
                 f"warm_start={curriculum.warm_start!r} needs the teacher's embedding, which an extracted curriculum does not "
@@ -78,26 +75,12 @@ class ExtractedTargets(TargetSource):
         super().attach(curriculum, student, outputs)
         self._width = width
 
-    def _check_transplant(self, student: nn.Module) -> None:
-        if self.folder.identity.head is None:
-            raise UserError(
-                f"the extracted curriculum in {str(self.folder.store)!r} contains no output head to start from: extract it "
-                "with --warm_start head, or train with --warm_start none"
-            )
-        if self.folder.identity.centered and not self.task.head_has_bias(student):
-            raise UserError(
-                "the curriculum was extracted for a student whose output head has a bias, but this student's head has none: "
-                "use --warm_start none, or extract again with this student"
-            )
-
     @property
     def output_count(self) -> int | None:
         return self.folder.identity.teacher.outputs or None
 
     def identity(self) -> dict[str, str]:
         return {"extraction": self.folder.identity.digest}
-
-    # ---- Targets ----
 
     def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.dequantized(batch), batch[rows.KEEP]
@@ -111,13 +94,7 @@ class ExtractedTargets(TargetSource):
         head = self.folder.head
         return head if head is None or self.outputs is None else replace(head, outputs=self.outputs)
 
-    def prepare(
-        self,
-        file: StatisticsFile,
-        batches: Callable[[], Sequence[Batch]],
-        device: torch.device | str,
-        width: int | None = None,
-    ) -> None:
+    def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         assert self.curriculum is not None
         if not self.curriculum.hidden_stages:
             return
@@ -125,8 +102,6 @@ class ExtractedTargets(TargetSource):
         if file.write:
             save_target_maps(maps, file.path)
         self.maps = [None if target_map is None else target_map.to(device) for target_map in maps]
-
-    # ---- Data ----
 
     def training_rows(self, dataset: Any, reading: Reading) -> StoredRows:
         assert self.curriculum is not None
@@ -136,14 +111,13 @@ class ExtractedTargets(TargetSource):
         return self.folder.evaluation if dataset is None else dataset
 
     def calibration_rows(self, dataset: Any, count: int, size: int) -> list[Any]:
-        """Those of the extraction."""
         return list(self.folder.calibration(self._width, size))
 
     def example_rows(self, dataset: StoredRows, index: int) -> Any:
         return dataset.__getitems__([int(dataset.starts[index])])
 
     def collate_with(self, collator: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
-        return StoredCollator(collator, getattr(self.tokenizer, "pad_token_id", None) or 0)
+        return partial(collate, collator, getattr(self.tokenizer, "pad_token_id", None) or 0)
 
     @property
     def columns(self) -> tuple[str, ...]:

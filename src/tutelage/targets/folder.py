@@ -1,10 +1,7 @@
 """An extracted curriculum read back from disk.
 
-Public names: `ExtractedCurriculum`, `StoredBatch`.
-
 A curriculum extracted at width R serves students of width r <= R: the first r columns of a random projection are the
-projection to r, and the data-aware ones are sorted. It serves every increasing subset of its stages.
-"""
+projection to r, and the data-aware ones are sorted. It serves every increasing subset of its stages."""
 
 from __future__ import annotations
 
@@ -35,48 +32,26 @@ TEACHER_FOLDER, TOKENIZER_FOLDER, STUDENT_FOLDER = "teacher", "tokenizer", "stud
 STATISTICS_FILE, HEAD_FILE = "target_stats.safetensors", "head.safetensors"
 
 
-def _places(stage: Stage) -> Any:
-    return stage.teacher_place if isinstance(stage, HiddenStage) else None
+def _place(stage: Stage) -> str:
+    """What an extracted stage serves: a place of the teacher, or its output."""
+    return str(stage.teacher_place) if isinstance(stage, HiddenStage) else "output"
 
 
 class ExtractedCurriculum:
-    """A finished extraction.
-
-    Args:
-        folder: its folder, or any fsspec URL.
-        check: compare every file with its checksum first, which reads all of them.
-
-    Raises:
-        UserError: unfinished, damaged, or of a newer format.
-    """
+    """A finished extraction, in a folder or behind any fsspec URL; `check` compares every file with its checksum first, which
+    reads all of them. Raises UserError: unfinished, damaged, or of a newer format."""
 
     def __init__(self, folder: str | Path, check: bool = True):
         self.store = Store(folder)
         self.manifest: Manifest = read_manifest(self.store)
+        self.identity: ExtractionIdentity = self.manifest.identity
+        self.curriculum = self.identity.curriculum
         if check:
             self.check()
-        self.curriculum = self.identity.curriculum
 
     def check(self, shards: bool = True) -> None:
-        """Compare its files with their checksums; without `shards`, the small ones alone.
-
-        Raises:
-            UserError: a file is missing or damaged.
-        """
+        """UserError if a file is missing or differs from its checksum; without `shards`, only the small ones are compared."""
         verify(self.store, self.manifest, shards)
-
-    @property
-    def identity(self) -> ExtractionIdentity:
-        """What it was made from."""
-        return self.manifest.identity
-
-    def split_of(self, index: int) -> str:
-        """Name of the split of the extracted curriculum's stage `index`."""
-        return f"stage_{index + 1}"
-
-    def form(self, split: str) -> RowFormat:
-        """How a split's rows are stored."""
-        return self.identity.forms[split]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,11 +62,8 @@ class ExtractedCurriculum:
         return {name: getattr(self.curriculum, name) for name in names}
 
     def stages(self, curriculum: Curriculum) -> list[int]:
-        """For each stage of `curriculum`, the index of the extracted stage that it reads.
-
-        Raises:
-            UserError: a stage that was not extracted, or other settings than those it was extracted with.
-        """
+        """For each stage of `curriculum`, the index of the extracted stage that it reads; UserError for a stage that was not
+        extracted, and for other settings than those it was extracted with."""
         for name, extracted in self.settings.items():
             asked = getattr(curriculum, name)
             if extracted != asked:
@@ -99,21 +71,14 @@ class ExtractedCurriculum:
                     f"the extracted curriculum in {str(self.store)!r} was made with {name}={extracted}, not {asked}: leave "
                     f"{name} out, or extract again"
                 )
-        found = []
+        places = [_place(stage) for stage in self.curriculum.stages]
         for stage in curriculum.stages:
-            for index, mine in enumerate(self.curriculum.stages):
-                if type(mine) is type(stage) and _places(mine) == _places(stage):
-                    found.append(index)
-                    break
-            else:
-                held = ", ".join(
-                    str(s.teacher_place) if isinstance(s, HiddenStage) else "output" for s in self.curriculum.stages
-                )
+            if _place(stage) not in places:
                 raise UserError(
                     f"the extracted curriculum in {str(self.store)!r} does not hold the stage {stage.name!r}: it has teacher "
-                    f"places {held}; choose from these with layer_map, or extract again"
+                    f"places {', '.join(places)}; choose from these with layer_map, or extract again"
                 )
-        return found
+        return [places.index(_place(stage)) for stage in curriculum.stages]
 
     def target_maps(self, curriculum: Curriculum, width: int) -> list[TargetMap | None]:
         """The map of each stage of `curriculum`, to a student of `width`."""
@@ -127,17 +92,15 @@ class ExtractedCurriculum:
         if not self.store.exists(HEAD_FILE):
             return None
         tensors = load_file(self.store.fetch(HEAD_FILE))
-        weight = tensors["weight"]
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors)
+        outputs, width = tensors["weight"].shape
+        linear = nn.Linear(width, outputs, bias="bias" in tensors)
         linear.load_state_dict({name: value for name, value in tensors.items() if name in ("weight", "bias")})
         assert self.identity.head is not None
         return OutputHead(linear.requires_grad_(False), **dataclasses.asdict(self.identity.head))
 
     def layer_map(self, student_blocks: int) -> LayerMap:
-        """Student place and teacher place of each hidden stage.
-
-        As extracted; where those do not fit, evenly spaced, and of stages that fall on one student block the deepest.
-        """
+        """Student place and teacher place of each hidden stage: as extracted; where those do not fit, evenly spaced, and of
+        stages that fall on one student block the deepest."""
         hidden = self.curriculum.hidden_stages
         places = [stage.student_place for stage in hidden]
         if all(not isinstance(place, int) or place <= student_blocks for place in places):
@@ -146,19 +109,16 @@ class ExtractedCurriculum:
         for stage in hidden:
             place: Any = stage.student_place
             if isinstance(place, int):
-                assert isinstance(stage.teacher_place, int)
-                place = max(1, round(stage.teacher_place * student_blocks / self.identity.teacher.blocks))
+                place = max(1, round(int(stage.teacher_place) * student_blocks / self.identity.teacher.blocks))
             fitted[place] = stage.teacher_place
         return list(fitted.items())
 
     def calibration(self, width: int, batch_size: int) -> list[StoredBatch]:
         """Rows of the calibration split in batches, decoded as those of the head stage."""
-        split = self.manifest.split("calibration")
+        split, form = self.manifest.split("calibration"), self.identity.forms["calibration"]
         table = open_split(self.store, split).with_format("arrow")
-        return [
-            StoredBatch(table[start : start + batch_size], self.form("calibration"), self, width)
-            for start in range(0, split.rows, batch_size)
-        ]
+        starts = range(0, split.rows, batch_size)
+        return [StoredBatch(table[start : start + batch_size], form, self, width) for start in starts]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -177,7 +137,6 @@ class ExtractedCurriculum:
 
     @cached_property
     def evaluation(self) -> Dataset:
-        """Held-out rows."""
         return open_split(self.store, self.manifest.split("evaluation")).remove_columns(["example_id", "content_hash"])
 
 
@@ -188,18 +147,16 @@ class StoredBatch:
     table: pa.Table
     form: RowFormat
     source: ExtractedCurriculum
-    width: int
-    """r of the student."""
+    width: int  # r of the student
 
     def tensors(self, pad_id: int) -> dict[str, torch.Tensor]:
         """Model inputs, labels and targets."""
         identity = self.source.identity
         batch = rows.decode_inputs(self.table, self.form, pad_id, identity.with_mask)
         if self.form.label == "none" and identity.causal:
-            labels = batch["input_ids"].clone()
+            batch["labels"] = batch["input_ids"].clone()
             if "attention_mask" in batch:
-                labels[batch["attention_mask"] == 0] = rows.IGNORED_LABEL
-            batch["labels"] = labels
+                batch["labels"][batch["attention_mask"] == 0] = rows.IGNORED_LABEL
         if self.form.content in ("states", "pooled"):
             return batch | rows.decode_states(self.table, self.form, self.width, identity.width)
         if self.form.content == "top_k":

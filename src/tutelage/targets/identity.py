@@ -1,10 +1,4 @@
-"""What an extraction depends on, and hashes that tell models, tokenizers and datasets apart.
-
-Public names: `ExtractionIdentity`, `TeacherIdentity`, `DataIdentity`, `HeadSettings`, `model_hash`, `tokenizer_hash`,
-`data_fingerprint`.
-"""
-
-from __future__ import annotations
+"""What an extraction depends on, and hashes that tell models, tokenizers and datasets apart."""
 
 import dataclasses
 import hashlib
@@ -23,31 +17,20 @@ from tutelage.targets.rows import INPUT_COLUMNS, RowFormat, content_hash
 
 @dataclass(frozen=True)
 class TeacherIdentity(Record):
-    """The teacher of an extraction."""
-
     name: str
-    hash: str
-    """`model_hash`."""
-    dtype: str
-    """Dtype that its weights were held in."""
-    blocks: int
-    """L_T."""
-    shape: dict[str, Any] | None
-    """`Task.teacher_shape`."""
-    outputs: int
-    """Outputs of its head; 0 where none are shared."""
+    hash: str  # `model_hash`
+    dtype: str  # dtype that its weights were held in
+    blocks: int  # L_T
+    shape: dict[str, Any] | None  # `Task.teacher_shape`
+    outputs: int  # outputs of its head; 0 where none are shared
 
 
 @dataclass(frozen=True)
 class DataIdentity(Record):
-    """The training data of an extraction."""
-
     name: str
     rows: int
-    fingerprint: str
-    """`data_fingerprint`."""
-    streamed: bool
-    """Whether the rows are the first ones of a stream."""
+    fingerprint: str  # `data_fingerprint`
+    streamed: bool  # whether the rows are the first ones of a stream
 
 
 @dataclass(frozen=True)
@@ -65,48 +48,32 @@ class ExtractionIdentity(Record):
 
     task: str
     teacher: TeacherIdentity
-    tokenizer: str
-    """`tokenizer_hash`."""
+    tokenizer: str  # `tokenizer_hash`
     data: DataIdentity
-    evaluation: str
-    """`data_fingerprint` of the evaluation rows."""
+    evaluation: str  # `data_fingerprint` of the evaluation rows
     curriculum: Curriculum
-    width: int
-    """R of the stored projections."""
-    forms: dict[str, RowFormat]
-    """How the rows of each split are stored."""
-    student: str
-    """The student that it was extracted for, as it was named."""
+    width: int  # R of the stored projections
+    forms: dict[str, RowFormat]  # how the rows of each split are stored
+    student: str  # the student that it was extracted for, as it was named
     causal: bool
-    with_mask: bool
-    """Whether batches had an attention mask where no row was padded."""
+    with_mask: bool  # whether batches had an attention mask where no row was padded
     mlm_probability: float | None
-    longest: int
-    """Tokens of the longest row."""
-    kept: int
-    """Outputs stored at each position."""
-    seed: int
-    """Of the data order."""
+    longest: int  # tokens of the longest row
+    kept: int  # outputs stored at each position
+    seed: int  # of the data order
     sequential: bool
     batch_size: int
-    step_examples: int
-    """Examples of an optimiser step."""
+    step_examples: int  # examples of an optimiser step
     calibration_samples: int
     all_stages: bool
     shard_tokens: int
-    centered: bool
-    """Whether the targets at `final` are centred, so that a transplanted head needs a bias."""
-    head: HeadSettings | None
-    """None where no head is transplanted."""
+    centered: bool  # whether the targets at `final` are centred, so that a transplanted head needs a bias
+    head: HeadSettings | None  # None where no head is transplanted
 
     def unnamed(self) -> dict[str, Any]:
         """As JSON values without the names of folders and files, which change nothing."""
-        return dataclasses.replace(
-            self,
-            teacher=dataclasses.replace(self.teacher, name=""),
-            data=dataclasses.replace(self.data, name=""),
-            student="",
-        ).to_dict()
+        teacher, data = dataclasses.replace(self.teacher, name=""), dataclasses.replace(self.data, name="")
+        return dataclasses.replace(self, teacher=teacher, data=data, student="").to_dict()
 
     @property
     def digest(self) -> str:
@@ -117,13 +84,9 @@ class ExtractionIdentity(Record):
 def model_hash(model: nn.Module, values_per_tensor: int | None = None) -> str:
     """SHA-256 over a model's config and weights, in the dtype they are held in; offloaded weights count by shape only.
 
-    Args:
-        model: the model.
-        values_per_tensor: read only this many values of each tensor, which is fast and distinguishes models that were trained
-            differently; None reads all.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps(_config(model), sort_keys=True, default=str).encode())
+    `values_per_tensor` reads only so many values of each tensor, which is fast and distinguishes models that were trained
+    differently; None reads all."""
+    digest = hashlib.sha256(json.dumps(_config(model), sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         if isinstance(value, torch.Tensor) and value.device.type != "meta":
@@ -133,16 +96,11 @@ def model_hash(model: nn.Module, values_per_tensor: int | None = None) -> str:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """What of a model's config decides what it computes."""
-    for module in (model, *model.children()):
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "to_dict"):
-            fields: dict[str, Any] = config.to_dict()
-            # where it was loaded from, by which version and how attention is computed change nothing
-            for name in ("_name_or_path", "transformers_version", "_attn_implementation_autoset", "use_cache"):
-                fields.pop(name, None)
-            return fields
-    return {}
+    """What of a model's config decides what it computes: not where it was loaded from, and by which version."""
+    ignored = ("_name_or_path", "transformers_version", "_attn_implementation_autoset", "use_cache")
+    configs: list[Any] = [getattr(module, "config", None) for module in (model, *model.children())]
+    fields: dict[str, Any] = next((config.to_dict() for config in configs if hasattr(config, "to_dict")), {})
+    return {name: value for name, value in fields.items() if name not in ignored}
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

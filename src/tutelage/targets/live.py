@@ -1,24 +1,18 @@
 """Targets from a live, frozen teacher.
+Shapes: B batch, T positions, D teacher width, E embedding width, V outputs."""
 
-Public names: `LiveTargets`.
-
-Shapes: B batch, T positions, D teacher width, R projected width, E embedding width, V outputs.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from tutelage.core.blocks import FINAL, Place, find_blocks, forward_to
+from tutelage.core.blocks import FINAL, Place, find_blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
-from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import model_inputs, output_tensor, position_mask
+from tutelage.core.inputs import model_inputs, position_mask
+from tutelage.core.projection import check_widening
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
 from tutelage.targets.identity import model_hash
@@ -30,7 +24,7 @@ from tutelage.targets.maps import (
     random_projection,
     save_target_maps,
 )
-from tutelage.targets.source import StatisticsFile, TargetSource
+from tutelage.targets.source import Batches, Device, StatisticsFile, TargetSource
 from tutelage.tasks.base import Batch, OutputTarget, Task
 from tutelage.tasks.loading import count_parameters
 from tutelage.tasks.registry import detect_task
@@ -38,13 +32,9 @@ from tutelage.tasks.registry import detect_task
 
 @final
 class LiveTargets(TargetSource):
-    """A frozen teacher in memory.
+    """A teacher in memory; its parameters are frozen and it is put into evaluation mode.
 
-    Args:
-        model: the whole model; its parameters are frozen and it is put into evaluation mode.
-        task: None finds it from the model's class.
-        container: dotted name of the list of blocks, where `find_blocks` finds several.
-    """
+    `task` None finds it from the model's class; `container` names the list of blocks where `find_blocks` finds several."""
 
     def __init__(self, model: nn.Module, task: Task | None = None, container: str | None = None):
         super().__init__(task or detect_task(model))
@@ -52,26 +42,22 @@ class LiveTargets(TargetSource):
         self.backbone = self.task.backbone(model)
         self.block_names = find_blocks(self.backbone, container)
         self.blocks = len(self.block_names)
-        self.parameters = count_parameters(model)
+        self.parameters, self.models = count_parameters(model), (model,)
         self._student: nn.Module | None = None
         self._checkpoint: str | None = None
         self._finished: dict[str, torch.Tensor] | None = None
 
-    # ---- The teacher's own states and outputs ----
-
     @torch.inference_mode()
     def states(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden state at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
-        hidden = forward_to(self.backbone, place, blocks=self.block_names, **model_inputs(self.backbone, batch))
+        hidden = self.task.state_at(self.model, place, batch, self.block_names)
         return hidden.to(batch["input_ids"].device) if "input_ids" in batch else hidden  # a teacher may span devices
 
     @torch.inference_mode()
     def whole_output(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
-        output = output_tensor(self.model(**model_inputs(self.model, batch)))
+        output = self.task.whole_output(self.model, batch)
         return output.to(batch["input_ids"].device) if "input_ids" in batch else output
-
-    # ---- Settings ----
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
         for stage in curriculum.stages:
@@ -87,8 +73,6 @@ class LiveTargets(TargetSource):
 
     def identity(self) -> dict[str, str]:
         return {"teacher": model_hash(self.model, values_per_tensor=16)[:16]}
-
-    # ---- Targets ----
 
     def stage_states(self, stage: HiddenStage, batch: Mapping[str, Any]) -> torch.Tensor:
         """The teacher's states that a hidden stage is made from."""
@@ -116,13 +100,7 @@ class LiveTargets(TargetSource):
         weight: torch.Tensor = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
         return weight
 
-    def prepare(
-        self,
-        file: StatisticsFile,
-        batches: Callable[[], Sequence[Batch]],
-        device: torch.device | str,
-        width: int | None = None,
-    ) -> None:
+    def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         curriculum, student = self.curriculum, self._student
         assert curriculum is not None and student is not None and self.blocks is not None
         if not curriculum.hidden_stages:
@@ -133,13 +111,9 @@ class LiveTargets(TargetSource):
             maps = load_target_maps(file.path, curriculum, width, self.blocks, replicas)
         else:
             transplants = curriculum.transplant_stage is not None
-            calibration = Calibration(
-                width,
-                replicas,
-                center_final=not transplants or self.task.head_has_bias(student),
-                keep_moment=transplants,
-                head=self.output_head() if self.task.splits_head else None,
-            )
+            centers = not transplants or self.task.head_has_bias(student)
+            head = self.output_head() if self.task.splits_head else None
+            calibration = Calibration(width, replicas, centers, keep_moment=transplants, head=head)
             maps = calibrate(self.stage_states, curriculum, batches(), self.blocks, calibration)
             if file.write:
                 save_target_maps(maps, file.path)
@@ -152,10 +126,8 @@ class LiveTargets(TargetSource):
         drawn = Curriculum("drawn", self.curriculum.stages)  # a gaussian projection, whatever the curriculum's
         for index, stage in enumerate(self.curriculum.stages):
             if isinstance(stage, HiddenStage):
-                projection = random_projection(drawn, stage.teacher_place, (mine, width), self.blocks)
+                projection = random_projection(drawn, stage, (mine, width), self.blocks)
                 self.maps[index] = TargetMap(Standardizer.identity(mine), projection)
-
-    # ---- Checkpoints ----
 
     def use_checkpoint(self, folder: str | None) -> None:
         if folder == self._checkpoint:
@@ -187,17 +159,11 @@ class LiveTargets(TargetSource):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(
-            name
-            for name in model_inputs(self.model, dict.fromkeys(["token_type_ids", "attention_mask"]))
-            if name != "use_cache"
-        )
+        taken = model_inputs(self.model, dict.fromkeys(["token_type_ids", "attention_mask"]))
+        return tuple(name for name in taken if name != "use_cache")
 
 
 def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:
     """Refuse a projection that cannot map the teacher's width to the student's."""
-    kind = curriculum.projection
-    if curriculum.hidden_stages and student > teacher and kind not in ("gaussian", "rademacher"):
-        raise UserError(
-            f"projection={kind!r} cannot widen {teacher} to {student}: use projection='gaussian' or a narrower student"
-        )
+    if curriculum.hidden_stages:
+        check_widening(curriculum.projection, teacher, student)

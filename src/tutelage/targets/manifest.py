@@ -1,15 +1,9 @@
 """An extracted curriculum on disk: shards written whole, a manifest written last, everything checked when read.
 
-Public names: `Manifest`, `Split`, `Shard`, `ShardWriter`, `finish`, `read_manifest`, `check_shards_exist`, `open_split`,
-`verify`, `MANIFEST_FILE`, `FORMAT`.
-
 The folder is a `datasets.DatasetDict` saved to disk (`datasets.load_from_disk` reads it, and so does anything that reads Arrow
 streams): a split for each stage, `calibration` and `evaluation`. Beside it lie `manifest.json`, the teacher's config and
 tokenizer, and what a head transplant needs. While it is being made, `extraction.json` says from what, and each shard has a
-receipt beside it; a shard with a receipt is whole.
-"""
-
-from __future__ import annotations
+receipt beside it; a shard with a receipt is whole."""
 
 import hashlib
 import json
@@ -35,10 +29,7 @@ PROGRESS_FILE = "extraction.json"
 
 @dataclass(frozen=True)
 class Shard(Record):
-    """A file of rows."""
-
-    file: str
-    """Path below the curriculum's folder."""
+    file: str  # path below the curriculum's folder
     rows: int
     tokens: int
     bytes: int
@@ -47,14 +38,11 @@ class Shard(Record):
 
 @dataclass(frozen=True)
 class Split(Record):
-    """The rows of a stage, or of calibration or evaluation."""
-
-    name: str
+    name: str  # of a stage, `calibration` or `evaluation`
     shards: tuple[Shard, ...]
 
     @property
     def rows(self) -> int:
-        """Examples."""
         return sum(shard.rows for shard in self.shards)
 
     @property
@@ -64,7 +52,6 @@ class Split(Record):
 
     @property
     def bytes(self) -> int:
-        """Bytes on disk."""
         return sum(shard.bytes for shard in self.shards)
 
 
@@ -72,24 +59,17 @@ class Split(Record):
 class Manifest(Record):
     """What a curriculum was made from and what it holds."""
 
-    identity: ExtractionIdentity
-    """Everything that the rows depend on."""
+    identity: ExtractionIdentity  # everything that the rows depend on
     splits: tuple[Split, ...]
-    files: dict[str, str]
-    """SHA-256 of every other file that training reads, by path below the folder."""
+    files: dict[str, str]  # SHA-256 of every other file that training reads, by path below the folder
     format: int = FORMAT
-    environment: dict[str, Any] = field(default_factory=dict)
-    """Versions it was made with."""
+    environment: dict[str, Any] = field(default_factory=dict)  # versions it was made with
 
     def split(self, name: str) -> Split:
-        """A split by name."""
-        for split in self.splits:
-            if split.name == name:
-                return split
-        raise UserError(f"the curriculum holds no {name!r}: it has {', '.join(split.name for split in self.splits)}")
-
-
-# ---- Writing ----
+        splits = {split.name: split for split in self.splits}
+        if name not in splits:
+            raise UserError(f"the curriculum holds no {name!r}: it has {', '.join(splits)}")
+        return splits[name]
 
 
 class ShardWriter:
@@ -99,38 +79,29 @@ class ShardWriter:
         self.store, self.split, self.count, self.features = store, split, count, features
 
     def file(self, number: int) -> str:
-        """Path of a shard below the root."""
         return f"{self.split}/data-{number:05d}-of-{self.count:05d}.arrow"
-
-    def receipt(self, number: int) -> str:
-        """What says that a shard is whole."""
-        return _receipt_of(self.file(number))
 
     def done(self, number: int) -> Shard | None:
         """A shard that was written before."""
-        if not self.store.exists(self.receipt(number)):
+        receipt = _receipt_of(self.file(number))
+        if not self.store.exists(receipt):
             return None
-        shard = Shard.from_json(self.store.read(self.receipt(number)))
+        shard = Shard.from_json(self.store.read(receipt))
         return shard if is_there(self.store, shard) else None
 
     def write(self, number: int, batches: Iterable[Mapping[str, pa.Array]]) -> Shard:
-        """Write a shard from column arrays.
-
-        Raises:
-            OSError: the disk is full, say; what was written before stays whole.
-        """
+        """Write a shard from column arrays; if that fails (the disk is full, say), what was written before stays whole."""
         schema, rows, tokens = self.features.arrow_schema, 0, 0
         with self.store.writing(self.file(number)) as path:
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as out:
                 for columns in batches:
                     arrays = [columns[name].cast(schema.field(name).type) for name in schema.names]
-                    batch = pa.record_batch(arrays, schema)
-                    out.write_batch(batch)
-                    rows += batch.num_rows
+                    out.write_batch(pa.record_batch(arrays, schema))
+                    rows += len(arrays[0])
                     tokens += len(columns["input_ids"].flatten())
             with path.open("rb") as written:
                 shard = Shard(self.file(number), rows, tokens, path.stat().st_size, sha256_of(written))
-        self.store.write(self.receipt(number), shard.to_json())
+        self.store.write(_receipt_of(shard.file), shard.to_json())
         return shard
 
 
@@ -140,26 +111,17 @@ def finish(store: Store, manifest: Manifest, features: Mapping[str, Features]) -
         state: dict[str, Any] = {
             "_data_files": [{"filename": Path(shard.file).name} for shard in split.shards],
             "_fingerprint": hashlib.sha256("".join(s.sha256 for s in split.shards).encode()).hexdigest()[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
+            **{"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False},
             "_split": split.name,
         }
-        info = {
-            "features": features[split.name].to_dict(),
-            "description": "",
-            "citation": "",
-            "homepage": "",
-            "license": "",
-        }
+        unused = dict.fromkeys(("description", "citation", "homepage", "license"), "")
+        info = {"features": features[split.name].to_dict(), **unused}
         store.write(f"{split.name}/state.json", json.dumps(state, indent=2))
         store.write(f"{split.name}/dataset_info.json", json.dumps(info, indent=2))
     store.write("dataset_dict.json", json.dumps({"splits": [split.name for split in manifest.splits]}))
     store.write(MANIFEST_FILE, manifest.to_json() + "\n")
-    for split in manifest.splits:
-        for shard in split.shards:
-            store.remove(_receipt_of(shard.file))
+    for file in [shard.file for split in manifest.splits for shard in split.shards]:
+        store.remove(_receipt_of(file))
     store.remove(PROGRESS_FILE)
 
 
@@ -186,11 +148,8 @@ def _receipt_of(file: str) -> str:
 
 
 def claim(store: Store, identity: ExtractionIdentity) -> bool:
-    """Make a folder this extraction's, or find it unfinished by the same one; True where it is finished already.
-
-    Raises:
-        UserError: the folder holds a different extraction, or something else.
-    """
+    """Make a folder this extraction's, or find it unfinished by the same one; True where it is finished already. UserError if
+    the folder holds a different extraction, or something else."""
     whose = Claim(PROGRESS_FILE, identity.unnamed(), "an extracted curriculum")
     if not store.exists(MANIFEST_FILE):
         claim_folder(store, whose)
@@ -199,15 +158,8 @@ def claim(store: Store, identity: ExtractionIdentity) -> bool:
     return True
 
 
-# ---- Reading ----
-
-
 def read_manifest(store: Store) -> Manifest:
-    """The manifest of a finished curriculum.
-
-    Raises:
-        UserError: there is none, it is unfinished, or its format is newer than this version reads.
-    """
+    """The manifest; UserError if there is none, it is unfinished, or its format is newer than this version reads."""
     if not store.exists(MANIFEST_FILE):
         if store.exists(PROGRESS_FILE):
             raise UserError(
@@ -230,29 +182,26 @@ def read_manifest(store: Store) -> Manifest:
 
 
 def check_shards_exist(store: Store, split: Split) -> None:
-    """Raise UserError where a shard is missing."""
     for shard in split.shards:
-        if not store.exists(shard.file):
-            raise UserError(
-                f"shard {shard.file} of the curriculum {str(store)!r} is missing: copy it there, or extract again"
-            )
+        _check_exists(store, shard.file)
+
+
+def _check_exists(store: Store, name: str) -> None:
+    if not store.exists(name):
+        raise UserError(f"{name} of the curriculum {str(store)!r} is missing: copy it there, or extract again")
 
 
 def open_split(store: Store, split: Split) -> Dataset:
-    """A split's rows, memory-mapped; what has to be fetched is compared with its checksum.
-
-    Raises:
-        UserError: a shard is missing, its size differs from the manifest, or its checksum differs after it was downloaded.
-    """
+    """A split's rows, memory-mapped; UserError for a shard that is missing, has a different size than in the manifest, or, if
+    it was fetched, a different checksum."""
     check_shards_exist(store, split)
-    for shard in split.shards:
-        if store.size(shard.file) != shard.bytes:
-            raise UserError(
-                f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {store.size(shard.file):,} bytes, the "
-                f"manifest says {shard.bytes:,}; copy it again, or extract again"
-            )
     parts = []
     for shard in split.shards:
+        if (size := store.size(shard.file)) != shard.bytes:
+            raise UserError(
+                f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {size:,} bytes, the manifest says "
+                f"{shard.bytes:,}; copy it again, or extract again"
+            )
         path = store.fetch(shard.file)
         if store.local is None:
             with path.open("rb") as fetched:
@@ -263,12 +212,9 @@ def open_split(store: Store, split: Split) -> Dataset:
 
 def verify(store: Store, manifest: Manifest, shards: bool = True) -> None:
     """Raise UserError where a file's checksum is not the manifest's; without `shards`, of the small shared files alone."""
-    known = dict(manifest.files)
-    if shards:
-        known |= {shard.file: shard.sha256 for split in manifest.splits for shard in split.shards}
-    for name, expected in known.items():
-        if not store.exists(name):
-            raise UserError(f"{name} of the curriculum {str(store)!r} is missing: copy it there, or extract again")
+    of_shards = {shard.file: shard.sha256 for split in manifest.splits for shard in split.shards} if shards else {}
+    for name, expected in (manifest.files | of_shards).items():
+        _check_exists(store, name)
         _compare(store, name, store.sha256(name), expected)
 
 

@@ -1,9 +1,5 @@
 """Target maps: from a teacher's states to a student's targets.
-
-Public names: `TargetMap`, `Calibration`, `calibrate`, `random_projection`, `save_target_maps`, `load_target_maps`.
-
-Shapes: B batch, T positions, D teacher width, R projected width, N calibration positions.
-"""
+Shapes: B batch, T positions, D teacher width, R projected width, N calibration positions."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tutelage.core.blocks import FINAL, Place
+from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, HiddenStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
@@ -25,11 +21,11 @@ from tutelage.core.projection import (
     Projection,
     RandomProjection,
     StackedProjection,
-    logits_projection,
-    pca_projection,
+    spectral_projection,
 )
 from tutelage.core.standardize import Standardizer
 from tutelage.io.files import replacing
+from tutelage.tasks.base import Batch
 
 
 @dataclass(frozen=True)
@@ -38,15 +34,20 @@ class TargetMap:
 
     standardizer: Standardizer
     projection: Projection
-    moment: torch.Tensor | None = None
-    """(D, D): second moment of the standardised states, where a head transplant needs the way back from the targets."""
+    moment: torch.Tensor | None = None  # (D, D): second moment of the standardised states, for a head transplant
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Targets, (..., D) -> (..., R), float32."""
         return self.projection(self.standardizer(hidden))
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it has statistics of the teacher's states."""
+        return (
+            not self.standardizer.is_identity or self.moment is not None or isinstance(self.projection, DataProjection)
+        )
+
     def to(self, device: torch.device | str) -> TargetMap:
-        """The same map with its statistics on `device`."""
         return TargetMap(self.standardizer.to(device), self.projection, self.moment)
 
 
@@ -54,42 +55,25 @@ class TargetMap:
 class Calibration:
     """How target maps are made for a student."""
 
-    width: int
-    """R, of the targets."""
-    replicas: Sequence[int] | None = None
-    """Seeds of the networks in a replicated student, whose states are (B, G, R): each has a projection of its own."""
-    center_final: bool = True
-    """Subtract the mean at `final`; False where the student's output head has no bias to carry it, so that the transplanted
-    head needs none."""
-    keep_moment: bool = False
-    """Give the map at `final` its second moment."""
-    head: OutputHead | None = None
-    """The teacher's output head; None where the output is the state itself (sentence encoders)."""
+    width: int  # R, of the targets
+    replicas: Sequence[int] | None = None  # seeds of the networks in a replicated student: each has its own projection
+    center_final: bool = True  # subtract the mean at `final`; False where the student's head has no bias to carry it
+    keep_moment: bool = False  # give the map at `final` its second moment
+    head: OutputHead | None = None  # the teacher's; None where the output is the state itself (sentence encoders)
 
 
 StatesOf = Callable[[HiddenStage, Mapping[str, Any]], torch.Tensor]
+Maps = list[TargetMap | None]  # one for each stage, None for output stages
+Seeds = Sequence[int] | None  # of the networks in a replicated student; None for an ordinary one
 
 
 def calibrate(
-    states_of: StatesOf,
-    curriculum: Curriculum,
-    batches: Sequence[Mapping[str, Any]],
-    teacher_blocks: int,
-    calibration: Calibration,
-) -> list[TargetMap | None]:
-    """Build each hidden stage's target map from a small pass over calibration batches.
+    states_of: StatesOf, curriculum: Curriculum, batches: Sequence[Batch], teacher_blocks: int, calibration: Calibration
+) -> Maps:
+    """Build each hidden stage's target map from a small pass over calibration batches (model inputs on the teacher's device).
 
-    Args:
-        states_of: the teacher's states of a hidden stage, (B, T, D) or pooled (B, D).
-        curriculum: its hidden stages say which places.
-        batches: model inputs on the teacher's device.
-        teacher_blocks: L_T.
-        calibration: what the student needs.
-
-    Returns:
-        One map for each stage, None for output stages.
-    """
-    maps: list[TargetMap | None] = []
+    `states_of` gives the teacher's states of a hidden stage, (B, T, D) or pooled (B, D)."""
+    maps: Maps = []
     for stage in curriculum.stages:
         if not isinstance(stage, HiddenStage):
             maps.append(None)
@@ -112,20 +96,15 @@ def calibrate(
             projection = _data_projection(curriculum.projection, stage, standardizer, moment, calibration)
         else:
             widths = (len(standardizer.mean), calibration.width)
-            projection = random_projection(
-                curriculum, stage.teacher_place, widths, teacher_blocks, calibration.replicas
-            )
+            projection = random_projection(curriculum, stage, widths, teacher_blocks, calibration.replicas)
         maps.append(TargetMap(standardizer, projection, moment if needs_moment else None))
     return maps
 
 
 def _states(states_of: StatesOf, stage: HiddenStage, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
     """States of all calibration positions without padding, on the CPU, (N, D)."""
-    parts = []
-    for batch in batches:
-        hidden = states_of(stage, batch)
-        parts.append(hidden[position_mask(batch, hidden)].float().cpu())
-    return torch.cat(parts)
+    pairs = ((batch, states_of(stage, batch)) for batch in batches)
+    return torch.cat([hidden[position_mask(batch, hidden)].float().cpu() for batch, hidden in pairs])
 
 
 def _second_moment(states_ND: torch.Tensor, standardizer: Standardizer) -> torch.Tensor:
@@ -139,28 +118,21 @@ def _data_projection(
     # The outputs see a block's state only through the blocks above it, so there `logits` is the principal directions too;
     # an embedding model's output *is* its pooled state, with no head to look through.
     if kind == "pca" or stage.teacher_place != FINAL or calibration.head is None:
-        return pca_projection(moment, calibration.width)
-    return logits_projection(moment, _logit_gram(calibration.head, standardizer), calibration.width)
+        return spectral_projection(moment, calibration.width)
+    return spectral_projection(moment, calibration.width, _logit_gram(calibration.head, standardizer))
 
 
 def random_projection(
-    curriculum: Curriculum,
-    place: Place,
-    widths: tuple[int, int],
-    teacher_blocks: int,
-    replicas: Sequence[int] | None = None,
+    curriculum: Curriculum, stage: HiddenStage, widths: tuple[int, int], teacher_blocks: int, replicas: Seeds = None
 ) -> Projection:
-    """The random projection of the stage at teacher `place`: seeded by (projection_seed, place), `final` being L_T + 1.
+    """The random projection of a stage: seeded by (projection_seed, teacher place), `final` being L_T + 1.
 
-    Each replica's is seeded by (projection_seed, place, replica seed). `widths` are those of the teacher and of the target.
-    """
-    in_features, out_features = widths
-    number = teacher_blocks + 1 if place == FINAL else int(place)
-    seed = (curriculum.projection_seed, number)
+    Each replica's is seeded by (projection_seed, place, replica seed). `widths` are those of the teacher and of the target."""
+    place = teacher_blocks + 1 if stage.teacher_place == FINAL else int(stage.teacher_place)
+    seed, kind = (curriculum.projection_seed, place), curriculum.projection
     if replicas is None:
-        return RandomProjection(in_features, out_features, seed, curriculum.projection)
-    parts = [RandomProjection(in_features, out_features, (*seed, own), curriculum.projection) for own in replicas]
-    return StackedProjection(parts)
+        return RandomProjection(*widths, seed, kind)
+    return StackedProjection([RandomProjection(*widths, (*seed, own), kind) for own in replicas])
 
 
 def _logit_gram(head: OutputHead, standardizer: Standardizer) -> torch.Tensor:
@@ -176,9 +148,9 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
     for index, target_map in enumerate(maps):
         if target_map is None:
             continue
-        tensors[f"{index}.mean"] = target_map.standardizer.mean.cpu()
-        tensors[f"{index}.scale"] = target_map.standardizer.scale.cpu()
-        tensors[f"{index}.sink_norm"] = torch.tensor(target_map.standardizer.sink_norm, dtype=torch.float64)
+        standardizer = target_map.standardizer
+        tensors |= {f"{index}.mean": standardizer.mean.cpu(), f"{index}.scale": standardizer.scale.cpu()}
+        tensors[f"{index}.sink_norm"] = torch.tensor(standardizer.sink_norm, dtype=torch.float64)
         if isinstance(target_map.projection, DataProjection):
             tensors[f"{index}.projection"] = target_map.projection.matrix()
         if target_map.moment is not None:
@@ -188,27 +160,21 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
 
 
 def load_target_maps(
-    path: Path, curriculum: Curriculum, student_width: int, teacher_blocks: int, replicas: Sequence[int] | None = None
-) -> list[TargetMap | None]:
+    path: Path, curriculum: Curriculum, student_width: int, teacher_blocks: int, replicas: Seeds = None
+) -> Maps:
     """The inverse of `save_target_maps`."""
     tensors = load_file(path)
-    maps: list[TargetMap | None] = []
+    maps: Maps = []
     for index, stage in enumerate(curriculum.stages):
         if not isinstance(stage, HiddenStage):
             maps.append(None)
             continue
-        standardizer = Standardizer(
-            tensors[f"{index}.mean"],
-            tensors[f"{index}.scale"],
-            float(tensors[f"{index}.sink_norm"]),
-            is_identity=curriculum.normalize == "none",
-        )
-        stored = tensors.get(f"{index}.projection")
+        mean, scale, sink_norm = (tensors[f"{index}.{name}"] for name in ("mean", "scale", "sink_norm"))
+        standardizer = Standardizer(mean, scale, float(sink_norm), is_identity=curriculum.normalize == "none")
         projection: Projection
-        if stored is not None:
+        if (stored := tensors.get(f"{index}.projection")) is not None:
             projection = DataProjection(stored[:, :student_width], curriculum.projection)
         else:
-            widths = (len(standardizer.mean), student_width)
-            projection = random_projection(curriculum, stage.teacher_place, widths, teacher_blocks, replicas)
+            projection = random_projection(curriculum, stage, (len(mean), student_width), teacher_blocks, replicas)
         maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.moment")))
     return maps

@@ -1,18 +1,11 @@
 """Rows of an extracted curriculum: from tensors to Arrow columns and back.
 
-Public names: `RowFormat`, `INPUT_COLUMNS`, `encode_inputs`, `encode_states`, `encode_outputs`, `encode_whole`, `decode_inputs`,
-`decode_states`, `decode_outputs`, `decode_whole`, `STATES`, `SCALE`, `KEEP`, `TOP_IDS`, `LOG_PROBS`, `LOG_REST`, `OUTPUT`.
-
 A row is one example without its padding. Lists are flat: the states of a row of T tokens are T x R values, its outputs those
 of the positions that predict, n x K.
 
 *int8* states have one scale per token, the largest magnitude over 127: tokens of one text differ in norm far more than the
 dimensions of a standardised, projected state do.
-
-Shapes: B rows, T positions, R width of the stored states, N positions that predict, K stored outputs.
-"""
-
-from __future__ import annotations
+Shapes: B rows, T positions, R width of the stored states, N positions that predict, K stored outputs."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -39,18 +32,11 @@ _LARGEST = 127
 
 @dataclass(frozen=True)
 class RowFormat(Record):
-    """How rows are stored."""
-
-    dtype: str
-    """Of states: `int8`, `float16` or `float32`. Log-probabilities are float32 with float32, else float16."""
-    vocabulary: int
-    """Ids are uint16 up to 65,536 of them, else int32."""
-    label: str
-    """`none` (labels follow from the ids), `tokens` (a list) or `class` (one number)."""
-    token_types: bool
-    """Whether rows have `token_type_ids`."""
-    content: str
-    """`states`, `pooled` (one state per row), `top_k`, `whole` (one output per row) or `inputs` (no targets)."""
+    dtype: str  # of states: `int8`, `float16` or `float32`. Log-probabilities are float32 with float32, else float16.
+    vocabulary: int  # ids are uint16 up to 65,536 of them, else int32
+    label: str  # `none` (labels follow from the ids), `tokens` (a list) or `class` (one number)
+    token_types: bool  # whether rows have `token_type_ids`
+    content: str  # `states`, `pooled` (one state per row), `top_k`, `whole` (one output per row) or `inputs`
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -58,7 +44,6 @@ class RowFormat(Record):
 
     @property
     def ids(self) -> str:
-        """Arrow type of token ids."""
         return "uint16" if self.vocabulary <= 1 << 16 else "int32"
 
     @property
@@ -68,12 +53,8 @@ class RowFormat(Record):
 
     @property
     def features(self) -> Features:
-        """Columns."""
-        columns: dict[str, Any] = {
-            "example_id": Value("int64"),
-            "content_hash": Value("uint64"),
-            "input_ids": List(Value(self.ids)),
-        }
+        columns: dict[str, Any] = {"example_id": Value("int64"), "content_hash": Value("uint64")}
+        columns["input_ids"] = List(Value(self.ids))
         if self.token_types:
             columns["token_type_ids"] = List(Value("uint8"))
         if self.label != "none":
@@ -84,25 +65,15 @@ class RowFormat(Record):
                 columns[SCALE] = List(Value("float32"))
             columns[KEEP] = List(Value("bool"))
         elif self.content == "top_k":
-            columns |= {
-                TOP_IDS: List(Value(self.ids)),
-                LOG_PROBS: List(Value(self.floats)),
-                LOG_REST: List(Value(self.floats)),
-            }
+            columns[TOP_IDS] = List(Value(self.ids))
+            columns |= {name: List(Value(self.floats)) for name in (LOG_PROBS, LOG_REST)}
         elif self.content == "whole":
             columns[OUTPUT] = List(Value(self.floats))
         return Features(columns)
 
 
-# ---- To Arrow ----
-
-
 def lengths_of(batch: Mapping[str, Any]) -> list[int]:
-    """Tokens of each row, padding left out.
-
-    Raises:
-        UserError: padding that is not at the end of its row.
-    """
+    """Tokens of each row, padding left out; UserError for padding that is not at the end of its row."""
     mask = batch.get("attention_mask")
     if mask is None:
         return [batch["input_ids"].shape[1]] * len(batch["input_ids"])
@@ -115,22 +86,18 @@ def lengths_of(batch: Mapping[str, Any]) -> list[int]:
 def encode_inputs(batch: Mapping[str, Any], example_ids: Sequence[int], form: RowFormat) -> dict[str, pa.Array]:
     """Ids, hashes and what the student reads."""
     lengths = lengths_of(batch)
-    ids = batch["input_ids"].cpu().numpy()
-    rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+
+    def rows_of(column: str) -> list[np.ndarray]:
+        return [row[:length] for row, length in zip(batch[column].cpu().numpy(), lengths, strict=True)]
+
     columns = {
         "example_id": pa.array(example_ids, pa.int64()),
-        "content_hash": pa.array([content_hash(row) for row in rows], pa.uint64()),
-        "input_ids": _lists(np.concatenate(rows), lengths, form.ids),
+        "content_hash": pa.array([content_hash(row) for row in rows_of("input_ids")], pa.uint64()),
     }
-    if form.token_types:
-        types = batch["token_type_ids"].cpu().numpy()
-        kept = [row[:length] for row, length in zip(types, lengths, strict=True)]
-        columns["token_type_ids"] = _lists(np.concatenate(kept), lengths, "uint8")
-    if form.label == "tokens":
-        labels = batch["labels"].cpu().numpy()
-        kept = [row[:length] for row, length in zip(labels, lengths, strict=True)]
-        columns["labels"] = _lists(np.concatenate(kept), lengths, "int32")
-    elif form.label == "class":
+    stored = {"input_ids": form.ids} | ({"token_type_ids": "uint8"} if form.token_types else {})
+    for column, kind in (stored | ({"labels": "int32"} if form.label == "tokens" else {})).items():
+        columns[column] = _lists(np.concatenate(rows_of(column)), lengths, kind)
+    if form.label == "class":
         columns["labels"] = pa.array(batch["labels"].cpu().numpy(), pa.int64())
     return columns
 
@@ -169,11 +136,9 @@ def encode_outputs(kept: TopK, counts: Sequence[int], form: RowFormat) -> dict[s
     """The largest outputs of N positions, `counts` of them in each row."""
     size = kept.ids.shape[-1]
     flat = [count * size for count in counts]
-    return {
-        TOP_IDS: _lists(kept.ids.cpu().numpy().reshape(-1), flat, form.ids),
-        LOG_PROBS: _lists(kept.log_probs.cpu().numpy().reshape(-1), flat, form.floats),
-        LOG_REST: _lists(kept.log_rest.cpu().numpy(), counts, form.floats),
-    }
+    columns = {TOP_IDS: _lists(kept.ids.cpu().numpy().reshape(-1), flat, form.ids)}
+    columns[LOG_PROBS] = _lists(kept.log_probs.cpu().numpy().reshape(-1), flat, form.floats)
+    return columns | {LOG_REST: _lists(kept.log_rest.cpu().numpy(), counts, form.floats)}
 
 
 def encode_whole(output_BC: torch.Tensor, form: RowFormat) -> dict[str, pa.Array]:
@@ -186,9 +151,6 @@ def _lists(values: np.ndarray, lengths: Sequence[int], kind: str) -> pa.ListArra
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     flat = pa.array(values if kind == "bool" else values.astype(kind, copy=False))
     return pa.ListArray.from_arrays(pa.array(offsets), flat)
-
-
-# ---- From Arrow ----
 
 
 def decode_inputs(table: pa.Table, form: RowFormat, pad_id: int, with_mask: bool) -> dict[str, torch.Tensor]:

@@ -1,21 +1,14 @@
 """Where a student's targets come from: one interface.
 
-Public names: `TargetSource`, `NoTargets`, `FixedSettings`, `StatisticsFile`.
+The objective, the trainer, evaluation and extraction use a source without knowing which one it is. R is the projected width."""
 
-The objective, the trainer, evaluation and extraction use a source without knowing which one it is.
-
-Shapes: B batch, T positions, R projected width.
-"""
-
-from __future__ import annotations
-
-from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -24,58 +17,60 @@ from tutelage.core.curriculum import Curriculum, LayerMap, Stage
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.targets.maps import TargetMap
-from tutelage.targets.order import Reading
 from tutelage.tasks.base import Batch, OutputTarget, Task
+
+Batches = Callable[[], Sequence[Batch]]
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which device reads which examples of an optimiser step."""
+
+    step_examples: int  # G, the examples of an optimiser step over all devices and micro-batches
+    batch_size: int  # examples of a device's micro-batch
+    devices: int = 1  # devices that take micro-batches in turn
+    seed: int = 0  # of the order
+
+
+def epoch_order(count: int, seed: int, epoch: int, sequential: bool = False) -> np.ndarray:
+    """The order in which the trainer's sampler reads `count` examples in an epoch."""
+    if sequential:
+        return np.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
 
 
 @dataclass(frozen=True)
 class FixedSettings:
     """Settings of a run that its source decides."""
 
-    where: str = ""
-    """The source, for messages."""
-    values: dict[str, Any] = field(default_factory=dict)
-    """`CurriculumConfig` fields that must have these values."""
-    layer_map: LayerMap | None = None
-    """Hidden stages of extraction where nothing is given; None leaves the choice to the run."""
-    hidden_steps: dict[Any, int] = field(default_factory=dict)
-    """Steps of the hidden stages by teacher place."""
-    output_steps: int | None = None
-    """Steps of the output stages; None leaves the budget to the run."""
-    warm_start: str | None = None
-    """The `warm_start` that the source was made for."""
-    step_examples: int | None = None
-    """Examples of an optimiser step that the source was made for."""
-    rows: int | None = None
-    """Training examples; None where the run brings its own."""
+    where: str = ""  # the source, for messages
+    values: dict[str, Any] = field(default_factory=dict)  # `CurriculumConfig` fields that must have these values
+    layer_map: LayerMap | None = None  # hidden stages where nothing is given; None leaves the choice to the run
+    hidden_steps: dict[Any, int] = field(default_factory=dict)  # steps of the hidden stages by teacher place
+    output_steps: int | None = None  # steps of the output stages; None leaves the budget to the run
+    warm_start: str | None = None  # the `warm_start` that the source was made for
+    step_examples: int | None = None  # examples of an optimiser step that the source was made for
+    rows: int | None = None  # training examples; None where the run brings its own
 
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """Where the statistics of the target maps are kept."""
-
-    path: Path
-    read: bool
-    """Read them if they are there, instead of making them."""
-    write: bool
-    """Write them; one process does."""
+    path: Path  # where the statistics of the target maps are kept
+    read: bool  # read them if they are there, instead of making them
+    write: bool  # write them; one process does
 
 
-class TargetSource(ABC):
+class TargetSource:
     """Gives the targets of every stage of a curriculum.
 
-    `attach` comes first: it checks that source, curriculum and student fit together. `prepare` then makes the target maps.
-    """
+    `attach` comes first: it checks that source, curriculum and student fit together. `prepare` then makes the target maps."""
 
-    task: Task
-    blocks: int | None = None
-    """L_T, the teacher's blocks; None without a teacher."""
-    parameters: int | None = None
-    """Parameters of a teacher in memory."""
-    in_step_order: ClassVar[bool] = False
-    """Whether training rows are in the order of the steps, so that they must not be shuffled."""
-    tokenizer: PreTrainedTokenizerBase | None = None
-    """Tokenizer that comes with the targets."""
+    blocks: int | None = None  # L_T, the teacher's blocks; None without a teacher
+    parameters: int | None = None  # parameters of a teacher in memory
+    models: tuple[nn.Module, ...] = ()  # the teacher, where it is in memory
+    in_step_order: ClassVar[bool] = False  # whether training rows are in the order of the steps: not to be shuffled
+    tokenizer: PreTrainedTokenizerBase | None = None  # tokenizer that comes with the targets
 
     def __init__(self, task: Task):
         self.task = task
@@ -83,28 +78,17 @@ class TargetSource(ABC):
         self.maps: list[TargetMap | None] = []
         self.outputs: int | None = None
 
-    # ---- Settings ----
-
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
         """The settings that the source decides, for a student with `student_blocks` blocks."""
         return FixedSettings()
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
-        """Serve `student` with the stages of `curriculum`.
-
-        Args:
-            curriculum: the stages.
-            student: the student.
-            outputs: outputs that student and teacher share; None for all.
-
-        Raises:
-            UserError: the source cannot serve this curriculum or this student.
-        """
+        """Serve `student` with the stages of `curriculum`, or raise UserError if the source cannot; `outputs` is the number
+        of outputs that student and teacher share, None for all."""
         self.curriculum, self.outputs = curriculum, outputs
         self.maps = [None] * len(curriculum.stages)
 
     def stage(self, index: int) -> Stage:
-        """A stage of the attached curriculum."""
         assert self.curriculum is not None, "attach a curriculum first"
         return self.curriculum.stages[index]
 
@@ -116,8 +100,6 @@ class TargetSource(ABC):
     def identity(self) -> dict[str, str]:
         """What tells this source from others, for a run that is resumed."""
         return {}
-
-    # ---- Targets ----
 
     def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Targets of hidden stage `index`, (..., R), and which positions count, (...)."""
@@ -135,21 +117,9 @@ class TargetSource(ABC):
         """The teacher's token embedding, (V, D)."""
         raise AssertionError("this source has no token embedding")
 
-    def prepare(
-        self,
-        file: StatisticsFile,
-        batches: Callable[[], Sequence[Batch]],
-        device: torch.device | str,
-        width: int | None = None,
-    ) -> None:
-        """Make the target maps of the hidden stages.
-
-        Args:
-            file: where their statistics are kept.
-            batches: gives the calibration batches, if they are needed.
-            device: where the statistics are wanted.
-            width: of the targets; None is the student's.
-        """
+    def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
+        """Make the target maps of the hidden stages, on `device`; `file` keeps their statistics, `batches` gives the
+        calibration batches if they are needed, `width` is that of the targets (None: the student's)."""
 
     def use_checkpoint(self, folder: str | None) -> None:
         """Progressive distillation: give the outputs of this checkpoint; None is the finished teacher."""
@@ -161,8 +131,6 @@ class TargetSource(ABC):
 
     def to(self, device: torch.device | str) -> None:
         """Move what is in memory to `device`."""
-
-    # ---- Data ----
 
     def training_rows(self, dataset: Any, reading: Reading) -> Any:
         """The rows that the run trains on."""

@@ -1,9 +1,4 @@
-"""The rows of a curriculum on disk, in the order in which a run reads them.
-
-Public names: `StoredRows`, `StoredCollator`.
-"""
-
-from __future__ import annotations
+"""The rows of a curriculum on disk, in the order in which a run reads them."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +13,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.io.store import Store
 from tutelage.targets.folder import ExtractedCurriculum, StoredBatch
 from tutelage.targets.manifest import Split, check_shards_exist, open_split
-from tutelage.targets.order import Reading, epoch_order
+from tutelage.targets.source import Reading, epoch_order
 
 
 class StoredRows(torch.utils.data.Dataset[Any]):
@@ -29,24 +24,22 @@ class StoredRows(torch.utils.data.Dataset[Any]):
     - as the trainer would read the data with the teacher at hand, in a run with the seed, stages and steps of the extraction
       whose files are on this machine;
     - else in an order drawn from (seed, stage, pass): over all rows where the files are on this machine, and where they are
-      not, shard after shard in a drawn order, each device its own shards, so that a shard is fetched once a pass.
-
-    Args:
-        source: the extracted curriculum.
-        curriculum: the run's stages.
-        width: of the student.
-        reading: sizes and seed.
-    """
+      not, shard after shard in a drawn order, each device its own shards, so that a shard is fetched once a pass."""
 
     def __init__(self, source: ExtractedCurriculum, curriculum: Curriculum, width: int, reading: Reading):
         self.source, self.width, self.reading = source, width, reading
-        self.splits = [source.split_of(index) for index in source.stages(curriculum)]
+        self.splits = [f"stage_{index + 1}" for index in source.stages(curriculum)]
         local = source.store.local is not None
         kind = _MappedRows if local else _FetchedRows
         self.tables = [kind(source.store, source.manifest.split(name)) for name in self.splits]
         counts = [stage.steps * reading.step_examples for stage in curriculum.stages]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
-        self.planned = local and self._is_planned(curriculum)
+        identity, steps = (
+            source.identity,
+            [[stage.steps for stage in c.stages] for c in (curriculum, source.curriculum)],
+        )
+        same_order = (reading.seed, reading.step_examples) == (identity.seed, identity.step_examples)
+        self.planned = local and same_order and steps[0] == steps[1]
         self._kept: dict[str, tuple[Any, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -54,7 +47,6 @@ class StoredRows(torch.utils.data.Dataset[Any]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
         return self.source.identity.longest
 
     def place(self, position: int) -> tuple[int, int]:
@@ -62,8 +54,10 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         stage = int(np.searchsorted(self.starts, position, side="right")) - 1
         if self.planned:
             return stage, self._planned_row(stage, position)
-        passes, index = divmod(position - int(self.starts[stage]), len(self.tables[stage]))
-        order = self._once("pass", (stage, passes), lambda: self._order(stage, passes))
+        table = self.tables[stage]
+        passes, index = divmod(position - int(self.starts[stage]), len(table))
+        key = (self.reading.seed % 2**32, stage, passes)
+        order = self._once("pass", key, lambda: table.order(np.random.RandomState(list(key)), self.reading))
         return stage, int(order[index])
 
     def _once(self, name: str, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -72,25 +66,14 @@ class StoredRows(torch.utils.data.Dataset[Any]):
             self._kept[name] = (key, make())
         return self._kept[name][1]
 
-    def _order(self, stage: int, passes: int) -> np.ndarray:
-        generator = np.random.RandomState([self.reading.seed % 2**32, stage, passes])
-        return self.tables[stage].order(generator, self.reading)
-
-    def _is_planned(self, curriculum: Curriculum) -> bool:
-        identity, extracted = self.source.identity, self.source.curriculum
-        same_steps = [s.steps for s in curriculum.stages] == [s.steps for s in extracted.stages]
-        mine = (self.reading.seed, self.reading.step_examples)
-        return same_steps and mine == (identity.seed, identity.step_examples)
-
     def _planned_row(self, stage: int, position: int) -> int:
         """Row of the example that the trainer's own sampler draws at a position."""
-        identity = self.source.identity
+        identity, table = self.source.identity, self.tables[stage]
+        assert isinstance(table, _MappedRows), "a planned order is over rows on this machine"
         count = identity.data.rows
         epoch, index = divmod(position, count)
         order = self._once("epoch", epoch, lambda: epoch_order(count, self.reading.seed, epoch, identity.sequential))
-        table = self.tables[stage]
-        assert isinstance(table, _MappedRows), "a planned order is over rows on this machine"
-        row_of = self._once("rows", stage, lambda: _inverse(table.example_ids(), count))
+        row_of = self._once("rows", stage, lambda: table.rows_by_example(count))
         return int(row_of[order[index]])
 
     def __getitems__(self, positions: Sequence[int]) -> StoredBatch:
@@ -99,22 +82,13 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         assert len(stages) == 1, "a batch never holds rows of two stages"
         stage = stages.pop()
         table = self.tables[stage].take([row for _, row in places])
-        return StoredBatch(table, self.source.form(self.splits[stage]), self.source, self.width)
+        return StoredBatch(table, self.source.identity.forms[self.splits[stage]], self.source, self.width)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {"input_ids": self.__getitems__([position]).tensors(0)["input_ids"][0]}
 
 
-def _inverse(values: np.ndarray, count: int) -> np.ndarray:
-    """Where each of `count` values stands."""
-    found = np.full(count, -1, dtype=np.int64)
-    found[values] = np.arange(len(values))
-    return found
-
-
-class _MappedRows:
-    """Rows of a split on this machine, memory-mapped."""
-
+class _MappedRows:  # on this machine, memory-mapped
     def __init__(self, store: Store, split: Split):
         self.data = open_split(store, split).with_format("arrow")
 
@@ -122,15 +96,15 @@ class _MappedRows:
         return len(self.data)
 
     def take(self, rows: list[int]) -> pa.Table:
-        """Some rows, copied."""
         return self.data[rows]
 
-    def example_ids(self) -> np.ndarray:
-        """Of all rows."""
-        return self.data.data.column("example_id").to_numpy()
+    def rows_by_example(self, count: int) -> np.ndarray:
+        """The row of each of `count` examples; -1 for those without one."""
+        found = np.full(count, -1, dtype=np.int64)
+        found[self.data.data.column("example_id").to_numpy()] = np.arange(len(self))
+        return found
 
     def order(self, generator: np.random.RandomState, reading: Reading) -> np.ndarray:
-        """Of a pass: any."""
         return generator.permutation(len(self))
 
 
@@ -158,7 +132,6 @@ class _FetchedRows:
         return self._open[number]
 
     def take(self, rows: list[int]) -> pa.Table:
-        """Some rows, copied."""
         numbers = np.searchsorted(self.ends, rows, side="right")
         parts = [self._shard(int(n))[[int(row - self.starts[n])]] for n, row in zip(numbers, rows, strict=True)]
         return pa.concat_tables(parts)
@@ -190,11 +163,6 @@ def _evened(streams: list[np.ndarray]) -> list[np.ndarray]:
     return evened
 
 
-class StoredCollator:
+def collate(collator: Callable[[Any], dict[str, Any]], pad_id: int, batch: Any) -> dict[str, Any]:
     """Decodes stored batches; other rows go to the run's own collator."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], pad_id: int):
-        self.collator, self.pad_id = collator, pad_id
-
-    def __call__(self, batch: Any) -> dict[str, Any]:
-        return batch.tensors(self.pad_id) if isinstance(batch, StoredBatch) else self.collator(batch)
+    return batch.tensors(pad_id) if isinstance(batch, StoredBatch) else collator(batch)

@@ -1,15 +1,8 @@
 """The interface of a task: how its models are loaded, run, compared, measured and saved.
 
-Public names: `Task`, `HeadTask`, `Clues`, and what tasks, targets and training pass to each other about a model's output:
-`OutputTarget`, `Selected`, `EvaluationTools`.
-
 A new task is a subclass of `Task`, or of `HeadTask` if its output comes from one linear output head; register it with
 `tutelage.tasks.registry.register_task` (docs/new_task.md). The losses themselves are in `tutelage.core.losses`.
-
-Shapes: B batch, T positions, D width, E teacher width, N positions that predict, V outputs.
-"""
-
-from __future__ import annotations
+Shapes: B batch, T positions, D width, E teacher width, N positions that predict, V outputs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -19,14 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
-from tutelage.core.blocks import FINAL, forward_to
+from tutelage.core.blocks import FINAL, Blocks, Place, forward_to
 from tutelage.core.curriculum import HiddenStage, Stage
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import batch_size, last_token, model_inputs
+from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.topk import TopK
 from tutelage.tasks.loading import load_model
@@ -38,39 +31,29 @@ Batch = dict[str, Any]
 class OutputTarget:
     """The teacher's output for a batch, in one of three forms."""
 
-    state: torch.Tensor | None = None
-    """The input of the teacher's output head, (B, T, E) or pooled (B, E); it comes with `head`."""
-    head: OutputHead | None = None
-    top_k: TopK | None = None
-    """The largest outputs at the N positions that predict."""
-    whole: torch.Tensor | None = None
-    """The complete output: an embedding (B, E), or logits (..., V)."""
+    state: Tensor | None = None  # the input of `head`, (B, T, E) or pooled (B, E)
+    head: OutputHead | None = None  # the teacher's
+    top_k: TopK | None = None  # the largest outputs at the N positions that predict
+    whole: Tensor | None = None  # the complete output: an embedding (B, E), or logits (..., V)
 
 
 @dataclass(frozen=True)
 class Selected:
     """Hidden states at the positions that predict."""
 
-    state: torch.Tensor
-    """(N, D)."""
-    labels: torch.Tensor | None
-    """(N,); None if the batch has no labels."""
-    rows: torch.Tensor
-    """Index of the example that each position belongs to, (N,)."""
+    state: Tensor  # (N, D)
+    labels: Tensor | None  # (N,); None if the batch has no labels
+    rows: Tensor  # index of the example that each position belongs to, (N,)
 
 
 @dataclass(frozen=True)
 class EvaluationTools:
     """What an evaluation needs in addition to models and batches."""
 
-    outputs: int | None = None
-    """Number of outputs that student and teacher share, if a vocabulary is padded; None for all."""
-    chunk_size: int | None = None
-    """Positions whose logits are held at a time; None chooses it."""
-    gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
-    """Collects the rows of a tensor from all devices."""
-    on_step: Callable[[], None] = lambda: None
-    """Called after each batch."""
+    outputs: int | None = None  # number that student and teacher share, if a vocabulary is padded; None for all
+    chunk_size: int | None = None  # positions whose logits are held at a time; None chooses it
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor  # collects the rows of a tensor from all devices
+    on_step: Callable[[], None] = lambda: None  # called after each batch
 
 
 Targets = Callable[[Batch], OutputTarget | None]
@@ -80,48 +63,30 @@ Targets = Callable[[Batch], OutputTarget | None]
 class Clues:
     """What is known about a model whose task is to be detected."""
 
-    names: tuple[str, ...]
-    """Class names: of the model and its base classes, or those under `architectures` in a configuration, or
-    `SentenceTransformer` for a folder of that library."""
+    names: tuple[str, ...]  # of its class and base classes, or `architectures`; SentenceTransformer for such a folder
     model: nn.Module | None = None
 
 
 class Task(ABC):
     """How the models of a task are loaded, run, compared, measured and saved."""
 
-    name: ClassVar[str]
-    """Value of the `task` setting."""
-    auto_class: ClassVar[Any] = AutoModel
-    """The transformers auto class with the task's head."""
-    suffixes: ClassVar[tuple[str, ...]] = ()
-    """Endings of the class names of this task's models."""
-    columns: ClassVar[tuple[str, ...]] = ("text",)
-    """Columns that a dataset needs before it is tokenised."""
-    tokenized: ClassVar[bool] = True
-    """Whether the data are token ids; otherwise models and data are any module and any tensors, without a tokenizer."""
-    per_position: ClassVar[bool] = False
-    """Whether outputs belong to positions (language models) and text is packed into blocks."""
-    causal: ClassVar[bool] = False
-    """Whether position t predicts token t + 1."""
-    pools_final: ClassVar[bool] = False
-    """Whether a hidden stage at the place `final` compares only the state of the last token."""
-    splits_head: ClassVar[bool] = False
-    """Whether the output stage runs the output head over the final states, in chunks; otherwise it compares whole outputs."""
-    learns_from_labels: ClassVar[bool] = True
-    """Whether the task can be trained on labels without a teacher."""
-    warm_start: ClassVar[str] = "none"
-    """Default of the `warm_start` setting for extraction."""
-    metric: ClassVar[str] = "loss"
-    """The metric by which runs are compared."""
-    better: ClassVar[str] = "lower"
-    """Which values of `metric` are better: `lower` or `higher`."""
-    pipeline_tag: ClassVar[str] = "text-classification"
-    """Pipeline tag of model cards."""
-    library: ClassVar[str] = "transformers"
-    """Library that loads a student, for model cards."""
+    name: ClassVar[str]  # value of the `task` setting
+    auto_class: ClassVar[Any] = AutoModel  # the transformers auto class with the task's head
+    suffixes: ClassVar[tuple[str, ...]] = ()  # endings of the class names of this task's models
+    columns: ClassVar[tuple[str, ...]] = ("text",)  # columns that a dataset needs before it is tokenised
+    tokenized: ClassVar[bool] = True  # whether the data are token ids; otherwise any tensors, without a tokenizer
+    per_position: ClassVar[bool] = False  # whether outputs belong to positions and text is packed into blocks
+    causal: ClassVar[bool] = False  # whether position t predicts token t + 1
+    pools_final: ClassVar[bool] = False  # whether a hidden stage at `final` compares only the last token's state
+    splits_head: ClassVar[bool] = False  # whether the head runs over final states in chunks, or whole outputs compare
+    learns_from_labels: ClassVar[bool] = True  # whether the task can be trained on labels without a teacher
+    warm_start: ClassVar[str] = "none"  # default of the `warm_start` setting for extraction
+    metric: ClassVar[str] = "loss"  # the metric by which runs are compared
+    better: ClassVar[str] = "lower"  # which values of `metric` are better: `lower` or `higher`
+    pipeline_tag: ClassVar[str] = "text-classification"  # pipeline tag of model cards
+    library: ClassVar[str] = "transformers"  # library that loads a student, for model cards
 
     # ---- Models ----
-
     def recognizes(self, clues: Clues) -> bool:
         """Whether a model belongs to this task."""
         return any(name.endswith(self.suffixes) for name in clues.names)
@@ -132,10 +97,9 @@ class Task(ABC):
 
     def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
         """A randomly initialised model; `shape` is the `teacher_shape` of the teacher, None without a teacher."""
-        try:
+        kinds = (KeyError, ValueError, TypeError, RuntimeError)
+        with as_user_error(f"could not build the {config.model_type} student", *kinds):
             return self.auto_class.from_config(config)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"could not build the {config.model_type} student: {error}") from error
 
     def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
         """What a student must know about its teacher in addition to the configuration, as JSON values."""
@@ -152,8 +116,20 @@ class Task(ABC):
         return model
 
     def width(self, model: nn.Module) -> int:
-        """Width of a model's hidden states."""
         return int(self.backbone(model).config.hidden_size)  # type: ignore[arg-type, union-attr]
+
+    def state_at(
+        self, model: nn.Module, place: Place, batch: Mapping[str, Any], blocks: Blocks | None = None
+    ) -> Tensor:
+        """Hidden state of a model at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
+        network = self.backbone(model)
+        head = self.output_head(model) if place == FINAL and self.splits_head else None
+        module = None if head is None else head.linear
+        return forward_to(network, place, blocks=blocks, head=module, **model_inputs(network, batch))
+
+    def whole_output(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The output of a whole model as one tensor, where the head is not split off: an embedding (B, E), or logits."""
+        return output_tensor(model(**model_inputs(model, batch)))
 
     def replica_seeds(self, model: nn.Module) -> list[int] | None:
         """Seeds of the networks that a replicated model trains side by side; None for an ordinary model."""
@@ -164,7 +140,6 @@ class Task(ABC):
         return OutputHead.of(model, outputs)
 
     def head_has_bias(self, model: nn.Module) -> bool:
-        """Whether a model's output head has a bias."""
         head = self.output_head(model)
         return head is not None and head.linear.bias is not None
 
@@ -174,7 +149,6 @@ class Task(ABC):
         return None if head is None else head.linear.out_features
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write the model to a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder)  # type: ignore[operator]
@@ -186,13 +160,9 @@ class Task(ABC):
         standard()
 
     # ---- Data ----
-
     def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
         """The data collator; default: padding."""
         return DataCollatorWithPadding(tokenizer)
-
-    def check_rows(self, rows: Any, config: PreTrainedConfig) -> None:
-        """Raise UserError for training rows that do not fit the teacher."""
 
     def example(self, length: int) -> Batch:
         """A batch with one sequence of zeros, used to count operations."""
@@ -203,16 +173,15 @@ class Task(ABC):
         return 1 / length
 
     # ---- Hidden stages ----
-
     def pools(self, stage: Stage) -> bool:
         """Whether a hidden stage compares one pooled state per sequence."""
         return self.pools_final and isinstance(stage, HiddenStage) and stage.student_place == FINAL
 
-    def stage_state(self, stage: Stage, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def stage_state(self, stage: Stage, hidden: Tensor, batch: Batch) -> Tensor:
         """The states that a hidden stage compares: `hidden`, or only the state of the last token."""
         return last_token(hidden, batch) if self.pools(stage) else hidden
 
-    def count_items(self, stage: Stage, batch: Batch) -> torch.Tensor:
+    def count_items(self, stage: Stage, batch: Batch) -> Tensor:
         """Number of items that the loss of a stage is averaged over: positions, labelled positions, or sequences."""
         if not isinstance(stage, HiddenStage):
             return self.count_outputs(batch)
@@ -223,8 +192,7 @@ class Task(ABC):
         return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()
 
     # ---- Output stages ----
-
-    def count_outputs(self, batch: Batch) -> torch.Tensor:
+    def count_outputs(self, batch: Batch) -> Tensor:
         """Number of outputs that are compared in a batch; default: one per example."""
         ids = batch.get("input_ids")
         return torch.tensor(batch_size(batch), device=None if ids is None else ids.device)
@@ -232,21 +200,15 @@ class Task(ABC):
     @abstractmethod
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
-    ) -> torch.Tensor:
-        """Loss of an output stage, summed over the items that `count_outputs` counts.
+    ) -> Tensor:
+        """Loss of an output stage, summed over the items that `count_outputs` counts; no `target` means labels alone."""
 
-        Args:
-            batch: model inputs, labels and stored targets.
-            target: the teacher's output; None if the stage learns from labels alone.
-        """
-
-    def teacher_outputs(self, target: OutputTarget, batch: Batch) -> torch.Tensor:
+    def teacher_outputs(self, target: OutputTarget, batch: Batch) -> Tensor:
         """The teacher's outputs that `output_loss` compares: logits (N, V), stored log-probabilities (N, K), or whole."""
         assert target.whole is not None
         return target.whole
 
     # ---- Evaluation ----
-
     @torch.inference_mode()
     def evaluate(
         self, student: nn.Module, batches: Iterable[Batch], targets: Targets, tools: EvaluationTools
@@ -262,17 +224,15 @@ class Task(ABC):
         return self.summarize(parts, with_teacher)
 
     @abstractmethod
-    def measure(
-        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
-    ) -> torch.Tensor:
+    def measure(self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools) -> Tensor:
         """What `summarize` needs from a batch, (B, ...): one row per example, so that `tools.gather` can drop repeated ones."""
 
     @abstractmethod
-    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+    def summarize(self, parts: list[Tensor], with_teacher: bool) -> dict[str, float]:
         """Metrics by name from the results of `measure` for all batches."""
 
 
-def name_metrics(means: torch.Tensor, with_teacher: bool) -> dict[str, float]:
+def name_metrics(means: Tensor, with_teacher: bool) -> dict[str, float]:
     """The columns of `tutelage.core.losses.output_metrics` by name; without a teacher, only the first two."""
     return dict(zip(METRIC_COLUMNS if with_teacher else METRIC_COLUMNS[:2], means.tolist(), strict=False))
 
@@ -283,42 +243,42 @@ class HeadTask(Task):
     splits_head = True
 
     @abstractmethod
-    def select(self, hidden: torch.Tensor, batch: Batch) -> Selected:
+    def select(self, hidden: Tensor, batch: Batch) -> Selected:
         """The final states (N, D) of `hidden`, (B, T, D), at the positions that predict, and their labels."""
+
+    def count_outputs(self, batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
+        return torch.tensor(len(self.select(ids[..., None], batch).state), device=ids.device)
 
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
-    ) -> torch.Tensor:
-        selected = self.select(forward_to(student, FINAL, **model_inputs(student, batch)), batch)
-        teacher_state, teacher_head = self._teacher(target, batch)
-        head, top_k = OutputHead.of(student, settings.outputs), None if target is None else target.top_k
-        return output_loss(
-            selected.state, head, teacher_state, teacher_head, selected.labels, settings=settings, targets=top_k
-        )
+    ) -> Tensor:
+        selected = self.select(self.state_at(student, FINAL, batch), batch)
+        teacher, head = self._teacher(target, batch), self.output_head(student, settings.outputs)
+        assert head is not None
+        top_k = None if target is None else target.top_k
+        return output_loss(selected.state, head, *teacher, selected.labels, settings=settings, targets=top_k)
 
-    def teacher_outputs(self, target: OutputTarget, batch: Batch) -> torch.Tensor:
+    def teacher_outputs(self, target: OutputTarget, batch: Batch) -> Tensor:
         if target.top_k is not None:
             return target.top_k.log_probs
         state, head = self._teacher(target, batch)
         assert state is not None and head is not None
         return head(state)
 
-    def measure(
-        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
-    ) -> torch.Tensor:
+    def measure(self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools) -> Tensor:
         """Sums over the positions of each example: the columns of `output_metrics`, then the number of positions, (B, 7)."""
-        selected = self.select(forward_to(student, FINAL, **model_inputs(student, batch)), batch)
+        selected = self.select(self.state_at(student, FINAL, batch), batch)
         if selected.labels is None:
             raise UserError("evaluation needs labels, but the evaluation set has none: give one with a labels column")
-        head = OutputHead.of(student, tools.outputs)
-        values = output_metrics(
-            selected.state, head, selected.labels, *self._teacher(target, batch), chunk_size=tools.chunk_size
-        )
+        teacher, head = self._teacher(target, batch), self.output_head(student, tools.outputs)
+        assert head is not None
+        values = output_metrics(selected.state, head, selected.labels, *teacher, chunk_size=tools.chunk_size)
         values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
         sums = torch.zeros(len(batch["input_ids"]), values.shape[1], device=values.device)
         return sums.index_add_(0, selected.rows, values)
 
-    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+    def summarize(self, parts: list[Tensor], with_teacher: bool) -> dict[str, float]:
         """Means over positions: `loss` (nats) and `accuracy` (top 1); with a teacher also `kl` (teacher || student, nats),
         `agreement` (top 1), and the teacher's own `teacher_loss` and `teacher_accuracy`."""
         totals, count = torch.zeros(6, dtype=torch.float64), 0.0
@@ -329,7 +289,7 @@ class HeadTask(Task):
             raise UserError("nothing to evaluate: the evaluation set has no labelled position; give one with labels")
         return name_metrics(totals / count, with_teacher)
 
-    def _teacher(self, target: OutputTarget | None, batch: Batch) -> tuple[torch.Tensor | None, OutputHead | None]:
+    def _teacher(self, target: OutputTarget | None, batch: Batch) -> tuple[Tensor | None, OutputHead | None]:
         """The teacher's final states (N, E) at the positions that predict, and its head; None if not in the target."""
         if target is None or target.state is None:
             return None, None

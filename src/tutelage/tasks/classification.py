@@ -1,25 +1,13 @@
-"""Classifiers of token sequences, and plain networks that classify any tensors.
-
-Public names: `SequenceClassification`, `PlainClassification`.
-
-Shapes: B batch, G replicas, V classes.
-"""
-
-from __future__ import annotations
+"""Classifiers of token sequences, and plain networks that classify any tensors."""
 
 from typing import Any, final
 
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    default_data_collator,
-)
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, default_data_collator
 
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import last_token, model_inputs, output_tensor
+from tutelage.core.inputs import last_token
 from tutelage.core.losses import OutputSettings, logits_loss, logits_metrics
 from tutelage.tasks.base import Batch, EvaluationTools, HeadTask, OutputTarget, Selected, Task, name_metrics
 
@@ -29,8 +17,7 @@ class SequenceClassification(HeadTask):
     """One class per token sequence, from the last token or a pooled state.
 
     Classifiers have a nonlinearity before their head, whose output range does not match the targets. Extraction therefore
-    uses the paper's stages by default, without a head transplant.
-    """
+    uses the paper's stages by default, without a head transplant."""
 
     name = "sequence_classification"
     auto_class = AutoModelForSequenceClassification
@@ -41,27 +28,17 @@ class SequenceClassification(HeadTask):
     def check_model(self, model: nn.Module) -> None:
         """Refuse models whose outputs are not the classes of a softmax."""
         config: Any = getattr(model, "config", None)
-        if config is None:
-            return
-        if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        wrong_kinds = ("regression", "multi_label_classification")
+        if config is not None and (config.num_labels < 2 or config.problem_type in wrong_kinds):
             raise UserError(
                 f"{type(model).__name__} has {config.num_labels} output(s) and problem_type {config.problem_type!r}: only "
                 "classification into one of two or more classes can be distilled"
             )
 
-    def check_rows(self, rows: Any, config: PreTrainedConfig) -> None:
-        classes = int(config.num_labels or 0)
-        labels = rows["labels"] if "labels" in rows.column_names else []
-        wrong = next((label for label in labels if not 0 <= label < classes), None)
-        if wrong is not None:
-            raise UserError(
-                f"the dataset has the label {wrong}, but the teacher has the classes 0 to {classes - 1}: correct the labels"
-            )
-
     def example(self, length: int) -> Batch:
         return {**super().example(length), "labels": torch.zeros((1,), dtype=torch.long)}
 
-    def select(self, hidden: torch.Tensor, batch: Batch) -> Selected:
+    def select(self, hidden: Tensor, batch: Batch) -> Selected:
         state = last_token(hidden, batch)
         return Selected(state, batch.get("labels"), torch.arange(len(state), device=state.device))
 
@@ -79,17 +56,15 @@ class PlainClassification(Task):
 
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
-    ) -> torch.Tensor:
-        logits = output_tensor(student(**model_inputs(student, batch)))
+    ) -> Tensor:
+        logits = self.whole_output(student, batch)
         return logits_loss(logits, None if target is None else target.whole, batch.get("labels"), settings)
 
-    def measure(
-        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
-    ) -> torch.Tensor:
-        logits = output_tensor(student(**model_inputs(student, batch)))
+    def measure(self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools) -> Tensor:
+        logits = self.whole_output(student, batch)
         return logits_metrics(logits, batch["labels"], None if target is None else target.whole)
 
-    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+    def summarize(self, parts: list[Tensor], with_teacher: bool) -> dict[str, float]:
         """Means over examples; a replicated student has means over all replicas, and `loss_0`, `accuracy_0`... of each."""
         means = torch.cat(parts).double().mean(0)  # (6,) or, replicated, (G, 6)
         if means.dim() == 1:

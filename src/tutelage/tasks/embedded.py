@@ -1,7 +1,4 @@
-"""The teacher and the text that are part of the package, so that every command works offline.
-
-Public names: `DEFAULT_TEACHER`, `DEFAULT_STUDENT`, `DEFAULT_TEXT`, `DEFAULT_EVAL_TEXT`.
-"""
+"""The teacher and the text that are part of the package, so that every command works offline."""
 
 from pathlib import Path
 

@@ -1,11 +1,5 @@
 """Sentence encoders, distilled on their pooled embedding; their folders have the format of sentence-transformers.
-
-Public names: `SentenceEmbedding` (the task), `EmbeddingModel` (encoder, pooling, linear head), `load_embedding_model`.
-
-Shapes: B batch, T positions, D encoder width, E embedding width.
-"""
-
-from __future__ import annotations
+Shapes: B batch, T positions, D encoder width, E embedding width."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -16,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 
 from tutelage.core.errors import UserError
@@ -26,8 +20,7 @@ from tutelage.core.losses import OutputSettings, embedding_loss
 from tutelage.tasks.base import Batch, Clues, EvaluationTools, OutputTarget, Task
 from tutelage.tasks.loading import check_weights, find_file, load_config, load_model
 
-# The number of pairs grows with the square of the number of sentences: 1,000 give half a million pairs.
-_PAIRED_SENTENCES = 1000
+_PAIRED_SENTENCES = 1000  # half a million pairs
 _POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 POOLINGS = tuple(_POOLING_KEYS)
 _DENSE = "2_Dense"
@@ -56,8 +49,7 @@ class SentenceEmbedding(Task):
 
     def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
         """An encoder; with the `shape` of a teacher it has the teacher's pooling and embedding width."""
-        encoder: Any = super().build(config)
-        return EmbeddingModel(encoder, **(shape or {}))
+        return EmbeddingModel(super().build(config), **(shape or {}))  # type: ignore[arg-type]
 
     def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
         assert isinstance(teacher, EmbeddingModel)
@@ -81,19 +73,17 @@ class SentenceEmbedding(Task):
 
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
-    ) -> torch.Tensor:
+    ) -> Tensor:
         assert target is not None and target.whole is not None
         return embedding_loss(student(**model_inputs(student, batch)), target.whole, settings.embedding_loss)
 
-    def measure(
-        self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools
-    ) -> torch.Tensor:
+    def measure(self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools) -> Tensor:
         """Embeddings of student and teacher, (B, 2, E)."""
         if target is None or target.whole is None:
             raise UserError("an embedding model is evaluated against its teacher: give one with --teacher")
         return torch.stack([student(**model_inputs(student, batch)).float(), target.whole.float()], dim=1)
 
-    def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
+    def summarize(self, parts: list[Tensor], with_teacher: bool) -> dict[str, float]:
         """`loss` (1 - cosine), `cosine` (mean over sentences), and over all pairs of the first 1,000 sentences the Pearson
         and Spearman correlation of pairwise cosine similarities, `similarity_pearson` and `similarity_spearman`."""
         student_BE, teacher_BE = torch.cat(parts).transpose(0, 1).contiguous()
@@ -104,21 +94,21 @@ class SentenceEmbedding(Task):
             upper = torch.triu_indices(count, count, offset=1)
             units = [F.normalize(embeddings[:count], dim=-1) for embeddings in (student_BE, teacher_BE)]
             similarities = [(unit @ unit.T)[upper[0], upper[1]].double().numpy() for unit in units]
-            ranks = [np.argsort(np.argsort(values)) for values in similarities]
-            metrics["similarity_pearson"] = float(np.corrcoef(similarities[0], similarities[1])[0, 1])
-            metrics["similarity_spearman"] = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+            for name, pair in (("pearson", similarities), ("spearman", [_ranks(values) for values in similarities])):
+                metrics[f"similarity_{name}"] = float(np.corrcoef(np.stack(pair))[0, 1])
         return metrics
 
 
-class EmbeddingModel(nn.Module):
-    """An encoder with mean or first-token pooling, an optional linear head, and optional normalisation.
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
-    Args:
-        encoder: a `transformers` encoder without an output head.
-        embedding_size: E, the width of the head's output; None for no head (E = D).
-        pooling: `mean` over non-padding positions, or `cls`.
-        normalize: scale embeddings to unit norm.
-    """
+
+class EmbeddingModel(nn.Module):
+    """An encoder with a pooling, an optional linear head, and optional scaling to unit norm.
+    `embedding_size` is E, the width of the head's output, None for no head (E = D); `pooling` is `mean` over non-padding
+    positions, or `cls` for the first token."""
 
     def __init__(
         self, encoder: PreTrainedModel, embedding_size: int | None = None, pooling: str = "mean", normalize: bool = True
@@ -132,13 +122,11 @@ class EmbeddingModel(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        """E, the width of the embeddings."""
         return self.encoder.config.hidden_size if self.head is None else self.head.out_features
 
     def fit_head(self, embedding_size: int) -> None:
-        """Add a head with the output width `embedding_size`, if the encoder has no head and a different width.
-
-        Raises UserError for an encoder with a head of a different output width."""
+        """Add a head with the output width `embedding_size`, if the encoder has a different width; UserError if it has a
+        head already."""
         if self.embedding_size == embedding_size:
             return
         if self.head is not None:
@@ -154,20 +142,14 @@ class EmbeddingModel(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The encoder's configuration."""
         return self.encoder.config
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """Embeddings, (B, T) ids -> (B, E)."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if token_type_ids is not None:
-            inputs["token_type_ids"] = token_type_ids
-        hidden_BTD = self.encoder(**inputs).last_hidden_state
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden_BTD = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         if self.pooling == "cls":
             pooled = hidden_BTD[:, 0]
         elif attention_mask is None:
@@ -208,35 +190,29 @@ class EmbeddingModel(nn.Module):
 
 
 def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -> EmbeddingModel:
-    """Load an encoder, with the pooling and head of its sentence-transformers files (default: mean pooling, no head).
-
-    Raises UserError for an unknown module or pooling."""
+    """Load an encoder, with the pooling and head of its sentence-transformers files (default: mean pooling, no head);
+    UserError for an unknown module or pooling."""
     config = load_config(folder, what=what, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     # a T5 encoder is one half of an encoder-decoder model
-    names = config.architectures or [""]
-    half = getattr(config, "is_encoder_decoder", False) or names[0].endswith("EncoderModel")
-    auto_class = AutoModelForTextEncoding if half else AutoModel
-    encoder = load_model(folder, auto_class, what=what, **kwargs)
-    modules = find_file(folder, "modules.json")
-    if modules is None:
+    half = getattr(config, "is_encoder_decoder", False) or (config.architectures or [""])[0].endswith("EncoderModel")
+    encoder = load_model(folder, AutoModelForTextEncoding if half else AutoModel, what=what, **kwargs)
+    if (modules := find_file(folder, "modules.json")) is None:
         return EmbeddingModel(encoder)
-    entries = json.loads(modules.read_text(encoding="utf-8"))
-    kinds = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in entries}
-    unknown = set(kinds) - set(_MODULES)
-    if unknown:
+    kinds = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in _read_json(modules)}
+    if unknown := set(kinds) - set(_MODULES):
         raise UserError(f"{what} {folder!r} has a module of kind {sorted(unknown)[0]}; known: {', '.join(_MODULES)}")
     pooling = "mean"
     if "Pooling" in kinds:
-        settings = json.loads(_part(folder, f"{kinds['Pooling']}/config.json", what).read_text(encoding="utf-8"))
+        settings = _read_json(_part(folder, f"{kinds['Pooling']}/config.json", what))
         chosen = [key for key, value in settings.items() if key.startswith("pooling_mode") and value is True]
         named = [name for name, key in _POOLING_KEYS.items() if chosen == [key]]
         pooling = named[0] if named else settings.get("pooling_mode", "mean")
         if (chosen and not named) or pooling not in POOLINGS:
             raise UserError(f"{what} {folder!r} pools by {sorted(chosen) or pooling}; known: mean, cls")
-    weights = _dense_weights(folder, kinds["Dense"], what) if "Dense" in kinds else None
-    size = None if weights is None else len(weights["weight"])
-    model = EmbeddingModel(encoder, size, pooling, "Normalize" in kinds)
-    if model.head is not None and weights is not None:
+    model = EmbeddingModel(encoder, None, pooling, "Normalize" in kinds)
+    if "Dense" in kinds:
+        weights = _dense_weights(folder, kinds["Dense"], what)
+        model.head = nn.Linear(encoder.config.hidden_size, len(weights["weight"]))
         model.head.load_state_dict(weights)
     return model
 
@@ -248,11 +224,10 @@ def _part(folder: str, name: str, what: str) -> Path:
     return found
 
 
-def _dense_weights(folder: str, part: str, what: str) -> dict[str, torch.Tensor]:
+def _dense_weights(folder: str, part: str, what: str) -> dict[str, Tensor]:
     """State of the linear head in a Dense module; a missing bias is zero."""
     whose = f"{what} {folder!r}"
-    config = json.loads(_part(folder, f"{part}/config.json", what).read_text(encoding="utf-8"))
-    activation = config.get("activation_function", "Tanh")
+    activation = _read_json(_part(folder, f"{part}/config.json", what)).get("activation_function", "Tanh")
     if not activation.endswith("Identity"):
         raise UserError(f"{whose} has a Dense module with the activation {activation}; known: Identity (a linear map)")
     if Path(folder).is_dir():
@@ -260,6 +235,10 @@ def _dense_weights(folder: str, part: str, what: str) -> dict[str, torch.Tensor]
     stored = load_file(_part(folder, f"{part}/model.safetensors", what))
     weights = {name.removeprefix("linear."): value for name, value in stored.items()}
     return {"bias": torch.zeros(len(weights["weight"])), **weights}
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, value: Any) -> None:

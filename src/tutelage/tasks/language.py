@@ -1,9 +1,4 @@
-"""Language models, causal and masked, and their data collators.
-
-Public names: `CausalLM`, `MaskedLM`, `CausalCollator`, `StableMaskingCollator`.
-"""
-
-from __future__ import annotations
+"""Language models, causal and masked, and their data collators."""
 
 import hashlib
 import math
@@ -23,8 +18,6 @@ from tutelage.tasks.base import Batch, HeadTask, Selected
 
 
 class _LanguageModel(HeadTask):
-    """Outputs at every position; text is packed into blocks."""
-
     per_position = True
     warm_start = "head"
 
@@ -40,7 +33,6 @@ class _LanguageModel(HeadTask):
         return {**super().example(length), "labels": torch.zeros((1, length), dtype=torch.long)}
 
     def summarize(self, parts: list[torch.Tensor], with_teacher: bool) -> dict[str, float]:
-        """The metrics of every `HeadTask`, and `perplexity`."""
         metrics = super().summarize(parts, with_teacher)
         return {**metrics, "perplexity": perplexity(metrics["loss"])}
 
@@ -85,11 +77,7 @@ class MaskedLM(_LanguageModel):
 
 class CausalCollator:
     """Stacks packed blocks; pads shorter rows at their end, where the labels are ignored.
-
-    Args:
-        pad_token_id: id of the padding; None is 0.
-        always_mask: return an attention mask even if no row is padded.
-    """
+    `always_mask` returns an attention mask even if no row is padded."""
 
     def __init__(self, pad_token_id: int | None = None, always_mask: bool = False):
         self.pad_token_id, self.always_mask = pad_token_id or 0, always_mask
@@ -112,10 +100,7 @@ class CausalCollator:
 
 
 class StableMaskingCollator(DataCollatorForLanguageModeling):
-    """Random masking (80/10/10) seeded by the content of the batch.
-
-    The masks of a batch are therefore the same for every method and after a resume.
-    """
+    """Random masking (80/10/10) seeded by the content of the batch: the same for every method and after a resume."""
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         # rows of numbers, arrays and tensors of the same content have the same masks

@@ -1,12 +1,6 @@
 """Loading models and tokenizers safely.
 
-Public names: `load_model`, `load_config`, `load_tokenizer`, `check_weights`, `find_file`, `has_weights`,
-`count_parameters`, `first_line`.
-
-Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it.
-"""
-
-from __future__ import annotations
+Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,24 +11,24 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error, reason_of
 
 _SAFE = ("model*.safetensors", "*.gguf")  # the names that `from_pretrained` looks for
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load a model's configuration from a folder or the Hub; UserError if there is none."""
+    """A model's configuration from a folder or the Hub; UserError if there is none."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{what} folder {path!r} has no config.json: it is not a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # each kind of config has its own
         if Path(path).exists():
-            raise UserError(f"could not read the config of {what} {path!r}: {first_line(error)}") from error
+            raise UserError(f"could not read the config of {what} {path!r}: {reason_of(error)}") from error
         raise UserError(
             f"no {what} at {path!r}: there is no local folder of that name, and it was not found on the Hub "
-            f"({first_line(error)}); give an existing folder or a Hub name such as org/model"
+            f"({reason_of(error)}); give an existing folder or a Hub name such as org/model"
         ) from error
 
 
@@ -53,14 +47,11 @@ def check_weights(path: str, *, what: str = "teacher") -> None:
 
 def find_file(path: str, name: str) -> Path | None:
     """A file of a model, from its folder or from the Hub; None if there is no such file."""
-    if Path(path).exists():
-        file = Path(path) / name
-        return file if file.is_file() else None
     try:
-        found = cached_file(path, name)
+        found = Path(path) / name if Path(path).exists() else Path(cached_file(path, name) or "")
     except (OSError, ValueError):
         return None
-    return None if found is None else Path(found)
+    return found if found.is_file() else None
 
 
 def has_weights(folder: Path) -> bool:
@@ -81,28 +72,23 @@ def load_model(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a pretrained model from safetensors.
+    """Load a pretrained model from safetensors; UserError if that cannot work, or if a teacher lacks some weights.
 
     Args:
         path: folder or Hub name.
         auto_class: the `AutoModelFor...` class.
         what: `teacher` or `student`, for messages.
         dtype: parameter dtype; None keeps that of the checkpoint.
-        kwargs: further arguments of `from_pretrained` (`device_map`, `quantization_config`, `gguf_file`, ...).
-
-    Raises:
-        UserError: no model, a pickle, no weights, weights that do not fit the config, or a teacher without some weights.
-    """
+        kwargs: further arguments of `from_pretrained` (`device_map`, `quantization_config`, `gguf_file`, ...)."""
     load_config(path, what=what, trust_remote_code=trust_remote_code)
     check_weights(path, what=what)
     if "gguf_file" not in kwargs:
         kwargs["use_safetensors"] = True
-    try:
-        model, info = auto_class.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
-        )
-    except Exception as error:  # each architecture and quantisation library has its own
-        raise UserError(f"could not load {what} {path!r}: {first_line(error)}") from error
+    kwargs |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    with as_user_error(
+        f"could not load {what} {path!r}"
+    ):  # each architecture and quantisation library has its own errors
+        model, info = auto_class.from_pretrained(path, dtype=dtype or "auto", **kwargs)
     # a student may start from an encoder and a new head, and no task reads a pooler that `AutoModel` adds
     missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
     if missing and what != "student":
@@ -114,11 +100,8 @@ def load_model(
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer stored at `path`, padding with its end token if it has no other; None where there is none.
-
-    Raises:
-        UserError: a local one is damaged.
-    """
+    """The tokenizer stored at `path`, padding with its end token if it has no other; None where there is none, UserError if a
+    local one is damaged."""
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]):
         return None
@@ -127,7 +110,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except Exception as error:  # each kind of tokenizer has its own
         if not folder.is_dir():
             return None
-        raise UserError(f"could not read the tokenizer in {path!r}: {first_line(error)}; save it again") from error
+        raise UserError(f"could not read the tokenizer in {path!r}: {reason_of(error)}; save it again") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -136,8 +119,3 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of a model; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class if there is no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

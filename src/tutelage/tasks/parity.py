@@ -1,14 +1,7 @@
 """Sparse parity: x uniform in {-1, +1}^d, y the product of the k coordinates of a support.
 
-Public names: `ParityData`, `ParityMLP`, `ParityMLPConfig`, `ReplicatedLinear`, `planted_teacher`, `check_parity`.
-
 The two-layer network and the settings are those of arXiv:2410.05464 and arXiv:2503.17494. Bits are stored as 0 and 1
-(`input_ids`, 1 meaning +1), so that the same data feeds transformers.
-
-Shapes: B batch, G replicas, d input bits, W width of the hidden layer.
-"""
-
-from __future__ import annotations
+(`input_ids`, 1 meaning +1), so that the same data feeds transformers. Shapes: B batch, G replicas, d input bits."""
 
 import functools
 import math
@@ -23,15 +16,15 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from tutelage.core.errors import UserError
 
+Support = Sequence[int] | None
 _SPARSITY = 0.1  # fraction of a sparse example's bits that are -1
 _CHUNK = 4096
 _FIT_EXAMPLES = 20_000  # for the least-squares fit of a planted teacher
 
 
 def check_parity(d: int, k: int, support: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The support of a (d, k) parity; default: the first k coordinates.
-
-    Raises UserError for k outside 1..d, and for a support that is out of range, repeated, or not of k coordinates."""
+    """The support of a (d, k) parity (default: the first k coordinates); UserError for k outside 1..d, and for a support that
+    is out of range, repeated, or not of k coordinates."""
     if d < 1:
         raise UserError(f"a parity needs at least one bit, got d={d}")
     if not 1 <= k <= d:
@@ -56,17 +49,10 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
             that depends only on its own seed.
         sparse_until: example i is sparse (each bit -1 with probability 0.1, else +1) with probability
             (1 - i / sparse_until) / 2; later examples are uniform. With this curriculum over inputs networks learn parities
-            that they do not learn from uniform inputs alone (arXiv:2306.16921). 0: all examples are uniform.
-    """
+            that they do not learn from uniform inputs alone (arXiv:2306.16921). 0: all examples are uniform."""
 
     def __init__(
-        self,
-        d: int,
-        k: int,
-        count: int,
-        seed: int | Sequence[int] = 0,
-        support: Sequence[int] | None = None,
-        sparse_until: int = 0,
+        self, d: int, k: int, count: int, seed: int | Sequence[int] = 0, support: Support = None, sparse_until: int = 0
     ):
         self.support = check_parity(d, k, support)
         self.d, self.count, self.seed, self.sparse_until = d, count, seed, sparse_until
@@ -77,7 +63,6 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def longest(self) -> int:
-        """Number of bits per example."""
         return self.d
 
     def _make_chunk(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,21 +93,14 @@ class ParityData(Dataset[dict[str, torch.Tensor]]):
         ids, labels = (torch.cat(parts)[: self.count] for parts in zip(*chunks, strict=True))
         return ids, labels
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_chunk"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._chunk = functools.lru_cache(maxsize=2)(self._make_chunk)
+    def __reduce__(self) -> Any:
+        return ParityData, (self.d, len(self.support), self.count, self.seed, self.support, self.sparse_until)
 
 
 class ReplicatedLinear(nn.Module):
-    """G independent linear maps as one batched product, (B, G, in) -> (B, G, out).
-
-    Args:
-        seeds: one per replica; the weights have the distribution of `nn.Linear`.
-        index: number of this layer in the network, so that layers with the same seed have different weights.
-    """
+    """G independent linear maps as one batched product, (B, G, in) -> (B, G, out), with the distribution of `nn.Linear`.
+    There is one seed per replica; `index` is the number of the layer, so that layers with the same seed have different
+    weights."""
 
     def __init__(self, seeds: Sequence[int], in_features: int, out_features: int, index: int):
         super().__init__()
@@ -141,8 +119,6 @@ class ReplicatedLinear(nn.Module):
 
 
 class ParityMLPConfig(PreTrainedConfig):
-    """Shape of a `ParityMLP`."""
-
     model_type = "parity_mlp"
 
     def __init__(self, d: int = 50, hidden_size: int = 100, replica_seeds: Sequence[int] | None = None, **kwargs: Any):
@@ -156,8 +132,7 @@ class ParityMLP(PreTrainedModel):
     """x -> W x + b -> ReLU -> 2 logits; block 1 is the linear map ("pre"), block 2 the ReLU ("post").
 
     With `replica_seeds` it has G independent networks: inputs (B, G, d), logits (B, G, 2). With a loss that is summed over
-    replicas, each network has the gradients that it would have alone.
-    """
+    replicas, each network has the gradients that it would have alone."""
 
     config_class = ParityMLPConfig
     config: ParityMLPConfig
@@ -203,18 +178,16 @@ def planted_teacher(
     """A two-layer network that computes a parity by construction, for parities that are too hard to train.
 
     The weights of the first layer are ±1/2 on the support and N(0, `noise`^2) elsewhere, its biases uniform on [-k/2, k/2].
-    The second layer is the ridge least-squares fit of the label (±1) on random examples, scaled to logits of ±`confidence`.
-    """
+    The second layer is the ridge least-squares fit of the label (±1) on random examples, scaled to logits of ±`confidence`."""
     data = ParityData(d, k, _FIT_EXAMPLES, seed=seed + 1_000_003, support=support)
     generator = torch.Generator().manual_seed(seed)
     weight = noise * torch.randn(width, d, generator=generator)
     signs = torch.randint(0, 2, (width, k), generator=generator).float() * 2 - 1
     weight[:, list(data.support)] = signs / 2
-    bias = (torch.rand(width, generator=generator) - 0.5) * k
     model = ParityMLP(ParityMLPConfig(d, width))
     first: Any = model.blocks[0]
     first.weight.copy_(weight)
-    first.bias.copy_(bias)
+    first.bias.copy_((torch.rand(width, generator=generator) - 0.5) * k)
     ids, labels = data.arrays()
     hidden = torch.relu(first(ids.float() * 2 - 1))
     features = torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1)

@@ -1,14 +1,7 @@
 """Training data and models for the synthetic language "cfg3" of `pcfg_grammar`: token ids, dataset, collators, model shapes.
 
-Public names: `pcfg_tokens`, `PcfgDataset`, `pcfg_collator`, `pcfg_config`, and the token ids `PAD`, `MASK`, `BOS`, `EOS`,
-`FIRST_TERMINAL`.
-
 A row is `<bos>`, the terminals of one string, `<eos>`; terminal t has the id FIRST_TERMINAL + t.
-
-Shapes: N rows, T positions.
-"""
-
-from __future__ import annotations
+Shapes: N rows, T positions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,15 +14,9 @@ from transformers import BertConfig, GPT2Config
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.tasks.language import CausalCollator
-from tutelage.tasks.pcfg_grammar import Grammar, check_seed, hash_words, sample
+from tutelage.tasks.pcfg_grammar import Grammar, check_seed, sample
 
 PAD, MASK, BOS, EOS, FIRST_TERMINAL = range(5)
-
-
-def pcfg_tokens(grammar: Grammar) -> dict[str, int]:
-    """The vocabulary: four special tokens, then the terminals `t0`, `t1`, ..."""
-    names = ("<pad>", "<mask>", "<bos>", "<eos>", *(f"t{terminal}" for terminal in range(grammar.terminals)))
-    return {name: index for index, name in enumerate(names)}
 
 
 class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
@@ -37,17 +24,8 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
 
     Row i depends only on the grammar, the seed and i: nothing is stored, and a shorter dataset is the beginning of a longer
     one. Datasets with different seeds are different streams, but a small grammar has few strings (levels=4 has some
-    hundreds), so both may contain the same string.
-
-    Args:
-        count: number of rows.
-        seed: 0 to 2^64 - 1.
-        max_length: longer rows are cut to their first `max_length` tokens (they lose `<eos>` and are not members of the
-            language); None cuts no row.
-
-    Raises:
-        UserError: no rows, a seed out of range, or a `max_length` that leaves nothing to predict.
-    """
+    hundreds), so both may contain the same string. The seed is 0 to 2^64 - 1. Rows longer than `max_length` are cut to their
+    first `max_length` tokens (they lose `<eos>` and are not members of the language); None cuts no row."""
 
     def __init__(self, grammar: Grammar, count: int, seed: int, max_length: int | None = None):
         if count < 1:
@@ -70,7 +48,7 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Draw rows together, which is much faster than one by one; PyTorch's data loader calls it."""
+        """Draw rows together, which is much faster; PyTorch's data loader calls it."""
         index_N = np.asarray(indices, dtype=np.int64)
         outside = index_N[(index_N < -self.count) | (index_N >= self.count)]
         if len(outside):
@@ -88,43 +66,31 @@ class PcfgDataset(Dataset[dict[str, torch.Tensor]]):
         return [{"input_ids": row[: self.max_length].clone()} for row in rows]
 
 
-def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3, seed: int | None = None) -> Any:
+def pcfg_collator(task: str, grammar: Grammar, mask_probability: float = 0.3) -> CausalCollator:
     """The data collator for a task: pads, and returns `input_ids`, `attention_mask` and `labels`, each (N, T).
 
     For causal models the labels are the ids (the model shifts them). For masked models each terminal is chosen with
     `mask_probability`; of the chosen terminals 80% become `<mask>`, 10% become a random terminal and 10% stay, as in BERT;
-    the labels are the ids of the chosen terminals. Padding and all other positions have the label -100.
-
-    Args:
-        task: masked_lm or causal_lm.
-        mask_probability: above 0, at most 1.
-        seed: None draws from PyTorch's global generator, so that the trainer's seed determines the masks. With a number the
-            masks of a row depend only on the seed and the row, so they are the same in every evaluation.
-
-    Raises:
-        UserError: an unknown task, or a probability or a seed out of range.
-    """
+    the labels are the ids of the chosen terminals. Padding and all other positions have the label -100. The masks come from
+    PyTorch's global generator, so that the trainer's seed determines them.
+    Raises UserError: the task is not masked_lm or causal_lm, or the probability is not above 0 and at most 1."""
     _check_task(task)
     if not 0 < mask_probability <= 1:
         raise UserError(f"mask_probability must be above 0 and at most 1, got {mask_probability}")
-    if seed is not None:
-        check_seed(seed)
     if task == "causal_lm":
         return CausalCollator(PAD, always_mask=True)
-    return MaskingCollator(grammar.terminals, mask_probability, seed)
+    return _MaskingCollator(grammar.terminals, mask_probability)
 
 
-class MaskingCollator(CausalCollator):
-    """Pads, and masks terminals as BERT does (80/10/10)."""
-
-    def __init__(self, terminals: int, mask_probability: float, seed: int | None = None):
+class _MaskingCollator(CausalCollator):
+    def __init__(self, terminals: int, mask_probability: float):
         super().__init__(PAD, always_mask=True)
-        self.terminals, self.mask_probability, self.seed = terminals, mask_probability, seed
+        self.terminals, self.mask_probability = terminals, mask_probability
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
         ids_NT = batch["input_ids"]
-        choice_NT, fate_NT, terminal_NT = self._uniform(ids_NT, batch["attention_mask"])
+        choice_NT, fate_NT, terminal_NT = torch.rand(3, *ids_NT.shape, dtype=torch.float64)
         chosen_NT = (choice_NT < self.mask_probability) & (ids_NT >= FIRST_TERMINAL)
         random_NT = FIRST_TERMINAL + (terminal_NT * self.terminals).long()
         noised_NT = torch.where(fate_NT < 0.8, MASK, torch.where(fate_NT < 0.9, random_NT, ids_NT))
@@ -132,39 +98,26 @@ class MaskingCollator(CausalCollator):
         batch["labels"] = ids_NT.masked_fill(~chosen_NT, IGNORED_LABEL)
         return batch
 
-    def _uniform(self, ids_NT: torch.Tensor, real_NT: torch.Tensor) -> torch.Tensor:
-        """Three uniform numbers in [0, 1) per position, (3, N, T)."""
-        if self.seed is None:
-            return torch.rand(3, *ids_NT.shape, dtype=torch.float64)
-        place_T = np.arange(ids_NT.shape[1])
-        content_NT = hash_words(ids_NT.numpy().astype(np.uint64), place_T) * real_NT.numpy().astype(np.uint64)
-        keys_N = hash_words(np.array([self.seed], dtype=np.uint64), 0) + content_NT.sum(axis=1)
-        words = hash_words(hash_words(keys_N, 0)[:, None], 3 * place_T + np.arange(3)[:, None, None])
-        return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)
-
 
 def pcfg_config(
     task: str, layers: int, heads: int, head_width: int, grammar: Grammar, max_length: int | None = None, **fields: Any
 ) -> BertConfig | GPT2Config:
     """The config of a model for a grammar: a BERT for masked_lm, a GPT-2 with tied embeddings for causal_lm, no dropout.
 
-    The hidden states have the width heads * head_width, the feed-forward layers four times that width.
-
-    Args:
-        task: masked_lm or causal_lm.
-        grammar: determines the vocabulary and the longest row.
-        max_length: positions; None uses the length of the grammar's longest row.
-        fields: more fields of the config, or different values for the fields set here.
-
-    Raises:
-        UserError: an unknown task, or a size below 1.
-    """
+    The hidden states have the width heads * head_width, the feed-forward layers four times that width. The grammar determines
+    the vocabulary and, if `max_length` is None, the positions: the length of its longest row. `fields` are more fields of the
+    config, or different values for the fields set here. Raises UserError: an unknown task, or a size below 1."""
     _check_task(task)
     for name, value in (("layers", layers), ("heads", heads), ("head_width", head_width), ("max_length", max_length)):
         if value is not None and value < 1:
             raise UserError(f"a model needs {name} of at least 1, got {value}")
     width, positions = heads * head_width, max_length or grammar.longest + 2
-    shared = {"vocab_size": len(pcfg_tokens(grammar)), "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    shared = {
+        "vocab_size": FIRST_TERMINAL + grammar.terminals,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
     if task == "masked_lm":
         shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "type_vocab_size": 1}
         shape |= {"intermediate_size": 4 * width, "max_position_embeddings": positions}

@@ -1,17 +1,11 @@
 """The synthetic language "cfg3": its grammars and a sampler. NumPy only.
 
-Public names: `Grammar`, `build_grammar`, `Strings`, `sample`, `hash_words`, `check_seed`.
-
 The family is that of Allen-Zhu and Li, "Physics of Language Models: Part 1" (arXiv:2305.13673). Symbols belong to levels:
 level 0 is the root, the last level has the terminals. A rule rewrites a symbol to 2 or 3 symbols of the next level; the rules
 of a symbol are equally likely. The grammars are our own draws with the same statistics, not those of the paper.
+Shapes: N strings, M symbols of all strings one after the other, S symbols of a level, R rules of a symbol."""
 
-Shapes: N strings, M symbols of all strings one after the other, S symbols of a level, R rules of a symbol.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,40 +19,12 @@ _COVER_ATTEMPTS = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A grammar whose symbols belong to levels; the symbols of each level are numbered from 0.
+    """A grammar whose symbols belong to levels; the symbols of each level are numbered from 0."""
 
-    Raises UserError for fewer than two levels, more than one root, and rules that do not fit the levels."""
-
-    levels: tuple[int, ...]
-    """Symbols of each level: (1, 3, 3, 3) has a root, two more levels of non-terminals and three terminals."""
-    rules: tuple[np.ndarray, ...]
-    """For each level except the last, (S, R, 3): the symbols of the next level that replace symbol s; -1 fills a short rule."""
-
-    def __post_init__(self) -> None:
-        if len(self.levels) < 2 or self.levels[0] != 1 or min(self.levels) < 1:
-            raise UserError(
-                f"levels {self.levels} do not define a grammar: they need a single root and at least one level below"
-            )
-        if len(self.rules) != len(self.levels) - 1:
-            raise UserError(
-                f"{len(self.levels)} levels need {len(self.levels) - 1} arrays of rules, got {len(self.rules)}"
-            )
-        frozen = []
-        for level, (rules, below) in enumerate(zip(self.rules, self.levels[1:], strict=True)):
-            table = np.array(rules, dtype=np.int64)
-            if table.ndim != 3 or 0 in table.shape or table.shape[::2] != (self.levels[level], LONGEST_RULE):
-                raise UserError(
-                    f"the rules of level {level} have shape {table.shape}: expected "
-                    f"({self.levels[level]}, rules per symbol, {LONGEST_RULE}), rules of two symbols filled with {NONE}"
-                )
-            if (table < [0, 0, NONE]).any() or table.max() >= below:
-                raise UserError(
-                    f"a rule of level {level} has a symbol outside 0 to {below - 1}: use the numbers of level {level + 1} "
-                    f"({NONE} in the third place only)"
-                )
-            table.setflags(write=False)
-            frozen.append(table)
-        object.__setattr__(self, "rules", tuple(frozen))
+    levels: tuple[int, ...]  # symbols of each level: 1 for the root; the last are the terminals
+    rules: tuple[
+        np.ndarray, ...
+    ]  # per level above, (S, R, 3): the symbols that replace symbol s; -1 fills a short rule
 
     @property
     def terminals(self) -> int:
@@ -66,26 +32,12 @@ class Grammar:
         return self.levels[-1]
 
     @property
-    def shortest(self) -> int:
-        """Length of the shortest string."""
-        return int(self._lengths("min"))
-
-    @property
     def longest(self) -> int:
         """Length of the longest string."""
-        return int(self._lengths("max"))
-
-    @property
-    def mean_length(self) -> float:
-        """Expected length of a string."""
-        return float(self._lengths("mean"))
-
-    def _lengths(self, reduce: str) -> float:
-        """The minimum, maximum or mean of the lengths that the root derives, from the terminals up."""
-        below = np.ones(self.terminals)
+        below = np.ones(self.terminals, dtype=np.int64)
         for rules in reversed(self.rules):
-            below = getattr(np.where(rules == NONE, 0, below[rules]).sum(axis=2), reduce)(axis=1)
-        return below[0]
+            below = np.where(rules == NONE, 0, below[rules]).sum(axis=2).max(axis=1)
+        return int(below[0])
 
 
 def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int = 2) -> Grammar:
@@ -98,11 +50,8 @@ def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int =
         levels: number of levels with root and terminals; a string has 2^(levels-1) to 3^(levels-1) symbols.
         symbols: number of symbols per level below the root.
         seed: 0 to 2^64 - 1.
-        rules: number of rules per symbol.
-
-    Raises:
-        UserError: an argument out of range, more rules than there are right-hand sides, or too few to use all symbols.
-    """
+        rules: number of rules per symbol; UserError if there are not so many right-hand sides, or if they cannot use all
+            symbols."""
     for name, value, least in (("levels", levels, 2), ("symbols", symbols, 1), ("rules", rules, 1)):
         if value < least:
             raise UserError(f"a grammar needs {name} of at least {least}, got {value}")
@@ -143,27 +92,11 @@ def _draw_level(draw: np.random.RandomState, parents: int, rules: int, symbols: 
 class Strings:
     """Strings of different lengths, one after the other."""
 
-    symbols: np.ndarray
-    """Terminals of all strings, (M,)."""
-    offsets: np.ndarray
-    """Start of each string, then the end of the last string, (N + 1,)."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Length of each string, (N,)."""
-        return np.diff(self.offsets)
+    symbols: np.ndarray  # terminals of all strings, (M,)
+    offsets: np.ndarray  # start of each string, then the end of the last string, (N + 1,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"no string {index} among {len(self)}")
-        index %= len(self)
-        return self.symbols[self.offsets[index] : self.offsets[index + 1]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[index] for index in range(len(self)))
 
 
 def sample(grammar: Grammar, strings: int | Sequence[int] | np.ndarray, seed: int = 0) -> Strings:
@@ -173,21 +106,12 @@ def sample(grammar: Grammar, strings: int | Sequence[int] | np.ndarray, seed: in
     level and place of the node (SplitMix64, integer arithmetic only). The strings are therefore the same in any order, on
     every machine and with every version of NumPy.
 
-    Args:
-        strings: the number of strings, counted from string 0, or the numbers of the wanted strings.
-        seed: 0 to 2^64 - 1.
-
-    Raises:
-        UserError: a negative count or number, or a seed out of range.
-    """
+    `strings` is the number of strings, counted from string 0, or the numbers of the wanted strings; the seed is 0 to
+    2^64 - 1. Raises UserError: a negative count or number, or a seed out of range."""
     check_seed(seed)
-    if isinstance(strings, (int, np.integer)):
-        numbers, lowest = np.arange(strings), strings
-    else:
-        numbers = np.asarray(strings, dtype=np.int64)
-        lowest = numbers.min(initial=0)
-    if lowest < 0:
+    if (lowest := np.min(strings, initial=0)) < 0:
         raise UserError(f"strings are counted and numbered from 0, got {lowest}")
+    numbers = np.arange(strings) if isinstance(strings, int | np.integer) else np.asarray(strings, dtype=np.int64)
     keys_N = hash_words(hash_words(np.array([seed], dtype=np.uint64), 0), numbers)
     symbols_M = np.zeros(len(numbers), dtype=np.int64)
     offsets = np.arange(len(numbers) + 1)

@@ -1,9 +1,4 @@
-"""The registered tasks, by name.
-
-Public names: `TASKS`, `register_task`, `get_task`, `detect_task`.
-"""
-
-from __future__ import annotations
+"""The registered tasks, by name."""
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -15,16 +10,13 @@ from tutelage.tasks.embedding import SentenceEmbedding
 from tutelage.tasks.language import CausalLM, MaskedLM
 from tutelage.tasks.loading import find_file, load_config
 
-TASKS: dict[str, Task] = {}
+_BUILT_IN: tuple[type[Task], ...] = (CausalLM, MaskedLM, SequenceClassification, SentenceEmbedding, PlainClassification)
+TASKS: dict[str, Task] = {kind.name: kind() for kind in _BUILT_IN}
 
 
 def register_task(task: Task) -> None:
     """Register a task under its name; a task that already has the name is replaced."""
     TASKS[task.name] = task
-
-
-for _task in (CausalLM(), MaskedLM(), SequenceClassification(), SentenceEmbedding(), PlainClassification()):
-    register_task(_task)
 
 
 def get_task(name: str) -> Task:

@@ -1,9 +1,4 @@
-"""Students: from a folder, from a config file, or from a preset relative to the teacher.
-
-Public names: `student_config`, `make_student`, `is_preset`.
-"""
-
-from __future__ import annotations
+"""Students: from a folder, from a config file, or from a preset relative to the teacher."""
 
 import copy
 import json
@@ -29,15 +24,10 @@ _SIZES = {"num_hidden_layers", "hidden_size", *_HEADS, *_FEED_FORWARD}
 def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of a student.
 
-    Args:
-        student: a model folder, a `config.json`, or a preset such as `layers=3,hidden_size=192`: comma-separated settings
-            that replace those of the teacher. Heads and feed-forward width follow the hidden size unless they are given;
-            every other field (vocabulary, positions, activation...) is that of the teacher.
-        teacher: the teacher's configuration.
-
-    Raises:
-        UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads.
-    """
+    `student` is a model folder, a `config.json`, or a preset such as `layers=3,hidden_size=192`: comma-separated settings that
+    replace those of the teacher. Heads and feed-forward width follow the hidden size unless they are given; every other field
+    (vocabulary, positions, activation...) is that of the teacher.
+    Raises UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads."""
     if is_preset(student):
         return _preset(student, teacher)
     path = Path(student)
@@ -63,10 +53,7 @@ def make_student(
 ) -> nn.Module:
     """The student model: loaded if `student` is a folder or Hub name with weights, else randomly initialised.
 
-    Args:
-        student, config: argument and result of `student_config`.
-        shape: `Task.teacher_shape` of the teacher.
-    """
+    `config` is the result of `student_config`, `shape` is `Task.teacher_shape` of the teacher."""
     path = Path(student)
     if is_preset(student) or path.is_file() or (path.is_dir() and not has_weights(path)):
         return task.build(config, shape)
@@ -78,12 +65,11 @@ def make_student(
 def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     settings: dict[str, Any] = {}
     for part in text.split(","):
-        key, equals, value = part.partition("=")
-        key = key.strip()
-        if not equals or not key:
+        key, _, value = part.partition("=")
+        if "=" not in part or not key.strip():
             raise UserError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
         with as_user_error(f"student preset {text!r}: cannot read {part!r}", yaml.YAMLError):
-            settings[_ALIASES.get(key, key)] = yaml.safe_load(value)
+            settings[_ALIASES.get(key.strip(), key.strip())] = yaml.safe_load(value)
     config = copy.deepcopy(teacher)
     for needed in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         if getattr(config, needed, None) is None:
@@ -94,9 +80,8 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     common = {own: name for name, own in config.attribute_map.items()}  # GPT-2's n_embd is hidden_size
     settings = {common.get(key, key): value for key, value in settings.items()}
     known = {*config.to_dict(), *config.attribute_map}
-    for key in settings:
-        if key not in known:
-            raise UserError(f"student preset {text!r}: {type(config).__name__} has no field {key!r}")
+    if unknown := [key for key in settings if key not in known]:
+        raise UserError(f"student preset {text!r}: {type(config).__name__} has no field {unknown[0]!r}")
     for key, value in settings.items():
         if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"student preset {text!r}: {key} must be a positive whole number, got {value!r}")
@@ -117,22 +102,17 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         raise UserError(f"student preset {text!r}: hidden_size {new_width} is not divisible by {heads} heads")
     if groups and heads % groups:
         raise UserError(f"student preset {text!r}: {heads} heads are not divisible by {groups} key/value heads")
-    _check_rotary(text, config, getattr(config, "head_dim", None) or new_width // heads)
-    config.name_or_path = ""
-    for stale in ("quantization_config", "_name_or_path"):
-        if hasattr(config, stale):
-            delattr(config, stale)
-    return config
-
-
-def _check_rotary(text: str, config: PreTrainedConfig, size: int) -> None:
-    """Refuse heads of an odd size where positions are rotations of pairs."""
-    rope = getattr(config, "rope_parameters", None)
+    size, rope = getattr(config, "head_dim", None) or new_width // heads, getattr(config, "rope_parameters", None)
     if rope and int(size * (rope.get("partial_rotary_factor") or 1)) % 2:
         raise UserError(
             f"student preset {text!r}: each head has {size} values, but rotary position embeddings need an even number: change "
             "hidden_size or heads"
         )
+    config.name_or_path = ""
+    for stale in ("quantization_config", "_name_or_path"):
+        if hasattr(config, stale):
+            delattr(config, stale)
+    return config
 
 
 def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int, new_width: int) -> None:

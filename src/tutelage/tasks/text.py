@@ -1,41 +1,33 @@
-"""Read, tokenise and pack datasets.
-
-Public names: `read_dataset`, `stream_dataset`, `keep_rows`, `split_dataset`, `tokenize`.
-"""
-
-from __future__ import annotations
+"""Read, tokenise and pack datasets."""
 
 import atexit
+import functools
 import itertools
 import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.errors import UserError, reason_of
+from tutelage.core.errors import UserError, as_user_error, reason_of
 from tutelage.io.store import Store
 from tutelage.tasks.base import Task
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _OPTIONS = {".txt": {"keep_linebreaks": True}}
-# Number of documents or lines whose tokens are packed as one text.
-_PACKED_TOGETHER = 20_000
-# Number of rows of a stream that are checked before it is read.
-_SAMPLE = 100
+_PACKED_TOGETHER = 20_000  # documents or lines whose tokens are packed as one text
+_SAMPLE = 100  # rows of a stream that are checked before it is read
 
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
     """Read a Hub dataset, a folder saved by `datasets`, or a .txt/.jsonl/.parquet file; the latter two also by fsspec URL.
-
-    Raises UserError for missing data, an unknown file format, a text file that is not UTF-8, and an empty dataset."""
+    UserError for missing data, an unknown file format, a text file that is not UTF-8, and an empty dataset."""
     file = Path(path)
     if "://" in path:
         data = _read_url(path)
@@ -62,13 +54,12 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
                 f"no dataset {path!r}: there is no local file or folder of that name, and it was not found on the Hub "
                 f"({reason_of(error)})"
             ) from error
+    splits = data if isinstance(data, DatasetDict) else {}
     if split is not None:
-        if not isinstance(data, DatasetDict) or split not in data:
-            have = ", ".join(data) if isinstance(data, DatasetDict) else "no splits"
-            raise UserError(f"dataset {path!r} has no split {split!r}: it has {have}")
-        data = data[split]
-    parts = data.values() if isinstance(data, DatasetDict) else [data]
-    if not any(len(part) for part in parts):
+        if split not in splits:
+            raise UserError(f"dataset {path!r} has no split {split!r}: it has {', '.join(splits) or 'no splits'}")
+        data = splits[split]
+    if not any(len(part) for part in (splits.values() if data is splits else [data])):
         raise _empty(path)
     return data
 
@@ -84,12 +75,9 @@ def _read_file(file: Path) -> Dataset:
         raise _empty(file)
     if file.suffix != ".parquet":
         _check_utf8(file)
-    try:
-        return load_dataset(
-            _BUILDERS[file.suffix], data_files=str(file), split="train", **_OPTIONS.get(file.suffix, {})
-        )
-    except Exception as error:  # the exception classes depend on the format
-        raise UserError(f"could not read {str(file)!r} as {file.suffix}: {reason_of(error)}") from error
+    options = {"data_files": str(file), "split": "train", **_OPTIONS.get(file.suffix, {})}
+    with as_user_error(f"could not read {str(file)!r} as {file.suffix}"):  # each format has its own errors
+        return load_dataset(_BUILDERS[file.suffix], **options)
 
 
 def _check_utf8(file: Path) -> None:
@@ -117,9 +105,7 @@ def _read_url(url: str) -> Dataset | DatasetDict:
 
 
 def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
-    """Like `read_dataset`, but rows are fetched only as they are iterated. A URL may contain a `*`, for many files.
-
-    Raises UserError for missing data, an unknown file format, and data without rows."""
+    """Like `read_dataset`, but rows are fetched only as they are iterated. A URL may contain a `*`, for many files."""
     suffix, split_name = Path(path).suffix, split or "train"
     options: dict[str, Any] = {"path": path, "split": split_name, "streaming": True}
     if "://" not in path and not any(mark in path for mark in "*?["):
@@ -153,23 +139,19 @@ def _saved_files(url: str, split: str) -> list[str]:
 
 def keep_rows(stream: IterableDataset, count: int) -> Dataset:
     """The first `count` rows of a stream, or all if there are fewer, in a memory-mapped file that is deleted at exit."""
-
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from itertools.islice(stream, count)
-
     folder = tempfile.mkdtemp(prefix="tutelage-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Dataset.from_generator(rows, cache_dir=folder, fingerprint=uuid.uuid4().hex)
+    first = functools.partial(itertools.islice, stream, count)
+    return Dataset.from_generator(first, cache_dir=folder, fingerprint=uuid.uuid4().hex)
 
 
 def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Dataset, Dataset]:
     """Training and evaluation parts: the dataset's own splits, else the last `eval_fraction` of its examples."""
     if isinstance(data, DatasetDict):
-        train = _training_split(data)
-        held_out = next((data[name] for name in ("validation", "eval", "test") if name in data), None)
-        if held_out is not None:
-            return train, held_out
-        data = train
+        named = [data[name] for name in ("validation", "eval", "test") if name in data]
+        data = _training_split(data)
+        if named:
+            return data, named[0]
     count = max(1, round(len(data) * eval_fraction))
     if len(data) <= count:
         raise UserError(
@@ -190,17 +172,13 @@ def tokenize(
 
     Language models get packed blocks of exactly `max_length` tokens: the lines of a .txt file are joined as they are, other
     data get the end-of-text token after each document, and the remainder is dropped. Other tasks get one truncated example
-    per row. A dataset with `input_ids` is only checked for its length.
-
-    Raises:
-        UserError: a column is missing or has a different type, rows are longer than `max_length`, or there is too little
-            text for one block.
-    """
+    per row. A dataset with `input_ids` is only checked for its length. Raises UserError: a column is missing or has a
+    different type, rows are longer than `max_length`, or there is too little text for one block."""
     streamed = isinstance(data, IterableDataset)
     sample = Dataset.from_list(list(data.take(_SAMPLE))) if isinstance(data, IterableDataset) else data
     columns = sample.column_names
     if "input_ids" in columns:
-        longest = max(len(ids) for ids in sample["input_ids"])
+        longest = max(len(ids or ()) for ids in sample["input_ids"])
         if longest > max_length:
             raise UserError(
                 f"the dataset has a sequence of {longest} tokens, the model takes {max_length}: truncate it, "
@@ -227,7 +205,8 @@ def tokenize(
             **({} if streamed else {"desc": "Tokenising"}),
         )
         return rows.rename_column("label", "labels") if "label" in needed else rows
-    lines = _is_running_text(sample, text_column, data.builder_name)
+    # the lines of one text file, with their line breaks, are no separate documents
+    lines = data.builder_name == "text" and any(line.endswith("\n") for line in sample[:100][text_column])
     packed = data.map(
         lambda batch: _pack(batch[text_column], tokenizer, task, max_length, lines),
         batched=True,
@@ -248,11 +227,6 @@ def _check_column(data: Dataset, column: str, wanted: str, meaning: str) -> None
         raise UserError(f"column {column!r} of the dataset has rows without a value: drop them first")
 
 
-def _is_running_text(data: Dataset, text_column: str, builder: str | None) -> bool:
-    """Whether the rows are the lines of one text file, with their line breaks, and not separate documents."""
-    return builder == "text" and any(line.endswith("\n") for line in data[:100][text_column])
-
-
 def _pack(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, lines: bool
 ) -> dict[str, Any]:
@@ -261,15 +235,12 @@ def _pack(
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     separator = [] if lines or tokenizer.eos_token_id is None or not task.causal else [tokenizer.eos_token_id]
     stream = [token for document in ids for token in (*document, *separator)]
-    before, after = ([], []) if task.causal else _special_tokens(tokenizer)
+    before, after = [], []
+    if not task.causal:  # what the tokenizer puts before and after a sequence, e.g. [CLS] and [SEP]
+        encoded = tokenizer("a", return_special_tokens_mask=True)
+        special = encoded["special_tokens_mask"]
+        before = encoded["input_ids"][: special.index(0)]
+        after = encoded["input_ids"][len(special) - special[::-1].index(0) :]
     body = max_length - len(before) - len(after)
     blocks = [[*before, *stream[start : start + body], *after] for start in range(0, len(stream) - body + 1, body)]
     return {"input_ids": blocks}  # the collator makes the labels
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and after a sequence, e.g. [CLS] and [SEP]."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
-    first, last = special.index(0), len(special) - special[::-1].index(0)
-    return ids[:first], ids[last:]

@@ -1,50 +1,37 @@
-"""Checks made before any compute is spent.
-
-Public names: `TrainingDiverged`, `diverged`, `check_tokenizers`, `shared_outputs`, `check_dataset`, `check_best_metric`,
-`check_output_dir`, `claim_output_dir`, `require_unused_search`, `run_identity`, `check_same_run`.
-"""
-
-from __future__ import annotations
+"""Checks made before any compute is spent."""
 
 import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow import compute
+from datasets import Dataset
+from pyarrow import compute, types
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import usable_positions
+from tutelage.core.inputs import IGNORED_LABEL, usable_positions
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import TargetSource
-from tutelage.training.records import CURRICULUM_FILE, METRICS_FILE, TARGETS_FILE, checkpoints, last_complete_checkpoint
+from tutelage.tasks.base import Task
+from tutelage.training.records import CURRICULUM_FILE, METRICS_FILE, TARGETS_FILE, checkpoints
 
 
 class TrainingDiverged(UserError):
     """The loss or the weights are no longer finite."""
 
 
-def diverged(what: str, where: str, output_dir: Path) -> TrainingDiverged:
-    """The error of a run that has diverged, with the checkpoint to return to."""
-    last = last_complete_checkpoint(output_dir)
-    kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
-    return TrainingDiverged(f"{what} at {where}; {kept}; lower learning_rate, or raise warmup_steps")
-
-
 def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> None:
     """Refuse two tokenizers that do not map the same text to the same ids."""
-    if student is None or teacher is None:
-        return
-    mine, theirs = student.get_vocab(), teacher.get_vocab()
-    if mine == theirs:
+    mine, theirs = (None if tokenizer is None else tokenizer.get_vocab() for tokenizer in (student, teacher))
+    if mine is None or theirs is None or mine == theirs:
         return
     differing = next((t for t in theirs if mine.get(t) != theirs[t]), None) or next(t for t in mine if t not in theirs)
     raise UserError(
@@ -64,68 +51,88 @@ def shared_outputs(student: nn.Module, source: TargetSource, tokenizer: PreTrain
     if theirs is None or mine is None or mine == theirs:
         return None
     if not source.task.per_position:
-        raise UserError(
-            f"the student has {mine} classes, the teacher {theirs}: they must be the same classes; give the student the "
-            "teacher's number of labels"
-        )
+        found = f"the student has {mine} classes, the teacher {theirs}: they must be the same classes"
+        raise UserError(f"{found}; give the student the teacher's number of labels")
     if tokenizer is None or len(tokenizer) > min(mine, theirs):
         known = (
-            "no tokenizer was given to check" if tokenizer is None else f"the tokenizer has {len(tokenizer)} entries"
+            "no tokenizer was given to check" if tokenizer is None else f"the tokenizer's {len(tokenizer)} do not say"
         )
-        raise UserError(
-            f"the student has {mine} vocabulary entries, the teacher {theirs}, and {known} that the ids they share mean "
-            "the same: pass processing_class, and a student with the teacher's vocabulary"
-        )
-    warnings.warn(
-        f"vocabularies are padded to different sizes (student {mine}, teacher {theirs}): outputs beyond the tokenizer's "
-        f"{len(tokenizer)} entries are left out of the loss",
-        UserWarning,
-        stacklevel=3,
-    )
+        found = f"the student has {mine} vocabulary entries, the teacher {theirs}, and {known}"
+        how = "pass processing_class, and a student with the teacher's vocabulary"
+        raise UserError(f"{found} that the ids they share mean the same: {how}")
+    what = f"vocabularies are padded to different sizes (student {mine}, teacher {theirs})"
+    rest = f"outputs beyond the tokenizer's {len(tokenizer)} entries are left out of the loss"
+    warnings.warn(f"{what}: {rest}", UserWarning, stacklevel=3)
     return len(tokenizer)
 
 
-def check_dataset(dataset: Any, config: Any, name: str) -> None:
-    """Refuse an empty dataset, one without model inputs, and sequences longer than the model's positions."""
+def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: str) -> None:
+    """Refuse an empty dataset, rows without model inputs, and tokens or labels that one of the models does not take."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return
     if len(dataset) == 0:
         raise UserError(f"the {name} dataset is empty: it needs at least one example")
-    row = dataset[0]
-    if not hasattr(row, "keys") or "input_ids" not in row:
-        have = ", ".join(row.keys()) if hasattr(row, "keys") else type(row).__name__
-        raise UserError(
-            f"the {name} dataset has no column 'input_ids' (it has {have}): tokenise it first, "
-            "e.g. with tutelage.tasks.text.tokenize"
-        )
-    positions = usable_positions(config)
-    if positions is None:
+    row, where = dataset[0], f"the {name} dataset"
+    have = row.keys() if hasattr(row, "keys") else [type(row).__name__]
+    if "input_ids" not in have:
+        found = f"{where} has no column 'input_ids' (it has {', '.join(have)})"
+        raise UserError(f"{found}: tokenise it first, e.g. with tutelage.tasks.text.tokenize")
+    if not task.tokenized:
         return
-    if hasattr(dataset, "longest"):  # a dataset that makes its rows knows
-        longest = dataset.longest
-    elif hasattr(dataset, "data"):
-        lengths = compute.list_value_length(dataset.data.column("input_ids"))
-        if dataset._indices is not None:
-            lengths = lengths.take(dataset._indices.column(0))
-        longest = compute.max(lengths).as_py()
-    else:
-        longest = max(len(dataset[index]["input_ids"]) for index in range(len(dataset)))
-    if longest > positions:
-        raise UserError(
-            f"the {name} dataset has a sequence of {longest} tokens, the model has {positions} positions: "
-            "lower max_length"
-        )
+    shortest, longest, first, last = 1, getattr(dataset, "longest", 1), 0, 0  # a dataset that makes its rows knows
+    for ids, labels in _columns(dataset, where) if longest == 1 else ():
+        lengths, numbers = compute.list_value_length(ids), compute.min_max(compute.list_flatten(ids)).as_py()
+        shortest, longest = min(shortest, compute.min(lengths).as_py()), max(longest, compute.max(lengths).as_py())
+        first, last = min(first, numbers["min"] or 0), max(last, numbers["max"] or 0)
+        if labels is not None:
+            _check_labels(labels, lengths, [task.output_count(model) for model in models], where)
+    if shortest < 1:
+        raise UserError(f"{where} has a row without tokens: drop it")
+    for config in (task.backbone(model).config for model in models):
+        positions, entries = usable_positions(config), getattr(config, "vocab_size", None)
+        if positions is not None and longest > positions:
+            found = f"{where} has a sequence of {longest} tokens"
+            raise UserError(f"{found}, the model has {positions} positions: lower max_length")
+        if first < 0 or (entries is not None and last >= entries):
+            found = (
+                f"{where} has the token id {first if first < 0 else last}, but ids are from 0 to {(entries or 0) - 1}"
+            )
+            raise UserError(f"{found}: tokenise the text with the model's tokenizer")
 
 
-def require_unused_search(args: Any, curriculum: Curriculum) -> None:
-    """Let DDP look for unused parameters where a stage leaves some: those above its block."""
-    if args.world_size == 1 or not curriculum.hidden_stages:
-        return
-    if args.ddp_find_unused_parameters is False:
+def _columns(dataset: Any, where: str) -> Iterator[tuple[Any, Any]]:
+    """Token ids and labels (None without such a column) as Arrow arrays, some rows at a time; of rows that are not in Arrow,
+    which may be slow to read, 64 spread evenly."""
+    if not hasattr(dataset, "data"):
+        rows = [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // 64))]
+        names = [name for name in ("input_ids", "labels") if name in rows[0]]
+        dataset = Dataset.from_list([{name: torch.as_tensor(row[name]).tolist() for name in names} for row in rows])
+    kinds = dataset.features
+    if "int" not in str(getattr(getattr(kinds["input_ids"], "feature", None), "dtype", "")):
         raise UserError(
-            "ddp_find_unused_parameters=False cannot work: a hidden stage leaves the parameters above it unused"
+            f"{where} has input_ids of the type {kinds['input_ids']}: each row needs a list of whole numbers"
         )
-    args.ddp_find_unused_parameters = True
+    for table in dataset.with_format("arrow").iter(10_000):
+        ids = table["input_ids"].combine_chunks()
+        if ids.null_count or compute.list_flatten(ids).null_count:
+            raise UserError(f"{where} has input_ids without a value: drop these rows")
+        yield ids, table["labels"].combine_chunks() if "labels" in table.column_names else None
+
+
+def _check_labels(labels: Any, lengths: Any, counts: Sequence[int | None], where: str) -> None:
+    if hasattr(labels, "values"):  # a label at each position
+        if not compute.list_value_length(labels).equals(lengths):
+            raise UserError(
+                f"{where} has rows with more or fewer labels than tokens: give one label per token, -100 for none"
+            )
+        labels = compute.list_flatten(labels)
+    least = min((count for count in counts if count is not None), default=None)
+    if least is not None and types.is_integer(labels.type):
+        values = labels.to_numpy(zero_copy_only=False)
+        wrong = values[(values != IGNORED_LABEL) & ((values < 0) | (values >= least))]
+        if len(wrong):
+            found = f"{where} has the label {wrong[0]:g}, but the model has the classes 0 to {least - 1}"
+            raise UserError(f"{found}: correct the labels")
 
 
 def check_best_metric(name: str | None, metrics: Mapping[str, float]) -> None:
@@ -137,23 +144,27 @@ def check_best_metric(name: str | None, metrics: Mapping[str, float]) -> None:
 
 def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
     """Refuse a folder that contains a different run, or a model that no run made."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir {str(output_dir)!r} is a file: choose a folder")
+    where = f"output_dir {str(output_dir)!r}"
     existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        raise UserError(f"output_dir {str(output_dir)!r} is inside a file, {str(existing)!r}: choose a folder")
+        place = "a file" if existing == output_dir else f"inside a file, {str(existing)!r}"
+        raise UserError(f"{where} is {place}: choose a folder")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir {str(output_dir)!r} cannot be written: choose a folder that you may write to")
+        raise UserError(f"{where} cannot be written: choose a folder that you may write to")
     ours = (output_dir / CURRICULUM_FILE).exists()
     if not ours and any(output_dir.glob("*.safetensors")):
-        raise UserError(
-            f"output_dir {str(output_dir)!r} contains a model that was not made by a run of tutelage: choose a different folder"
-        )
+        raise UserError(f"{where} contains a model that was not made by a run of tutelage: choose a different folder")
     if ours and not resuming and not overwrite:
-        raise UserError(
-            f"output_dir {str(output_dir)!r} already contains a run. Choose a different folder, resume the run with "
-            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
-        )
+        how = "resume the run with --resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
+        raise UserError(f"{where} already contains a run. Choose a different folder, {how}")
+
+
+def check_not_read(output_dir: str | None, *sources: str | None) -> None:
+    """Refuse a folder that a run reads from, or that contains a checkpoint that it reads: it would be overwritten."""
+    own = Path(output_dir or ".").resolve()
+    for path in (Path(source).resolve() for source in sources if source is not None):
+        if path == own or (path.parent == own and path.name.startswith("checkpoint-")):
+            raise UserError(f"the run would overwrite {str(path)!r}, which it reads: choose a different output_dir")
 
 
 def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, overwrite: bool) -> None:
@@ -164,9 +175,9 @@ def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, o
         return
     check_output_dir(output_dir, resuming, overwrite)
     if overwrite:
-        stale = [TARGETS_FILE, METRICS_FILE, "result.json", "loss.png", "README.md"]
-        for file in [*(output_dir / name for name in stale), *output_dir.glob("model*.safetensors*")]:
-            file.unlink(missing_ok=True)
+        for stale in (TARGETS_FILE, METRICS_FILE, "result.json", "loss.png", "README.md", "model*.safetensors*"):
+            for file in output_dir.glob(stale):
+                file.unlink()
         for folder in checkpoints(output_dir):
             shutil.rmtree(folder)
     store.write(CURRICULUM_FILE, curriculum.to_json() + "\n")
@@ -174,8 +185,12 @@ def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, o
 
 def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, dataset: Any) -> dict[str, str]:
     """What makes a run the same run when it is resumed: curriculum, targets, data, rate and batch."""
+
+    def digest(content: str) -> str:
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     identity = {
-        "curriculum": _digest(curriculum.to_json()),
+        "curriculum": digest(curriculum.to_json()),
         "learning rate": str(args.learning_rate),
         "batch size": str(args.step_examples(args.world_size)),
         "seed": str(args.seed),
@@ -183,19 +198,13 @@ def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, datase
     }
     if dataset is not None and hasattr(dataset, "__len__"):
         rows = [dataset[index] for index in sorted({0, len(dataset) // 2, len(dataset) - 1})]
-        identity["data"] = _digest(f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}")
+        identity["data"] = digest(f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}")
     return identity
-
-
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def check_same_run(was: dict[str, str], now: dict[str, str], checkpoint: str) -> None:
     """Refuse to resume a run from the checkpoint of a different run."""
     different = [name for name in was if was[name] != now.get(name)]
     if different:
-        raise UserError(
-            f"checkpoint {checkpoint!r} was created with a different {' and '.join(different)}. Resume with the original "
-            "settings, or start a new run in a different output_dir"
-        )
+        what = f"checkpoint {checkpoint!r} was created with a different {' and '.join(different)}"
+        raise UserError(f"{what}. Resume with the original settings, or start a new run in a different output_dir")

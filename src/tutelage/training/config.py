@@ -1,9 +1,4 @@
-"""The settings of a run: `transformers.TrainingArguments` and what a curriculum adds.
-
-Public names: `CurriculumConfig`, `DEFAULTS`.
-"""
-
-from __future__ import annotations
+"""The settings of a run: `transformers.TrainingArguments` and what a curriculum adds."""
 
 import json
 import math
@@ -29,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 1.0,
 }
 
+# names of settings, and the smallest and largest value that they may have
 _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1, math.inf),
     (("calibration_samples", "logits_chunk_size", "top_k"), 1, math.inf),
@@ -36,7 +32,11 @@ _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
     (("dataloader_num_workers", "neftune_noise_alpha"), 0, math.inf),
     (("seed", "data_seed", "projection_seed"), 0, 2**32 - 1),
 )
-"""Names of settings, and the smallest and largest value that they may have."""
+
+
+def option(help: str, default: Any = None, *aliases: str) -> Any:
+    """A dataclass field that is an option of the command line."""
+    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
 
 
 @dataclass
@@ -50,122 +50,78 @@ class CurriculumConfig(TrainingArguments):
     """
 
     # Other defaults than transformers', for small students trained from a random start.
-    output_dir: str | None = field(default="tutelage-output", metadata={"help": "Folder the run is written to."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of every stage."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Decay within each stage."})
-    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up of each stage: steps, or a fraction below 1."})
-    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Examples per device and micro-step; default: 16."}
-    )
-    num_train_epochs: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Passes over the training data, where max_steps is not given; default: 3."}
-    )
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples per device in evaluation."})
-    logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between logs."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    output_dir: str | None = option("Folder the run is written to.", "tutelage-output")
+    learning_rate: float = option("Peak learning rate of every stage.", 2e-3)
+    lr_scheduler_type: str = option("Decay within each stage.", "cosine")
+    warmup_steps: float = option("Warm-up of each stage: steps, or a fraction below 1.", 0.06)
+    per_device_train_batch_size: int | None = option("Examples per device and micro-step; default: 16.")  # type: ignore[assignment]
+    num_train_epochs: float | None = option("Passes over the training data, where max_steps is not given; default: 3.")  # type: ignore[assignment]
+    per_device_eval_batch_size: int = option("Examples per device in evaluation.", 16)
+    logging_steps: float = option("Optimiser steps between logs.", 10)
+    save_total_limit: int | None = option("Checkpoints kept.", 2)
 
-    method: str = field(default="extraction", metadata={"help": f"One of {', '.join(METHODS)}."})
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "causal_lm, masked_lm, sequence_classification or embedding; default: found from the teacher."
-        },
+    method: str = option(f"One of {', '.join(METHODS)}.", "extraction")
+    task: str | None = option("causal_lm, masked_lm, sequence_classification or embedding; default: the teacher's.")
+    teacher_model_name_or_path: str | None = option(
+        "Teacher: folder or Hub name; default: the embedded one.", None, "--teacher"
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Teacher: folder or Hub name; default: the embedded one.", "aliases": ["--teacher"]},
+    teacher_checkpoints: list[str] | None = option("Progressive: folders of teacher checkpoints, early to late.")
+    teacher_dtype: str | None = option("Parameter dtype of the teacher, e.g. bfloat16; default: the checkpoint's.")
+    teacher_device_map: str | None = option("transformers' device_map of the teacher, e.g. auto for several devices.")
+    teacher_quantization: str | None = option(
+        "transformers' quantization_config of the teacher as JSON, e.g. "
+        '\'{"quant_method": "bitsandbytes", "load_in_4bit": true}\'.'
     )
-    teacher_checkpoints: list[str] | None = field(
-        default=None, metadata={"help": "Progressive: folders of intermediate teacher checkpoints, early to late."}
+    trust_remote_code: bool = option("Run model code that comes with a checkpoint.", False)
+    curriculum_dir: str | None = option(
+        "Train from this extracted curriculum (of tutelage extract), not from a teacher."
     )
-    teacher_dtype: str | None = field(
-        default=None, metadata={"help": "Parameter dtype of the teacher, e.g. bfloat16; default: the checkpoint's."}
+    check_curriculum: bool = option("Verify the checksums of a local curriculum_dir first; false skips this.", True)
+    layer_map: str | None = option(
+        "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final' (in Python also as pairs); default: "
+        "final:final where warm_start transplants the head, otherwise uniform."
     )
-    teacher_device_map: str | None = field(
-        default=None,
-        metadata={"help": "transformers' device_map of the teacher, e.g. auto, where one device cannot hold it."},
+    num_stages: int | None = option("Hidden stages of the uniform layer map.")
+    stage_fraction: float | None = option("Fraction of the steps that the hidden stages get together; default: 0.5.")
+    stage_steps: list[int] | None = option(
+        "Steps of every hidden stage (one number) or of each; replaces stage_fraction."
     )
-    teacher_quantization: str | None = field(
-        default=None,
-        metadata={
-            "help": "transformers' quantization_config of the teacher as JSON, e.g. "
-            '\'{"quant_method": "bitsandbytes", "load_in_4bit": true}\'.'
-        },
+    stage_learning_rate: float | None = option("Peak learning rate of hidden stages; default: learning_rate.")
+    projection: str | None = option("gaussian (the paper, default), orthogonal, rademacher, pca or logits.")
+    projection_seed: int | None = option("Seed of the random projections; default: 0.")
+    normalize: str | None = option("standardize (default), or none as in the paper.")
+    warm_start: str | None = option(
+        "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
+        "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
-    curriculum_dir: str | None = field(
-        default=None,
-        metadata={"help": "Train from this extracted curriculum (made by tutelage extract) instead of a teacher."},
+    calibration_samples: int | None = option("Training examples that the calibration pass reads; default: 64.")
+    temperature: float | None = option("Softmax temperature of the output loss; default: 1.")
+    top_k: int | None = option("Keep the k most likely teacher outputs, merge the rest into one bucket; default: all.")
+    label_weight: float = option("Fraction of label loss in output stages, 0 to 1.", 0.0)
+    embedding_loss: str = option("Encoders: cosine or mse on the pooled embedding.", "cosine")
+    logits_chunk_size: int | None = option(
+        "Positions whose logits are held at a time; default: from the vocabulary size."
     )
-    check_curriculum: bool = field(
-        default=True,
-        metadata={
-            "help": "Verify the checksums of a local curriculum_dir before training; false skips this for a very large one."
-        },
-    )
-    layer_map: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final' (in Python also as pairs); default: "
-            "final:final where warm_start transplants the head, otherwise uniform."
-        },
-    )
-    num_stages: int | None = field(default=None, metadata={"help": "Hidden stages of the uniform layer map."})
-    stage_fraction: float | None = field(
-        default=None, metadata={"help": "Fraction of the steps that the hidden stages get together; default: 0.5."}
-    )
-    stage_steps: list[int] | None = field(
-        default=None,
-        metadata={"help": "Steps of every hidden stage (one number) or of each; overrides stage_fraction."},
-    )
-    stage_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of hidden stages; default: learning_rate."}
-    )
-    projection: str | None = field(
-        default=None, metadata={"help": "gaussian (the paper, default), orthogonal, rademacher, pca or logits."}
-    )
-    projection_seed: int | None = field(default=None, metadata={"help": "Seed of the random projections; default: 0."})
-    normalize: str | None = field(default=None, metadata={"help": "standardize (default), or none as in the paper."})
-    warm_start: str | None = field(
-        default=None,
-        metadata={
-            "help": "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
-            "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
-        },
-    )
-    calibration_samples: int | None = field(
-        default=None, metadata={"help": "Training examples that the calibration pass reads; default: 64."}
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "Softmax temperature of the output loss; default: 1."}
-    )
-    top_k: int | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the k most likely teacher outputs and merge the rest into one bucket; default: all outputs."
-        },
-    )
-    label_weight: float = field(default=0.0, metadata={"help": "Fraction of label loss in output stages, 0 to 1."})
-    embedding_loss: str = field(default="cosine", metadata={"help": "Encoders: cosine or mse on the pooled embedding."})
-    logits_chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Positions whose logits are held at a time; default: chosen from the vocabulary size."},
-    )
-    blocks: str | None = field(
-        default=None, metadata={"help": "Dotted name of the list of blocks, for models where several are found."}
-    )
-    eval_with_teacher: bool = field(
-        default=False, metadata={"help": "Also compare with the teacher in evaluations during training."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
+    blocks: str | None = option("Dotted name of the list of blocks, for models where several are found.")
+    eval_with_teacher: bool = option("Also compare with the teacher in evaluations during training.", False)
+    overwrite_output_dir: bool = option("Replace the run in output_dir.", False)
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        with as_user_error(
-            "transformers refuses these training arguments", ValueError, TypeError, ImportError, OSError
-        ):
+        for names, least, most in _RANGES:
+            for name in names:
+                check_range(name, getattr(self, name), least, most)
+        check_positive("temperature", self.temperature)
+        check_positive("num_train_epochs", self.num_train_epochs)
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
+        if self.output_dir == "":
+            raise UserError("output_dir is empty: name a folder, or leave it out")
+        with as_user_error("transformers refuses the arguments", ValueError, TypeError, ImportError, OSError):
             super().__post_init__()
-        self._check_reports()
+        installed = get_available_reporting_integrations()
+        for name in self.report_to or []:
+            if name in INTEGRATION_TO_CALLBACK and name not in installed:
+                raise UserError(f"report_to names {name!r}, which is not installed: install it, or leave it out")
         if self.method not in METHODS:
             raise UserError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.embedding_loss not in ("cosine", "mse"):
@@ -176,25 +132,7 @@ class CurriculumConfig(TrainingArguments):
             raise UserError("label_smoothing_factor has no part in the losses here: use temperature or label_weight")
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
-        # The trainer stops at a loss that is not finite; the filter would hide it.
-        self.logging_nan_inf_filter = False
-
-    def _check_numbers(self) -> None:
-        for names, least, most in _RANGES:
-            for name in names:
-                check_range(name, getattr(self, name), least, most)
-        check_positive("temperature", self.temperature)
-        check_positive("num_train_epochs", self.num_train_epochs)
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise UserError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
-        if self.output_dir == "":
-            raise UserError("output_dir is empty: name a folder, or leave it out")
-
-    def _check_reports(self) -> None:
-        installed = get_available_reporting_integrations()
-        for name in self.report_to or []:
-            if name in INTEGRATION_TO_CALLBACK and name not in installed:
-                raise UserError(f"report_to names {name!r}, which is not installed: install it, or leave it out")
+        self.logging_nan_inf_filter = False  # the trainer stops at a loss that is not finite; the filter would hide it
 
     @property
     def order_seed(self) -> int:
@@ -211,11 +149,7 @@ class CurriculumConfig(TrainingArguments):
         return int(self.value("per_device_train_batch_size")) * self.gradient_accumulation_steps * devices
 
     def teacher_loading(self) -> dict[str, Any]:
-        """What `load_model` is told about the teacher.
-
-        Raises:
-            UserError: `teacher_quantization` is not JSON, or of a kind that transformers does not know.
-        """
+        """What `load_model` is told about the teacher; UserError where `teacher_quantization` cannot be read."""
         loading: dict[str, Any] = {"dtype": self.teacher_dtype, "trust_remote_code": self.trust_remote_code}
         if self.teacher_device_map is not None:
             loading["device_map"] = self.teacher_device_map
@@ -223,7 +157,6 @@ class CurriculumConfig(TrainingArguments):
             try:
                 loading["quantization_config"] = AutoQuantizationConfig.from_dict(json.loads(self.teacher_quantization))
             except (json.JSONDecodeError, ValueError, TypeError, AttributeError, ImportError) as error:
-                raise UserError(
-                    f"teacher_quantization {self.teacher_quantization!r} cannot be used: {error}"
-                ) from error
+                found = self.teacher_quantization
+                raise UserError(f"teacher_quantization {found!r} cannot be used: {error}") from error
         return loading

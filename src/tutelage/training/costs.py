@@ -1,9 +1,4 @@
-"""What a stage costs, and what it reaches.
-
-Public names: `StageCost`, `measure_stage`.
-"""
-
-from __future__ import annotations
+"""What a stage costs, and what it reaches."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +15,9 @@ from tutelage.training.objective import StageObjective
 class StageCost:
     """Floating-point operations of one training step of a stage, per position (padding included), and its reach."""
 
-    student_flops: float
-    """Student forward and backward, FLOPs per position."""
-    teacher_flops: float
-    """Teacher forward, FLOPs per position."""
-    reached: frozenset[str]
-    """Names of the student's parameters that the stage's loss depends on."""
+    student_flops: float  # student forward and backward, FLOPs per position
+    teacher_flops: float  # teacher forward, FLOPs per position
+    reached: frozenset[str]  # names of the student's parameters that the stage's loss depends on
 
     @property
     def flops(self) -> float:
@@ -38,32 +30,30 @@ def measure_stage(objective: StageObjective, index: int, batch: dict[str, Any]) 
 
     Gradients, the random state and the current stage are left as they were. Works on the meta device too.
     """
-    previous, grads = objective.stage_index, {n: p.grad for n, p in objective.student.named_parameters()}
+    parameters = dict(objective.student.named_parameters())
+    previous, grads = objective.stage_index, {name: parameter.grad for name, parameter in parameters.items()}
     objective.stage_index = index
     objective.student.zero_grad(set_to_none=True)
-    device_types = {p.device.type for p in objective.student.parameters()} - {"meta", "cpu"}
+    device_types = {parameter.device.type for parameter in parameters.values()} - {"meta", "cpu"}
+    counter = FlopCounterMode(display=False)
     try:
-        with torch.random.fork_rng(device_type=next(iter(device_types), "cuda"), enabled=True):
-            counter = FlopCounterMode(display=False)
-            with counter, torch.enable_grad():
-                objective(**batch)["loss"].backward()
-        reached = frozenset(n for n, p in objective.student.named_parameters() if p.grad is not None)
+        with torch.random.fork_rng(device_type=next(iter(device_types), "cuda")), counter, torch.enable_grad():
+            objective(**batch)["loss"].backward()
+        reached = frozenset(name for name, parameter in parameters.items() if parameter.grad is not None)
         teacher = _teacher_flops(objective, batch)
     finally:
         objective.stage_index = previous
-        for name, parameter in objective.student.named_parameters():
+        for name, parameter in parameters.items():
             parameter.grad = grads[name]
     positions = batch_positions(batch)
-    total = counter.get_total_flops()
-    return StageCost((total - teacher) / positions, teacher / positions, reached)
+    return StageCost((counter.get_total_flops() - teacher) / positions, teacher / positions, reached)
 
 
 def _teacher_flops(objective: StageObjective, batch: dict[str, Any]) -> int:
     """Operations that the targets of a step cost; 0 where the batch contains them."""
-    source = objective.source
+    source, counter = objective.source, FlopCounterMode(display=False)
     if not objective.stage.needs_teacher:
         return 0
-    counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         if isinstance(objective.stage, HiddenStage):
             source.hidden(objective.stage_index, batch)

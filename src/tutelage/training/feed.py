@@ -1,17 +1,12 @@
-"""Batches that a stage is measured and calibrated on.
-
-Public names: `StageFeed`.
-"""
-
-from __future__ import annotations
+"""Batches that a stage is measured and calibrated on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from tutelage.core.inputs import batch_positions
 from tutelage.targets.source import TargetSource
 
 Batch = dict[str, Any]
@@ -22,16 +17,17 @@ class StageFeed:
     """Takes rows from a run's training data."""
 
     source: TargetSource
-    rows: Any
-    """Training rows."""
-    collate: Callable[[Any], Batch]
-    """From rows to a batch on the device."""
-    samples: int
-    """Examples of the calibration pass."""
+    rows: Any  # for training
+    collate: Callable[[Any], Batch]  # from rows to a batch on the device
+    samples: int  # examples of the calibration pass
     batch_size: int
 
     def calibration(self) -> list[Batch]:
         """The first training examples (those of the extraction, where there is one), in batches."""
+        return self._calibration
+
+    @cached_property
+    def _calibration(self) -> list[Batch]:
         with torch.random.fork_rng(devices=[]):  # masking collators may draw
             lists = self.source.calibration_rows(self.rows, self.samples, self.batch_size)
             return [self.collate(rows) for rows in lists]
@@ -39,7 +35,3 @@ class StageFeed:
     def example(self, index: int) -> Batch:
         """A batch of one training example, of stage `index` where examples belong to stages."""
         return self.collate(self.source.example_rows(self.rows, index))
-
-    def calibration_positions(self) -> int:
-        """Positions that the calibration pass reads, about."""
-        return min(self.samples, len(self.rows)) * batch_positions(self.example(0))

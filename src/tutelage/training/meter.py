@@ -1,9 +1,4 @@
-"""Counting what a run has spent: samples, tokens, FLOPs and training seconds.
-
-Public names: `Meter`.
-"""
-
-from __future__ import annotations
+"""Counting what a run has spent: samples, tokens, FLOPs and training seconds."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +13,7 @@ from tutelage.training.records import Progress
 
 
 class Meter:
-    """Keeps a run's `Progress` up to date.
-
-    Args:
-        progress: totals to start from.
-        world_size: devices that train in parallel; each counts its own part of a step.
-        total: sum of a tensor over devices.
-    """
+    """Keeps a run's `Progress` up to date; each of `world_size` devices counts its part, `total` sums a tensor over them."""
 
     def __init__(self, progress: Progress, world_size: int, total: Callable[[torch.Tensor], torch.Tensor]):
         self.progress = progress
@@ -39,10 +28,10 @@ class Meter:
 
     def count(self, batch: dict[str, Any], cost: StageCost) -> None:
         """Add a micro-step."""
-        mask = batch.get("attention_mask")
-        self._token_counts.append(torch.as_tensor(batch_positions(batch) if mask is None else mask.sum()))
+        mask, positions = batch.get("attention_mask"), batch_positions(batch)
+        self._token_counts.append(torch.as_tensor(positions if mask is None else mask.sum()))
         self.progress.samples += batch_size(batch) * self._world_size
-        positions = batch_positions(batch) * self._world_size
+        positions *= self._world_size
         self.progress.student_flops += cost.student_flops * positions
         self.progress.teacher_flops += cost.teacher_flops * positions
 

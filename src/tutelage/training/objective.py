@@ -1,21 +1,16 @@
 """The stage objective: one module whose forward is the loss of the current stage.
 
-Public names: `StageObjective`.
-
 This is what the trainer wraps (DDP, autocast), so wrappers see a normal forward that returns a loss. The target source is held
 outside the module tree: a teacher is never wrapped, saved, or given to the optimiser.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from tutelage.core.blocks import find_blocks, forward_to
+from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
-from tutelage.core.inputs import model_inputs
 from tutelage.core.losses import OutputSettings, hidden_loss
 from tutelage.targets.source import TargetSource
 
@@ -23,12 +18,8 @@ from tutelage.targets.source import TargetSource
 class StageObjective(nn.Module):
     """Holds the student; `forward(batch)` gives the loss of the current stage.
 
-    Args:
-        student: the model that trains.
-        source: where targets come from, with a curriculum attached.
-        container: dotted name of the student's list of blocks.
-        chunk_size: positions whose logits are held at a time.
-        embedding_loss: `cosine` or `mse`.
+    `source` has a curriculum attached. `container` is the dotted name of the student's list of blocks, `chunk_size` the
+    positions whose logits are held at a time, `embedding_loss` `cosine` or `mse`.
     """
 
     def __init__(
@@ -41,9 +32,8 @@ class StageObjective(nn.Module):
         embedding_loss: str = "cosine",
     ):
         super().__init__()
-        self.student = student
+        self.student, self.task = student, source.task
         self._outside = (source,)  # a tuple hides it from nn.Module's registration
-        self.task = source.task
         self.blocks = find_blocks(self.task.backbone(student), container)
         self.chunk_size, self.embedding_loss = chunk_size, embedding_loss
         self.stage_index = 0
@@ -79,21 +69,17 @@ class StageObjective(nn.Module):
 
     def hidden_states(self, index: int, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What hidden stage `index` compares: the student's states and their targets, (..., R), and which count, (...)."""
-        stage, network = self.curriculum.stages[index], self.task.backbone(self.student)
+        stage = self.curriculum.stages[index]
         assert isinstance(stage, HiddenStage)
         target, keep = self.source.hidden(index, batch)
-        state = forward_to(network, stage.student_place, blocks=self.blocks, **model_inputs(network, batch))
+        state = self.task.state_at(self.student, stage.student_place, batch, self.blocks)
         return self.task.stage_state(stage, state, batch), target, keep
 
     def _output_loss(self, stage: OutputStage, batch: dict[str, Any]) -> torch.Tensor:
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""
+        temperature, top_k = self.curriculum.temperature, self.curriculum.top_k
         settings = OutputSettings(
-            self.curriculum.temperature,
-            stage.label_weight,
-            self.curriculum.top_k,
-            self.chunk_size,
-            self.embedding_loss,
-            self.source.outputs,
+            temperature, stage.label_weight, top_k, self.chunk_size, self.embedding_loss, self.source.outputs
         )
         target = self.source.output(batch) if stage.needs_teacher else None
         return self.task.output_loss(self.student, batch, target, settings)

@@ -1,9 +1,4 @@
-"""From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute.
-
-Public names: `Prepared`, `Given`, `prepare`, `open_source`, `open_extracted`, `compare_given`.
-"""
-
-from __future__ import annotations
+"""From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +14,6 @@ from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.identity import data_fingerprint, model_hash, tokenizer_hash
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
-from tutelage.tasks.base import Task
 from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.training import checks, warm_start
@@ -34,8 +28,7 @@ Teacher = nn.Module | str | TargetSource | None
 class Given:
     """What a trainer was given."""
 
-    model: nn.Module | str
-    """The student."""
+    model: nn.Module | str  # the student
     teacher: Teacher
     train_dataset: Any
     eval_dataset: Any
@@ -47,8 +40,6 @@ class Given:
 class Prepared:
     """What a trainer trains, and by which stages."""
 
-    student: nn.Module
-    source: TargetSource
     run: ResolvedRun
     objective: StageObjective
     train_dataset: Any
@@ -59,51 +50,41 @@ class Prepared:
 def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) -> Prepared:
     """Load what is given by name, decide what was left open, and check that everything fits together.
 
-    Args:
-        given: models and data.
-        args: the settings as given.
-        devices: that the student trains on; None is those of this run.
-
-    Raises:
-        UserError: anything that cannot work.
+    The student trains on `devices`; None is those of this run. Raises UserError for anything that cannot work.
     """
+    named = (part for part in (given.model, given.teacher) if isinstance(part, str))
+    checkpoints = args.teacher_checkpoints or ()
+    checks.check_not_read(args.output_dir, args.teacher_model_name_or_path, args.curriculum_dir, *named, *checkpoints)
     source = open_source(given, args)
-    task = source.task
-    tokenizer = given.tokenizer or source.tokenizer
-    student = given.model
+    task, student, tokenizer = source.task, given.model, given.tokenizer or source.tokenizer
     if isinstance(student, str):
         student = task.load(student, what="student", trust_remote_code=args.trust_remote_code)
     eval_dataset = source.evaluation_rows(given.eval_dataset)
-    for model in (student, getattr(source, "model", None)):
-        if model is not None:
-            task.check_model(model)
-            config = task.backbone(model).config
-            checks.check_dataset(given.train_dataset, config, "training")
-            checks.check_dataset(eval_dataset, config, "evaluation")
+    models = [student, *source.models]
+    for model in models:
+        task.check_model(model)
     outputs = checks.shared_outputs(student, source, tokenizer)
+    checks.check_dataset(given.train_dataset, models, task, "training")
+    checks.check_dataset(eval_dataset, models, task, "evaluation")
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))
     rows = len(given.train_dataset) if hasattr(given.train_dataset, "__len__") else None
-    fixed = source.fixed_settings(student_blocks)
-    blocks = (student_blocks, source.blocks)
+    blocks, fixed = (student_blocks, source.blocks), source.fixed_settings(student_blocks)
     run = resolve(args, blocks, fixed, rows, task.warm_start, given.curriculum, devices)
     if run.curriculum.top_k is not None and not task.splits_head:
-        raise UserError(
-            f"top_k is for tasks with an output head over many outputs, but this task is {task.name}: leave top_k out"
-        )
+        raise UserError(f"top_k is for an output head over many outputs, but this task is {task.name}: leave top_k out")
     source.attach(run.curriculum, student, outputs)
     objective = StageObjective(
         student, source, container=args.blocks, chunk_size=args.logits_chunk_size, embedding_loss=args.embedding_loss
     )
     warm_start.check(objective)
     train_dataset = source.training_rows(given.train_dataset, run.reading)
-    return Prepared(student, source, run, objective, train_dataset, eval_dataset, tokenizer)
+    return Prepared(run, objective, train_dataset, eval_dataset, tokenizer)
 
 
 def open_source(given: Given, args: CurriculumConfig) -> TargetSource:
     """Where the targets of a run come from: an extracted curriculum, a teacher in memory or by name, or labels alone.
 
-    Raises:
-        UserError: an extracted curriculum is damaged or was made from something else than what was given.
+    Raises UserError where an extracted curriculum is damaged or was made from something else than what was given.
     """
     if isinstance(given.teacher, TargetSource):
         return given.teacher
@@ -114,7 +95,8 @@ def open_source(given: Given, args: CurriculumConfig) -> TargetSource:
     teacher = given.teacher if given.teacher is not None else args.teacher_model_name_or_path
     if args.method == "scratch" and given.curriculum is None:
         teacher = None
-    task = _task(args, given.model if teacher is None else teacher)
+    reference = given.model if teacher is None else teacher
+    task = get_task(args.task) if args.task else detect_task(reference, args.trust_remote_code)
     if teacher is None:
         return NoTargets(task)
     if isinstance(teacher, str):
@@ -126,41 +108,24 @@ def open_source(given: Given, args: CurriculumConfig) -> TargetSource:
     return LiveTargets(teacher, task, args.blocks)
 
 
-def _task(args: CurriculumConfig, reference: nn.Module | str) -> Task:
-    return get_task(args.task) if args.task else detect_task(reference, args.trust_remote_code)
-
-
 def open_extracted(folder: str, args: CurriculumConfig) -> ExtractedTargets:
-    """An extracted curriculum, after checking its files and whether it serves the method and task of `args`.
-
-    Raises:
-        UserError: it is damaged, or for a different method or task.
-    """
+    """An extracted curriculum; UserError where it is damaged, or for a method or task other than those of `args`."""
     extracted = ExtractedCurriculum(folder, check=False)
-    # remote shards are compared when they are fetched, local ones by one process
-    extracted.check(
-        shards=args.check_curriculum and extracted.store.local is not None and args.local_process_index == 0
-    )
+    local = (
+        extracted.store.local is not None
+    )  # remote shards are compared when they are fetched, local ones by one process
+    extracted.check(shards=args.check_curriculum and local and args.local_process_index == 0)
     if args.method not in ("extraction", "one_shot"):
-        raise UserError(
-            f"method {args.method!r} does not train from an extracted curriculum: leave curriculum_dir out, or choose "
-            "extraction or one_shot"
-        )
+        what = f"method {args.method!r} does not train from an extracted curriculum"
+        raise UserError(f"{what}: leave curriculum_dir out, or choose extraction or one_shot")
     if args.task not in (None, extracted.identity.task):
-        raise UserError(
-            f"the extracted curriculum in {str(extracted.store)!r} is for task {extracted.identity.task}, not {args.task}: "
-            "leave task out"
-        )
+        where = f"the extracted curriculum in {str(extracted.store)!r}"
+        raise UserError(f"{where} is for task {extracted.identity.task}, not {args.task}: leave task out")
     return ExtractedTargets(extracted)
 
 
 def compare_given(source: ExtractedTargets, given: Given, args: CurriculumConfig) -> None:
-    """Refuse a teacher, tokenizer or training set that the curriculum was not extracted from; what is not given is not
-    compared.
-
-    Raises:
-        UserError: one of them is different.
-    """
+    """Raise UserError for a teacher, tokenizer or training set that the curriculum was not extracted from."""
     identity, where = source.folder.identity, f"the extracted curriculum in {str(source.folder.store)!r}"
     if given.tokenizer is not None and tokenizer_hash(given.tokenizer) != identity.tokenizer:
         checks.check_tokenizers(given.tokenizer, source.tokenizer)  # says in which entry
@@ -169,13 +134,11 @@ def compare_given(source: ExtractedTargets, given: Given, args: CurriculumConfig
     if isinstance(teacher, str):
         teacher = source.task.load(teacher, **args.teacher_loading())
     if isinstance(teacher, nn.Module) and model_hash(teacher) != identity.teacher.hash:
-        raise UserError(
-            f"{where} was made from a different teacher ({identity.teacher.name}), or from the same teacher loaded with a "
-            f"different dtype ({identity.teacher.dtype}): leave the teacher out, or extract again"
-        )
+        dtype = f"the same teacher loaded with a different dtype ({identity.teacher.dtype})"
+        what = f"a different teacher ({identity.teacher.name}), or from {dtype}"
+        raise UserError(f"{where} was made from {what}: leave the teacher out, or extract again")
     if given.train_dataset is not None and data_fingerprint(given.train_dataset) != identity.data.fingerprint:
         streamed = ", the first rows of a stream" if identity.data.streamed else ""
-        raise UserError(
-            f"{where} was made from different data ({identity.data.name}, {identity.data.rows:,} rows{streamed}): leave the "
-            "dataset out, since the extracted curriculum contains it, or extract again"
-        )
+        what = f"different data ({identity.data.name}, {identity.data.rows:,} rows{streamed})"
+        how = "leave the dataset out, since the extracted curriculum contains it, or extract again"
+        raise UserError(f"{where} was made from {what}: {how}")

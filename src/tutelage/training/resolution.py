@@ -1,15 +1,11 @@
-"""From settings as given to one frozen run: curriculum, batch size and budget.
-
-Public names: `ResolvedRun`, `resolve`, `resolve_reading`, `build_curriculum`, `total_steps`.
-"""
-
-from __future__ import annotations
+"""From settings as given to one frozen run: curriculum, batch size and budget."""
 
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import (
@@ -23,16 +19,14 @@ from tutelage.core.curriculum import (
     uniform_layer_map,
 )
 from tutelage.core.errors import UserError
-from tutelage.targets.order import Reading
-from tutelage.targets.source import FixedSettings
+from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import DEFAULTS, CurriculumConfig
 
 _SHARED = ("projection", "projection_seed", "normalize", "temperature", "top_k")
-# Settings that only some methods read; a setting that the method does not read gets a warning.
+# settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
-    **dict.fromkeys(
-        ("layer_map", "num_stages", "stage_steps", "stage_learning_rate", "projection", "warm_start"), ("extraction",)
-    ),
+    **dict.fromkeys(["layer_map", "num_stages", "stage_steps", "stage_learning_rate"], ("extraction",)),
+    **dict.fromkeys(["projection", "warm_start"], ("extraction",)),
     "teacher_checkpoints": ("progressive",),
     "label_weight": ("extraction", "one_shot", "progressive"),
 }
@@ -43,8 +37,7 @@ class ResolvedRun:
     """What a run does, with nothing left open."""
 
     curriculum: Curriculum
-    reading: Reading
-    """Batch size, devices and data order."""
+    reading: Reading  # batch size, devices and data order
     calibration_samples: int
 
     def arguments(self, args: CurriculumConfig) -> CurriculumConfig:
@@ -79,10 +72,10 @@ def resolve(
         devices: that the student trains on; None is those of this run.
 
     Raises:
-        UserError: a setting that contradicts the source, or a curriculum that cannot be built.
+        UserError: a setting that contradicts the source (also where it is the default), or no curriculum can be built.
     """
-    check_contradictions(args, fixed)
-    reading = resolve_reading(args, fixed, devices)
+    check_made(fixed.where, fixed.values, args)
+    reading = _reading(args, fixed, devices or args.world_size)
     if curriculum is None:
         steps = _budget(args, fixed, reading, rows)
         curriculum = build_curriculum(args, blocks, steps, warm_start, fixed)
@@ -90,19 +83,17 @@ def resolve(
     return ResolvedRun(curriculum, reading, samples)
 
 
-def check_contradictions(args: CurriculumConfig, fixed: FixedSettings) -> None:
-    """Refuse an explicit setting that contradicts the source, also where it equals the default."""
-    for name, value in fixed.values.items():
-        given = getattr(args, name)
+def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
+    """Raise UserError where one of `settings` is given and is not what an extracted curriculum was made with."""
+    for name, value in made.items():
+        given = getattr(settings, name)
         if given is not None and given != value:
-            raise UserError(
-                f"{fixed.where} was made with {name}={value}, but {name}={given} was given: leave {name} out, or extract again"
-            )
+            what = f"{where} was made with {name}={value}, but {name}={given} was given"
+            raise UserError(f"{what}: leave {name} out, or extract again")
 
 
-def resolve_reading(args: CurriculumConfig, fixed: FixedSettings, devices: int | None = None) -> Reading:
-    """Batch size, devices (None is those of this run) and data order."""
-    devices = devices or args.world_size
+def _reading(args: CurriculumConfig, fixed: FixedSettings, devices: int) -> Reading:
+    """Batch size, devices and data order."""
     micro_batches = args.gradient_accumulation_steps * devices
     size = args.value("per_device_train_batch_size")
     if args.per_device_train_batch_size is None and fixed.step_examples is not None:
@@ -117,18 +108,11 @@ def _budget(args: CurriculumConfig, fixed: FixedSettings, reading: Reading, rows
         pairs = _fixed_layer_map(args, fixed)
         places = [theirs for _, theirs in pairs] if pairs else list(fixed.hidden_steps)
         return fixed.output_steps + sum(fixed.hidden_steps[place] for place in places)
-    steps = total_steps(args, rows if fixed.rows is None else fixed.rows, reading)
-    if steps is None:
-        raise UserError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
-    return steps
-
-
-def total_steps(args: CurriculumConfig, rows: int | None, reading: Reading) -> int | None:
-    """Optimiser steps of the budget: `max_steps`, else from epochs and the number of training examples."""
     if args.max_steps > 0:
         return args.max_steps
+    rows = rows if fixed.rows is None else fixed.rows
     if rows is None:
-        return None
+        raise UserError("the budget is unknown: set max_steps, or num_train_epochs with a sized train_dataset")
     size = reading.batch_size * reading.devices
     batches = rows // size if args.dataloader_drop_last else math.ceil(rows / size)
     # as transformers counts: an epoch's last step may have fewer micro-batches
@@ -149,19 +133,17 @@ def build_curriculum(
     default_warm_start: str = "head",
     fixed: FixedSettings = FixedSettings(),  # noqa: B008 (frozen)
 ) -> Curriculum:
-    """The curriculum that settings describe.
+    """The curriculum that settings describe, of `steps` optimiser steps; arguments and errors as in `resolve`.
 
-    Args:
-        args: the settings as given.
-        blocks: L_S and L_T; None without a teacher (scratch).
-        steps: optimiser steps of the whole curriculum.
-        default_warm_start: of extraction where neither blocks nor `warm_start` are given.
-        fixed: what the target source decides.
-
-    Raises:
-        UserError: whatever the builders refuse.
+    `default_warm_start` is that of extraction where neither blocks nor `warm_start` are given.
     """
-    _warn_of_unread(args)
+    unread = [
+        name
+        for name, methods in _READERS.items()
+        if args.method not in methods and getattr(args, name) not in (None, 0.0, "none", DEFAULTS.get(name))
+    ]
+    if unread:
+        warnings.warn(f"method {args.method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=2)
     student_blocks, teacher_blocks = blocks
     settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
     if args.method == "scratch":
@@ -177,9 +159,7 @@ def build_curriculum(
     warm_start = _warm_start(args, layer_map, default_warm_start, fixed)
     num_stages = args.num_stages
     if layer_map is not None and num_stages is not None:
-        raise UserError(
-            "layer_map and num_stages were both given, but each says which hidden stages there are: give one"
-        )
+        raise UserError("layer_map and num_stages both say which hidden stages there are: give one of them")
     if layer_map is None and "head" in warm_start:
         # a transplanted head needs the stage that teaches its input; uniform stages come before it if asked for
         uniform = [] if num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
@@ -215,16 +195,4 @@ def _stage_steps(args: CurriculumConfig, fixed: FixedSettings, chosen: LayerMap 
     own_budget = args.max_steps > 0 or args.num_train_epochs is not None
     if chosen and args.stage_fraction is None and not own_budget:
         return [fixed.hidden_steps[place] for _, place in chosen]
-    fraction: float = args.value("stage_fraction")
-    return fraction
-
-
-def _warn_of_unread(args: CurriculumConfig) -> None:
-    """Warn of settings that the method does not read."""
-    unread = [
-        name
-        for name, methods in _READERS.items()
-        if args.method not in methods and getattr(args, name) not in (None, 0.0, "none", DEFAULTS.get(name))
-    ]
-    if unread:
-        warnings.warn(f"method {args.method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=3)
+    return args.value("stage_fraction")

@@ -4,8 +4,7 @@ One `train()` covers all stages: one data order, one progress bar, one step coun
 the trainable set, the optimiser and the schedule are made anew.
 """
 
-from __future__ import annotations
-
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +22,13 @@ from tutelage.core.inputs import batch_positions
 from tutelage.io.files import writing_errors
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.base import EvaluationTools
-from tutelage.training import checks
+from tutelage.training import checks, records
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.feed import StageFeed
 from tutelage.training.meter import Meter
 from tutelage.training.objective import StageObjective
 from tutelage.training.preparation import Given, Teacher, prepare
-from tutelage.training.records import METRICS_FILE, TARGETS_FILE, MetricsFile, Progress, find_checkpoint
+from tutelage.training.records import MetricsFile, Progress
 from tutelage.training.transition import StageTransition
 
 
@@ -45,8 +44,7 @@ class CurriculumTrainer(Trainer):
             `transformers.Trainer`. Datasets hold `input_ids` (and `labels` for classification).
         curriculum: stages of your own; None builds them from `args`.
 
-    Raises:
-        UserError: anything that cannot work, before any compute is spent.
+    Raises UserError for anything that cannot work, before any compute is spent.
     """
 
     args: CurriculumConfig
@@ -71,38 +69,35 @@ class CurriculumTrainer(Trainer):
     ):
         args = CurriculumConfig() if args is None else args
         if args.n_gpu > 1:
-            warnings.warn(
-                f"using 1 of {args.n_gpu} GPUs: start with `accelerate launch -m tutelage ...` to use all", stacklevel=2
-            )
+            how = "start with `accelerate launch -m tutelage ...` to use all"
+            warnings.warn(f"using 1 of {args.n_gpu} GPUs: {how}", stacklevel=2)
         if optimizers != (None, None):
             raise UserError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
         given = Given(model, teacher_model, train_dataset, eval_dataset, processing_class, curriculum)
         prepared = prepare(given, args)
-        self.source, self.objective = prepared.source, prepared.objective
+        self.objective, self.source = prepared.objective, prepared.objective.source
         run, self.task, self.curriculum = prepared.run, self.source.task, prepared.run.curriculum
         self.transition = StageTransition(self.objective)
         resolved = run.arguments(args)
-        checks.require_unused_search(resolved, self.curriculum)
+        if args.world_size > 1 and self.curriculum.hidden_stages:  # which leave the parameters above their block unused
+            if args.ddp_find_unused_parameters is False:
+                raise UserError("ddp_find_unused_parameters=False cannot work: hidden stages leave parameters unused")
+            resolved.ddp_find_unused_parameters = True
         self.meter = Meter(Progress(), args.world_size, self._sum_over_devices)
         self.folder = Path(args.output_dir or ".")
-        self.metrics_file = MetricsFile(self.folder / METRICS_FILE)
+        self.metrics_file = MetricsFile(self.folder / records.METRICS_FILE)
         self.compares_with_teacher = args.eval_with_teacher or not self.task.learns_from_labels
         self._resumed_stage: int | None = None
         if data_collator is None and prepared.tokenizer is not None and self.task.tokenized:
             data_collator = self.task.collator(prepared.tokenizer)
         with writing_errors(self.folder), as_user_error("transformers refuses the arguments", ValueError, ImportError):
+            data = {"train_dataset": prepared.train_dataset, "eval_dataset": prepared.eval_dataset}
+            rest: dict[str, Any] = {"compute_metrics": compute_metrics, "callbacks": callbacks, **data}
             super().__init__(
-                model=prepared.student,
-                args=resolved,
-                data_collator=data_collator,
-                train_dataset=prepared.train_dataset,
-                eval_dataset=prepared.eval_dataset,
-                processing_class=prepared.tokenizer,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
+                self.objective.student, resolved, data_collator, processing_class=prepared.tokenizer, **rest
             )
-        samples, size = run.calibration_samples, run.reading.batch_size
-        self.feed = StageFeed(self.source, self.train_dataset, self._collate, samples, size)
+        size = run.reading.batch_size
+        self.feed = StageFeed(self.source, self.train_dataset, self._collate, run.calibration_samples, size)
         self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
@@ -118,14 +113,9 @@ class CurriculumTrainer(Trainer):
 
     # ---- Stages ----
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Run the whole curriculum, or resume it; see `transformers.Trainer.train`."""
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.folder)
+        checkpoint = records.find_checkpoint(resume_from_checkpoint, self.folder)
         if self.is_world_process_zero():
             resuming, overwrite = checkpoint is not None, self.args.overwrite_output_dir
             checks.claim_output_dir(self.folder, self.curriculum, resuming, overwrite)
@@ -133,7 +123,8 @@ class CurriculumTrainer(Trainer):
         identity = checks.run_identity(self.args, self.curriculum, self.source, self.train_dataset)
         progress, self._resumed_stage = Progress(identity=identity), None
         if checkpoint is not None:
-            progress = Progress.load(checkpoint)
+            with records.reading_checkpoint(checkpoint):
+                progress = Progress.load(checkpoint)
             checks.check_same_run(progress.identity, identity, str(checkpoint))
             self._resumed_stage = progress.stage
         self.meter = Meter(progress, self.args.world_size, self._sum_over_devices)
@@ -141,7 +132,7 @@ class CurriculumTrainer(Trainer):
         if checkpoint is not None and self._finished(checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
         try:
-            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+            output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             self.transition.set_trainable(self.transition.all)
         self._check_weights()
@@ -149,7 +140,8 @@ class CurriculumTrainer(Trainer):
 
     def _finished(self, checkpoint: Path) -> bool:
         """Load a checkpoint of a run that is complete; False, and nothing loaded, for any other."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        with records.reading_checkpoint(checkpoint):
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < self.curriculum.total_steps:
             return False
         self.state = state
@@ -159,7 +151,7 @@ class CurriculumTrainer(Trainer):
 
     def _check_weights(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
-            self._stop_diverged("a weight is not finite")
+            raise self._diverged("a weight is not finite")
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Let `Trainer` prepare the stage objective in the student's place, for the stage that the run is in."""
@@ -167,12 +159,12 @@ class CurriculumTrainer(Trainer):
         if resuming and self.is_world_process_zero():
             self.metrics_file.keep_until(self.state.global_step)
         self.meter.start()
-        file = StatisticsFile(self.folder / TARGETS_FILE, read=resuming, write=self.is_world_process_zero())
+        file = StatisticsFile(self.folder / records.TARGETS_FILE, read=resuming, write=self.is_world_process_zero())
         with self.accelerator.autocast():
             self.source.prepare(file, self.feed.calibration, self.args.device)
         self._move_to_stage(self.state.global_step)
         student = self.model
-        # Every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after.
+        # every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after
         self.transition.set_trainable(self.transition.all)
         self.model = self.model_wrapped = self.objective
         try:
@@ -195,6 +187,8 @@ class CurriculumTrainer(Trainer):
             self.transition.enter(index, fresh, self.feed)
             if step == 0:
                 self._charge_calibration()
+            if self.transition.transplanted is not None:
+                self._charge_transplant(self.transition.transplanted)
         if fresh and self.args.world_size > 1 and self.curriculum.warm_start != "none":
             for parameter in self.objective.student.parameters():  # each process fitted its own, to the last bit
                 torch.distributed.broadcast(parameter.data, 0)
@@ -202,11 +196,21 @@ class CurriculumTrainer(Trainer):
         self.progress.stage = index
 
     def _charge_calibration(self) -> None:
-        """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over the sample."""
-        hidden = [index for index, target_map in enumerate(self.source.maps) if target_map is not None]
-        positions = self.feed.calibration_positions() if hidden else 0
-        for index in hidden:
-            self.progress.teacher_flops += self.transition.measure(index, self.feed).teacher_flops * positions
+        """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over what was read for it."""
+        for index, target_map in enumerate(self.source.maps if self.source.models else ()):
+            if target_map is not None:
+                read = self.feed.calibration()[
+                    : None if target_map.is_calibrated else 1
+                ]  # the first batch tells the width
+                cost = self.transition.measure(index, self.feed)
+                self.progress.teacher_flops += cost.teacher_flops * sum(map(batch_positions, read))
+
+    def _charge_transplant(self, index: int) -> None:
+        """Charge the pass that compares the student's states with their targets before the head is transplanted."""
+        cost = self.transition.measure(index, self.feed)
+        positions = sum(map(batch_positions, self.feed.calibration()))
+        self.progress.teacher_flops += cost.teacher_flops * positions
+        self.progress.student_flops += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
@@ -223,7 +227,7 @@ class CurriculumTrainer(Trainer):
         self.accelerator._optimizers.clear()
         self.optimizer = self.accelerator.prepare(self.create_optimizer(self.objective))
         self.create_scheduler(self.curriculum.total_steps)
-        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (self.optimizer, self.lr_scheduler)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The optimiser of the current stage, over its trainable set, at its learning rate."""
@@ -276,14 +280,15 @@ class CurriculumTrainer(Trainer):
         """One micro-step; stops the run where the loss is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            self._stop_diverged(f"the loss is {loss.item()}")
+            raise self._diverged(f"the loss is {loss.item()}")
         self.meter.count(inputs, self.transition.costs[self.objective.stage_index])
         return loss
 
-    def _stop_diverged(self, what: str) -> None:
-        stage, step = self.objective.stage, self.state.global_step + 1
-        where = f"step {step}, stage {self.objective.stage_index + 1} ({stage.name})"
-        raise checks.diverged(what, where, self.folder)
+    def _diverged(self, what: str) -> checks.TrainingDiverged:
+        stage = f"stage {self.objective.stage_index + 1} ({self.objective.stage.name})"
+        where, last = f"step {self.state.global_step + 1}, {stage}", records.last_complete_checkpoint(self.folder)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+        return checks.TrainingDiverged(f"{what} at {where}; {kept}; lower learning_rate, or raise warmup_steps")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Measured FLOPs of a micro-step, teacher included, for `total_flos`."""
@@ -312,17 +317,16 @@ class CurriculumTrainer(Trainer):
         """As in transformers; also appends to metrics.jsonl."""
         progress = self.meter.settle()
         super().log(logs, start_time)
-        if not self.is_world_process_zero() or self.transition.entered is None:
-            return
-        record = {
-            "method": self.curriculum.method,
-            "stage": self.objective.stage_index + 1,
-            "stage_name": self.objective.stage.name,
-            "step": self.state.global_step,
-            **progress.totals(),
-            **{key: value for key, value in logs.items() if key not in ("epoch", "total_flos")},
-        }
-        self.metrics_file.append(record)
+        if self.is_world_process_zero() and self.transition.entered is not None:
+            record = {
+                "method": self.curriculum.method,
+                "stage": self.objective.stage_index + 1,
+                "stage_name": self.objective.stage.name,
+                "step": self.state.global_step,
+                **progress.totals(),
+                **{key: value for key, value in logs.items() if key not in ("epoch", "total_flos")},
+            }
+            self.metrics_file.append(record)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers; refuses weights that are not finite, and ends with the file that makes it complete."""
@@ -349,10 +353,9 @@ class CurriculumTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        def standard() -> None:
-            super(CurriculumTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
-
-        self.task.restore(self.model, Path(resume_from_checkpoint), standard)
+        standard = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        with records.reading_checkpoint(Path(resume_from_checkpoint)):
+            self.task.restore(self.model, Path(resume_from_checkpoint), standard)
 
     def _load_best_model(self) -> None:
         self.task.restore(self.model, Path(str(self.state.best_model_checkpoint)), super()._load_best_model)
@@ -366,23 +369,13 @@ class CurriculumTrainer(Trainer):
             checks.check_best_metric(self.args.metric_for_best_model, metrics)
         return metrics
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Metrics of `Task.evaluate`, and the user's `compute_metrics` over the student's predictions if given."""
+        output = EvalLoopOutput(None, None, {}, self.num_examples(dataloader))  # type: ignore[arg-type]
         if self.compute_metrics is not None or description == "Prediction":
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-            if description == "Prediction":
-                return output
-        else:
-            output = EvalLoopOutput(None, None, {}, self.num_examples(dataloader))  # type: ignore[arg-type]
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if description == "Prediction":
+            return output
         self.callback_handler.eval_dataloader = dataloader
 
         def on_step() -> None:
@@ -395,5 +388,6 @@ class CurriculumTrainer(Trainer):
             targets = self.source.output if self.compares_with_teacher else lambda batch: None
             metrics = self.task.evaluate(self.model, batches, targets, tools)
         assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -1,9 +1,4 @@
-"""Changing from one stage to the next: teacher weights, warm start, and the parameters that train.
-
-Public names: `StageTransition`.
-"""
-
-from __future__ import annotations
+"""Changing from one stage to the next: teacher weights, warm start, and the parameters that train."""
 
 from collections.abc import Collection
 
@@ -17,35 +12,26 @@ from tutelage.training.objective import StageObjective
 class StageTransition:
     """Puts objective, student and teacher in the state that a stage needs.
 
-    Args:
-        objective: the objective; the parameters of its student that require gradients now are those that may train.
+    The parameters of the student that require gradients when this is made are those that may train.
     """
 
     def __init__(self, objective: StageObjective):
         self.objective = objective
         self.all = frozenset(name for name, p in objective.student.named_parameters() if p.requires_grad)
-        self.trainable: frozenset[str] = self.all
-        """Parameters that train in the current stage."""
-        self.costs: dict[int, StageCost] = {}
-        """Measured cost of the stages entered so far, by index."""
-        self.entered: int | None = None
-        """Index of the current stage; None before training."""
+        self.trainable: frozenset[str] = self.all  # parameters that train in the current stage
+        self.costs: dict[int, StageCost] = {}  # measured cost of the stages entered so far, by index
+        self.entered: int | None = None  # index of the current stage; None before training
+        self.transplanted: int | None = None  # the stage from which a head was transplanted on entering the current one
 
     def enter(self, index: int, fresh: bool, feed: StageFeed) -> None:
-        """Make stage `index` the current one.
-
-        Args:
-            index: which.
-            fresh: at its first step, where a warm start applies; False when resuming within it.
-            feed: gives batches to measure and to calibrate on.
-        """
-        objective = self.objective
-        stages = objective.curriculum.stages
+        """Make stage `index` the current one; `fresh` is at its first step, where a warm start applies (not on resuming)."""
+        objective, stages = self.objective, self.objective.curriculum.stages
+        self.transplanted = None
         if fresh and any(stage.needs_teacher for stage in stages):
             if index == 0:
                 warm_start.apply_before_training(objective)
             elif isinstance(stages[index], OutputStage) and isinstance(stages[index - 1], HiddenStage):
-                warm_start.apply_before_output(objective, feed.calibration)
+                self.transplanted = warm_start.apply_before_output(objective, feed.calibration)
         stage = stages[index]
         objective.source.use_checkpoint(stage.teacher_checkpoint if isinstance(stage, OutputStage) else None)
         objective.stage_index = index
@@ -69,18 +55,14 @@ class StageTransition:
     def _parameters(self, index: int) -> frozenset[str]:
         """Parameters that train in a stage: those it reaches, less a tied head that must not move.
 
-        Inside the blocks the block number decides, since a part that one example leaves out (an expert) may serve
-        another.
+        Inside the blocks the block number decides: a part that one example leaves out (an expert) may serve another.
         """
         objective = self.objective
         student, stage, blocks = objective.student, objective.curriculum.stages[index], objective.blocks
         backbone = objective.task.backbone(student)
         prefix = next((f"{name}." for name, module in student.named_modules() if module is backbone and name), "")
-        depth = (
-            stage.student_place
-            if isinstance(stage, HiddenStage) and isinstance(stage.student_place, int)
-            else len(blocks)
-        )
+        place = stage.student_place if isinstance(stage, HiddenStage) else None
+        depth = place if isinstance(place, int) else len(blocks)
         frozen: set[str] = set()
         if isinstance(stage, HiddenStage) and warm_start.keeps_embedding_fixed(objective.curriculum, student):
             embedding = student.get_input_embeddings().weight  # type: ignore[operator]

@@ -1,7 +1,5 @@
 """Starting the student's head and embedding from the teacher's.
 
-Public names: `transplant_head`, `project_embedding`, `apply_before_training`, `apply_before_output`.
-
 After a hidden stage that pairs `final` with `final`, the student's final state is about z = P^T (h - mean) / scale. With D
 the linear map back from z to the standardised state (least squares over the calibration text; the pseudo-inverse of P
 where the standardised states are white), the teacher's logits W h + b are about W (scale * D^T z + mean) + b, so the
@@ -20,8 +18,6 @@ be.
 Shapes: V outputs, D teacher width, R student width, N calibration positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,8 +31,7 @@ from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
 from tutelage.training.objective import StageObjective
 
-# Before any training the noise of a student's state is unknown: half of its target's mean square is what the decoder is
-# made for, so that what comes back is at most as noisy as the state is large.
+# Before any training the noise of a student's state is unknown: the decoder is made for half of its target's mean square.
 _MAX_GAIN = 2.0
 
 
@@ -46,11 +41,8 @@ def transplant_head(
 ) -> None:
     """Write the teacher's head, composed with the way back from the student's state, into the student's.
 
-    Args:
-        student: the student's head; rows beyond the teacher's outputs (a padded vocabulary) are left alone.
-        standardizer: of the teacher's states at `final`.
-        decoder_RD: from the student's state to the teacher's standardised one.
-        teacher: the teacher's head; None is the identity (sentence encoders).
+    Rows of the student's head beyond the teacher's outputs (a padded vocabulary) are left alone; `standardizer` is of the
+    teacher's states at `final`; no teacher head is the identity (sentence encoders).
     """
     scale, mean = standardizer.scale.double().cpu(), standardizer.mean.double().cpu()
     weight = (decoder_RD.double().cpu() * scale).T
@@ -80,24 +72,20 @@ def project_embedding(student: nn.Module, source_VD: torch.Tensor, projection_se
 def check(objective: StageObjective) -> None:
     """Raise UserError where the curriculum's warm start cannot be made."""
     curriculum, task, student = objective.curriculum, objective.task, objective.student
+    given = f"warm_start={curriculum.warm_start!r}"
     if curriculum.transplant_stage is not None:
         if task.replica_seeds(student) is not None:
-            raise UserError(f"warm_start={curriculum.warm_start!r} cannot be made for replicated students: use 'none'")
+            raise UserError(f"{given} cannot be made for replicated students: use 'none'")
         target, source = task.output_head(student), objective.source.output_head()
         if target is None:
-            raise UserError(
-                f"warm_start={curriculum.warm_start!r} needs a student with a linear head on its embedding: "
-                "give a student without weights, it gets one, or warm_start='none'"
-            )
+            how = "give a student without weights, it gets one, or warm_start='none'"
+            raise UserError(f"{given} needs a student with a linear head on its embedding: {how}")
         if source is not None and source.softcap != target.softcap:
-            raise UserError(
-                f"the teacher soft-caps its logits at {source.softcap}, the student at {target.softcap}: a head transplant "
-                "needs both alike; set final_logit_softcapping in the student or warm_start='none'"
-            )
+            found = f"the teacher soft-caps its logits at {source.softcap}, the student at {target.softcap}"
+            how = "set final_logit_softcapping in the student or warm_start='none'"
+            raise UserError(f"{found}: a head transplant needs both alike; {how}")
     if "embedding" in curriculum.warm_start and not hasattr(task.backbone(student), "get_input_embeddings"):
-        raise UserError(
-            f"warm_start={curriculum.warm_start!r} needs a model with token embeddings: use 'head' or 'none'"
-        )
+        raise UserError(f"{given} needs a model with token embeddings: use 'head' or 'none'")
 
 
 def keeps_embedding_fixed(curriculum: Curriculum, student: nn.Module) -> bool:
@@ -107,10 +95,8 @@ def keeps_embedding_fixed(curriculum: Curriculum, student: nn.Module) -> bool:
 
 def is_tied(student: Any) -> bool:
     """Whether the student's output head and input embedding share one matrix."""
-    if not hasattr(student, "get_input_embeddings"):
-        return False
-    embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
-    return head is not None and head.weight is embedding.weight
+    head = student.get_output_embeddings() if hasattr(student, "get_input_embeddings") else None
+    return head is not None and head.weight is student.get_input_embeddings().weight
 
 
 def apply_before_training(objective: StageObjective) -> None:
@@ -124,16 +110,13 @@ def apply_before_training(objective: StageObjective) -> None:
 
 
 @torch.no_grad()
-def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[dict[str, Any]]]) -> None:
-    """The head transplant, when the first output stage begins.
+def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[dict[str, Any]]]) -> int | None:
+    """The head transplant, when the first output stage begins; `batches` gives the calibration batches.
 
-    Args:
-        objective: student and target source.
-        batches: gives the calibration batches.
-    """
+    Returns the stage whose states it compared over these batches; None where there is nothing to do."""
     index = objective.curriculum.transplant_stage
     if index is None or is_tied(objective.student):
-        return
+        return None
     student, was_training = objective.student, objective.student.training
     student.eval()
     distance = size = 0.0
@@ -144,6 +127,7 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
         size += float(targets.square().sum())
     student.train(was_training)
     _transplant(objective, size / distance if distance > 0 else None)
+    return index
 
 
 def _transplant(objective: StageObjective, max_gain: float | None) -> None:

@@ -1,9 +1,4 @@
-"""The paper's recipes at three sizes: `laptop` is the default, `smoke` runs in seconds, `paper` has the published numbers.
-
-Public names: `RECIPES`, `SIZES`, `resolve`.
-"""
-
-from __future__ import annotations
+"""The paper's recipes at three sizes: `laptop` is the default, `smoke` runs in seconds, `paper` has the published numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -69,38 +64,29 @@ _TEXT = {
 }
 
 
-def _sizes(kind: type[Recipe], changes: Mapping[str, dict[str, Any]]) -> dict[str, Recipe]:
-    laptop = changes.get("laptop", {})
-    return {size: kind(size=size, **{**laptop, **changes.get(size, {})}) for size in SIZES}
-
-
+_KINDS: dict[Any, dict[str, dict[str, Any]]] = {
+    **{ParityMLPRecipe: _MLP, ParityTransformerRecipe: _TRANSFORMER},
+    **{MaskedPcfg: _PCFG, CausalPcfg: _PCFG, MaskedText: _TEXT, CausalText: _TEXT},
+}
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "parity-mlp": _sizes(ParityMLPRecipe, _MLP),
-    "parity-transformer": _sizes(ParityTransformerRecipe, _TRANSFORMER),
-    "pcfg-mlm": _sizes(MaskedPcfg, _PCFG),
-    "pcfg-clm": _sizes(CausalPcfg, _PCFG),
-    "text-mlm": _sizes(MaskedText, _TEXT),
-    "text-clm": _sizes(CausalText, _TEXT),
+    kind.name: {size: kind(size=size, **{**changes.get("laptop", {}), **changes.get(size, {})}) for size in SIZES}
+    for kind, changes in _KINDS.items()
 }
 
 
 def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of `RECIPE` or `RECIPE/SIZE` (default: laptop), with some of its fields changed.
 
-    Args:
-        name: e.g. `parity-mlp/smoke`.
-        overrides: fields of the recipe; text values are read as the field's type.
+    Text values of `overrides` are read as the field's type.
 
-    Raises:
-        UserError: unknown recipe, size or field, a value that cannot be read, or data that cannot be used.
+    Raises UserError: unknown recipe, size or field, a value that cannot be read, or data that cannot be used.
     """
     recipe_name, _, size = name.partition("/")
-    size = size or "laptop"
     if recipe_name not in RECIPES:
         raise UserError(
             f"unknown recipe {recipe_name!r}: there are {', '.join(RECIPES)} and scaling (see tutelage compare --list)"
         )
-    sizes = RECIPES[recipe_name]
+    sizes, size = RECIPES[recipe_name], size or "laptop"
     if size not in sizes:
         raise UserError(f"unknown size {size!r} of {recipe_name}: there are {', '.join(sizes)}")
     recipe = change_fields(sizes[size], overrides or {}, recipe_name)

@@ -1,12 +1,8 @@
 """Language models: the synthetic language of a grammar, and real text, masked and causal.
 
-Public names: `LanguageRecipe`, `PcfgRecipe`, `MaskedPcfg`, `CausalPcfg`, `TextRecipe`, `MaskedText`, `CausalText`.
-
 Settings follow arXiv:2410.05464 (PCFG: 30% masking, Adam with betas 0.9 and 0.95, cosine with 6% warm-up). All methods are
 compared at the end of one budget; the target of a comparison is one-shot's final loss.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
@@ -21,20 +17,20 @@ from typing import Any, ClassVar
 import torch
 from datasets import concatenate_datasets
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import LlamaConfig, ModernBertConfig
 
 from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, PaperRecipe, at_least_one
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
-from tutelage.tasks.base import EvaluationTools
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
-from tutelage.tasks.loading import load_model, load_tokenizer
+from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.pcfg import PcfgDataset, pcfg_collator, pcfg_config
 from tutelage.tasks.pcfg_grammar import Grammar, build_grammar
 from tutelage.tasks.registry import get_task
 from tutelage.tasks.text import read_dataset, split_dataset, tokenize
+
+_OTHER = "it was made for a different language"
 
 
 @dataclass(frozen=True)
@@ -54,24 +50,16 @@ class LanguageRecipe(PaperRecipe):
     budget_samples: int = 32_000
     eval_every: int = 1_600
     eval_samples: int = 512
-    layers: int = 4
-    """Blocks of teacher and student."""
+    layers: int = 4  # blocks of teacher and student
     teacher_heads: int = 16
-    """Heads of the teacher."""
     student_heads: int = 4
-    """Heads of the student."""
     head_width: int = 8
-    """Width of a head."""
-    stage_fraction: float = 0.25
-    """Fraction of the steps given to the hidden stages together."""
-    num_stages: int | None = 1
-    """Hidden stages of the paper's extraction, evenly spaced; `none`: one for each block."""
+    stage_fraction: float = 0.25  # fraction of the steps given to the hidden stages together
+    num_stages: int | None = 1  # hidden stages of the paper's extraction, evenly spaced; `none`: one for each block
     teacher_samples: int = 64_000
     """Sequences that the teacher is trained on, with a cosine decay to zero: its loss has flattened by then."""
-    teacher_checkpoints: int = 8
-    """Checkpoints kept over its training, for progressive distillation."""
-    mlm_probability: float = 0.3
-    """Fraction of tokens masked (masked prediction)."""
+    teacher_checkpoints: int = 8  # checkpoints kept over its training, for progressive distillation
+    mlm_probability: float = 0.3  # fraction of tokens masked (masked prediction)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,14 +81,13 @@ class LanguageRecipe(PaperRecipe):
 
     def arguments(self) -> dict[str, Any]:
         optimizer = {"optim": "adamw_torch", "adam_beta2": 0.95, "weight_decay": 0.0}
-        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.06}
-        return {**optimizer, **schedule, "per_device_eval_batch_size": 64}
+        return {**optimizer, "lr_scheduler_type": "cosine", "warmup_steps": 0.06, "per_device_eval_batch_size": 64}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
         if method != "extraction":
             return {}
-        as_in_the_paper = {"normalize": "none", "warm_start": "none"}
-        return {"num_stages": self.num_stages, "stage_fraction": self.stage_fraction, **as_in_the_paper}
+        stages = {"num_stages": self.num_stages, "stage_fraction": self.stage_fraction}
+        return {**stages, "normalize": "none", "warm_start": "none"}  # as in the paper
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -115,9 +102,6 @@ class LanguageRecipe(PaperRecipe):
     def new_teacher(self) -> nn.Module:
         return self._build(self.teacher_heads, self.teacher_seed)
 
-    def load_teacher(self, folder: str) -> nn.Module:
-        return load_model(folder, get_task(self.task).auto_class)
-
     def teacher_rule(self) -> TeacherRule:
         every = self.teacher_samples // self.teacher_checkpoints
         return TeacherRule("loss", None, 1.0, self.teacher_samples, every, better="lower")
@@ -126,12 +110,9 @@ class LanguageRecipe(PaperRecipe):
         return self.sequences(TEACHER_SEED + self.teacher_seed, count), self.eval_data(())
 
     def teacher_identity(self) -> dict[str, Any]:
-        return {
-            "masked": self.mlm_probability,
-            "shape": [self.layers, self.teacher_heads, self.head_width],
-            "seed": self.teacher_seed,
-            "eval": self.eval_samples,
-        }
+        shape = [self.layers, self.teacher_heads, self.head_width]
+        rest = {"seed": self.teacher_seed, "eval": self.eval_samples}
+        return {"masked": self.mlm_probability, "shape": shape, **rest}
 
     def checked_teacher(self, teacher: Teacher) -> Teacher:
         """A given teacher has to have this vocabulary and to know this language better than chance."""
@@ -140,18 +121,11 @@ class LanguageRecipe(PaperRecipe):
         model, name = teacher.model, Path(self.teacher).name
         entries, mine = int(model.config.vocab_size), self.model_config(1).vocab_size  # type: ignore[union-attr, arg-type]
         if mine != entries:
-            raise UserError(
-                f"teacher {name!r} has {entries} vocabulary entries, the recipe has {mine}: it was made for a different "
-                "language"
-            )
-        with torch.random.fork_rng(devices=[]):
-            batches = DataLoader(self.eval_data(()), batch_size=64, collate_fn=self.collator)
-            metrics = get_task(self.task).evaluate(model, batches, lambda batch: None, EvaluationTools())
+            raise UserError(f"teacher {name!r} has {entries} vocabulary entries, the recipe has {mine}: {_OTHER}")
+        metrics = self.evaluate(model, self.eval_data(()), batch_size=64)
         if metrics["loss"] > math.log(entries):
-            raise UserError(
-                f"teacher {name!r} has a held-out loss of {metrics['loss']:.3f} on this recipe's text, worse than chance: "
-                "it was made for a different language"
-            )
+            found = f"teacher {name!r} has a held-out loss of {metrics['loss']:.3f} on this recipe's text"
+            raise UserError(f"{found}, worse than chance: {_OTHER}")
         return dataclasses.replace(teacher, metrics=metrics)
 
 
@@ -161,14 +135,11 @@ class PcfgRecipe(LanguageRecipe):
 
     best = Variant("extraction-standardized", "extraction", {"normalize": "standardize"})
 
-    levels: int = 5
-    """Levels of the grammar, root and terminals included."""
+    levels: int = 5  # levels of the grammar, root and terminals included
     grammar_seed: int = 0
-    """Seed of its rules."""
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The grammar."""
         return build_grammar(self.levels, seed=self.grammar_seed)
 
     @cached_property
@@ -217,10 +188,8 @@ class TextRecipe(LanguageRecipe):
 
     dataset: str | None = None
     """Hub name, folder or file; default: the embedded Austen text, with Wikipedia summaries where they were fetched."""
-    eval_dataset: str | None = None
-    """Held-out text; default: the end of each text."""
-    max_length: int = 64
-    """Tokens per sequence."""
+    eval_dataset: str | None = None  # held-out text; default: the end of each text
+    max_length: int = 64  # tokens per sequence
     teacher_heads: int = 8
     head_width: int = 16
     budget_samples: int = 16_000
@@ -244,7 +213,6 @@ class TextRecipe(LanguageRecipe):
 
     @cached_property
     def _rows(self) -> tuple[Any, Any]:
-        """Training and held-out blocks."""
         parts = []
         for source, held_out in self._sources():
             data = read_dataset(source)
@@ -264,7 +232,7 @@ class TextRecipe(LanguageRecipe):
         return sources
 
     def identity(self) -> dict[str, Any]:
-        """The texts, without where this machine keeps them."""
+        # the texts, without where this machine keeps them
         return {"texts": ["/".join(Path(source).parts[-2:]) for source, _ in self._sources()]}
 
     def sequences(self, seed: int, count: int) -> Any:
@@ -278,14 +246,10 @@ class TextRecipe(LanguageRecipe):
         return {**super().teacher_identity(), "text": self._rows[0]._fingerprint, "length": self.max_length}
 
     def _shape(self, heads: int) -> dict[str, Any]:
-        """What the configurations of the two families have in common."""
         return {
-            "vocab_size": len(self.tokenizer),
-            "hidden_size": heads * self.head_width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": heads,
-            "max_position_embeddings": self.max_length,
-            "pad_token_id": self.tokenizer.pad_token_id,
+            **{"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id},
+            **{"hidden_size": heads * self.head_width, "max_position_embeddings": self.max_length},
+            **{"num_hidden_layers": self.layers, "num_attention_heads": heads},
         }
 
 

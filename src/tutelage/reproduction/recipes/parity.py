@@ -1,9 +1,4 @@
-"""Sparse parity with two-layer networks and with transformers (arXiv:2503.17494, arXiv:2410.05464).
-
-Public names: `ParityRecipe`, `ParityMLPRecipe`, `ParityTransformerRecipe`.
-"""
-
-from __future__ import annotations
+"""Sparse parity with two-layer networks and with transformers (arXiv:2503.17494, arXiv:2410.05464)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,21 +10,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, default_data_collator
 
 from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, plain_variant
-from tutelage.tasks.base import EvaluationTools
 from tutelage.tasks.loading import load_model
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig, check_parity, planted_teacher
-from tutelage.tasks.registry import get_task
 
 PLANTED = "planted"
-# Below this held-out accuracy a teacher was made for a different parity.
-_ABOVE_CHANCE = 0.6
+_ABOVE_CHANCE = 0.6  # below this held-out accuracy a teacher was made for a different parity
 
 
 @dataclass(frozen=True)
@@ -40,29 +31,21 @@ class ParityRecipe(PaperRecipe):
     metric = "accuracy"
     better = "higher"
 
-    d: int = 64
-    """Input bits."""
-    k: int = 5
-    """Bits that the label is the parity of."""
+    d: int = 64  # input bits
+    k: int = 5  # bits that the label is the parity of
     support: tuple[int, ...] | None = None
     """Their coordinates; default: the first k (two-layer networks), or k drawn at random (transformers)."""
-    target: float = 0.99
-    """Held-out accuracy to reach."""
+    target: float = 0.99  # held-out accuracy to reach
     teacher_learning_rate: float = 0.5
     teacher_batch_size: int = 16
-    """Examples per step of the teacher's training."""
-    teacher_max_samples: int = 4_000_000
-    """Examples within which the teacher must converge."""
+    teacher_max_samples: int = 4_000_000  # examples within which the teacher must converge
     teacher_factor: float = 2.5
     """The teacher is trained for this many times the examples after which it first reached 99.9%."""
     teacher_sparse_samples: int = 0
     """Examples over which the teacher's inputs go from half sparse to uniform (arXiv:2306.16921); 0: uniform from the start."""
-    teacher_checkpoint_every: int = 16_000
-    """Examples between the checkpoints kept for progressive distillation."""
-    stage_samples: int = 16_000
-    """Examples of each hidden stage."""
+    teacher_checkpoint_every: int = 16_000  # examples between the checkpoints kept for progressive distillation
+    stage_samples: int = 16_000  # examples of each hidden stage
     stage_learning_rate: float = 3.0
-    """Learning rate of hidden stages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,19 +77,30 @@ class ParityRecipe(PaperRecipe):
         return {**constant_rate, "per_device_eval_batch_size": 1024, "normalize": "none"}  # as in the paper
 
     def _stages(self) -> dict[str, Any]:
-        """`CurriculumConfig` fields of the hidden stages."""
         steps = max(1, self.stage_samples // self.batch_size)
         return {"stage_steps": [steps], "stage_learning_rate": self.stage_learning_rate}
 
     def teacher_rule(self) -> TeacherRule:
-        return TeacherRule(
-            "accuracy", 0.999, self.teacher_factor, self.teacher_max_samples, self.teacher_checkpoint_every
-        )
+        every = self.teacher_checkpoint_every
+        return TeacherRule("accuracy", 0.999, self.teacher_factor, self.teacher_max_samples, every)
+
+    def _data(self, count: int, seed: Any, sparse: int = 0) -> ParityData:
+        return ParityData(self.d, self.k, count, seed, self.coordinates, sparse)
+
+    def _streams(self, seeds: list[int]) -> Any:
+        """Seed of the data: a list where the student has replicas."""
+        return seeds[0]
+
+    def train_data(self, seeds: Sequence[int], count: int) -> Any:
+        return self._data(count, self._streams(list(seeds)))
+
+    def eval_data(self, seeds: Sequence[int]) -> Any:
+        return self._data(self.eval_samples, self._streams([seed + EVAL_SEED for seed in seeds]))
 
     def teacher_data(self, count: int) -> tuple[Any, Any]:
-        seed, support = TEACHER_SEED + self.teacher_seed, self.coordinates
-        train = ParityData(self.d, self.k, count, seed, support, self.teacher_sparse_samples)
-        return train, ParityData(self.d, self.k, self.eval_samples, seed + EVAL_SEED, support)
+        seed = TEACHER_SEED + self.teacher_seed
+        held_out = self._data(self.eval_samples, seed + EVAL_SEED)
+        return self._data(count, seed, self.teacher_sparse_samples), held_out
 
     def teacher_identity(self) -> dict[str, Any]:
         names = ("d", "k", "teacher_seed", "eval_samples", "teacher_sparse_samples")
@@ -119,14 +113,11 @@ class ParityRecipe(PaperRecipe):
             raise UserError(
                 f"the teacher takes {bits} bits, the recipe has d={self.d}: give the one or change the other"
             )
-        support = self.coordinates
-        data = ParityData(self.d, self.k, self.eval_samples, EVAL_SEED + TEACHER_SEED + 1, support)
-        batches = DataLoader(data, batch_size=512, collate_fn=self.collator)
-        metrics = get_task(self.task).evaluate(teacher.model, batches, lambda batch: None, EvaluationTools())
-        accuracy = metrics["accuracy"]
+        data = self._data(self.eval_samples, EVAL_SEED + TEACHER_SEED + 1)
+        accuracy = self.evaluate(teacher.model, data, batch_size=512)["accuracy"]
         if accuracy < _ABOVE_CHANCE:
             raise UserError(
-                f"the teacher's accuracy on this parity (d={self.d}, k={self.k}, support {list(support)}) is "
+                f"the teacher's accuracy on this parity (d={self.d}, k={self.k}, support {list(self.coordinates)}) is "
                 f"{accuracy:.3f}, which is chance: it was made for a different parity; give its d, k and support"
             )
         description = teacher.description
@@ -153,13 +144,9 @@ class ParityMLPRecipe(ParityRecipe):
     teacher: str = TRAINED
     """`trained`, `planted` (a network that computes the parity by construction), or the folder of a finished teacher."""
     teacher_width: int = 5000
-    """Hidden width of the teacher."""
     student_width: int = 100
-    """Hidden width of the student."""
-    match_activation: str = "pre"
-    """The student's side of the stage: `pre` or `post` activation."""
-    planted_noise: float = 0.02
-    """Planted teacher: standard deviation of the weights off the support."""
+    match_activation: str = "pre"  # the student's side of the stage: `pre` or `post` activation
+    planted_noise: float = 0.02  # planted teacher: standard deviation of the weights off the support
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +159,7 @@ class ParityMLPRecipe(ParityRecipe):
     @property
     def default_methods(self) -> tuple[Variant, ...]:
         names = ("extraction", "one_shot", "scratch", *(() if self.teacher == PLANTED else ("progressive",)))
-        return tuple(plain_variant(name) for name in names)
+        return tuple(map(plain_variant, names))
 
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "optim": "sgd", "max_grad_norm": 0.0}
@@ -205,14 +192,11 @@ class ParityMLPRecipe(ParityRecipe):
     def teacher_identity(self) -> dict[str, Any]:
         return {**super().teacher_identity(), "width": self.teacher_width}
 
+    def _streams(self, seeds: list[int]) -> Any:
+        return seeds
+
     def make_student(self, seeds: Sequence[int]) -> nn.Module:
         return ParityMLP(ParityMLPConfig(self.d, self.student_width, replica_seeds=list(seeds)))
-
-    def train_data(self, seeds: Sequence[int], count: int) -> Any:
-        return ParityData(self.d, self.k, count, list(seeds), self.coordinates)
-
-    def eval_data(self, seeds: Sequence[int]) -> Any:
-        return ParityData(self.d, self.k, self.eval_samples, [seed + EVAL_SEED for seed in seeds], self.coordinates)
 
 
 @dataclass(frozen=True)
@@ -223,14 +207,10 @@ class ParityTransformerRecipe(ParityRecipe):
     about = "sparse parity, GPT-2 shape"
     task = "sequence_classification"
 
-    layers: int = 2
-    """Blocks of teacher and student."""
+    layers: int = 2  # blocks of teacher and student
     teacher_heads: int = 16
-    """Attention heads of the teacher."""
     student_heads: int = 4
-    """Attention heads of the student."""
     head_width: int = 8
-    """Width of a head."""
     initializer_range: float = 0.1
     """Standard deviation of the initial weights; GPT-2's 0.02 learns parities far more slowly at this width."""
 
@@ -244,11 +224,11 @@ class ParityTransformerRecipe(ParityRecipe):
         if self.support is not None:
             return check_parity(self.d, self.k, self.support)
         drawn = np.random.RandomState(self.teacher_seed).choice(self.d, self.k, replace=False)
-        return tuple(sorted(int(coordinate) for coordinate in drawn))
+        return tuple(sorted(drawn.tolist()))
 
     @property
     def default_methods(self) -> tuple[Variant, ...]:
-        return tuple(plain_variant(name) for name in ("extraction", "one_shot", "progressive", "scratch"))
+        return tuple(map(plain_variant, ("extraction", "one_shot", "progressive", "scratch")))
 
     def identity(self) -> dict[str, Any]:
         return {"support": list(self.coordinates)}
@@ -261,27 +241,16 @@ class ParityTransformerRecipe(ParityRecipe):
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        config = GPT2Config(
-            vocab_size=2,
-            n_positions=self.d,
-            n_embd=heads * self.head_width,
-            n_layer=self.layers,
-            n_head=heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            initializer_range=self.initializer_range,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        config.num_labels = 2
-        return GPT2ForSequenceClassification(config)
+        settings: dict[str, Any] = {
+            "num_labels": 2,
+            **{"n_positions": self.d, "n_embd": heads * self.head_width, "n_layer": self.layers, "n_head": heads},
+            **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+            **{"initializer_range": self.initializer_range, "bos_token_id": None, "eos_token_id": None},
+        }
+        return GPT2ForSequenceClassification(GPT2Config(vocab_size=2, **settings))
 
     def new_teacher(self) -> nn.Module:
         return self._build(self.teacher_heads, self.teacher_seed)
-
-    def load_teacher(self, folder: str) -> nn.Module:
-        return load_model(folder, GPT2ForSequenceClassification)
 
     def teacher_identity(self) -> dict[str, Any]:
         shape = {"layers": self.layers, "width": self.teacher_heads, "head_width": self.head_width}
@@ -289,9 +258,3 @@ class ParityTransformerRecipe(ParityRecipe):
 
     def make_student(self, seeds: Sequence[int]) -> nn.Module:
         return self._build(self.student_heads, 31 + seeds[0])
-
-    def train_data(self, seeds: Sequence[int], count: int) -> Any:
-        return ParityData(self.d, self.k, count, seeds[0], self.coordinates)
-
-    def eval_data(self, seeds: Sequence[int]) -> Any:
-        return ParityData(self.d, self.k, self.eval_samples, seeds[0] + EVAL_SEED, self.coordinates)

@@ -1,9 +1,4 @@
-"""A comparison on the user's teacher, student and data, described in a YAML file.
-
-Public names: `UserRecipe`, `user_recipe`.
-"""
-
-from __future__ import annotations
+"""A comparison on the user's teacher, student and data, described in a YAML file."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -41,7 +36,6 @@ class UserRecipe(Recipe):
     eval_samples: int = 256
     tuning_share: float = 1.0
     name: str = field(default="own", kw_only=True, metadata=FIXED)
-    """Name in reports: that of the file."""
     methods: tuple[Variant, ...] = field(default=(), kw_only=True, metadata=FIXED)
     """The methods that the file lists; empty takes extraction and one-shot."""
     options: dict[str, Any] = field(default_factory=dict, kw_only=True, metadata=FIXED)
@@ -116,21 +110,15 @@ class UserRecipe(Recipe):
 def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
     """The recipe of a YAML file: options of `tutelage distill`, fields of `UserRecipe`, and `methods`.
 
-    Args:
-        file: the file; None takes the embedded teacher, student and text where `overrides` name no others.
-        overrides: options that replace the file's.
+    `overrides` replace the file's options. Without a file, the embedded teacher, student and text are the defaults.
 
-    Raises:
-        UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
+    Raises UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
     """
     given = {**({} if file is None else read_options(file, "student: layers=2")), **overrides}
     where = "the command line" if file is None else f"config {str(file)!r}"
     methods = _methods(file) if "methods" in given else ()
-    options = {
-        "teacher_model_name_or_path" if key == "teacher" else key: value
-        for key, value in given.items()
-        if value is not None and key != "methods"
-    }
+    renamed = {"teacher": "teacher_model_name_or_path"}
+    options = {renamed.get(key, key): value for key, value in given.items() if value is not None and key != "methods"}
     numbers = {part.name for part in dataclasses.fields(UserRecipe) if part.metadata != FIXED}
     run_options = {part.name for part in (*dataclasses.fields(RunOptions), *dataclasses.fields(CurriculumConfig))}
     for key in options:
@@ -142,10 +130,9 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
                 f"{where}: {key} is set by the comparison itself; use --methods, --output_dir, seeds, "
                 "budget_samples, learning_rates, batch_size and eval_every"
             )
-    rest = {key: value for key, value in options.items() if key not in numbers}
-    changes = {key: value for key, value in options.items() if key in numbers}
+    changes = {key: options.pop(key) for key in list(options) if key in numbers}
     name = "own" if file is None else file.stem
-    recipe = change_fields(UserRecipe(name=name, options=rest, methods=methods), changes, where)
+    recipe = change_fields(UserRecipe(name=name, options=options, methods=methods), changes, where)
     recipe.check()
     return recipe
 

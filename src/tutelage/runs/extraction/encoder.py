@@ -1,11 +1,7 @@
 """From the teacher to Arrow columns: what a shard's batches are written as.
 
-Public names: `Encoder`.
-
 Shapes: N positions that predict.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -30,28 +26,20 @@ Columns = dict[str, Any]
 class Encoder:
     """Runs the teacher over examples and encodes what comes out."""
 
-    source: LiveTargets
-    """The teacher, with a curriculum attached and its target maps prepared."""
-    data: Any
-    """Training rows."""
-    evaluation: Any
-    """Evaluation rows."""
+    source: LiveTargets  # the teacher, with a curriculum attached and its target maps prepared
+    data: Any  # training rows
+    evaluation: Any  # evaluation rows
     collator: Any
-    vocabulary: int
-    """Ids of tokenizer and model."""
-    dtype: str
-    """Of stored states."""
+    vocabulary: int  # ids of tokenizer and model
+    dtype: str  # of stored states
     device: torch.device | str = "cpu"
-    chunk_size: int | None = None
-    """Positions whose logits are held at a time."""
+    chunk_size: int | None = None  # positions whose logits are held at a time
 
     def batch(self, examples: Sequence[int]) -> dict[str, Any]:
         """Training examples as a batch on the device."""
         found = [self.data[int(example)] for example in examples]
         batch = self.collator([{k: v for k, v in row.items() if k in rows.INPUT_COLUMNS} for row in found])
         return {name: value.to(self.device) for name, value in batch.items()}
-
-    # ---- Formats ----
 
     def form(self, stage: Stage, example: dict[str, Any]) -> RowFormat:
         """How the rows of a stage are stored; `example` is a batch."""
@@ -71,15 +59,12 @@ class Encoder:
         content = "inputs" if self.source.task.learns_from_labels else "whole"
         return dataclasses.replace(form, label=label, token_types=False, content=content)
 
-    # ---- Columns ----
-
     def stage_columns(self, index: int, form: RowFormat, batches: Batches) -> Iterator[Columns]:
         """Rows of stage `index`, batch by batch."""
-        hidden = isinstance(self.source.stage(index), HiddenStage)
         for examples in batches:
             batch = self.batch(examples)
             columns = rows.encode_inputs(batch, examples, form)
-            if hidden:
+            if isinstance(self.source.stage(index), HiddenStage):
                 states, keep = self.source.hidden(index, batch)
                 columns |= rows.encode_states(states, keep, rows.lengths_of(batch), form)
             else:
@@ -111,12 +96,8 @@ class Encoder:
         assert isinstance(task, HeadTask) and target.state is not None and head is not None
         assert curriculum is not None and curriculum.top_k is not None
         selected = task.select(target.state, batch)
-        size = self.chunk_size or chunk_positions(head)
-        parts = [
-            top_k(head(selected.state[start : start + size]), curriculum.top_k, curriculum.temperature)
-            for start in range(0, len(selected.state), size)
-        ]
+        chunks = selected.state.split(self.chunk_size or chunk_positions(head))
+        parts = [top_k(head(chunk), curriculum.top_k, curriculum.temperature) for chunk in chunks]
         names = ("ids", "log_probs", "log_rest")
         kept = TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-        counts = torch.bincount(selected.rows.cpu(), minlength=len(batch["input_ids"]))
-        return kept, counts.tolist()
+        return kept, torch.bincount(selected.rows.cpu(), minlength=len(batch["input_ids"])).tolist()

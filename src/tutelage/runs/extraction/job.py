@@ -1,9 +1,4 @@
-"""One extraction: claim the folder, write the missing shards, finish.
-
-Public names: `extract`, `ExtractionJob`, `describe_extraction`.
-"""
-
-from __future__ import annotations
+"""One extraction: claim the folder, write the missing shards, finish."""
 
 import copy
 import functools
@@ -21,7 +16,6 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from tutelage.core.errors import UserError
-from tutelage.core.heads import OutputHead
 from tutelage.io.store import Store
 from tutelage.runs.environment import environment, quiet_unless_terminal
 from tutelage.runs.extraction.encoder import Columns, Encoder
@@ -54,10 +48,7 @@ def extract(
 ) -> Manifest:
     """Make an extracted curriculum in `args.output_dir`, or resume one that was begun.
 
-    Args:
-        run, args: as for `distill`; the student is only looked at.
-        options: how it is stored.
-        log: called with a line of progress.
+    `run` and `args` are as for `distill`; the student is only looked at. `log` is called with a line of progress.
 
     Raises:
         UserError: settings that cannot work, or a folder that contains something else.
@@ -69,15 +60,11 @@ def extract(
     store = Store(args.output_dir or ".")
     state = PartialState()
     job = ExtractionJob(load_inputs(run, args, options.devices), args, options, state.device, run.streaming)
-    finished = True
-    if state.is_main_process:
+    with state.main_process_first():
         finished = claim(store, job.identity)
-        if finished and reopen(store, read_manifest(store)):
+        if state.is_main_process and finished and reopen(store, read_manifest(store)):
             log(f"{store} has lost shards, which are made again")
             finished = False
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        finished = claim(store, job.identity)
     if not finished:
         job.write(store, state.process_index, state.num_processes, log)
         state.wait_for_everyone()
@@ -98,19 +85,9 @@ class PlannedSplit:
 
 
 class ExtractionJob:
-    """Teacher, schedule and encoder of one extraction.
+    """Teacher (on `device`), schedule and encoder of one extraction; `streamed` data are the first rows of a stream."""
 
-    Args:
-        inputs: models and data.
-        args: the settings as given.
-        options: how it is stored.
-        device: where the teacher runs.
-        streamed: whether the data are the first rows of a stream.
-    """
-
-    def __init__(
-        self, inputs: RunInputs, args: CurriculumConfig, options: ExtractOptions, device: Any, streamed: bool = False
-    ):
+    def __init__(self, inputs: RunInputs, args: CurriculumConfig, options: ExtractOptions, device: Any, streamed: bool):
         source = inputs.source
         assert isinstance(source, LiveTargets)
         if not source.task.tokenized:
@@ -126,29 +103,15 @@ class ExtractionJob:
         self.width = options.projection_dim or source.task.width(inputs.student)
         check_widths(self.curriculum, self.width, source.task.width(source.model))
         data: Any = inputs.train_dataset
-        self.schedule = Schedule(
-            self.curriculum,
-            len(data),
-            self.run.reading,
-            args.train_sampling_strategy == "sequential",
-            options.all_stages,
-        )
+        sequential = args.train_sampling_strategy == "sequential"
+        self.schedule = Schedule(self.curriculum, len(data), self.run.reading, sequential, options.all_stages)
         config: Any = source.backbone.config
-        vocabulary = max(len(inputs.tokenizer), int(config.vocab_size))
+        vocabulary, chunk = max(len(inputs.tokenizer), int(config.vocab_size)), args.logits_chunk_size
         self.encoder = Encoder(
-            source,
-            data,
-            inputs.eval_dataset,
-            inputs.collator,
-            vocabulary,
-            options.dtype,
-            device,
-            args.logits_chunk_size,
+            source, data, inputs.eval_dataset, inputs.collator, vocabulary, options.dtype, device, chunk
         )
         self.names = [f"stage_{index + 1}" for index in range(len(self.curriculum.stages))]
         self.example = self.encoder.batch([0])
-
-    # ---- What it depends on ----
 
     @functools.cached_property
     def forms(self) -> dict[str, RowFormat]:
@@ -162,17 +125,25 @@ class ExtractionJob:
     @functools.cached_property
     def identity(self) -> ExtractionIdentity:
         """Everything that the rows depend on."""
-        task, head = self.source.task, self.source.output_head()
+        task, head, model = self.source.task, self.source.output_head(), self.source.model
         transplants = self.curriculum.transplant_stage is not None
         outputs = 0 if head is None or not task.splits_head else head.linear.out_features
         reading, data = self.run.reading, self.encoder.data
+        teacher = TeacherIdentity(
+            name=Path(self.inputs.names["teacher"]).name,
+            hash=model_hash(model),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            blocks=len(self.source.block_names),
+            shape=task.teacher_shape(model),
+            outputs=self.source.output_count or 0,
+        )
+        name = Path(self.inputs.names["dataset"]).name
+        settings = HeadSettings() if head is None else HeadSettings(head.softcap, head.scale, head.outputs)
         return ExtractionIdentity(
             task=task.name,
-            teacher=self._teacher_identity(),
+            teacher=teacher,
             tokenizer=tokenizer_hash(self.inputs.tokenizer),
-            data=DataIdentity(
-                Path(self.inputs.names["dataset"]).name, len(data), data_fingerprint(data), self.streamed
-            ),
+            data=DataIdentity(name, len(data), data_fingerprint(data), self.streamed),
             evaluation=data_fingerprint(self.inputs.eval_dataset),
             curriculum=self.curriculum,
             width=self.width,
@@ -191,21 +162,8 @@ class ExtractionJob:
             all_stages=self.options.all_stages,
             shard_tokens=self.options.shard_tokens,
             centered=transplants and task.head_has_bias(self.inputs.student),
-            head=_head_settings(head) if transplants else None,
+            head=settings if transplants else None,
         )
-
-    def _teacher_identity(self) -> TeacherIdentity:
-        model = self.source.model
-        return TeacherIdentity(
-            name=Path(self.inputs.names["teacher"]).name,
-            hash=model_hash(model),
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            blocks=len(self.source.block_names),
-            shape=self.source.task.teacher_shape(model),
-            outputs=self.source.output_count or 0,
-        )
-
-    # ---- Which shards ----
 
     @functools.cached_property
     def splits(self) -> list[PlannedSplit]:
@@ -231,21 +189,19 @@ class ExtractionJob:
         count, size = min(self.run.calibration_samples, len(self.encoder.data)), self.run.reading.batch_size
         return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
-    # ---- Writing ----
-
     def write(self, store: Store, rank: int, ranks: int, log: Callable[[str], None]) -> None:
         """Write this process's part of the missing shards; the first process also what all of them need."""
         with tempfile.TemporaryDirectory() as folder:
             statistics = Path(folder) / STATISTICS_FILE
             if rank == 0 and not store.exists(STATISTICS_FILE):
-                self.prepare_maps(StatisticsFile(statistics, read=False, write=True))
+                self._prepare_maps(StatisticsFile(statistics, read=False, write=True))
                 if statistics.exists():
                     with store.writing(STATISTICS_FILE) as path:
                         shutil.copyfile(statistics, path)
             PartialState().wait_for_everyone()
             # one set of statistics, whoever makes a shard and whenever
             stored = store.fetch(STATISTICS_FILE) if store.exists(STATISTICS_FILE) else statistics
-            self.prepare_maps(StatisticsFile(stored, read=True, write=False))
+            self._prepare_maps(StatisticsFile(stored, read=True, write=False))
         if rank == 0:
             self._write_shared(store)
         numbered = [
@@ -262,12 +218,10 @@ class ExtractionJob:
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
                 bar.update()
         if rank == 0:
-            pace = f", {tokens:,} tokens at {tokens / (time.perf_counter() - start):,.0f} per second" if mine else ""
-            here = f" ({len(mine)} here{pace})" if mine else ""
-            log(f"{len(numbered)} shards in {store}{here}")
+            pace = f"{tokens:,} tokens at {tokens / (time.perf_counter() - start):,.0f} per second"
+            log(f"{len(numbered)} shards in {store}" + (f" ({len(mine)} here, {pace})" if mine else ""))
 
-    def prepare_maps(self, file: StatisticsFile) -> None:
-        """Make or read the target maps."""
+    def _prepare_maps(self, file: StatisticsFile) -> None:
         self.source.prepare(file, self._calibration_batches, self.device, self.width)
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
@@ -286,11 +240,10 @@ class ExtractionJob:
                 with store.writing(file.relative_to(folder).as_posix()) as path:
                     shutil.copyfile(file, path)
         head = self.source.output_head()
-        if self.identity.head is None or head is None:
-            return
-        tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
-        with store.writing(HEAD_FILE) as path:
-            save_file(tensors, path)
+        if self.identity.head is not None and head is not None:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
+            with store.writing(HEAD_FILE) as path:
+                save_file(tensors, path)
 
     def finish(self, store: Store) -> None:
         """Check that every shard is there, then write what makes the folder an extracted curriculum."""
@@ -298,10 +251,10 @@ class ExtractionJob:
         for split in self.splits:
             writer = ShardWriter(store, split.name, len(split.shards), split.form.features)
             written = [writer.done(number) for number in range(len(split.shards))]
-            missing = [writer.file(number) for number, shard in enumerate(written) if shard is None]
-            if missing:
-                raise UserError(f"shard {missing[0]} was not written: run the same command again")
-            splits.append(Split(split.name, tuple(shard for shard in written if shard is not None)))
+            shards = tuple(shard for shard in written if shard is not None)
+            if None in written:
+                raise UserError(f"shard {writer.file(written.index(None))} was not written: run the same command again")
+            splits.append(Split(split.name, shards))
         folders = (TEACHER_FOLDER, STUDENT_FOLDER, TOKENIZER_FOLDER)
         shared = [STATISTICS_FILE, HEAD_FILE, *(name for folder in folders for name in store.files(folder))]
         files = {name: store.sha256(name) for name in shared if store.exists(name)}
@@ -309,14 +262,9 @@ class ExtractionJob:
         finish(store, manifest, {split.name: split.form.features for split in self.splits})
 
 
-def _head_settings(head: OutputHead | None) -> HeadSettings:
-    return HeadSettings() if head is None else HeadSettings(head.softcap, head.scale, head.outputs)
-
-
 def describe_extraction(root: str, manifest: Manifest) -> str:
     """Splits, sizes and bytes per token, for the terminal."""
-    identity = manifest.identity
-    teacher, data = identity.teacher, identity.data
+    teacher, data = manifest.identity.teacher, manifest.identity.data
     lines = [
         f"extracted curriculum: {root} (format {manifest.format})",
         f"teacher:              {teacher.name}, {teacher.blocks} blocks, hash {teacher.hash[:16]}",
@@ -324,11 +272,9 @@ def describe_extraction(root: str, manifest: Manifest) -> str:
         "",
         f"{'split':<14}{'what':<16}{'rows':>9}{'tokens':>12}{'bytes':>14}{'bytes/token':>13}",
     ]
-    what = {f"stage_{index + 1}": stage.name for index, stage in enumerate(identity.curriculum.stages)}
+    what = {f"stage_{index + 1}": stage.name for index, stage in enumerate(manifest.identity.curriculum.stages)}
     for split in manifest.splits:
-        lines.append(
-            f"{split.name:<14}{what.get(split.name, ''):<16}{split.rows:>9,}{split.tokens:>12,}{split.bytes:>14,}"
-            f"{split.bytes / max(1, split.tokens):>13.1f}"
-        )
+        sizes = f"{split.rows:>9,}{split.tokens:>12,}{split.bytes:>14,}{split.bytes / max(1, split.tokens):>13.1f}"
+        lines.append(f"{split.name:<14}{what.get(split.name, ''):<16}{sizes}")
     lines += ["", f"total: {sum(split.bytes for split in manifest.splits):,} bytes"]
     return "\n".join(lines)

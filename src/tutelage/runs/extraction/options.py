@@ -1,19 +1,14 @@
-"""What of an extraction is stored, and how.
-
-Public names: `ExtractOptions`, `check_options`, `choose_stages`, `DEFAULT_TOP_K`.
-"""
-
-from __future__ import annotations
+"""What of an extraction is stored, and how."""
 
 import copy
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError, check_range
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.rows import DTYPES
-from tutelage.training.config import CurriculumConfig
+from tutelage.training.config import CurriculumConfig, option
 
 # Outputs kept where nothing is given; the rest is merged into one bucket.
 DEFAULT_TOP_K = 64
@@ -23,23 +18,17 @@ DEFAULT_TOP_K = 64
 class ExtractOptions:
     """What of a curriculum is stored, and how."""
 
-    stages: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Teacher blocks whose states are stored, with final for the state before the output head, instead of those "
-            "that a student asks for, e.g. 8 16 final; needs projection_dim."
-        },
+    stages: list[str] | None = option(
+        "Teacher blocks whose states are stored (final: the state before the output head), not those that a student asks "
+        "for, e.g. 8 16 final; needs projection_dim."
     )
-    projection_dim: int | None = field(
-        default=None,
-        metadata={"help": "Width of the stored projections; default: the student's. Narrower students fit too."},
+    projection_dim: int | None = option(
+        "Width of stored projections; default: the student's. Narrower students fit too."
     )
-    dtype: str = field(default="int8", metadata={"help": f"Of hidden states: {', '.join(DTYPES)}."})
-    shard_tokens: int = field(default=1_000_000, metadata={"help": "Tokens per file, about."})
-    devices: int = field(
-        default=1, metadata={"help": "Devices that the student will train on, which divides the data among the stages."}
-    )
-    all_stages: bool = field(default=False, metadata={"help": "Store every row for every stage, for many epochs."})
+    dtype: str = option(f"Of hidden states: {', '.join(DTYPES)}.", "int8")
+    shard_tokens: int = option("Tokens per file, about.", 1_000_000)
+    devices: int = option("Devices that the student will train on, which divides the data among the stages.", 1)
+    all_stages: bool = option("Store every row for every stage, for many epochs.", False)
 
 
 def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:
@@ -47,9 +36,8 @@ def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:
     if args.curriculum_dir is not None:
         raise UserError("an extraction runs the teacher: leave curriculum_dir out")
     if args.method not in ("extraction", "one_shot"):
-        raise UserError(
-            f"method {args.method!r} reads no finished teacher's states: extract with extraction or one_shot"
-        )
+        how = "extract with extraction or one_shot"
+        raise UserError(f"method {args.method!r} reads no finished teacher's states: {how}")
     if args.label_weight:
         raise UserError("label_weight is chosen when a student is trained: leave it out of the extraction")
     if args.train_sampling_strategy not in ("random", "sequential"):
@@ -64,26 +52,23 @@ def choose_stages(
     run: RunOptions, args: CurriculumConfig, options: ExtractOptions
 ) -> tuple[RunOptions, CurriculumConfig]:
     """Stages that no student asked for: those of a student with a block for each. The arguments stay as they are."""
-    if options.stages is None:
-        return run, args
     stages, width = options.stages, options.projection_dim
+    if stages is None:
+        return run, args
     for name, value in (("student", run.student), ("layer_map", args.layer_map), ("num_stages", args.num_stages)):
         if value is not None:
             raise UserError(f"stages and {name} both say what is stored: leave one of them out")
     if width is None:
-        raise UserError(
-            "`--stages` needs `--projection_dim`: the hidden size of the widest student that you plan to train"
-        )
+        what = "the hidden size of the widest student that you plan to train"
+        raise UserError(f"`--stages` needs `--projection_dim`: {what}")
     if args.method != "extraction":
         raise UserError(f"method {args.method!r} has no hidden stages: leave stages out")
     blocks = [stage for stage in stages if stage != FINAL]
     numbers = [int(block) if block.isdecimal() else 0 for block in blocks]
     increasing = all(first < second for first, second in zip([0, *numbers], numbers, strict=False))
     if not stages or not increasing or FINAL in stages[:-1]:
-        raise UserError(
-            f"stages must be teacher blocks from 1, each deeper than the one before, {FINAL} at most as the last, "
-            f"e.g. 8 16 {FINAL}; got {' '.join(stages)}"
-        )
+        what = f"teacher blocks from 1, each deeper than the one before, {FINAL} at most as the last"
+        raise UserError(f"stages must be {what}, e.g. 8 16 {FINAL}; got {' '.join(stages)}")
     pairs: list[tuple[Place, Place]] = [(index + 1, number) for index, number in enumerate(numbers)]
     args = copy.copy(args)
     args.layer_map = pairs + [(FINAL, FINAL)] * (len(stages) - len(blocks))  # type: ignore[assignment]

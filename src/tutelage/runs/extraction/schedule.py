@@ -1,19 +1,15 @@
 """Which rows a stage reads, and how they are divided into shards.
 
-Public names: `Schedule`, `plan_shards`, `Batches`.
-
 The data is divided among the stages as training with the same settings divides it: the rows of a stage are those that the
 steps of the stage would read, in that order.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.targets.order import Reading, epoch_order
+from tutelage.targets.source import Reading, epoch_order
 
 Batches = list[list[int]]
 """Examples of the batches of a shard."""
@@ -24,12 +20,10 @@ class Schedule:
     """The order in which a run reads its training rows."""
 
     curriculum: Curriculum
-    rows: int
-    """Training examples."""
+    rows: int  # training examples
     reading: Reading
     sequential: bool = False
-    all_stages: bool = False
-    """Every stage reads every row."""
+    all_stages: bool = False  # every stage reads every row
 
     def examples(self, index: int) -> list[int]:
         """Rows that stage `index` reads, in the order it reads them, each once."""
@@ -46,19 +40,11 @@ class Schedule:
 
     def order(self, epoch: int) -> list[int]:
         """The order in which the trainer's sampler reads the data in an epoch."""
-        order: list[int] = epoch_order(self.rows, self.reading.seed, epoch, self.sequential).tolist()
-        return order
+        return epoch_order(self.rows, self.reading.seed, epoch, self.sequential).tolist()
 
 
 def plan_shards(examples: Sequence[int], lengths: Sequence[int], batch_size: int, shard_tokens: int) -> list[Batches]:
-    """Examples in batches, batches in shards: the same whatever runs them.
-
-    Args:
-        examples: rows in order.
-        lengths: tokens of each.
-        batch_size: examples per batch.
-        shard_tokens: tokens per shard, about.
-    """
+    """Examples in batches, batches in shards of about `shard_tokens` tokens; `lengths` are the tokens of each example."""
     shards: list[Batches] = [[]]
     tokens = 0
     for start in range(0, len(examples), batch_size):
