@@ -132,7 +132,7 @@ def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None
     student = make_student(options.student, task, config, shape)
     names = {"teacher": named or "none", "student": options.student, "dataset": options.dataset}
     collator = task.collator(tokenizer, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
-    return RunInputs(source, student.float(), tokenizer, *rows, collator, names)
+    return RunInputs(source, student, tokenizer, *rows, collator, names)
 
 
 def _tokenizer(reference: str, student: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -225,7 +225,7 @@ def _from_disk(options: RunOptions, args: CurriculumConfig, folder: str) -> RunI
     named = options.student or identity.student
     names = {"teacher": identity.teacher.name, "student": named, "dataset": identity.data.name}
     collator = task.collator(tokenizer, identity.mlm_probability or DEFAULT_MLM_PROBABILITY)
-    return RunInputs(source, model.float(), tokenizer, None, evaluation, collator, names)
+    return RunInputs(source, model, tokenizer, None, evaluation, collator, names)
 
 
 def sequence_length(

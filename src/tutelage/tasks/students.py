@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
@@ -108,10 +109,10 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
             f"student preset {text!r}: each head has {size} values, but rotary position embeddings need an even number: change "
             "hidden_size or heads"
         )
-    config.name_or_path = ""
     for stale in ("quantization_config", "_name_or_path"):
         if hasattr(config, stale):
             delattr(config, stale)
+    config.dtype = torch.float32  # of random weights that are to be trained, whatever the teacher is stored in
     return config
 
 

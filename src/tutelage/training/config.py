@@ -65,6 +65,7 @@ class CurriculumConfig(TrainingArguments):
     teacher_model_name_or_path: str | None = option(
         "Teacher: folder or Hub name; default: the embedded one.", None, "--teacher"
     )
+    student_dtype: str = option("float32, or stored: the precision that the student's weights come in.", "float32")
     teacher_checkpoints: list[str] | None = option("Progressive: folders of teacher checkpoints, early to late.")
     teacher_dtype: str | None = option("Parameter dtype of the teacher, e.g. bfloat16; default: the checkpoint's.")
     teacher_device_map: str | None = option("transformers' device_map of the teacher, e.g. auto for several devices.")
@@ -126,6 +127,8 @@ class CurriculumConfig(TrainingArguments):
             raise UserError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.embedding_loss not in ("cosine", "mse"):
             raise UserError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
+        if self.student_dtype not in ("float32", "stored"):
+            raise UserError(f"unknown student_dtype {self.student_dtype!r}: use 'float32' or 'stored'")
         if self.teacher_dtype is not None and not isinstance(getattr(torch, self.teacher_dtype, None), torch.dtype):
             raise UserError(f"unknown teacher_dtype {self.teacher_dtype!r}: use a torch dtype such as bfloat16")
         if self.label_smoothing_factor:

@@ -1,8 +1,10 @@
 """From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -59,6 +61,8 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     task, student, tokenizer = source.task, given.model, given.tokenizer or source.tokenizer
     if isinstance(student, str):
         student = task.load(student, what="student", trust_remote_code=args.trust_remote_code)
+    if args.student_dtype == "float32":
+        _use_float32(student)
     eval_dataset = source.evaluation_rows(given.eval_dataset)
     models = [student, *source.models]
     for model in models:
@@ -79,6 +83,16 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     warm_start.check(objective)
     train_dataset = source.training_rows(given.train_dataset, run.reading)
     return Prepared(run, objective, train_dataset, eval_dataset, tokenizer)
+
+
+def _use_float32(student: nn.Module) -> None:
+    """Keep the weights that train in float32: in half precision most updates are smaller than what a weight can change by."""
+    low = [p for p in student.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if low:
+        what = f"the student comes in {str(low[0].dtype).removeprefix('torch.')} and is trained in float32"
+        warnings.warn(f"{what}; student_dtype='stored' keeps its precision, at a loss", UserWarning, stacklevel=3)
+    for parameter in low:
+        parameter.data = parameter.data.float()
 
 
 def open_source(given: Given, args: CurriculumConfig) -> TargetSource:
