@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    RecurrentGemmaConfig,
+)
 
+from tutelage.core.blocks import FINAL, forward_to
+from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 
 
@@ -74,3 +89,51 @@ def test_no_head() -> None:
 def test_head_that_is_not_linear() -> None:
     with pytest.raises(ValueError, match=r"Headed has no linear output head \(found: lm_head, a Bilinear\)"):
         OutputHead.of(Headed(nn.Bilinear(2, 2, 2)))
+
+
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL),
+        Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8),
+        CohereConfig(**SMALL),
+        GraniteConfig(**SMALL, logits_scaling=8.0),
+        RecurrentGemmaConfig(**SMALL, lru_width=16, num_key_value_heads=1, logits_soft_cap=30.0),
+        FalconH1Config(**SMALL, **MAMBA, num_key_value_heads=2, lm_head_multiplier=0.04),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_head_gives_the_models_own_logits(config: PreTrainedConfig) -> None:
+    """With states so large that a soft cap shows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(2, 14)[None]
+    head = OutputHead.of(model)
+    state = forward_to(model, FINAL, input_ids=ids, use_cache=False)
+    with torch.no_grad():
+        head.linear.weight *= 100 / head(state).abs().max()
+        expected = model(input_ids=ids, use_cache=False).logits
+        state = forward_to(model, FINAL, input_ids=ids, use_cache=False)
+        torch.testing.assert_close(OutputHead.of(model)(state), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_logits_that_nothing_explains_are_refused() -> None:
+    class Squared(LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+            output = super().forward(input_ids, **kwargs)
+            output.logits = output.logits.square()
+            return output
+
+    with pytest.raises(UserError, match="no setting of its configuration explains"):
+        OutputHead.of(Squared(LlamaConfig(**SMALL)))
+
+
+def test_measuring_draws_nothing() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2)).train()
+    state = torch.get_rng_state()
+    OutputHead.of(model)
+    assert torch.equal(torch.get_rng_state(), state) and model.training

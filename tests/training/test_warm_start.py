@@ -127,7 +127,7 @@ def test_noise_within_bounds_leaves_the_transplant_as_it_is(perfect_student: Cal
     teacher, heads = LiveTargets(teacher_model), []
     target_map = target_map_of(teacher, curriculum, 6, center=False)
     for noise in (0.0, 0.7):
-        student = llama(2, 6, seed=2)
+        student = llama(2, 6, seed=2, num_attention_heads=1, num_key_value_heads=1)
         perfect_student(teacher, target_map, noise)
         apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
         heads.append(student.lm_head.weight)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tutelage.core.blocks import head_module
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
+from tutelage.core.inputs import model_inputs, output_tensor, usable_positions
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,11 @@ class OutputHead:
                 "load the model with a language-modelling or classification head"
             )
         get = getattr(model, "get_output_embeddings", None)
-        # a language model scales and caps its logits; a classifier with the same config does not
-        config = None if get is not None and get() is None else getattr(model, "config", None)
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(head, getattr(config, "final_logit_softcapping", None), float(scale), outputs)
+        if get is None or get() is None:  # a classifier's logits are the head's own
+            return cls(head, outputs=outputs)
+        if model not in _MEASURED:
+            _MEASURED[model] = _measure(model, head)
+        return cls(head, *_MEASURED[model], outputs)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits for `hidden`, (..., D) -> (..., outputs)."""
@@ -56,3 +61,50 @@ class OutputHead:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+
+# what a language model does to its logits, by model: (softcap, scale)
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[float | None, float]] = weakref.WeakKeyDictionary()
+# Fields of configurations that may say so. Their meaning differs: Granite divides by `logits_scaling`, HyperCLOVA X multiplies
+# by it, and MiniCPM3 has applied it before the head. So the model itself is asked.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
+_PROBE = 16  # positions
+
+
+def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
+    """Softcap and scale of a model's logits, from one forward of 16 tokens: those that turn the head's output into them.
+
+    Raises UserError where no setting of the configuration explains the logits. A model without values is believed."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    given = [float(getattr(config, name, None) or 1.0) for name in _SCALES]
+    caps = [float(cap) for name in _CAPS if (cap := getattr(config, name, None))]
+    believed = (caps[0] if caps else None, given[0] / given[1])
+    if not hasattr(config, "model_type") or head.weight.is_meta or isinstance(head.weight, FakeTensor):
+        return believed
+    raw: list[torch.Tensor] = []
+
+    def amplify(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        factor = 2 * max(caps) / output.float().abs().max().clamp_min(1e-6) if caps else 1.0  # so that a cap shows
+        raw.append((output * factor).float())
+        return output * factor
+
+    device, length = head.weight.device, min(_PROBE, usable_positions(config) or _PROBE)
+    ids = torch.arange(1, length + 1, device=model.get_input_embeddings().weight.device)[None] % head.out_features
+    undo = head.register_forward_hook(amplify)
+    try:  # a model that trains may draw, e.g. for dropout: the run draws what it would have drawn
+        cuda, failed = [device] if device.type == "cuda" else [], f"{type(model).__name__} cannot run {length} tokens"
+        with torch.no_grad(), torch.random.fork_rng(cuda), as_user_error(failed):
+            logits = output_tensor(model(**model_inputs(model, {"input_ids": ids}))).float()
+    finally:
+        undo.remove()
+    scales = dict.fromkeys([believed[1], 1.0, *given, *(1 / scale for scale in given)])
+    for scale, cap in itertools.product(scales, dict.fromkeys([believed[0], *caps, None])):
+        mine = raw[-1] * scale if cap is None else cap * torch.tanh(raw[-1] * scale / cap)
+        if (mine - logits).abs().max() <= 0.02 * logits.abs().max():
+            return cap, scale
+    raise UserError(
+        f"{type(model).__name__} changes the output of its head in a way that no setting of its configuration explains, so its "
+        "logits cannot be rebuilt from its last state: use a different model, and please report its architecture"
+    )
