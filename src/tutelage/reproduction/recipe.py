@@ -251,7 +251,7 @@ def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fi
         try:
             read[key] = read_value(value, hints[key])
         except ValueError:
-            raise UserError(f"cannot read {key}={value!r} as {type_name(hints[key])}") from None
+            raise UserError(f"cannot read {key}={value!r}: it must be {type_name(hints[key])}") from None
     return dataclasses.replace(values, **read)  # type: ignore[type-var]
 
 

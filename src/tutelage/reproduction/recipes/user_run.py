@@ -16,7 +16,7 @@ from tutelage.reproduction.recipe import FIXED, Recipe, change_fields
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import CONTROLLED, Variant, plain_variant, read_methods
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
-from tutelage.runs.options import OptionParser, as_flags, read_options
+from tutelage.runs.options import OptionParser, as_flags, read_options, renamed
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.loading import load_config
 from tutelage.tasks.students import make_student, student_config
@@ -33,7 +33,7 @@ class UserRecipe(Recipe):
     batch_size: int = 16
     budget_samples: int = 3_200
     eval_every: int = 640
-    eval_samples: int = 256
+    eval_samples: int = field(default=256, metadata=FIXED)  # a user gives max_samples, as on every command
     tuning_share: float = 1.0
     name: str = field(default="own", kw_only=True, metadata=FIXED)
     methods: tuple[Variant, ...] = field(default=(), kw_only=True, metadata=FIXED)
@@ -114,16 +114,19 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
 
     Raises UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
     """
-    given = {**({} if file is None else read_options(file, "student: layers=2")), **overrides}
+    of_file = {} if file is None else read_options(file, "student: layers=2")
+    if {"teacher", "teacher_model_name_or_path"} <= of_file.keys():
+        raise UserError(f"config '{file}': teacher and teacher_model_name_or_path are the same option: leave one out")
+    given = {**of_file, **overrides}
     where = "the command line" if file is None else f"config {str(file)!r}"
     methods = _methods(file) if "methods" in given else ()
-    renamed = {"teacher": "teacher_model_name_or_path"}
-    options = {renamed.get(key, key): value for key, value in given.items() if value is not None and key != "methods"}
+    full = {"teacher": "teacher_model_name_or_path"}
+    options = {full.get(key, key): value for key, value in given.items() if value is not None and key != "methods"}
     numbers = {part.name for part in dataclasses.fields(UserRecipe) if part.metadata != FIXED}
     run_options = {part.name for part in (*dataclasses.fields(RunOptions), *dataclasses.fields(CurriculumConfig))}
     for key in options:
         if key not in numbers | run_options:
-            raise UserError(f"{where} has an unknown option {key!r}")
+            raise UserError(f"{where} has an unknown option {key!r}{renamed(key)}")
     for key in CONTROLLED:
         if key in options and key not in ("teacher_model_name_or_path", "task"):
             raise UserError(
