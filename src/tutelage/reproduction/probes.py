@@ -103,9 +103,7 @@ def ngram_explained(
         sweeps: rounds of backfitting.
     """
     if len(states_NW) < 2 or len(held_out_NW) < 2:
-        raise UserError(
-            f"a probe needs at least two positions on each side, got {len(states_NW)} and {len(held_out_NW)}"
-        )
+        raise UserError(f"a probe needs two positions on each side, got {len(states_NW)} and {len(held_out_NW)}")
     mean, scale = states_NW.double().mean(0), states_NW.double().std(0).clamp_min(1e-6)
     train, test = ((part.double() - mean) / scale for part in (states_NW, held_out_NW))
     vocabulary = int(max(contexts_Nn.max(), held_out_contexts_Nn.max())) + 1

@@ -166,9 +166,7 @@ def read_manifest(store: Store) -> Manifest:
                 f"the extraction in {str(store)!r} is unfinished: run the same `tutelage extract` again to write the "
                 "missing shards"
             )
-        raise UserError(
-            f"no extracted curriculum in {str(store)!r} (no {MANIFEST_FILE}): make one with `tutelage extract`"
-        )
+        raise UserError(f"no extracted curriculum in '{store}' (no {MANIFEST_FILE}): make one with `tutelage extract`")
     try:
         text = store.read(MANIFEST_FILE)
         version = int(json.loads(text)["format"])
@@ -192,9 +190,7 @@ def check_shards_exist(store: Store, split: Split) -> None:
 
 def _check_exists(store: Store, name: str) -> None:
     if not store.exists(name):
-        raise UserError(
-            f"{name} of the extracted curriculum {str(store)!r} is missing: copy it there, or extract again"
-        )
+        raise UserError(f"{name} of the extracted curriculum '{store}' is missing: copy it there, or extract again")
 
 
 def open_split(store: Store, split: Split) -> Dataset:
