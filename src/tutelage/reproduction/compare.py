@@ -52,8 +52,7 @@ def compare(
         log: called with a line of progress.
 
     Raises UserError: settings that cannot work, among them a target above what the teacher reaches, or a folder
-    that contains a different comparison.
-    """
+    that contains a different comparison."""
     asked = recipe.default_methods if methods is None else methods
     variants = [method if isinstance(method, Variant) else plain_variant(method) for method in asked]
     _check(recipe, variants, match, jobs)

@@ -1,7 +1,6 @@
 """Why a curriculum helps on text: how much of each layer of a language model short contexts explain.
 
-Shapes: B sequences, T positions, W width, P positions with a whole context, n length of the context.
-"""
+Shapes: B sequences, T positions, W width, P positions with a whole context, n length of the context."""
 
 import contextlib
 from dataclasses import dataclass
@@ -66,8 +65,7 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
     Layers that short contexts explain are an easier target: this shows the curriculum that extraction follows. Writes
     ngrams.json and ngrams.png to `folder`.
 
-    Raises UserError: no language model, no tokenizer, or text that cannot be read or is too short.
-    """
+    Raises UserError: no language model, no tokenizer, or text that cannot be read or is too short."""
     task = detect_task(probe.teacher)
     if not task.per_position:
         raise UserError(f"n-gram probes are for language models; {probe.teacher!r} is a model for {task.name}")

@@ -37,8 +37,7 @@ _Fields = TypeVar("_Fields")
 class Recipe(ABC):
     """A system to compare methods on: its numbers are fields, everything else is a method.
 
-    A recipe can be pickled, so that a worker process gets the recipe itself; what it has computed stays behind.
-    """
+    A recipe can be pickled, so that a worker process gets the recipe itself; what it has computed stays behind."""
 
     about: ClassVar[str] = ""  # one line for `tutelage compare --list`
     replicated: ClassVar[bool] = False  # whether all seeds train side by side in one model
@@ -123,8 +122,7 @@ class Recipe(ABC):
     def make_teacher(self, folder: Path) -> Teacher:
         """Train, load or build the teacher; a recipe may keep things in `folder`, that of the comparison.
 
-        Raises UserError: the teacher does not converge, or does not fit the recipe.
-        """
+        Raises UserError: the teacher does not converge, or does not fit the recipe."""
 
     def sketch_teacher(self) -> nn.Module | None:
         """An untrained teacher of the finished one's shape; None where the shape is not known before it is loaded."""
@@ -238,8 +236,7 @@ def at_least_one(recipe: Any, *names: str) -> None:
 def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fields:
     """The dataclass called `name` in messages, with some fields changed; text is read as the field's type.
 
-    Raises UserError: an unknown field, or a value that cannot be read.
-    """
+    Raises UserError: an unknown field, or a value that cannot be read."""
     hints = typing.get_type_hints(type(values))
     known = [part.name for part in _changeable(values)]
     read = {}

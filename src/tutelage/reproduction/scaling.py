@@ -1,8 +1,7 @@
 """How the samples to solve a parity grow with its dimension: the paper's guarantee, measured.
 
 Theory (arXiv:2503.17494, arXiv:2410.05464): one-shot distillation from a converged teacher needs d^Omega(k) samples, as
-learning from labels does; with a curriculum the exponent in d no longer grows with k.
-"""
+learning from labels does; with a curriculum the exponent in d no longer grows with k."""
 
 import contextlib
 import dataclasses
@@ -110,8 +109,7 @@ class ScalingResult(Record):
 def fit_exponent(points: Sequence[tuple[int, Sequence[float | None]]]) -> PowerLaw:
     """Slope of log samples against log d over seeds and dimensions, with its bootstrap 95% interval.
 
-    `points` has d, and samples to the target of each seed (None where it was not reached).
-    """
+    `points` has d, and samples to the target of each seed (None where it was not reached)."""
     kept = [(d, [value for value in values if value is not None]) for d, values in points]
     unreached = sum(len(values) for _, values in points) - sum(len(values) for _, values in kept)
     kept = [(d, values) for d, values in kept if values]
@@ -174,8 +172,7 @@ def run_scaling(
     `name` is `scaling` or `scaling/SIZE`, `overrides` fields of `ScalingSettings`. Each comparison has a folder below
     `folder`, and finished ones are not repeated. `jobs`, `command` and `log` are those of `compare`.
 
-    Raises UserError: an unknown size or field, or settings that cannot work, before the first comparison.
-    """
+    Raises UserError: an unknown size or field, or settings that cannot work, before the first comparison."""
     size = name.partition("/")[2] or "laptop"
     if size not in SCALING_SIZES:
         raise UserError(f"unknown size {size!r} of scaling: there are {', '.join(SCALING_SIZES)}")

@@ -76,8 +76,7 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
     There are also `method` (default: the name where it is a method, else extraction), `budget` (a fraction of the
     comparison's budget) and, for progressive, `schedule`.
 
-    Raises UserError: a bad name, an unknown method or field, or a value that cannot be read.
-    """
+    Raises UserError: a bad name, an unknown method or field, or a value that cannot be read."""
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"{name!r} cannot name a variant: use letters, digits and the signs . _ + -")
     given = dict(settings)
@@ -106,8 +105,7 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
 def parse_variant(text: str) -> Variant:
     """A variant as written on the command line: `NAME:key=value,key=value`.
 
-    Raises UserError: not of this form, or what `make_variant` refuses.
-    """
+    Raises UserError: not of this form, or what `make_variant` refuses."""
     name, colon, rest = text.partition(":")
     settings: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
@@ -126,8 +124,7 @@ def parse_variant(text: str) -> Variant:
 def read_methods(value: Any) -> tuple[Variant, ...]:
     """The `methods` of a comparison file: a mapping of names to settings, or a list of names of methods.
 
-    Raises UserError: neither of the two, or what `make_variant` refuses.
-    """
+    Raises UserError: neither of the two, or what `make_variant` refuses."""
     if isinstance(value, str):
         value = value.split()
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
@@ -177,8 +174,7 @@ def build_curriculum(
     """The curriculum of a run of `steps` steps, `fraction` of the comparison's budget, of `batch_size` examples each.
 
     `blocks` are the numbers of blocks of student and teacher. Progressive distillation uses the candidate's schedule, which
-    `fraction` shortens too, and the teacher's checkpoints; UserError where there are none, or for what the builders refuse.
-    """
+    `fraction` shortens too, and the teacher's checkpoints; UserError where there are none, or for what the builders refuse."""
     if args.method != "progressive":
         return method_curriculum(args, blocks, steps)
     if not teacher.checkpoints:

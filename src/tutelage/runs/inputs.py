@@ -104,8 +104,7 @@ def with_defaults(options: RunOptions, args: CurriculumConfig) -> tuple[RunOptio
 def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None = None) -> RunInputs:
     """Check the options, then load or build models and data; `with_defaults` has been applied.
 
-    The student trains on `devices`; None is those of this run. Raises UserError for whatever is wrong with the options.
-    """
+    The student trains on `devices`; None is those of this run. Raises UserError for whatever is wrong with the options."""
     if args.curriculum_dir is not None:
         return _from_disk(options, args, args.curriculum_dir)
     assert options.student is not None and options.dataset is not None

@@ -33,8 +33,7 @@ class OptionParser(HfArgumentParser):
 def parse_options(parser: OptionParser, arguments: Sequence[str]) -> tuple[Any, ...]:
     """The parser's dataclasses, from a YAML file (the option `config`) overridden by flags.
 
-    Raises UserError for an unknown option, a value that cannot be read, or a file that is not a mapping of options.
-    """
+    Raises UserError for an unknown option, a value that cannot be read, or a file that is not a mapping of options."""
     config = parser.parse_known_args(list(arguments))[0].config
     if config is not None:
         options = read_options(Path(config))
@@ -65,8 +64,7 @@ def renamed(name: str) -> str:
 def read_options(path: Path, example: str = "method: extraction") -> dict[str, Any]:
     """A YAML file's options: each value as text, a list of texts, or None where it is left empty; `example` is for messages.
 
-    YAML alone reads `1:2` as 62 and `1e-3` as a string; text is parsed as flags are. Raises UserError for any other file.
-    """
+    YAML alone reads `1:2` as 62 and `1e-3` as a string; text is parsed as flags are. Raises UserError for any other file."""
     if not path.is_file():
         raise UserError(f"no config file {str(path)!r}: give an existing YAML file")
     try:
@@ -96,8 +94,7 @@ def read_value(value: Any, hint: Any) -> Any:
     """A value as the type of a field, e.g. `2e6` as an int or `0.1,0.3` as a tuple of floats.
 
     `value` is text, a list of texts, or of that type already; `hint` is bool, int, float, str, a tuple or list of one of
-    them, or a union with None. Raises ValueError where it cannot be read as that type.
-    """
+    them, or a union with None. Raises ValueError where it cannot be read as that type."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None or value == "none":
             return None

@@ -72,13 +72,10 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
     """Blocks, stage map, parameters and predicted FLOPs; both models exist as fake tensors only, without memory.
 
     Of `options`, `student` and `max_length` are read, and no data. What is not given is as in `distill`; where its steps would
-    follow from the data, 1,000 are assumed. Raises UserError for options that cannot work.
-    """
+    follow from the data, 1,000 are assumed. Raises UserError for options that cannot work."""
     options, args = options or RunOptions(), args or CurriculumConfig()
     if args.curriculum_dir is not None:
         raise UserError("a plan is of a live teacher: give teacher and student in place of curriculum_dir")
-    if args.max_steps <= 0 and args.num_train_epochs is not None:
-        raise UserError("a plan reads no data to count epochs in: give max_steps in place of num_train_epochs")
     teacher = args.teacher_model_name_or_path or DEFAULT_TEACHER
     student = options.student or (DEFAULT_STUDENT if teacher == DEFAULT_TEACHER else None)
     if student is None:
@@ -90,9 +87,7 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
     positions = usable_positions(base) or NO_LIMIT
     check_length(options.max_length or 1, positions)
     length = options.max_length or min(DEFAULT_LENGTH, positions)
-    embedded = teacher == DEFAULT_TEACHER and options.dataset is None
-    default = DEFAULT_STEPS if embedded else _ASSUMED_STEPS
-    steps = args.max_steps if args.max_steps > 0 else default
+    steps, assumed = _steps(args, teacher == DEFAULT_TEACHER and options.dataset is None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher_model = task.build(base)
         student_model = task.build(student_config(student, base), task.teacher_shape(teacher_model))
@@ -110,7 +105,7 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         teacher=_model_plan(teacher, source.backbone, teacher_model, source.block_names),
         student=_model_plan(student, task.backbone(student_model), student_model, objective.blocks),
         curriculum=curriculum,
-        steps_assumed=args.max_steps <= 0 and not embedded,
+        steps_assumed=assumed,
         stages=tuple(
             StagePlan(
                 stage.name,
@@ -129,6 +124,15 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         vocabulary=int(base.vocab_size),
         outputs=task.output_count(teacher_model) or int(base.hidden_size),
     )
+
+
+def _steps(args: CurriculumConfig, embedded: bool) -> tuple[int, bool]:
+    """Steps of the whole run, and whether they are assumed."""
+    if args.max_steps > 0:
+        return args.max_steps, False
+    if args.num_train_epochs is not None:
+        raise UserError("a plan reads no data to count epochs in: give max_steps in place of num_train_epochs")
+    return (DEFAULT_STEPS, False) if embedded else (_ASSUMED_STEPS, True)
 
 
 def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, Any]) -> list[StageCost]:

@@ -104,8 +104,7 @@ def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan
 def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, predicting: float = 1.0) -> float:
     """Bytes per token on disk, with its id and without what is stored once per row.
 
-    `width` is R of a hidden stage; None is the output stage: `top_k` outputs at the fraction `predicting` of tokens.
-    """
+    `width` is R of a hidden stage; None is the output stage: `top_k` outputs at the fraction `predicting` of tokens."""
     form = RowFormat(dtype, vocabulary, "none", False, "states")
     ids, floats = _BYTES[form.ids], _BYTES[form.floats]
     if width is None:

@@ -112,8 +112,7 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
 
     `overrides` replace the file's options. Without a file, the embedded teacher, student and text are the defaults.
 
-    Raises UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
-    """
+    Raises UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses."""
     of_file = {} if file is None else read_options(file, "student: layers=2")
     if {"teacher", "teacher_model_name_or_path"} <= of_file.keys():
         raise UserError(f"config '{file}': teacher and teacher_model_name_or_path are the same option: leave one out")
