@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from tutelage.core.blocks import FINAL, forward_to
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
@@ -41,10 +41,8 @@ class NgramProbe:
     blocks: str | None = None  # dotted name of the teacher's list of blocks, where several are found
 
     def __post_init__(self) -> None:
-        if not 1 <= self.length <= len(COLORS):
-            raise UserError(f"length must be from 1 to {len(COLORS)} tokens, got {self.length}")
-        if self.max_samples < 1:
-            raise UserError(f"max_samples must be at least 1 sequence, got {self.max_samples}")
+        check_range("length", self.length, 1, len(COLORS))
+        check_range("max_samples", self.max_samples, 1)
 
 
 @dataclass(frozen=True)

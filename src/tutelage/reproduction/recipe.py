@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.reproduction.statistics import as_good
 from tutelage.reproduction.teachers import Teacher, TeacherRule, trained_teacher
 from tutelage.reproduction.variants import Variant
@@ -121,7 +121,6 @@ class Recipe(ABC):
     @abstractmethod
     def make_teacher(self, folder: Path) -> Teacher:
         """Train, load or build the teacher; a recipe may keep things in `folder`, that of the comparison.
-
         Raises UserError: the teacher does not converge, or does not fit the recipe."""
 
     def sketch_teacher(self) -> nn.Module | None:
@@ -229,13 +228,11 @@ class PaperRecipe(Recipe):
 def at_least_one(recipe: Any, *names: str) -> None:
     """Raise UserError where one of these fields is below 1."""
     for name in names:
-        if getattr(recipe, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(recipe, name)}")
+        check_range(name, getattr(recipe, name), 1)
 
 
 def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fields:
     """The dataclass called `name` in messages, with some fields changed; text is read as the field's type.
-
     Raises UserError: an unknown field, or a value that cannot be read."""
     hints = typing.get_type_hints(type(values))
     known = [part.name for part in _changeable(values)]

@@ -86,11 +86,9 @@ def write_report(folder: Path) -> Path:
 
 
 def _banner(comparison: Comparison) -> str:
-    if comparison.complete:
-        return ""
     done = sum(len(method.runs) for method in comparison.methods)
     expected = max(len(comparison.methods) * len(comparison.seeds), done)
-    return f"still running: {done} of {expected} runs"
+    return "" if comparison.complete else f"still running: {done} of {expected} runs"
 
 
 def _how_to_read(comparison: Comparison) -> list[str]:

@@ -85,10 +85,8 @@ def _details(comparison: Comparison) -> Table:
 
 
 def _candidate(method: MethodResult) -> str:
-    if method.diverged:
-        return "all diverged"
     if method.candidate is None:
-        return "-"
+        return "all diverged" if method.diverged else "-"
     return listed(filter(None, (show_number(method.candidate.learning_rate), method.candidate.schedule)))
 
 
@@ -147,11 +145,9 @@ def _learning_rates(comparison: Comparison) -> Table:
 
 
 def _score(trial: Trial) -> str:
-    if trial.diverged:
-        return "diverged"
-    if trial.score is None and trial.stopped_after is not None:
+    if trial.score is None and trial.stopped_after is not None and not trial.diverged:
         return f"> {show_number(trial.stopped_after)}"
-    return show_number(trial.score)
+    return "diverged" if trial.diverged else show_number(trial.score)
 
 
 def _every_run(comparison: Comparison) -> Table:

@@ -115,7 +115,6 @@ def fit_exponent(points: Sequence[tuple[int, Sequence[float | None]]]) -> PowerL
     kept = [(d, values) for d, values in kept if values]
     if len(kept) < 2:
         return PowerLaw(None, (None, None), None, unreached)
-
     x = np.concatenate([[np.log(d)] * len(values) for d, values in kept])
 
     def slope(samples: Sequence[Any]) -> tuple[float, float]:

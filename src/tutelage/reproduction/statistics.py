@@ -65,15 +65,9 @@ def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], bu
     beyond the budget, the ratio is infinite (None)."""
     pairs = [(a, b) for a, b in zip(over, under, strict=True) if a is not None or b is not None]
     bounded = [(a, budget if b is None else b) for a, b in pairs]
-    ratios = [None if a is None else _ratio(a, b) for a, b in bounded]
+    # a target may be reached before the first sample: the ratio is infinite (None) unless both reach it there
+    ratios = [None if a is None or (a and not b) else a / b if b else 1.0 for a, b in bounded]
     return PairedRatio(median_interval(ratios), len(pairs), sum(b is None for _, b in pairs))
-
-
-def _ratio(over: float, under: float) -> float | None:
-    """`over / under`, where a target may be reached before the first sample: infinite (None) unless both reach it there."""
-    if under:
-        return over / under
-    return None if over else 1.0
 
 
 def _medians(rows: np.ndarray) -> Any:

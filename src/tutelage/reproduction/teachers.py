@@ -93,7 +93,6 @@ def teacher_settings(recipe: PaperRecipe) -> dict[str, Any]:
 
 def trained_teacher(recipe: PaperRecipe) -> Teacher:
     """The teacher of a recipe: that of the same settings in $TUTELAGE_CACHE (~/.cache/tutelage), else trained now from labels.
-
     Raises UserError: it has not converged within the rule's budget."""
     cache = Path(os.environ.get("TUTELAGE_CACHE") or Path.home() / ".cache" / "tutelage")
     text = json.dumps(teacher_settings(recipe), sort_keys=True, default=str)

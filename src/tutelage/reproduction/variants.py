@@ -104,7 +104,6 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
 
 def parse_variant(text: str) -> Variant:
     """A variant as written on the command line: `NAME:key=value,key=value`.
-
     Raises UserError: not of this form, or what `make_variant` refuses."""
     name, colon, rest = text.partition(":")
     settings: dict[str, str] = {}
@@ -123,7 +122,6 @@ def parse_variant(text: str) -> Variant:
 
 def read_methods(value: Any) -> tuple[Variant, ...]:
     """The `methods` of a comparison file: a mapping of names to settings, or a list of names of methods.
-
     Raises UserError: neither of the two, or what `make_variant` refuses."""
     if isinstance(value, str):
         value = value.split()

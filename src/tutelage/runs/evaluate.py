@@ -28,10 +28,8 @@ class EvaluateOptions:
         "Model: folder or Hub name (--student is the same option); default: the embedded teacher.", None, "--student"
     )
     dataset: str | None = option(
-        "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file (--eval_dataset is the same option); default: the "
-        "embedded one.",
-        None,
-        "--eval_dataset",
+        "Hub name, `datasets` folder, or text file (--eval_dataset is the same option); default: the embedded one.",
+        *(None, "--eval_dataset"),
     )
     teacher: str | None = option("Also compare with this model: folder or Hub name.")
     task: str | None = option("Task of the model; default: found from its class.")

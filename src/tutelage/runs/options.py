@@ -32,7 +32,6 @@ class OptionParser(HfArgumentParser):
 
 def parse_options(parser: OptionParser, arguments: Sequence[str]) -> tuple[Any, ...]:
     """The parser's dataclasses, from a YAML file (the option `config`) overridden by flags.
-
     Raises UserError for an unknown option, a value that cannot be read, or a file that is not a mapping of options."""
     config = parser.parse_known_args(list(arguments))[0].config
     if config is not None:

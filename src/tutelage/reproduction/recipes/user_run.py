@@ -34,7 +34,6 @@ class UserRecipe(Recipe):
     budget_samples: int = 3_200
     eval_every: int = 640
     eval_samples: int = field(default=256, metadata=FIXED)  # a user gives max_samples, as on every command
-    tuning_share: float = 1.0
     name: str = field(default="own", kw_only=True, metadata=FIXED)
     methods: tuple[Variant, ...] = field(default=(), kw_only=True, metadata=FIXED)
     """The methods that the file lists; empty takes extraction and one-shot."""
@@ -65,7 +64,11 @@ class UserRecipe(Recipe):
 
     @cached_property
     def _given(self) -> tuple[RunOptions, CurriculumConfig]:
-        return _parse(self.options, self.eval_samples)
+        """The options as `tutelage distill` parses its flags, with its defaults."""
+        flags = ["--output_dir=unused", *as_flags(self.options)]
+        parser = OptionParser((RunOptions, CurriculumConfig))
+        run, config = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        return with_defaults(dataclasses.replace(run, max_samples=run.max_samples or self.eval_samples), config)
 
     @cached_property
     def _run(self) -> RunInputs:
@@ -147,11 +150,3 @@ def _methods(file: Path | None) -> tuple[Variant, ...]:
     if isinstance(given, dict):
         given = {name: {} if settings in ("", "null", "~") else settings for name, settings in given.items()}
     return read_methods(given)
-
-
-def _parse(options: Mapping[str, Any], eval_samples: int) -> tuple[RunOptions, CurriculumConfig]:
-    """Options as `tutelage distill` parses its flags, with its defaults."""
-    kinds: Any = (RunOptions, CurriculumConfig)
-    flags = ["--output_dir=unused", *as_flags(options)]
-    run, config = OptionParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
-    return with_defaults(dataclasses.replace(run, max_samples=run.max_samples or eval_samples), config)
