@@ -95,7 +95,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("distill", {"text_column": "body"}, "the dataset has no column 'body'"),
     ("evaluate", {"text_column": "body"}, "the dataset has no column 'body'"),
     ("distill", {"dataset_split": "nowhere"}, "has no split 'nowhere'"),
-    ("evaluate", {"split": "nowhere"}, "has no split 'nowhere'"),
+    ("evaluate", {"dataset_split": "nowhere"}, "has no split 'nowhere'"),
     ("extract", {"blocks": "z"}, "'z' is not a list of blocks of LlamaForCausalLM"),
     ("extract", {"method": "osmosis"}, "unknown method 'osmosis'"),
     ("evaluate", {"task": "translation"}, "unknown task 'translation'"),
@@ -105,6 +105,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("distill", {"curriculum_dir": "{files}/junk"}, "no manifest.json"),
     ("inspect", {"folder": "{files}/junk"}, "no manifest.json"),
     ("inspect", {"folder": "nonsense://bucket"}, "could not reach 'nonsense://bucket'"),
+    ("plan", {"curriculum_dir": "nowhere"}, "give teacher and student in place of curriculum_dir"),
+    ("plan", {"num_train_epochs": 1, "max_steps": -1}, "give max_steps in place of num_train_epochs"),
     ("plan", {"tokens": "many"}, "cannot read 'many' as a count"),
 ]
 

@@ -201,7 +201,7 @@ def _hidden_steps(stage_steps: float | int | Sequence[int], stages: int, steps: 
     if isinstance(stage_steps, Sequence):
         if len(stage_steps) != stages:
             raise UserError(
-                f"stage_steps has {len(stage_steps)} entries for {stages} hidden stages: give one entry per stage"
+                f"stage_steps has {len(stage_steps)} entries for {stages} hidden stages: give one per stage"
             )
         return list(stage_steps)
     if isinstance(stage_steps, int):

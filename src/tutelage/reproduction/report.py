@@ -1,7 +1,6 @@
 """The report of `tutelage compare`, made from comparison.json: tables and plots in Markdown, and a page that works offline.
 
-The first screen of the page is the verdict, one small table and one plot; everything else is folded.
-"""
+The first screen of the page is the verdict, one small table and one plot; everything else is folded."""
 
 import base64
 import dataclasses
@@ -60,8 +59,7 @@ def write_report(folder: Path) -> Path:
 
     Returns the path of report.html, or, with a warning, that of report.md if plotly is not installed.
 
-    Raises UserError: there is no comparison.json, or an earlier version wrote it.
-    """
+    Raises UserError: there is no comparison.json, or an earlier version wrote it."""
     comparison = Comparison.read(folder)
     curves = method_curves(comparison)
     for axis in AXES:
@@ -88,11 +86,9 @@ def write_report(folder: Path) -> Path:
 
 
 def _banner(comparison: Comparison) -> str:
-    if comparison.complete:
-        return ""
     done = sum(len(method.runs) for method in comparison.methods)
     expected = max(len(comparison.methods) * len(comparison.seeds), done)
-    return f"still running: {done} of {expected} runs"
+    return "" if comparison.complete else f"still running: {done} of {expected} runs"
 
 
 def _how_to_read(comparison: Comparison) -> list[str]:

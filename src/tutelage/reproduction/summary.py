@@ -13,8 +13,7 @@ _LONGEST_HEADLINE = 4  # lines
 def summarise(comparison: Comparison, target: float | None) -> Comparison:
     """The comparison with everything that follows from its runs computed anew.
 
-    `target` is the value of the metric to reach; None takes the median of one-shot's final values.
-    """
+    `target` is the value of the metric to reach; None takes the median of one-shot's final values."""
     if target is None and comparison.baseline is not None:
         runs = [run for run in comparison.baseline.runs if run.diverged is None]
         finals = sorted(run.final[comparison.metric] for run in runs)

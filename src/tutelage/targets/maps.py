@@ -90,7 +90,10 @@ def calibrate(
                 standardizer = Standardizer.identity(states.shape[-1])
             else:
                 standardizer = Standardizer.fit(states, center=calibration.center_final or not at_final)
-            moment = _second_moment(states, standardizer) if needs_moment or needs_data else None
+            moment = None
+            if needs_moment or needs_data:
+                kept = standardizer(states[standardizer.keep(states)]).double()
+                moment = (kept.T @ kept / len(kept)).float()  # as it is stored, so that a resumed run has the same one
         if needs_data:
             assert moment is not None
             projection = _data_projection(curriculum.projection, stage, standardizer, moment, calibration)
@@ -105,11 +108,6 @@ def _states(states_of: StatesOf, stage: HiddenStage, batches: Iterable[Mapping[s
     """States of all calibration positions without padding, on the CPU, (N, D)."""
     pairs = ((batch, states_of(stage, batch)) for batch in batches)
     return torch.cat([hidden[position_mask(batch, hidden)].float().cpu() for batch, hidden in pairs])
-
-
-def _second_moment(states_ND: torch.Tensor, standardizer: Standardizer) -> torch.Tensor:
-    kept = standardizer(states_ND[standardizer.keep(states_ND)]).double()
-    return (kept.T @ kept / len(kept)).float()  # as it is stored, so that a resumed run has the same one
 
 
 def _data_projection(
