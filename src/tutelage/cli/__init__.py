@@ -21,8 +21,7 @@ _HELP = """usage: tutelage COMMAND ...
   tutelage diagnose [parity-mlp] [...]        what a teacher's layers contain: Fourier weights, n-gram probes
 
 Without options a command works on the teacher and text that come with tutelage.
-`tutelage COMMAND --help` lists the options of a command.
-"""
+`tutelage COMMAND --help` lists the options of a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

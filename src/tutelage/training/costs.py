@@ -52,8 +52,7 @@ class FlopCounter(TorchDispatchMode):
 def measure_stage(objective: StageObjective, index: int, batch: dict[str, Any]) -> StageCost:
     """Count one stage's FLOPs on `batch` with torch's counter, and find the parameters that get a gradient.
 
-    Gradients, the random state and the current stage are left as they were. Works on the meta device too.
-    """
+    Gradients, the random state and the current stage are left as they were. Works on the meta device too."""
     parameters = dict(objective.student.named_parameters())
     previous, grads = objective.stage_index, {name: parameter.grad for name, parameter in parameters.items()}
     objective.stage_index = index
