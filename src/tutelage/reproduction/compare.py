@@ -163,10 +163,8 @@ def _check(recipe: Recipe, variants: Sequence[Variant], match: str, jobs: int | 
     if shared := set(seeds) & set(tuning):
         raise UserError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
     if not tuning and any(len(candidates(variant, recipe.learning_rates)) > 1 for variant in variants):
-        raise UserError(
-            "tuning_seeds are empty: give some, or a single learning rate and, for progressive, a single schedule "
-            "(--variant NAME:method=progressive,schedule=two)"
-        )
+        found = "tuning_seeds are empty: give some, or a single learning rate and, for progressive, a single schedule"
+        raise UserError(f"{found} (--variant NAME:method=progressive,schedule=two)")
 
 
 def _check_target(recipe: Recipe, teacher: Teacher) -> None:

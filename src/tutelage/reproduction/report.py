@@ -64,10 +64,12 @@ def write_report(folder: Path) -> Path:
     curves = method_curves(comparison)
     for axis in AXES:
         draw_curves(curves, comparison, axis, folder / f"curves_{axis}.png")
+    done = sum(len(method.runs) for method in comparison.methods)
+    expected = max(len(comparison.methods) * len(comparison.seeds), done)
     report = Report(
         comparison,
         curves,
-        banner=_banner(comparison),
+        banner="" if comparison.complete else f"still running: {done} of {expected} runs",
         verdict=headline(comparison) or "No verdict yet.",
         summary=summary_table(comparison),
         tables=detail_tables(comparison, curves),
@@ -83,12 +85,6 @@ def write_report(folder: Path) -> Path:
     page = folder / "report.html"
     write_atomically(page, _page(report, get_plotlyjs(), (folder / "curves_samples.png").read_bytes()))
     return page
-
-
-def _banner(comparison: Comparison) -> str:
-    done = sum(len(method.runs) for method in comparison.methods)
-    expected = max(len(comparison.methods) * len(comparison.seeds), done)
-    return "" if comparison.complete else f"still running: {done} of {expected} runs"
 
 
 def _how_to_read(comparison: Comparison) -> list[str]:

@@ -176,10 +176,8 @@ def build_curriculum(
     if args.method != "progressive":
         return method_curriculum(args, blocks, steps)
     if not teacher.checkpoints:
-        raise UserError(
-            "progressive distillation needs checkpoints of the teacher's training, and this teacher has none "
-            f"({teacher.description}): leave progressive out of --methods"
-        )
+        found = "progressive distillation needs checkpoints of the teacher's training, and this teacher has none"
+        raise UserError(f"{found} ({teacher.description}): leave progressive out of --methods")
     assert candidate.schedule is not None
     uses: list[tuple[int, str | None]] = []
     left = steps

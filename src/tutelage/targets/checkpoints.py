@@ -30,10 +30,8 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
         for field in ("model_type", "num_attention_heads", "num_key_value_heads"):  # the shapes do not show these
             theirs, ours = getattr(config, field, None), getattr(model.config, field, None)
             if theirs != ours:
-                raise UserError(
-                    f"checkpoint {folder!r} has a different architecture than the teacher: its {field} is {theirs}, "
-                    f"the teacher's is {ours}"
-                )
+                found = f"checkpoint {folder!r} has a different architecture than the teacher: its {field} is {theirs}"
+                raise UserError(f"{found}, the teacher's is {ours}")
     for subfolder, part, prefix in _stored_parts(model):
         shapes = _stored_shapes(Path(folder) / subfolder, prefix)
         if difference := _difference(part, shapes):

@@ -55,10 +55,8 @@ class ParityRecipe(PaperRecipe):
         if not 1 <= self.teacher_factor < float("inf"):
             raise UserError(f"teacher_factor must be at least 1 (past convergence), got {self.teacher_factor}")
         if self.stage_samples >= self.budget_samples:
-            raise UserError(
-                f"budget too small for the stages: stage_samples {self.stage_samples} of budget_samples "
-                f"{self.budget_samples}"
-            )
+            found = f"budget too small for the stages: stage_samples {self.stage_samples} of budget_samples"
+            raise UserError(f"{found} {self.budget_samples}")
         check_parity(self.d, self.k, self.support)
 
     @property

@@ -131,10 +131,8 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
             raise UserError(f"{where} has an unknown option {key!r}{renamed(key)}")
     for key in CONTROLLED:
         if key in options and key not in ("teacher_model_name_or_path", "task"):
-            raise UserError(
-                f"{where}: {key} is set by the comparison itself; use --methods, --output_dir, seeds, "
-                "budget_samples, learning_rates, batch_size and eval_every"
-            )
+            found = f"{where}: {key} is set by the comparison itself; use --methods, --output_dir, seeds"
+            raise UserError(f"{found}, budget_samples, learning_rates, batch_size and eval_every")
     changes = {key: options.pop(key) for key in list(options) if key in numbers}
     name = "own" if file is None else file.stem
     recipe = change_fields(UserRecipe(name=name, options=options, methods=methods), changes, where)
