@@ -66,7 +66,7 @@ def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], bu
     pairs = [(a, b) for a, b in zip(over, under, strict=True) if a is not None or b is not None]
     bounded = [(a, budget if b is None else b) for a, b in pairs]
     # a target may be reached before the first sample: the ratio is infinite (None) unless both reach it there
-    ratios = [None if a is None or (a and not b) else a / b if b else 1.0 for a, b in bounded]
+    ratios = [None if a is None or (a and not b) else (a + (not b)) / (b or 1) for a, b in bounded]  # 0 / 0 is 1
     return PairedRatio(median_interval(ratios), len(pairs), sum(b is None for _, b in pairs))
 
 
