@@ -205,8 +205,12 @@ def _html_fold(title: str, content: str) -> str:
 
 def _html_table(table: Table) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.columns)
+
+    def breakable(name: str) -> str:  # a long name, after its punctuation
+        return "<wbr>".join(map(html.escape, re.split("(?<=[:,=/])", name)))
+
     rows = "".join(
-        f'<tr><th scope="row">{_breakable(first)}</th>{"".join(map(_html_cell, cells))}</tr>'
+        f'<tr><th scope="row">{breakable(first)}</th>{"".join(map(_html_cell, cells))}</tr>'
         for first, *cells in table.rows
     )
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
@@ -219,8 +223,3 @@ def _html_table(table: Table) -> str:
 def _html_cell(text: str) -> str:
     long = ' class="long"' if max(map(len, text.splitlines()), default=0) > _LONG_CELL else ""
     return f"<td{long}>" + "<br>".join(map(html.escape, text.splitlines())) + "</td>"
-
-
-def _breakable(name: str) -> str:
-    """A long name that may break after its punctuation."""
-    return "<wbr>".join(map(html.escape, re.split("(?<=[:,=/])", name)))
