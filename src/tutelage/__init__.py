@@ -1,8 +1,7 @@
 """Knowledge distillation by curriculum extraction (arXiv:2503.17494) for PyTorch and Hugging Face transformers.
 
 `distill`, `extract`, `evaluate`, `plan` and `compare` do what the commands of the same names do; `CurriculumTrainer` is a
-`transformers.Trainer`. Every name is imported when it is first used, which keeps `import tutelage` fast.
-"""
+`transformers.Trainer`. Every name is imported when it is first used, which keeps `import tutelage` fast."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -20,6 +20,7 @@ from tutelage.training.config import CurriculumConfig
 STUDENT = "layers=2,hidden_size=16"
 COMMANDS = ("plan", "distill", "extract", "inspect", "evaluate")
 SCREEN = 24
+TWICE = "teacher: a\nteacher_model_name_or_path: b"
 
 
 # ---- Names ----
@@ -75,6 +76,8 @@ def test_evaluate_takes_the_names_of_the_other_commands(causal_teacher: Path, co
             ["extract", "--stages", "2", "head", "--projection_dim", "8"],
             "each deeper than the one before, final at most",
         ),
+        (["evaluate", "--split", "test"], "unknown option '--split' (it is called 'dataset_split' now)"),
+        (["compare", "--eval_samples", "3"], "unknown option 'eval_samples' (it is called 'max_samples' now)"),
         (["evaluate", "--mask_probability", "0.2"], "(it is called 'mlm_probability' now)"),
     ],
 )
@@ -90,6 +93,25 @@ def test_an_old_spelling_in_yaml_names_the_new_one(tmp_path: Path, capsys: pytes
     (tmp_path / "run.yaml").write_text("eval_samples: 3\n")
     assert main(["distill", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "unknown option 'eval_samples' (it is called 'max_samples' now)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("distill", "max_steps: [1, 2]", "max_steps takes one value, not the list [1, 2]"),
+        ("distill", TWICE, "teacher and teacher_model_name_or_path are the same option: leave one out"),
+        ("compare", TWICE, "teacher and teacher_model_name_or_path are the same option: leave one out"),
+        ("evaluate", "model: a\nstudent: b", "model and student are the same option: leave one out"),
+        ("compare", "seeds: a", "cannot read seeds='a': it must be whole numbers separated by commas"),
+        ("inspect", "quick: maybe", "quick"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, text: str, message: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert main([command, "--config", str(tmp_path / "run.yaml")]) == 2
+    assert message in capsys.readouterr().err
 
 
 # ---- Help ----
@@ -114,6 +136,15 @@ def test_help_begins_with_one_screen_that_people_use(command: str) -> None:
             assert name in theirs and name not in own, name
 
 
+@pytest.mark.parametrize("command", ["compare", "report", "diagnose"])
+def test_help_of_the_reproduction_has_the_form_of_the_others(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage, *rest = capsys.readouterr().out.splitlines()
+    assert usage.startswith(f"usage: tutelage {command} [") and usage.endswith("] [options]")
+    assert any(line.startswith(f"  tutelage {command} ") for line in rest[:6])  # an example
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_the_example_exists(command: str) -> None:
     printed = run(command, "--help")
@@ -135,6 +166,11 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_plan_without_arguments_is_of_the_embedded_teacher(in_tmp: Path) -> None:
     planned = json.loads(run("plan", "--json"))
     assert planned["teacher"]["name"] == DEFAULT_TEACHER
+    assert (sum(stage["steps"] for stage in planned["stages"]), planned["steps_assumed"]) == (
+        200,
+        False,
+    )  # as in distill
+    assert "1,000 steps (assumed: give --max_steps)" in run("plan", "--dataset", "corpus.txt")
     assert not list(in_tmp.iterdir())
 
 

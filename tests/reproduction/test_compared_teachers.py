@@ -77,7 +77,7 @@ def test_a_given_teacher_has_no_checkpoints_so_progressive_is_no_default(tmp_pat
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"d": 9}, "the teacher takes 8 bits, the recipe has d=9: give the one or change the other"),
+        ({"d": 9}, "the teacher takes 8 bits, the recipe has d=9: change one of the two"),
         ({"support": (4, 5)}, r"accuracy on this parity \(d=8, k=2, support \[4, 5\]\) is 0\.\d+, which is chance"),
         ({"k": 3}, "which is chance: it was made for a different"),
     ],

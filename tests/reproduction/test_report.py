@@ -133,13 +133,16 @@ def test_a_run_that_stopped_at_the_target_keeps_its_value(tmp_path: Path) -> Non
     assert len(band["x"]) == POINTS and band["high"][-1] == first.curve[-1].metrics["accuracy"] == 1
 
 
-def test_without_equal_samples_each_method_has_its_own_bound(tmp_path: Path) -> None:
-    data = dataclasses.replace(comparison(), match="flops")
+@pytest.mark.parametrize("match", ["samples", "flops"])
+def test_each_method_is_bounded_by_the_end_of_its_own_runs(tmp_path: Path, match: str) -> None:
+    data = dataclasses.replace(comparison(), match=match)
     runs = tuple(dataclasses.replace(run, curve=run.curve[:-1]) for run in data.method(EVIL).runs)
-    write(tmp_path, with_method(data, EVIL, runs=runs))
+    short = Variant(EVIL, "one_shot", budget_fraction=0.92)
+    write(tmp_path, with_method(data, EVIL, runs=runs, variant=short))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert table_of(text, "Results in detail")[3][2:4] == ["> 1.76M", "128k to > 1.76M"]
     assert table_of(text, "Results")[3][1] == "> 1.76M"
+    assert ", unless its settings give a budget." in text
 
 
 def test_schedules_have_rows_of_their_own(tmp_path: Path) -> None:

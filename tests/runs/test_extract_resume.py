@@ -136,8 +136,8 @@ def spoil(folder: Path, what: str) -> None:
         ("cut", r"stage_1/data-00000.*is damaged"),
         ("missing", r"stage_1/data-00000.*is missing: copy it there"),
         ("newer", "has format 99, this version reads up to 1: upgrade"),
-        ("no manifest", "holds no curriculum .no manifest.json.: make one with `tutelage extract`"),
-        ("not JSON", "is not a curriculum's manifest"),
+        ("no manifest", "no extracted curriculum in .* .no manifest.json.: make one with `tutelage extract`"),
+        ("not JSON", "is not the manifest of an extracted curriculum"),
         ("maps", "target_stats.safetensors.*is damaged"),
     ],
 )

@@ -37,7 +37,9 @@ def test_a_curriculum_is_written_to_and_read_from_a_url(
     train(tmp_path / "student", "memory://curricula/C")
     assert (tmp_path / "student" / "model.safetensors").is_file()
     bucket.rm("/curricula/C/stage_2/data-00000-of-00004.arrow")
-    with pytest.raises(ValueError, match=r"stage_2/data-00000-of-00004.arrow of the curriculum .* is missing"):
+    with pytest.raises(
+        ValueError, match=r"stage_2/data-00000-of-00004.arrow of the extracted curriculum .* is missing"
+    ):
         train(tmp_path / "other", "memory://curricula/C")
 
 

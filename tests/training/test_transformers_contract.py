@@ -121,7 +121,6 @@ CONTRACT = (
     Relied("argparse.ArgumentParser", "_option_string_actions", "cli/compare.py"),
     Relied("argparse.ArgumentParser", "error", "runs/options.py", "message"),
     Relied("datasets.Dataset", "_fingerprint", "reproduction/recipes/language.py"),
-    Relied("datasets.Dataset", "_indices", "training/checks.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensor", "core/inputs.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensorMode", "runs/plan.py"),
     Relied("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "core/blocks.py"),

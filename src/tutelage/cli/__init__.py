@@ -1,7 +1,6 @@
 """The `tutelage` command: parse, call, print.
 
-Everything that a command does is in `tutelage.runs` and `tutelage.reproduction`.
-"""
+Everything that a command does is in `tutelage.runs` and `tutelage.reproduction`."""
 
 import sys
 import traceback
@@ -22,8 +21,7 @@ _HELP = """usage: tutelage COMMAND ...
   tutelage diagnose [parity-mlp] [...]        what a teacher's layers contain: Fourier weights, n-gram probes
 
 Without options a command works on the teacher and text that come with tutelage.
-`tutelage COMMAND --help` lists the options of a command.
-"""
+`tutelage COMMAND --help` lists the options of a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for a user's mistake, which is one line on stderr; 1 for a bug of tutelage, with its traceback;
-        130 when interrupted.
-    """
+        130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP, end="")

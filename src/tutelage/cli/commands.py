@@ -11,6 +11,7 @@ from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 from tutelage.cli.help import CommandHelp, progress, render_help
+from tutelage.core.errors import check_positive, check_range
 from tutelage.runs.distill import describe, distill
 from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.runs.evaluate import EvaluateOptions, evaluate
@@ -43,6 +44,11 @@ class PlanOptions:
     projection_dim: int | None = option("Width of the stored projections; default: the student's.")
     runs: int = option("Students to be trained from the extraction.", 3)
     tokens_per_second: float | None = option("Tokens per second of the teacher's forward pass, as measured.")
+
+    def __post_init__(self) -> None:
+        check_range("projection_dim", self.projection_dim, 1)
+        check_range("runs", self.runs, 1)
+        check_positive("tokens_per_second", self.tokens_per_second)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ _COMMANDS = {
     "plan": CommandHelp(
         _plan,
         (RunOptions, CurriculumConfig, PlanOptions, PrintOptions),
-        "Shows blocks, stages, predicted cost and, with --tokens, what an extraction would take. Trains nothing.",
+        "Shows blocks, stages, predicted cost and, with --tokens, what an extraction would take. Reads no data.",
         "--teacher T --student layers=3,hidden_size=192 --max_steps 2000",
         "teacher_model_name_or_path student max_length max_steps method layer_map tokens tokens_per_second json config",
     ),
@@ -167,12 +173,14 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     command = _COMMANDS[name]
     folders = []
     if name == "inspect":
-        folders = [next((word for word in arguments if not word.startswith("-")), _EXTRACTED)]
+        before = dict(zip(arguments[1:], arguments, strict=False))
+        words = (word for word in arguments if not word.startswith("-") and before.get(word) != "--config")
+        folders = [next(words, _EXTRACTED)]
     parser = OptionParser(command.kinds, prog=f"tutelage {name}{' FOLDER' * len(folders)}")
     parser.add_argument("--config", help="YAML file with any of these options")
     parser.set_defaults(**command.defaults)
     if {"-h", "--help"} & set(arguments):
-        print(render_help(parser, command, f"tutelage {name} {command.example}"), end="")
+        print(render_help(parser, command.summary, f"tutelage {name} {command.example}", command.main.split()), end="")
         return
     command.run(*folders, *parse_options(parser, [word for word in arguments if word not in folders]))
     if (

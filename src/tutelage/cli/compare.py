@@ -19,20 +19,13 @@ from tutelage.reproduction.results import COSTS
 from tutelage.reproduction.scaling import SCALING_SIZES, run_scaling
 from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
 
-_ABOUT = """Compare methods on a recipe of the paper, or on your own teacher, student and text, and write a report.
-
-  tutelage compare                                          the embedded teacher and text
-  tutelage compare --teacher T --student S --dataset D      your own
-  tutelage compare mine.yaml                                your own, described in a file
-  tutelage compare parity-mlp/smoke --d 12 --seeds 0 1 2    a recipe; any of its fields is an option
-"""
 _DATA_OPTIONS = {
     "teacher": "folder or Hub name; recipes also take `trained`, and parity-mlp `planted`",
     "student": "folder, config.json or preset over the teacher, e.g. layers=2,hidden_size=64",
     "dataset": "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file",
     "eval_dataset": "held-out text; default: a part of the dataset",
     "max_length": "maximum tokens per sequence",
-    "max_samples": "evaluate on the first N sequences",
+    "max_samples": "evaluate on the first N sequences; default of your own comparison: 256, or the recipe's",
     "mlm_probability": "fraction of tokens that are masked (masked language models)",
 }
 
@@ -42,6 +35,9 @@ def compare_command(arguments: Sequence[str]) -> None:
     parser = _parser()
     mine, fields = _split(parser, arguments)
     options, rest = parser.parse_known_args(mine)
+    if options.recipe and options.config:
+        raise UserError(f"--config and {options.recipe} were given: give one of the two")
+    options.recipe = options.recipe or options.config
     if options.list:
         print(_listing())
         return
@@ -76,10 +72,14 @@ def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[l
 
 
 def _parser() -> argparse.ArgumentParser:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="tutelage compare", description=_ABOUT, formatter_class=shape)
+    about = (
+        "Compares methods on a recipe of the paper, or on your own teacher, student and text, and writes a report. Any "
+    )
+    about += "field of a recipe is an option: parity-mlp/smoke --d 12 --seeds 0 1 2."
+    parser = Parser("tutelage compare", about, "--teacher T --student layers=3,hidden_size=192 --dataset corpus.txt")
     recipe = "RECIPE, RECIPE/SIZE, or a .yaml file; default: what the options describe"
     parser.add_argument("recipe", nargs="?", help=recipe)
+    parser.add_argument("--config", help="the same as a .yaml file in place of a RECIPE")
     parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
     parser.add_argument("--methods", nargs="+", help="names of methods, e.g. extraction one_shot")
     variant = (
@@ -119,15 +119,13 @@ def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: 
 
 def report_command(arguments: Sequence[str]) -> None:
     """Redraw a comparison's report from what is on disk."""
-    parser = Parser(prog="tutelage report", description="Redraw the report of a comparison, finished or not.")
+    parser = Parser("tutelage report", "Redraws the report of a comparison, finished or not.", "comparisons/own")
     text = "output_dir of tutelage compare; default: the newest one below comparisons"
     parser.add_argument("folder", nargs="?", help=text)
     given = parser.parse_args(arguments).folder
     written = sorted(Path("comparisons").glob("*/comparison.json"), key=lambda file: file.stat().st_mtime)
     if given is None and not written:
-        raise UserError(
-            "there is no comparison below ./comparisons: make one with tutelage compare, or give the folder of one"
-        )
+        raise UserError("there is no comparison below ./comparisons: make one with tutelage compare, or give a folder")
     folder = written[-1].parent if given is None else Path(given)
     if (folder / "scaling.json").exists():
         raise UserError(

@@ -17,10 +17,10 @@ from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_
 def diagnose_command(arguments: Sequence[str]) -> None:
     """Fourier weights of a parity recipe, or n-gram probes of a language model's layers."""
     parser = Parser(
-        prog="tutelage diagnose",
-        description="With parity-mlp[/SIZE]: Fourier weights of teacher and student. Without a recipe: how much of each "
-        "layer of a language model the last tokens explain.",
-        epilog="example: tutelage diagnose --teacher gpt2 --dataset corpus.txt --length 3",
+        "tutelage diagnose",
+        "With parity-mlp[/SIZE]: Fourier weights of teacher and student. Without a recipe: how much of each layer of a "
+        "language model the last tokens explain.",
+        "--teacher gpt2 --dataset corpus.txt --length 3",
     )
     parser.add_argument("recipe", nargs="?", help="parity-mlp or parity-mlp/SIZE; its fields are options too")
     parser.add_argument("--teacher", help="folder or Hub name; default: the embedded one")

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -28,16 +28,16 @@ class CommandHelp:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of options whose dataclass has another one
 
 
-def render_help(parser: argparse.ArgumentParser, shown: CommandHelp, example: str) -> str:
-    """The whole help text: the options people use first, the rest under groups."""
-    main = shown.main.split()
+def render_help(parser: argparse.ArgumentParser, summary: str, example: str, main: Sequence[str]) -> str:
+    """The whole help text: the options people use, named by `main`, then the rest under groups."""
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # of --x and --no_x, the first
     rest = [action for dest, action in actions.items() if dest not in main and dest != "help"]
     own = [action for action in rest if action.dest not in _TRANSFORMERS]
     theirs = [action for action in rest if action.dest in _TRANSFORMERS]
-    lines = [f"usage: {parser.prog} [options]", "", *textwrap.wrap(shown.summary, _WIDTH), "", f"  {example}", ""]
+    places = "".join(f" [{_flag(action)}]" for action in parser._actions if not action.option_strings)
+    lines = [f"usage: {parser.prog}{places} [options]", "", *textwrap.wrap(summary, _WIDTH), "", f"  {example}", ""]
     lines += [line for dest in main for line in _describe(actions[dest])]
     if own:
         lines += ["", "More options:", *(line for action in own for line in _describe(action))]
@@ -59,10 +59,15 @@ def _describe(action: argparse.Action) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse` with mistakes as one-line `UserError`s and no abbreviations."""
+    """`argparse` with the help of all commands, mistakes as one-line `UserError`s, and no abbreviations."""
 
-    def __init__(self, **kwargs: object):
-        super().__init__(allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, prog: str, summary: str, example: str):
+        super().__init__(prog, description=summary, epilog=f"{prog} {example}", allow_abbrev=False)
+
+    def format_help(self) -> str:
+        """Every option on the first screen."""
+        main = [action.dest for action in self._actions if action.dest != "help"]
+        return render_help(self, str(self.description), str(self.epilog), main)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""

@@ -31,10 +31,8 @@ class Blocks:
     def module(self, model: nn.Module, block: int) -> nn.Module:
         """Block `block` (1-based) of `model`."""
         if not 1 <= block <= len(self):
-            raise UserError(
-                f"no block {block} in {type(model).__name__}: it has blocks 1 to {len(self)} "
-                f"({self.names[0]} to {self.names[-1]}); list them with `tutelage plan`"
-            )
+            found = f"no block {block} in {type(model).__name__}: it has blocks 1 to {len(self)}"
+            raise UserError(f"{found} ({self.names[0]} to {self.names[-1]}); list them with `tutelage plan`")
         return model.get_submodule(self.names[block - 1])
 
 
@@ -55,25 +53,19 @@ def find_blocks(model: nn.Module, container: str | None = None) -> Blocks:
         except AttributeError:
             chosen = None
         if not isinstance(chosen, nn.ModuleList | nn.Sequential) or len(chosen) == 0:
-            raise UserError(
-                f"{container!r} is not a list of blocks of {type(model).__name__}; "
-                f"candidates: {_describe(candidates) or 'none'}"
-            )
+            found = f"{container!r} is not a list of blocks of {type(model).__name__}"
+            raise UserError(f"{found}; candidates: {_describe(candidates) or 'none'}")
         return _names(container, chosen)
     if isinstance(model, nn.Sequential) and len(model) > 0:
         return _names("", model)
     if not candidates:
-        raise UserError(
-            f"found no blocks in {type(model).__name__}: it has no nn.ModuleList or nn.Sequential of equal modules; "
-            "name the list of blocks with `blocks=`"
-        )
+        found = f"found no blocks in {type(model).__name__}: it has no nn.ModuleList or nn.Sequential of equal modules"
+        raise UserError(f"{found}; name the list of blocks with `blocks=`")
     depth = _depth(model)
     matching = {name: blocks for name, blocks in candidates.items() if len(blocks) == depth or len(candidates) == 1}
     if len(matching) != 1:
-        raise UserError(
-            f"{type(model).__name__} has several lists of blocks: {_describe(candidates)}; "
-            f"name one with `blocks=`, e.g. blocks={next(iter(candidates))!r}"
-        )
+        found = f"{type(model).__name__} has several lists of blocks: {_describe(candidates)}"
+        raise UserError(f"{found}; name one with `blocks=`, e.g. blocks={next(iter(candidates))!r}")
     ((name, blocks),) = matching.items()
     if depth is not None and len(blocks) < depth and depth % len(blocks) == 0:
         raise UserError(
@@ -140,14 +132,15 @@ def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inp
     def stop_after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         raise _Reached(_first(output))
 
+    layer: Any = module
+    recomputable = "GradientCheckpointingLayer" in (cls.__name__ for cls in type(module).__mro__)
     if before:
         undo = module.register_forward_pre_hook(stop_before, with_kwargs=True).remove
-    elif _is_recomputed(module):
+    elif recomputable and layer.gradient_checkpointing and layer.training:
         # Before transformers 5.23 a block's hooks run inside the recomputed function, where states may have no gradient.
-        block: Any = module
-        recompute = block._gradient_checkpointing_func
-        block._gradient_checkpointing_func = lambda *args: stop_after(module, args, recompute(*args))
-        undo = functools.partial(setattr, block, "_gradient_checkpointing_func", recompute)
+        recompute = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = lambda *args: stop_after(module, args, recompute(*args))
+        undo = functools.partial(setattr, layer, "_gradient_checkpointing_func", recompute)
     else:
         undo = module.register_forward_hook(stop_after).remove
     try:
@@ -157,11 +150,6 @@ def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inp
     finally:
         undo()
     raise UserError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
-
-
-def _is_recomputed(module: nn.Module) -> bool:
-    names = [cls.__name__ for cls in type(module).__mro__]
-    return "GradientCheckpointingLayer" in names and bool(module.gradient_checkpointing) and module.training
 
 
 def _first(output: Any) -> torch.Tensor:

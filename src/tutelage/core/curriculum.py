@@ -147,18 +147,14 @@ class Curriculum(Record):
         for index, stage in enumerate(self.stages):
             if isinstance(stage, HiddenStage) and (stage.student_place, stage.teacher_place) == (FINAL, FINAL):
                 return index
-        raise UserError(
-            f"warm_start={self.warm_start!r} needs a stage that pairs the places before the two output heads: "
-            "end the layer map with final:final, e.g. layer_map='final:final'"
-        )
+        found = f"warm_start={self.warm_start!r} needs a stage that pairs the places before the two output heads"
+        raise UserError(f"{found}: end the layer map with final:final, e.g. layer_map='final:final'")
 
 
 def _check_stage(number: int, stage: Stage, before: Stage | None) -> None:
     if stage.steps < 1:
-        raise UserError(
-            f"budget too small for the stages: stage {number} ({stage.name}) would get {stage.steps} steps; "
-            "raise max_steps, or lower stage_fraction, stage_steps or num_stages"
-        )
+        found = f"budget too small for the stages: stage {number} ({stage.name}) would get {stage.steps} steps"
+        raise UserError(f"{found}; raise max_steps, or lower stage_fraction, stage_steps or num_stages")
     if stage.continues and not isinstance(before, OutputStage):
         raise UserError(f"stage {number} cannot continue the stage before it: both must be output stages")
     if isinstance(stage, OutputStage) and not 0 <= stage.label_weight <= 1:
@@ -201,7 +197,7 @@ def _hidden_steps(stage_steps: float | int | Sequence[int], stages: int, steps: 
     if isinstance(stage_steps, Sequence):
         if len(stage_steps) != stages:
             raise UserError(
-                f"stage_steps has {len(stage_steps)} entries for {stages} hidden stages: give one entry per stage"
+                f"stage_steps has {len(stage_steps)} entries for {stages} hidden stages: give one per stage"
             )
         return list(stage_steps)
     if isinstance(stage_steps, int):
@@ -222,10 +218,8 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
     """Progressive distillation (arXiv:2410.05464): the teacher's intermediate checkpoints (folders, early to late), then the
     final teacher; `steps` are the optimiser steps of all, split evenly. One optimiser and one schedule go through all of it."""
     if not checkpoints:
-        raise UserError(
-            "progressive distillation needs the teacher's intermediate checkpoints: pass teacher_checkpoints, "
-            "or use method='extraction', which needs only the final teacher"
-        )
+        found = "progressive distillation needs the teacher's intermediate checkpoints: pass teacher_checkpoints"
+        raise UserError(f"{found}, or use method='extraction', which needs only the final teacher")
     teachers: list[str | None] = [*checkpoints, None]
     each = steps // len(teachers)
     counts = [each] * len(checkpoints) + [steps - each * len(checkpoints)]

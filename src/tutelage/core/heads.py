@@ -35,10 +35,8 @@ class OutputHead:
         if not isinstance(head, nn.Linear):
             named = [name for name, module in model.named_modules() if module is head]
             kind = "none" if head is None else f"{named[0]}, a {type(head).__name__}"
-            raise UserError(
-                f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one: "
-                "load the model with a language-modelling or classification head"
-            )
+            found = f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one"
+            raise UserError(f"{found}: load the model with a language-modelling or classification head")
         get = getattr(model, "get_output_embeddings", None)
         if get is None or get() is None:  # a classifier's logits are the head's own
             return cls(head, outputs=outputs)

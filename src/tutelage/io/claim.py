@@ -23,9 +23,7 @@ def claim(store: Store, mine: Claim) -> bool:
     Raises UserError if the folder contains something else, or a record with different values."""
     if not store.exists(mine.record):
         if not store.is_empty():
-            raise UserError(
-                f"{str(store)!r} is not empty and does not contain {mine.what}: choose a different --output_dir"
-            )
+            raise UserError(f"'{store}' is not empty and does not contain {mine.what}: choose a different --output_dir")
         store.write(mine.record, json.dumps(mine.contents, indent=1, default=str) + "\n")
         return False
     check_same(store, mine, read_record(store, mine.record))

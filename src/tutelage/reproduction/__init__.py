@@ -1,4 +1,3 @@
 """The reproduction of the paper: recipes, comparisons, scaling, diagnosis and reports.
 
-Optional: nothing below imports it, and distill, extract, plan and evaluate work without it.
-"""
+Optional: nothing below imports it, and distill, extract, plan and evaluate work without it."""

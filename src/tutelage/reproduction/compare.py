@@ -52,8 +52,7 @@ def compare(
         log: called with a line of progress.
 
     Raises UserError: settings that cannot work, among them a target above what the teacher reaches, or a folder
-    that contains a different comparison.
-    """
+    that contains a different comparison."""
     asked = recipe.default_methods if methods is None else methods
     variants = [method if isinstance(method, Variant) else plain_variant(method) for method in asked]
     _check(recipe, variants, match, jobs)
@@ -149,9 +148,7 @@ def _check(recipe: Recipe, variants: Sequence[Variant], match: str, jobs: int | 
     if isinstance(jobs, int) and jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
     if match == "seconds" and jobs != 1:
-        raise UserError(
-            "runs at the same time slow each other down, so their seconds cannot be compared: --match seconds needs --jobs 1"
-        )
+        raise UserError("runs at the same time slow each other down: --match seconds needs --jobs 1")
     seeds, tuning = recipe.seeds, recipe.tuning_seeds
     given = {"methods": [variant.name for variant in variants], "seeds": seeds, "learning_rates": recipe.learning_rates}
     for name, values in {**given, "tuning_seeds": tuning}.items():
@@ -166,10 +163,8 @@ def _check(recipe: Recipe, variants: Sequence[Variant], match: str, jobs: int | 
     if shared := set(seeds) & set(tuning):
         raise UserError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
     if not tuning and any(len(candidates(variant, recipe.learning_rates)) > 1 for variant in variants):
-        raise UserError(
-            "tuning_seeds are empty: give some, or a single learning rate and, for progressive, a single schedule "
-            "(--variant NAME:method=progressive,schedule=two)"
-        )
+        found = "tuning_seeds are empty: give some, or a single learning rate and, for progressive, a single schedule"
+        raise UserError(f"{found} (--variant NAME:method=progressive,schedule=two)")
 
 
 def _check_target(recipe: Recipe, teacher: Teacher) -> None:

@@ -1,7 +1,6 @@
 """Why a curriculum helps on text: how much of each layer of a language model short contexts explain.
 
-Shapes: B sequences, T positions, W width, P positions with a whole context, n length of the context.
-"""
+Shapes: B sequences, T positions, W width, P positions with a whole context, n length of the context."""
 
 import contextlib
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from tutelage.core.blocks import FINAL, forward_to
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
@@ -42,10 +41,8 @@ class NgramProbe:
     blocks: str | None = None  # dotted name of the teacher's list of blocks, where several are found
 
     def __post_init__(self) -> None:
-        if not 1 <= self.length <= len(COLORS):
-            raise UserError(f"length must be from 1 to {len(COLORS)} tokens, got {self.length}")
-        if self.max_samples < 1:
-            raise UserError(f"max_samples must be at least 1 sequence, got {self.max_samples}")
+        check_range("length", self.length, 1, len(COLORS))
+        check_range("max_samples", self.max_samples, 1)
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,7 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
     Layers that short contexts explain are an easier target: this shows the curriculum that extraction follows. Writes
     ngrams.json and ngrams.png to `folder`.
 
-    Raises UserError: no language model, no tokenizer, or text that cannot be read or is too short.
-    """
+    Raises UserError: no language model, no tokenizer, or text that cannot be read or is too short."""
     task = detect_task(probe.teacher)
     if not task.per_position:
         raise UserError(f"n-gram probes are for language models; {probe.teacher!r} is a model for {task.name}")

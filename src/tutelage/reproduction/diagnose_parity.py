@@ -58,8 +58,7 @@ def diagnose_parity(recipe: Recipe, folder: Path, log: Callable[[str], None] = p
     Writes fourier.json, fourier.png and fourier.md to `folder`. The recipe is a `parity-mlp`, whose first seed and middle
     learning rate are used.
 
-    Raises UserError: a different recipe, no seed or learning rate, or more degrees than the plot has colours.
-    """
+    Raises UserError: a different recipe, no seed or learning rate, or more degrees than the plot has colours."""
     if not isinstance(recipe, ParityMLPRecipe):
         raise UserError(f"Fourier weights are for parity-mlp, not {recipe.name}")
     if not recipe.seeds or not recipe.learning_rates:

@@ -1,7 +1,6 @@
 """What a state says of its input: Fourier weights of parities, and n-gram probes of language models.
 
-Shapes: N examples or positions, d input bits, W width, T positions, n length of the context.
-"""
+Shapes: N examples or positions, d input bits, W width, T positions, n length of the context."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ def fourier_weights(values: torch.Tensor, bits_Nd: torch.Tensor, which: Sequence
 
     For vector-valued functions, the sum of squared coefficients E[f_w chi_S] over components w, divided by the sum of
     their variances. Estimated from N uniform examples, with the bias of a squared mean taken off, so that a monomial
-    with no weight is at zero on average and may come out slightly negative. `values`, f, are (N,) or (N, W); bits 0 or 1.
-    """
+    with no weight is at zero on average and may come out slightly negative. `values`, f, are (N,) or (N, W); bits 0 or 1."""
     outputs = values.double().reshape(len(values), -1)
     outputs = outputs - outputs.mean(0)
     variance = outputs.square().mean(0).sum().clamp_min(1e-30)
@@ -69,8 +67,7 @@ def weights_by_degree(
 ) -> DegreeWeights:
     """Fourier weight of a function, `values` (N,) or (N, W), at each degree of the monomials of `support`.
 
-    At each degree, `off_support` monomials off the support are sampled.
-    """
+    At each degree, `off_support` monomials off the support are sampled."""
     outside = [index for index in range(bits_Nd.shape[1]) if index not in set(support)]
     weights = DegreeWeights({}, {})
     for degree in range(1, len(support) + 1):
@@ -100,12 +97,9 @@ def ngram_explained(
         states_NW, contexts_Nn: states and the ids of the last n tokens there, newest first.
         held_out_NW, held_out_contexts_Nn: the same for held-out text.
         ridge: pseudo-count that shrinks a rare token's row.
-        sweeps: rounds of backfitting.
-    """
+        sweeps: rounds of backfitting."""
     if len(states_NW) < 2 or len(held_out_NW) < 2:
-        raise UserError(
-            f"a probe needs at least two positions on each side, got {len(states_NW)} and {len(held_out_NW)}"
-        )
+        raise UserError(f"a probe needs two positions on each side, got {len(states_NW)} and {len(held_out_NW)}")
     mean, scale = states_NW.double().mean(0), states_NW.double().std(0).clamp_min(1e-6)
     train, test = ((part.double() - mean) / scale for part in (states_NW, held_out_NW))
     vocabulary = int(max(contexts_Nn.max(), held_out_contexts_Nn.max())) + 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.reproduction.statistics import as_good
 from tutelage.reproduction.teachers import Teacher, TeacherRule, trained_teacher
 from tutelage.reproduction.variants import Variant
@@ -37,8 +37,7 @@ _Fields = TypeVar("_Fields")
 class Recipe(ABC):
     """A system to compare methods on: its numbers are fields, everything else is a method.
 
-    A recipe can be pickled, so that a worker process gets the recipe itself; what it has computed stays behind.
-    """
+    A recipe can be pickled, so that a worker process gets the recipe itself; what it has computed stays behind."""
 
     about: ClassVar[str] = ""  # one line for `tutelage compare --list`
     replicated: ClassVar[bool] = False  # whether all seeds train side by side in one model
@@ -122,9 +121,7 @@ class Recipe(ABC):
     @abstractmethod
     def make_teacher(self, folder: Path) -> Teacher:
         """Train, load or build the teacher; a recipe may keep things in `folder`, that of the comparison.
-
-        Raises UserError: the teacher does not converge, or does not fit the recipe.
-        """
+        Raises UserError: the teacher does not converge, or does not fit the recipe."""
 
     def sketch_teacher(self) -> nn.Module | None:
         """An untrained teacher of the finished one's shape; None where the shape is not known before it is loaded."""
@@ -231,15 +228,12 @@ class PaperRecipe(Recipe):
 def at_least_one(recipe: Any, *names: str) -> None:
     """Raise UserError where one of these fields is below 1."""
     for name in names:
-        if getattr(recipe, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(recipe, name)}")
+        check_range(name, getattr(recipe, name), 1)
 
 
 def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fields:
     """The dataclass called `name` in messages, with some fields changed; text is read as the field's type.
-
-    Raises UserError: an unknown field, or a value that cannot be read.
-    """
+    Raises UserError: an unknown field, or a value that cannot be read."""
     hints = typing.get_type_hints(type(values))
     known = [part.name for part in _changeable(values)]
     read = {}
@@ -251,7 +245,7 @@ def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fi
         try:
             read[key] = read_value(value, hints[key])
         except ValueError:
-            raise UserError(f"cannot read {key}={value!r} as {type_name(hints[key])}") from None
+            raise UserError(f"cannot read {key}={value!r}: it must be {type_name(hints[key])}") from None
     return dataclasses.replace(values, **read)  # type: ignore[type-var]
 
 

@@ -1,7 +1,6 @@
 """The report of `tutelage compare`, made from comparison.json: tables and plots in Markdown, and a page that works offline.
 
-The first screen of the page is the verdict, one small table and one plot; everything else is folded.
-"""
+The first screen of the page is the verdict, one small table and one plot; everything else is folded."""
 
 import base64
 import dataclasses
@@ -60,16 +59,17 @@ def write_report(folder: Path) -> Path:
 
     Returns the path of report.html, or, with a warning, that of report.md if plotly is not installed.
 
-    Raises UserError: there is no comparison.json, or an earlier version wrote it.
-    """
+    Raises UserError: there is no comparison.json, or an earlier version wrote it."""
     comparison = Comparison.read(folder)
     curves = method_curves(comparison)
     for axis in AXES:
         draw_curves(curves, comparison, axis, folder / f"curves_{axis}.png")
+    done = sum(len(method.runs) for method in comparison.methods)
+    expected = max(len(comparison.methods) * len(comparison.seeds), done)
     report = Report(
         comparison,
         curves,
-        banner=_banner(comparison),
+        banner="" if comparison.complete else f"still running: {done} of {expected} runs",
         verdict=headline(comparison) or "No verdict yet.",
         summary=summary_table(comparison),
         tables=detail_tables(comparison, curves),
@@ -85,14 +85,6 @@ def write_report(folder: Path) -> Path:
     page = folder / "report.html"
     write_atomically(page, _page(report, get_plotlyjs(), (folder / "curves_samples.png").read_bytes()))
     return page
-
-
-def _banner(comparison: Comparison) -> str:
-    if comparison.complete:
-        return ""
-    done = sum(len(method.runs) for method in comparison.methods)
-    expected = max(len(comparison.methods) * len(comparison.seeds), done)
-    return f"still running: {done} of {expected} runs"
 
 
 def _how_to_read(comparison: Comparison) -> list[str]:
@@ -213,8 +205,12 @@ def _html_fold(title: str, content: str) -> str:
 
 def _html_table(table: Table) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.columns)
+
+    def breakable(name: str) -> str:  # a long name, after its punctuation
+        return "<wbr>".join(map(html.escape, re.split("(?<=[:,=/])", name)))
+
     rows = "".join(
-        f'<tr><th scope="row">{_breakable(first)}</th>{"".join(map(_html_cell, cells))}</tr>'
+        f'<tr><th scope="row">{breakable(first)}</th>{"".join(map(_html_cell, cells))}</tr>'
         for first, *cells in table.rows
     )
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
@@ -227,8 +223,3 @@ def _html_table(table: Table) -> str:
 def _html_cell(text: str) -> str:
     long = ' class="long"' if max(map(len, text.splitlines()), default=0) > _LONG_CELL else ""
     return f"<td{long}>" + "<br>".join(map(html.escape, text.splitlines())) + "</td>"
-
-
-def _breakable(name: str) -> str:
-    """A long name that may break after its punctuation."""
-    return "<wbr>".join(map(html.escape, re.split("(?<=[:,=/])", name)))

@@ -80,8 +80,7 @@ def _against(axis: str, method: MethodResult, metric: str) -> AxisCurves:
 def _band(lines: Sequence[tuple[SeedCurve, bool]]) -> Band:
     """Median, smallest and largest at every x that any line has, as far as all lines go.
 
-    A line that reached the target (its second value) may have stopped there: it keeps its last value.
-    """
+    A line that reached the target (its second value) may have stopped there: it keeps its last value."""
     grid = np.unique([x for line, _ in lines for x in line.x])
     start = max((line.x[0] for line, _ in lines), default=math.inf)
     grid = grid[(grid >= start) & (grid <= min((line.x[-1] for line, held in lines if not held), default=math.inf))]

@@ -56,15 +56,17 @@ def detail_tables(comparison: Comparison, curves: Sequence[MethodCurves]) -> lis
 
 def _facts(comparison: Comparison) -> str:
     samples, unit = show_number(comparison.budget), COST_NAMES[comparison.match]
-    budget = f"Budget of one-shot: {samples} samples; every other method got the same number of {unit}."
-    if comparison.match == "samples":
-        budget = f"Budget of every method: {samples} samples."
+    budget = f"Budget of every method: {samples} samples"
+    if comparison.match != "samples":
+        budget = f"Budget of one-shot: {samples} samples; every other method got the same number of {unit}"
+    if any(method.variant.budget_fraction != 1 for method in comparison.methods):
+        budget += ", unless its settings give a budget"
     goal = "there is no target, so the final values are compared"
     if comparison.target is not None:
         goal = f"the target is {show_number(comparison.target)}"
     seeds = listed(comparison.seeds)
     over = f"Medians over seeds {seeds}." if len(comparison.seeds) > 1 else f"Seed {seeds}."
-    return f"{budget} Held-out {comparison.metric}: {comparison.better} is better; {goal}. {over}"
+    return f"{budget}. Held-out {comparison.metric}: {comparison.better} is better; {goal}. {over}"
 
 
 def _details(comparison: Comparison) -> Table:
@@ -75,7 +77,7 @@ def _details(comparison: Comparison) -> Table:
     for method in comparison.methods:
         row = [method.name, _candidate(method)]
         if target is not None:
-            beyond = _beyond(method, comparison) if method.runs else "-"
+            beyond = _beyond(method) if method.runs else "-"
             row += [_reached(method, comparison), _interval(method.samples_to_target, beyond)]
         row += [_median(method.finals(metric), with_range=True), _median([run.seconds for run in method.runs])]
         rows.append(row)
@@ -83,10 +85,8 @@ def _details(comparison: Comparison) -> Table:
 
 
 def _candidate(method: MethodResult) -> str:
-    if method.diverged:
-        return "all diverged"
     if method.candidate is None:
-        return "-"
+        return "all diverged" if method.diverged else "-"
     return listed(filter(None, (show_number(method.candidate.learning_rate), method.candidate.schedule)))
 
 
@@ -145,11 +145,9 @@ def _learning_rates(comparison: Comparison) -> Table:
 
 
 def _score(trial: Trial) -> str:
-    if trial.diverged:
-        return "diverged"
-    if trial.score is None and trial.stopped_after is not None:
+    if trial.score is None and trial.stopped_after is not None and not trial.diverged:
         return f"> {show_number(trial.stopped_after)}"
-    return show_number(trial.score)
+    return "diverged" if trial.diverged else show_number(trial.score)
 
 
 def _every_run(comparison: Comparison) -> Table:
@@ -160,7 +158,7 @@ def _every_run(comparison: Comparison) -> Table:
             row = [method.name, str(run.seed)]
             if target is not None:
                 row += [show_number(run.to_target(cost)) for cost in COSTS]
-                row[2] = _beyond(method, comparison) if run.at_target is None else row[2]
+                row[2] = _beyond(method) if run.at_target is None else row[2]
             final = show_number(run.final.get(metric)) + (" (diverged)" if run.diverged else "")
             rows.append((*row, final, show_number(run.seconds)))
     to_target = () if target is None else ("samples to target", "FLOPs to target", "seconds to target")
@@ -186,17 +184,15 @@ def _values(curves: Sequence[MethodCurves], metric: str) -> Table:
     return Table("Values of the curves", columns, rows)
 
 
-def _beyond(method: MethodResult, comparison: Comparison) -> str:
+def _beyond(method: MethodResult) -> str:
     """A target that a method never reached is shown by the samples that the method had."""
     ends = [run.curve[-1].samples for run in method.runs if run.curve]
-    if comparison.match == "samples":
-        ends = [comparison.budget]
     return f"> {show_number(max(ends))}" if ends else "not reached"
 
 
 def _reached(method: MethodResult, comparison: Comparison) -> str:
     median = method.samples_to_target.median
-    return _beyond(method, comparison) if median is None and method.runs else show_number(median)
+    return _beyond(method) if median is None and method.runs else show_number(median)
 
 
 def _interval(estimate: Estimate, beyond: str) -> str:

@@ -1,8 +1,7 @@
 """Making the runs of a comparison, with equal budgets, and their curves.
 
 A finished run is a folder that contains run.json, so a comparison that was stopped resumes with the missing runs.
-A run depends only on its settings and seeds, so the number of processes changes only the seconds.
-"""
+A run depends only on its settings and seeds, so the number of processes changes only the seconds."""
 
 from __future__ import annotations
 
@@ -127,8 +126,7 @@ class Runner:
 def _at_equal_cost(builder: RunBuilder, variant: Variant, candidate: Candidate, match: str) -> Curriculum:
     """The curriculum of a variant that costs as much as its fraction of the budget costs one-shot.
 
-    The variant is not progressive, whose stages follow the teacher's training; `match` is `flops` or `seconds`.
-    """
+    The variant is not progressive, whose stages follow the teacher's training; `match` is `flops` or `seconds`."""
     steps = builder.steps(variant.budget_fraction)
     made = builder.curriculum(variant, candidate, steps)
     reference = _step_costs(builder, plain_variant("one_shot"), candidate, match)["output"]
@@ -144,8 +142,7 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
     """Cost of one step of each stage, and of calibration, measured on a few steps of each.
 
     It is stored in the comparison's folder: when the comparison is resumed, the seconds would be different, and its runs
-    must keep their lengths.
-    """
+    must keep their lengths."""
     whole = dataclasses.replace(variant, budget_fraction=1.0)  # a step costs the same at every budget
     folder = builder.root / "pilot" / builder.folder(whole, candidate, [0]).parent.name
     file = folder.with_name(f"{folder.name}.json")
@@ -232,8 +229,7 @@ def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated:
 class Workers(ProcessPoolExecutor):
     """A pool of `count` processes, each with its part of the machine's threads.
 
-    A process makes its teacher once for as long as runs of the same comparison come in.
-    """
+    A process makes its teacher once for as long as runs of the same comparison come in."""
 
     def __init__(self, count: int):
         # CUDA rules out a plain fork; a fork server imports the libraries once for all workers, where there is one

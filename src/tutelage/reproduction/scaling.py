@@ -1,8 +1,7 @@
 """How the samples to solve a parity grow with its dimension: the paper's guarantee, measured.
 
 Theory (arXiv:2503.17494, arXiv:2410.05464): one-shot distillation from a converged teacher needs d^Omega(k) samples, as
-learning from labels does; with a curriculum the exponent in d no longer grows with k.
-"""
+learning from labels does; with a curriculum the exponent in d no longer grows with k."""
 
 import contextlib
 import dataclasses
@@ -110,14 +109,12 @@ class ScalingResult(Record):
 def fit_exponent(points: Sequence[tuple[int, Sequence[float | None]]]) -> PowerLaw:
     """Slope of log samples against log d over seeds and dimensions, with its bootstrap 95% interval.
 
-    `points` has d, and samples to the target of each seed (None where it was not reached).
-    """
+    `points` has d, and samples to the target of each seed (None where it was not reached)."""
     kept = [(d, [value for value in values if value is not None]) for d, values in points]
     unreached = sum(len(values) for _, values in points) - sum(len(values) for _, values in kept)
     kept = [(d, values) for d, values in kept if values]
     if len(kept) < 2:
         return PowerLaw(None, (None, None), None, unreached)
-
     x = np.concatenate([[np.log(d)] * len(values) for d, values in kept])
 
     def slope(samples: Sequence[Any]) -> tuple[float, float]:
@@ -171,16 +168,10 @@ def run_scaling(
 ) -> ScalingResult:
     """Compare methods at every (k, teacher, d) and fit exponents; writes scaling.json, scaling.png and report.md.
 
-    Args:
-        name: `scaling` or `scaling/SIZE`.
-        overrides: fields of `ScalingSettings`.
-        folder: the experiment's; each comparison has a folder below it, and finished comparisons are not repeated.
-        jobs: number of runs at the same time.
-        command: the command that repeats the experiment, for the record.
-        log: called with a line of progress.
+    `name` is `scaling` or `scaling/SIZE`, `overrides` fields of `ScalingSettings`. Each comparison has a folder below
+    `folder`, and finished ones are not repeated. `jobs`, `command` and `log` are those of `compare`.
 
-    Raises UserError: an unknown size or field, or settings that cannot work, before the first comparison.
-    """
+    Raises UserError: an unknown size or field, or settings that cannot work, before the first comparison."""
     size = name.partition("/")[2] or "laptop"
     if size not in SCALING_SIZES:
         raise UserError(f"unknown size {size!r} of scaling: there are {', '.join(SCALING_SIZES)}")
@@ -275,12 +266,11 @@ def _theory(axis: Any, result: ScalingResult, k: int) -> None:
     """Slopes to compare with: d^(k-1), the correlational lower bound for learning from labels, and d^0."""
     settings = result.settings
     values = [value for p in result.points if p.k == k for value in p.samples if value is not None]
-    if not values:
-        return
-    x, start = np.array([settings.ds[0], settings.ds[-1]], dtype=float), min(values)
-    for slope, style in ((k - 1, ":"), (0, "--")):
-        axis.plot(x, start * (x / x[0]) ** slope, style, color="grey", linewidth=1, label=f"slope {slope} (theory)")
-    axis.set_ylim(min(values) * 0.5, settings.budget_samples * 2)
+    if values:
+        x, start = np.array([settings.ds[0], settings.ds[-1]], dtype=float), min(values)
+        for slope, style in ((k - 1, ":"), (0, "--")):
+            axis.plot(x, start * (x / x[0]) ** slope, style, color="grey", linewidth=1, label=f"slope {slope} (theory)")
+        axis.set_ylim(start * 0.5, settings.budget_samples * 2)
 
 
 def _write_table(result: ScalingResult, path: Path) -> None:
@@ -303,12 +293,9 @@ def _write_table(result: ScalingResult, path: Path) -> None:
 def _row(fit: MethodFit, result: ScalingResult) -> list[str]:
     samples = {point.d: point.samples for point in result.points if fit.matches(point)}
     law = ["-", "-"] if fit.exponent is None else [f"{fit.exponent:.2f}", _interval(fit)]
-    cells = [_cell(samples[d]) if d in samples else "-" for d in result.settings.ds]
+    cells = []
+    for seeds in (samples.get(d, ()) for d in result.settings.ds):
+        reached = sorted(value for value in seeds if value is not None)
+        solved = f"{len(reached)}/{len(seeds)} solved" if seeds else "-"
+        cells.append(f"{reached[len(reached) // 2]:,.0f}" if seeds and len(reached) == len(seeds) else solved)
     return [str(fit.k), fit.teacher, fit.method, *law, *cells]
-
-
-def _cell(samples: Sequence[float | None]) -> str:
-    reached = sorted(value for value in samples if value is not None)
-    if len(reached) < len(samples):
-        return f"{len(reached)}/{len(samples)} solved"
-    return f"{reached[len(reached) // 2]:,.0f}"

@@ -1,7 +1,6 @@
 """Medians, intervals and ratios of runs that may never reach their target.
 
-A run that never reaches its target is *beyond the budget*: infinity in sorting, None in results.
-"""
+A run that never reaches its target is *beyond the budget*: infinity in sorting, None in results."""
 
 import math
 from collections.abc import Sequence
@@ -63,19 +62,12 @@ def paired_ratio(over: Sequence[float | None], under: Sequence[float | None], bu
     """Median over seeds of `over / under`, paired by seed, with its bootstrap 95% interval.
 
     Where only `under` is beyond the budget, its budget is used, so the ratio is an upper bound. Where only `over` is
-    beyond the budget, the ratio is infinite (None).
-    """
+    beyond the budget, the ratio is infinite (None)."""
     pairs = [(a, b) for a, b in zip(over, under, strict=True) if a is not None or b is not None]
     bounded = [(a, budget if b is None else b) for a, b in pairs]
-    ratios = [None if a is None else _ratio(a, b) for a, b in bounded]
+    # a target may be reached before the first sample: the ratio is infinite (None) unless both reach it there
+    ratios = [None if a is None or (a and not b) else (a + (not b)) / (b or 1) for a, b in bounded]  # 0 / 0 is 1
     return PairedRatio(median_interval(ratios), len(pairs), sum(b is None for _, b in pairs))
-
-
-def _ratio(over: float, under: float) -> float | None:
-    """`over / under`, where a target may be reached before the first sample: infinite (None) unless both reach it there."""
-    if under:
-        return over / under
-    return None if over else 1.0
 
 
 def _medians(rows: np.ndarray) -> Any:

@@ -13,8 +13,7 @@ _LONGEST_HEADLINE = 4  # lines
 def summarise(comparison: Comparison, target: float | None) -> Comparison:
     """The comparison with everything that follows from its runs computed anew.
 
-    `target` is the value of the metric to reach; None takes the median of one-shot's final values.
-    """
+    `target` is the value of the metric to reach; None takes the median of one-shot's final values."""
     if target is None and comparison.baseline is not None:
         runs = [run for run in comparison.baseline.runs if run.diverged is None]
         finals = sorted(run.final[comparison.metric] for run in runs)
@@ -75,20 +74,19 @@ def headline(comparison: Comparison) -> str:
     lines, baseline = comparison.verdict.splitlines(), comparison.baseline
     if len(lines) <= _LONGEST_HEADLINE or comparison.target is None or not variants or baseline is None:
         return comparison.verdict
-    best = min(variants, key=lambda method: _rank(method, comparison))
+
+    def rank(method: MethodResult) -> tuple[float, float]:  # samples to the target, then the final metric
+        samples = method.samples_to_target.median
+        final = statistics.median(method.finals(comparison.metric) or [float("inf")])
+        return float("inf") if samples is None else samples, -final if comparison.better == "higher" else final
+
+    best = min(variants, key=rank)
     found = [_reached(best, comparison)]
     if baseline.runs:
         found += [_reached(baseline, comparison), _compared(best, baseline, comparison)]
     if len(variants) > 1:
         found.append(f"{best.name} is the best of {len(variants)} variants of extraction, chosen on these same seeds.")
     return "\n".join(filter(None, found))
-
-
-def _rank(method: MethodResult, comparison: Comparison) -> tuple[float, float]:
-    """Lower is better: samples to the target, then the final metric."""
-    samples = method.samples_to_target.median
-    final = statistics.median(method.finals(comparison.metric) or [float("inf")])
-    return float("inf") if samples is None else samples, -final if comparison.better == "higher" else final
 
 
 def _final_values(comparison: Comparison, methods: list[MethodResult]) -> str:

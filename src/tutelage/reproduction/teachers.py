@@ -55,8 +55,7 @@ class TeacherRule:
     """When a teacher has been trained enough.
 
     It is *converged* when `metric` first reaches `value`; its training then continues to `factor` times the examples that
-    this took, since a half-trained teacher flatters one-shot distillation. Without a value it takes all of `max_samples`.
-    """
+    this took, since a half-trained teacher flatters one-shot distillation. Without a value it takes all of `max_samples`."""
 
     metric: str
     value: float | None
@@ -94,9 +93,7 @@ def teacher_settings(recipe: PaperRecipe) -> dict[str, Any]:
 
 def trained_teacher(recipe: PaperRecipe) -> Teacher:
     """The teacher of a recipe: that of the same settings in $TUTELAGE_CACHE (~/.cache/tutelage), else trained now from labels.
-
-    Raises UserError: it has not converged within the rule's budget.
-    """
+    Raises UserError: it has not converged within the rule's budget."""
     cache = Path(os.environ.get("TUTELAGE_CACHE") or Path.home() / ".cache" / "tutelage")
     text = json.dumps(teacher_settings(recipe), sort_keys=True, default=str)
     folder = cache / "teachers" / f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -18,8 +18,7 @@ def tune(runner: Runner, variant: Variant, log: Callable[[str], None]) -> tuple[
     """The best candidate on the tuning seeds (None where all diverge), and what each one scored.
 
     Progressive distillation tries every schedule at every rate where a run ends at the target, since slow candidates end early;
-    otherwise every rate on the first schedule, and the other schedules at the best rate.
-    """
+    otherwise every rate on the first schedule, and the other schedules at the best rate."""
     recipe = runner.recipe
     tried = candidates(variant, recipe.learning_rates)
     if len(tried) == 1:

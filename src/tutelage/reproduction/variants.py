@@ -66,9 +66,7 @@ def plain_variant(method: str) -> Variant:
             f"--variant NAME:method={name},{settings}, or in a comparison file methods: {{NAME: {{method: {name}, ...}}}}"
         )
     if method not in METHODS:
-        raise UserError(
-            f"unknown method {method!r}: use one of {', '.join(METHODS)}, or define a variant of that name with --variant"
-        )
+        raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}, or define it with --variant")
     return Variant(method, method)
 
 
@@ -78,8 +76,7 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
     There are also `method` (default: the name where it is a method, else extraction), `budget` (a fraction of the
     comparison's budget) and, for progressive, `schedule`.
 
-    Raises UserError: a bad name, an unknown method or field, or a value that cannot be read.
-    """
+    Raises UserError: a bad name, an unknown method or field, or a value that cannot be read."""
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"{name!r} cannot name a variant: use letters, digits and the signs . _ + -")
     given = dict(settings)
@@ -87,9 +84,7 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
     if method not in METHODS:
         raise UserError(f"variant {name!r} has the unknown method {method!r}: use one of {', '.join(METHODS)}")
     if name in METHODS and name != method:
-        raise UserError(
-            f"variant {name!r} has the method {method}, but {name} is a method itself: choose a different name"
-        )
+        raise UserError(f"variant {name!r} has the method {method}, but {name} is a method: choose a different name")
     fraction = _read(name, "budget", given.pop("budget", 1.0), float)
     if not 0 < fraction <= 1:
         raise UserError(f"variant {name!r}: budget is a fraction, above 0 and at most 1, got {fraction:g}")
@@ -97,13 +92,9 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
     for key, value in given.items():
         if key == "schedule":
             if method != "progressive" or value not in SCHEDULES:
-                raise UserError(
-                    f"variant {name!r}: schedule={value} must be one of {', '.join(SCHEDULES)}, for the method progressive"
-                )
+                raise UserError(f"variant {name!r}: schedule={value} is for progressive, one of {', '.join(SCHEDULES)}")
         elif key in CONTROLLED:
-            raise UserError(
-                f"variant {name!r} cannot set {key}: the comparison sets it, to the same value for every method"
-            )
+            raise UserError(f"variant {name!r} cannot set {key}: the comparison sets it, the same for every method")
         elif key not in fields:
             raise UserError(f"variant {name!r} has the unknown field {key!r}: fields are those of CurriculumConfig")
     hints = {**typing.get_type_hints(CurriculumConfig), "schedule": str}
@@ -113,9 +104,7 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
 
 def parse_variant(text: str) -> Variant:
     """A variant as written on the command line: `NAME:key=value,key=value`.
-
-    Raises UserError: not of this form, or what `make_variant` refuses.
-    """
+    Raises UserError: not of this form, or what `make_variant` refuses."""
     name, colon, rest = text.partition(":")
     settings: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
@@ -133,9 +122,7 @@ def parse_variant(text: str) -> Variant:
 
 def read_methods(value: Any) -> tuple[Variant, ...]:
     """The `methods` of a comparison file: a mapping of names to settings, or a list of names of methods.
-
-    Raises UserError: neither of the two, or what `make_variant` refuses.
-    """
+    Raises UserError: neither of the two, or what `make_variant` refuses."""
     if isinstance(value, str):
         value = value.split()
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
@@ -147,9 +134,7 @@ def read_methods(value: Any) -> tuple[Variant, ...]:
         )
     for name, settings in value.items():
         if settings and not isinstance(settings, Mapping):
-            raise UserError(
-                f"variant {name!r} needs a mapping of settings, e.g. {{warm_start: head}}, got {settings!r}"
-            )
+            raise UserError(f"variant {name!r} needs a mapping, e.g. {{warm_start: head}}, got {settings!r}")
     return tuple(make_variant(str(name), given) if given else plain_variant(str(name)) for name, given in value.items())
 
 
@@ -184,25 +169,15 @@ def build_curriculum(
     batch_size: int,
     fraction: float = 1.0,
 ) -> Curriculum:
-    """The curriculum of a run.
+    """The curriculum of a run of `steps` steps, `fraction` of the comparison's budget, of `batch_size` examples each.
 
-    Args:
-        args: its settings.
-        candidate: holds the schedule of progressive distillation.
-        blocks: numbers of blocks of student and teacher.
-        teacher: progressive distillation uses its checkpoints.
-        steps, batch_size: steps of the whole curriculum, and examples per step.
-        fraction: of the comparison's budget that `steps` is; a schedule of checkpoints is shortened by it too.
-
-    Raises UserError: progressive without checkpoints, or what the builders refuse.
-    """
+    `blocks` are the numbers of blocks of student and teacher. Progressive distillation uses the candidate's schedule, which
+    `fraction` shortens too, and the teacher's checkpoints; UserError where there are none, or for what the builders refuse."""
     if args.method != "progressive":
         return method_curriculum(args, blocks, steps)
     if not teacher.checkpoints:
-        raise UserError(
-            "progressive distillation needs checkpoints of the teacher's training, and this teacher has none "
-            f"({teacher.description}): leave progressive out of --methods"
-        )
+        found = "progressive distillation needs checkpoints of the teacher's training, and this teacher has none"
+        raise UserError(f"{found} ({teacher.description}): leave progressive out of --methods")
     assert candidate.schedule is not None
     uses: list[tuple[int, str | None]] = []
     left = steps

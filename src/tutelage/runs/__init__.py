@@ -1,4 +1,3 @@
 """The product: distill, extract, plan and evaluate, from options to a folder.
 
-The experiments that reproduce the paper are in `tutelage.reproduction`.
-"""
+The experiments that reproduce the paper are in `tutelage.reproduction`."""

@@ -23,8 +23,7 @@ def distill(options: RunOptions | None = None, args: CurriculumConfig | None = N
     """Train a student (by default the embedded one) and write it, with its records, to `args.output_dir`.
 
     Raises:
-        UserError: settings that cannot work, or a loss that is no longer finite (`TrainingDiverged`).
-    """
+        UserError: settings that cannot work, or a loss that is no longer finite (`TrainingDiverged`)."""
     options, args = with_defaults(options or RunOptions(), copy.copy(args or CurriculumConfig()))
     args.disable_tqdm = quiet_unless_terminal(args.disable_tqdm)
     words: dict[str | None, bool] = {None: False, "false": False, "no": False, "true": True, "yes": True}

@@ -24,13 +24,16 @@ from tutelage.training.config import option
 class EvaluateOptions:
     """What is evaluated, on which data. None means not given."""
 
-    model: str | None = option("Model: folder or Hub name; default: the embedded teacher.", None, "--student")
+    model: str | None = option(
+        "Model: folder or Hub name (--student is the same option); default: the embedded teacher.", None, "--student"
+    )
     dataset: str | None = option(
-        "Hub name, `datasets` folder, or .txt/.jsonl/.parquet file; default: the embedded one.", None, "--eval_dataset"
+        "Hub name, `datasets` folder, or text file (--eval_dataset is the same option); default: the embedded one.",
+        *(None, "--eval_dataset"),
     )
     teacher: str | None = option("Also compare with this model: folder or Hub name.")
     task: str | None = option("Task of the model; default: found from its class.")
-    split: str | None = option("Split of the dataset.")
+    dataset_split: str | None = option("Split of the dataset.")
     text_column: str = option("Column that holds the text.", "text")
     max_length: int | None = option("Maximum tokens per sequence; default: the model's limit, capped at 256.")
     max_samples: int | None = option("Evaluate on the first N sequences; default: all.")
@@ -88,7 +91,7 @@ def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
 
 
 def _rows(options: EvaluateOptions, dataset: str, tokenizer: Any, task: Task, config: Any) -> Any:
-    data = read_dataset(dataset, options.split)
+    data = read_dataset(dataset, options.dataset_split)
     if isinstance(data, dict):
         held_out = [data[name] for name in ("test", "validation", "eval") if name in data]
         data = (held_out or list(data.values()))[0]

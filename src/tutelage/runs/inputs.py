@@ -27,7 +27,7 @@ from tutelage.training.resolution import check_made
 
 DEFAULT_LENGTH = 256  # tokens, where nothing is given: long enough to learn from, short enough for a laptop
 DEFAULT_MLM_PROBABILITY = 0.3
-_DEFAULT_STEPS = 200  # of a run that names neither teacher nor data nor budget: under two minutes on 2 cores
+DEFAULT_STEPS = 200  # of a run that names neither teacher nor data nor budget: under two minutes on 2 cores
 _DEFAULT_EVAL_SAMPLES = 64
 NO_LIMIT = 10**9  # positions of a model that has no limit
 
@@ -43,7 +43,9 @@ class RunOptions:
     text_column: str = option("Column that holds the text.", "text")
     max_length: int | None = option("Maximum tokens per sequence; default: the model's limit, capped at 256.")
     eval_fraction: float = option("Fraction of the dataset held out where there is no evaluation data.", 0.05)
-    max_samples: int | None = option("Evaluate on the first N sequences; default: all.")
+    max_samples: int | None = option(
+        "Evaluate on the first N sequences; default: all, or 64 of the text in the package."
+    )
     mlm_probability: float | None = option("Fraction of tokens masked (masked_lm); default: 0.3.")
     streaming: bool = option("Read the dataset only as far as max_steps needs it, e.g. from object storage.", False)
 
@@ -91,7 +93,7 @@ def with_defaults(options: RunOptions, args: CurriculumConfig) -> tuple[RunOptio
             held_out, count = options.eval_dataset or DEFAULT_EVAL_TEXT, options.max_samples or _DEFAULT_EVAL_SAMPLES
             options = dataclasses.replace(options, dataset=DEFAULT_TEXT, eval_dataset=held_out, max_samples=count)
             if args.max_steps <= 0 and args.num_train_epochs is None:
-                args.max_steps = _DEFAULT_STEPS
+                args.max_steps = DEFAULT_STEPS
     if options.student is None:
         raise UserError("no student was given: name one, e.g. --student layers=3,hidden_size=192")
     if options.dataset is None:
@@ -102,8 +104,7 @@ def with_defaults(options: RunOptions, args: CurriculumConfig) -> tuple[RunOptio
 def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None = None) -> RunInputs:
     """Check the options, then load or build models and data; `with_defaults` has been applied.
 
-    The student trains on `devices`; None is those of this run. Raises UserError for whatever is wrong with the options.
-    """
+    The student trains on `devices`; None is those of this run. Raises UserError for whatever is wrong with the options."""
     check_not_read(args.output_dir, options.student, options.dataset, options.eval_dataset)
     if args.curriculum_dir is not None:
         return _from_disk(options, args, args.curriculum_dir)

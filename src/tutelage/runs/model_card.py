@@ -52,8 +52,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 |---|---|---|
 {metrics}
 
-![Loss](loss.png)
-"""
+![Loss](loss.png)"""
     write_atomically(folder / "README.md", text)
 
 

@@ -13,7 +13,10 @@ from transformers import HfArgumentParser
 from tutelage.core.errors import UserError
 
 # names that options had once, and the ones they have now
-RENAMED = {"eval_samples": "max_samples", "teacher_path": "teacher", "mask_probability": "mlm_probability"}
+RENAMED = {
+    **{"eval_samples": "max_samples", "teacher_path": "teacher", "mask_probability": "mlm_probability"},
+    "split": "dataset_split",
+}
 
 
 class OptionParser(HfArgumentParser):
@@ -29,35 +32,38 @@ class OptionParser(HfArgumentParser):
 
 def parse_options(parser: OptionParser, arguments: Sequence[str]) -> tuple[Any, ...]:
     """The parser's dataclasses, from a YAML file (the option `config`) overridden by flags.
-
-    Raises UserError for an unknown option, a value that cannot be read, or a file that is not a mapping of options.
-    """
+    Raises UserError for an unknown option, a value that cannot be read, or a file that is not a mapping of options."""
     config = parser.parse_known_args(list(arguments))[0].config
     if config is not None:
         options = read_options(Path(config))
-        names = {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
-        for name in options:
-            if name not in names - {"config"}:
-                raise UserError(f"config {str(config)!r} has an unknown option {name!r}{_renamed(name)}")
+        actions = {flag.lstrip("-"): action for action in parser._actions for flag in action.option_strings}
+        given: dict[str, str] = {}
+        for name, value in options.items():
+            if name not in actions or name == "config":
+                raise UserError(f"config {config!r} has an unknown option {name!r}{renamed(name)}")
+            if (other := given.setdefault(actions[name].dest, name)) != name:
+                raise UserError(f"config {config!r}: {other} and {name} are the same option: leave one out")
+            if isinstance(value, list) and actions[name].nargs not in ("+", "*"):
+                raise UserError(f"config {config!r}: {name} takes one value, not the list [{', '.join(value)}]")
         arguments = [*as_flags(options), *arguments]
     *values, _, unknown = parser.parse_args_into_dataclasses(
         list(arguments), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        raise UserError(f"unknown option {unknown[0]!r}{_renamed(name)}: see {parser.prog} --help")
+        raise UserError(f"unknown option {unknown[0]!r}{renamed(name)}: see {parser.prog} --help")
     return tuple(values)
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
+    """What to add to an error about an unknown option that had this name once; empty for any other."""
     return f" (it is called {RENAMED[name]!r} now)" if name in RENAMED else ""
 
 
 def read_options(path: Path, example: str = "method: extraction") -> dict[str, Any]:
     """A YAML file's options: each value as text, a list of texts, or None where it is left empty; `example` is for messages.
 
-    YAML alone reads `1:2` as 62 and `1e-3` as a string; text is parsed as flags are. Raises UserError for any other file.
-    """
+    YAML alone reads `1:2` as 62 and `1e-3` as a string; text is parsed as flags are. Raises UserError for any other file."""
     if not path.is_file():
         raise UserError(f"no config file {str(path)!r}: give an existing YAML file")
     try:
@@ -87,8 +93,7 @@ def read_value(value: Any, hint: Any) -> Any:
     """A value as the type of a field, e.g. `2e6` as an int or `0.1,0.3` as a tuple of floats.
 
     `value` is text, a list of texts, or of that type already; `hint` is bool, int, float, str, a tuple or list of one of
-    them, or a union with None. Raises ValueError where it cannot be read as that type.
-    """
+    them, or a union with None. Raises ValueError where it cannot be read as that type."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None or value == "none":
             return None
@@ -117,5 +122,9 @@ def read_value(value: Any, hint: Any) -> Any:
 
 
 def type_name(hint: Any) -> str:
-    """A type's name in messages."""
-    return getattr(hint, "__name__", None) or str(hint)
+    """What a value of a type is, in messages."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join("none" if part is type(None) else type_name(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) in (tuple, list):
+        return f"{type_name(typing.get_args(hint)[0]).removeprefix('a ')}s separated by commas"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")

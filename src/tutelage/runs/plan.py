@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.core.blocks import Blocks
-from tutelage.core.curriculum import Curriculum, HiddenStage, Stage, one_shot
+from tutelage.core.curriculum import Curriculum, HiddenStage, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import usable_positions
 from tutelage.core.records import Record
-from tutelage.runs.inputs import DEFAULT_LENGTH, NO_LIMIT, RunOptions, check_length
+from tutelage.runs.inputs import DEFAULT_LENGTH, DEFAULT_STEPS, NO_LIMIT, RunOptions, check_length
 from tutelage.runs.plan_extraction import ExtractionPlan
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
@@ -23,7 +23,7 @@ from tutelage.training.costs import StageCost, measure_stage
 from tutelage.training.objective import StageObjective
 from tutelage.training.resolution import build_curriculum
 
-_DEFAULT_STEPS = 1000
+_ASSUMED_STEPS = 1000  # where the number of steps would follow from data, which a plan does not read
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Plan(Record):
     teacher: ModelPlan
     student: ModelPlan
     curriculum: Curriculum
+    steps_assumed: bool  # whether a distillation would take as many steps as its data need
     stages: tuple[StagePlan, ...]
     tokens: int  # of the whole run
     flops: float  # of the whole run, teacher included
@@ -70,10 +71,11 @@ class Plan(Record):
 def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None) -> Plan:
     """Blocks, stage map, parameters and predicted FLOPs; both models exist as fake tensors only, without memory.
 
-    Of `options`, `student` and `max_length` are read. What is not given is the embedded teacher, its student and 1,000 steps.
-    Raises UserError for options that cannot work.
-    """
+    Of `options`, `student` and `max_length` are read, and no data. What is not given is as in `distill`; where its steps would
+    follow from the data, 1,000 are assumed. Raises UserError for options that cannot work."""
     options, args = options or RunOptions(), args or CurriculumConfig()
+    if args.curriculum_dir is not None:
+        raise UserError("a plan is of a live teacher: give teacher and student in place of curriculum_dir")
     teacher = args.teacher_model_name_or_path or DEFAULT_TEACHER
     student = options.student or (DEFAULT_STUDENT if teacher == DEFAULT_TEACHER else None)
     if student is None:
@@ -85,7 +87,7 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
     positions = usable_positions(base) or NO_LIMIT
     check_length(options.max_length or 1, positions)
     length = options.max_length or min(DEFAULT_LENGTH, positions)
-    steps = args.max_steps if args.max_steps > 0 else _DEFAULT_STEPS
+    steps, assumed = _steps(args, teacher == DEFAULT_TEACHER and options.dataset is None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher_model = task.build(base)
         student_model = task.build(student_config(student, base), task.teacher_shape(teacher_model))
@@ -103,7 +105,18 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         teacher=_model_plan(teacher, source.backbone, teacher_model, source.block_names),
         student=_model_plan(student, task.backbone(student_model), student_model, objective.blocks),
         curriculum=curriculum,
-        stages=tuple(_stage_plan(stage, cost, baseline) for stage, cost in priced),
+        steps_assumed=assumed,
+        stages=tuple(
+            StagePlan(
+                stage.name,
+                isinstance(stage, HiddenStage),
+                stage.steps,
+                cost.student_flops,
+                cost.teacher_flops,
+                baseline.flops / cost.flops,
+            )
+            for stage, cost in priced
+        ),
         tokens=curriculum.total_steps * tokens_per_step,
         flops=sum(stage.steps * cost.flops for stage, cost in priced) * tokens_per_step,
         one_shot_flops=baseline.flops * curriculum.total_steps * tokens_per_step,
@@ -113,9 +126,13 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
     )
 
 
-def _stage_plan(stage: Stage, cost: StageCost, baseline: StageCost) -> StagePlan:
-    hidden, ratio = isinstance(stage, HiddenStage), baseline.flops / cost.flops
-    return StagePlan(stage.name, hidden, stage.steps, cost.student_flops, cost.teacher_flops, ratio)
+def _steps(args: CurriculumConfig, embedded: bool) -> tuple[int, bool]:
+    """Steps of the whole run, and whether they are assumed."""
+    if args.max_steps > 0:
+        return args.max_steps, False
+    if args.num_train_epochs is not None:
+        raise UserError("a plan reads no data to count epochs in: give max_steps in place of num_train_epochs")
+    return (DEFAULT_STEPS, False) if embedded else (_ASSUMED_STEPS, True)
 
 
 def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, Any]) -> list[StageCost]:
@@ -144,6 +161,7 @@ def describe_plan(planned: Plan) -> str:
     for stage in planned.stages:
         costs = f"{stage.student_flops_per_token:>22.3g}{stage.teacher_flops_per_token:>22.3g}"
         lines.append(f"{stage.name:<24}{stage.steps:>8,}{costs}{stage.one_shot_ratio:>16.1f}x")
-    total = f"total: {planned.curriculum.total_steps:,} steps, {planned.tokens:,} tokens, {planned.flops:.3g} FLOPs"
+    steps = f"{planned.curriculum.total_steps:,} steps{' (assumed: give --max_steps)' * planned.steps_assumed}"
+    total = f"total: {steps}, {planned.tokens:,} tokens, {planned.flops:.3g} FLOPs"
     one_shot = f"{planned.one_shot_flops:.3g} FLOPs ({planned.flops / planned.one_shot_flops:.0%})"
     return "\n".join([*lines, "", f"{total}; one-shot at equal tokens: {one_shot}. Nothing was trained."])

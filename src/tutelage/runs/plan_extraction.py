@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tutelage.core.errors import UserError, check_positive, check_range
+from tutelage.core.errors import UserError
 from tutelage.core.records import Record
 from tutelage.targets.rows import DTYPES, RowFormat
 
@@ -42,11 +42,6 @@ class ExtractionRequest:
     proportion to its FLOPs."""
     predicting: float = 1.0
     """Fraction of the tokens at which there is an output: all in a causal model, the masked ones, one per row."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("projection_dim", self.width), ("top_k", self.top_k), ("runs", self.runs)):
-            check_range(name, value, 1)
-        check_positive("tokens_per_second", self.tokens_per_second)
 
 
 @dataclass(frozen=True)
@@ -109,8 +104,7 @@ def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan
 def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, predicting: float = 1.0) -> float:
     """Bytes per token on disk, with its id and without what is stored once per row.
 
-    `width` is R of a hidden stage; None is the output stage: `top_k` outputs at the fraction `predicting` of tokens.
-    """
+    `width` is R of a hidden stage; None is the output stage: `top_k` outputs at the fraction `predicting` of tokens."""
     form = RowFormat(dtype, vocabulary, "none", False, "states")
     ids, floats = _BYTES[form.ids], _BYTES[form.floats]
     if width is None:

@@ -30,10 +30,8 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
         for field in ("model_type", "num_attention_heads", "num_key_value_heads"):  # the shapes do not show these
             theirs, ours = getattr(config, field, None), getattr(model.config, field, None)
             if theirs != ours:
-                raise UserError(
-                    f"checkpoint {folder!r} has a different architecture than the teacher: its {field} is {theirs}, "
-                    f"the teacher's is {ours}"
-                )
+                found = f"checkpoint {folder!r} has a different architecture than the teacher: its {field} is {theirs}"
+                raise UserError(f"{found}, the teacher's is {ours}")
     for subfolder, part, prefix in _stored_parts(model):
         shapes = _stored_shapes(Path(folder) / subfolder, prefix)
         if difference := _difference(part, shapes):
@@ -61,16 +59,13 @@ def _difference(model: nn.Module, shapes: Mapping[str, list[int]]) -> str | None
     """How stored tensors differ from the model's, in words; None where they do not."""
     state = model.state_dict()
     for name, value in state.items():
-        if name not in shapes and not _is_tied(model, name):
+        # an entry that shares its storage with a different one need not be stored
+        if name not in shapes and not any(
+            n != name and v.data_ptr() == state[name].data_ptr() for n, v in state.items()
+        ):
             return f"it lacks {name}"
         if name in shapes and shapes[name] != list(value.shape):
             return f"{name} has shape {shapes[name]} there and {list(value.shape)} in the teacher"
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     extra = [name for name in shapes if name not in state and not any(re.search(p, name) for p in ignored)]
     return f"the teacher lacks its {extra[0]}" if extra else None
-
-
-def _is_tied(model: nn.Module, name: str) -> bool:
-    """Whether entry `name` shares its storage with a different entry, and so need not be stored."""
-    state = model.state_dict()
-    return any(other != name and value.data_ptr() == state[name].data_ptr() for other, value in state.items())

@@ -29,7 +29,7 @@ PROGRESS_FILE = "extraction.json"
 
 @dataclass(frozen=True)
 class Shard(Record):
-    file: str  # path below the curriculum's folder
+    file: str  # path below the folder
     rows: int
     tokens: int
     bytes: int
@@ -57,7 +57,7 @@ class Split(Record):
 
 @dataclass(frozen=True)
 class Manifest(Record):
-    """What a curriculum was made from and what it holds."""
+    """What an extracted curriculum was made from and what it holds."""
 
     identity: ExtractionIdentity  # everything that the rows depend on
     splits: tuple[Split, ...]
@@ -68,7 +68,7 @@ class Manifest(Record):
     def split(self, name: str) -> Split:
         splits = {split.name: split for split in self.splits}
         if name not in splits:
-            raise UserError(f"the curriculum holds no {name!r}: it has {', '.join(splits)}")
+            raise UserError(f"the extracted curriculum holds no {name!r}: it has {', '.join(splits)}")
         return splits[name]
 
 
@@ -166,7 +166,7 @@ def read_manifest(store: Store) -> Manifest:
                 f"the extraction in {str(store)!r} is unfinished: run the same `tutelage extract` again to write the "
                 "missing shards"
             )
-        raise UserError(f"{str(store)!r} holds no curriculum (no {MANIFEST_FILE}): make one with `tutelage extract`")
+        raise UserError(f"no extracted curriculum in '{store}' (no {MANIFEST_FILE}): make one with `tutelage extract`")
     try:
         text = store.read(MANIFEST_FILE)
         version = int(json.loads(text)["format"])
@@ -174,10 +174,12 @@ def read_manifest(store: Store) -> Manifest:
             return Manifest.from_json(text)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{store}/{MANIFEST_FILE} is not a curriculum's manifest ({type(error).__name__}: {error}): copy it again"
+            f"{store}/{MANIFEST_FILE} is not the manifest of an extracted curriculum ({type(error).__name__}: {error}): "
+            "copy it again"
         ) from error
     raise UserError(
-        f"the curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade tutelage"
+        f"the extracted curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade "
+        "tutelage"
     )
 
 
@@ -188,7 +190,7 @@ def check_shards_exist(store: Store, split: Split) -> None:
 
 def _check_exists(store: Store, name: str) -> None:
     if not store.exists(name):
-        raise UserError(f"{name} of the curriculum {str(store)!r} is missing: copy it there, or extract again")
+        raise UserError(f"{name} of the extracted curriculum '{store}' is missing: copy it there, or extract again")
 
 
 def open_split(store: Store, split: Split) -> Dataset:
@@ -199,8 +201,8 @@ def open_split(store: Store, split: Split) -> Dataset:
     for shard in split.shards:
         if (size := store.size(shard.file)) != shard.bytes:
             raise UserError(
-                f"shard {shard.file} of the curriculum {str(store)!r} is damaged: it has {size:,} bytes, the manifest says "
-                f"{shard.bytes:,}; copy it again, or extract again"
+                f"shard {shard.file} of the extracted curriculum {str(store)!r} is damaged: it has {size:,} bytes, the "
+                f"manifest says {shard.bytes:,}; copy it again, or extract again"
             )
         path = store.fetch(shard.file)
         if store.local is None:
@@ -221,6 +223,6 @@ def verify(store: Store, manifest: Manifest, shards: bool = True) -> None:
 def _compare(store: Store, name: str, found: str, expected: str) -> None:
     if found != expected:
         raise UserError(
-            f"{name} of the curriculum {str(store)!r} is damaged (its checksum is not the manifest's): copy it again, or "
-            "delete it and extract again"
+            f"{name} of the extracted curriculum {str(store)!r} is damaged (its checksum is not the manifest's): copy it "
+            "again, or delete it and extract again"
         )

@@ -3,7 +3,7 @@ Shapes: B batch, T positions, D teacher width, R projected width, N calibration 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,16 @@ def calibrate(
         if curriculum.normalize == "none" and not needs_moment and not needs_data:
             standardizer = Standardizer.identity(states_of(stage, batches[0]).shape[-1])
         else:
-            states = _states(states_of, stage, batches)
+            pairs = ((batch, states_of(stage, batch)) for batch in batches)  # all positions without padding, on the CPU
+            states = torch.cat([hidden[position_mask(batch, hidden)].float().cpu() for batch, hidden in pairs])
             if curriculum.normalize == "none":
                 standardizer = Standardizer.identity(states.shape[-1])
             else:
                 standardizer = Standardizer.fit(states, center=calibration.center_final or not at_final)
-            moment = _second_moment(states, standardizer) if needs_moment or needs_data else None
+            moment = None
+            if needs_moment or needs_data:
+                kept = standardizer(states[standardizer.keep(states)]).double()
+                moment = (kept.T @ kept / len(kept)).float()  # as it is stored, so that a resumed run has the same one
         if needs_data:
             assert moment is not None
             projection = _data_projection(curriculum.projection, stage, standardizer, moment, calibration)
@@ -99,17 +103,6 @@ def calibrate(
             projection = random_projection(curriculum, stage, widths, teacher_blocks, calibration.replicas)
         maps.append(TargetMap(standardizer, projection, moment if needs_moment else None))
     return maps
-
-
-def _states(states_of: StatesOf, stage: HiddenStage, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
-    """States of all calibration positions without padding, on the CPU, (N, D)."""
-    pairs = ((batch, states_of(stage, batch)) for batch in batches)
-    return torch.cat([hidden[position_mask(batch, hidden)].float().cpu() for batch, hidden in pairs])
-
-
-def _second_moment(states_ND: torch.Tensor, standardizer: Standardizer) -> torch.Tensor:
-    kept = standardizer(states_ND[standardizer.keep(states_ND)]).double()
-    return (kept.T @ kept / len(kept)).float()  # as it is stored, so that a resumed run has the same one
 
 
 def _data_projection(

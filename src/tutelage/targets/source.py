@@ -169,8 +169,6 @@ class NoTargets(TargetSource):
         if any(stage.needs_teacher for stage in curriculum.stages):
             raise UserError("this curriculum has stages that need a teacher: pass teacher_model")
         if not self.task.learns_from_labels:
-            raise UserError(
-                f"task {self.task.name!r} has no labels to learn from, so method 'scratch' needs a different task: "
-                "pass a teacher and choose a method that uses it"
-            )
+            found = f"task {self.task.name!r} has no labels to learn from, so method 'scratch' needs a different task"
+            raise UserError(f"{found}: pass a teacher and choose a method that uses it")
         super().attach(curriculum, student, outputs)

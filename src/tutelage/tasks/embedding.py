@@ -130,10 +130,8 @@ class EmbeddingModel(nn.Module):
         if self.embedding_size == embedding_size:
             return
         if self.head is not None:
-            raise UserError(
-                f"the student's embeddings have {self.embedding_size} dimensions, the teacher's {embedding_size}: "
-                "use a student without a Dense module; tutelage adds one of the right size"
-            )
+            found = f"the student's embeddings have {self.embedding_size} dimensions, the teacher's {embedding_size}"
+            raise UserError(f"{found}: use a student without a Dense module; tutelage adds one of the right size")
         self.head = nn.Linear(self.encoder.config.hidden_size, embedding_size)
 
     def stored_parts(self) -> list[tuple[str, nn.Module, str]]:

@@ -64,10 +64,8 @@ def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int =
             f"symbols make {available} of length 2 or 3: ask for fewer rules or more symbols"
         )
     if LONGEST_RULE * rules < symbols:
-        raise UserError(
-            f"the root's {rules} rule(s) hold at most {LONGEST_RULE * rules} symbols, level 1 has {symbols} to use: "
-            "ask for more rules or fewer symbols"
-        )
+        found = f"the root's {rules} rule(s) hold at most {LONGEST_RULE * rules} symbols, level 1 has {symbols} to use"
+        raise UserError(f"{found}: ask for more rules or fewer symbols")
     draw = np.random.RandomState([0xCF63, seed & 0xFFFFFFFF, seed >> 32])
     return Grammar(counts, tuple(_draw_level(draw, parents, rules, symbols) for parents in counts[:-1]))
 
@@ -82,10 +80,8 @@ def _draw_level(draw: np.random.RandomState, parents: int, rules: int, symbols: 
         table = np.array(list(sides)).reshape(parents, rules, LONGEST_RULE)
         if len(np.setdiff1d(np.arange(symbols), table)) == 0:
             return table
-    raise UserError(
-        f"no draw of {_COVER_ATTEMPTS} used all {symbols} symbols in {parents * rules} rules: ask for more rules or "
-        "fewer symbols"
-    )
+    found = f"no draw of {_COVER_ATTEMPTS} used all {symbols} symbols in {parents * rules} rules: ask for more rules or"
+    raise UserError(f"{found} fewer symbols")
 
 
 @dataclass(frozen=True, eq=False)

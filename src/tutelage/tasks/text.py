@@ -154,10 +154,8 @@ def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Da
             return data, named[0]
     count = max(1, round(len(data) * eval_fraction))
     if len(data) <= count:
-        raise UserError(
-            f"the dataset has {len(data)} example(s), too few to hold {count} out for evaluation: "
-            "give an --eval_dataset or more data"
-        )
+        found = f"the dataset has {len(data)} example(s), too few to hold {count} out for evaluation"
+        raise UserError(f"{found}: give an --eval_dataset or more data")
     return data.select(range(len(data) - count)), data.select(range(len(data) - count, len(data)))
 
 
@@ -180,10 +178,8 @@ def tokenize(
     if "input_ids" in columns:
         longest = max(len(ids or ()) for ids in sample["input_ids"])
         if longest > max_length:
-            raise UserError(
-                f"the dataset has a sequence of {longest} tokens, the model takes {max_length}: truncate it, "
-                "or pass text and let tutelage tokenise it"
-            )
+            found = f"the dataset has a sequence of {longest} tokens, the model takes {max_length}: truncate it"
+            raise UserError(f"{found}, or pass text and let tutelage tokenise it")
         return data
     needed = [text_column, *(column for column in task.columns if column != "text")]
     if missing := [column for column in needed if column not in columns]:

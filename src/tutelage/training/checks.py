@@ -44,8 +44,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase | None, teacher: PreTraine
 def shared_outputs(student: nn.Module, source: TargetSource, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """Number of outputs that the student's head shares with the teacher's; None where all are shared.
 
-    Vocabularies padded to different sizes are trimmed, with a warning, to the tokenizer's; anything else is refused.
-    """
+    Vocabularies padded to different sizes are trimmed, with a warning, to the tokenizer's; anything else is refused."""
     theirs = source.output_count
     mine = None if theirs is None else source.task.output_count(student)
     if theirs is None or mine is None or mine == theirs:

@@ -46,8 +46,7 @@ class CurriculumConfig(TrainingArguments):
     `max_steps` (or `num_train_epochs`) is the budget of the *whole* curriculum. Warm-up and decay are counted within each
     stage: `warmup_steps` below 1 is a fraction of the stage's steps.
 
-    None means *not given*: the extracted curriculum decides where there is one, otherwise `DEFAULTS`.
-    """
+    None means *not given*: the extracted curriculum decides where there is one, otherwise `DEFAULTS`."""
 
     # Other defaults than transformers', for small students trained from a random start.
     output_dir: str | None = option("Folder the run is written to.", "tutelage-output")

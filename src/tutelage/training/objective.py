@@ -1,8 +1,7 @@
 """The stage objective: one module whose forward is the loss of the current stage.
 
 This is what the trainer wraps (DDP, autocast), so wrappers see a normal forward that returns a loss. The target source is held
-outside the module tree: a teacher is never wrapped, saved, or given to the optimiser.
-"""
+outside the module tree: a teacher is never wrapped, saved, or given to the optimiser."""
 
 from typing import Any
 
@@ -19,8 +18,7 @@ class StageObjective(nn.Module):
     """Holds the student; `forward(batch)` gives the loss of the current stage.
 
     `source` has a curriculum attached. `container` is the dotted name of the student's list of blocks, `chunk_size` the
-    positions whose logits are held at a time, `embedding_loss` `cosine` or `mse`.
-    """
+    positions whose logits are held at a time, `embedding_loss` `cosine` or `mse`."""
 
     def __init__(
         self,

@@ -52,8 +52,7 @@ class Prepared:
 def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) -> Prepared:
     """Load what is given by name, decide what was left open, and check that everything fits together.
 
-    The student trains on `devices`; None is those of this run. Raises UserError for anything that cannot work.
-    """
+    The student trains on `devices`; None is those of this run. Raises UserError for anything that cannot work."""
     named = (part for part in (given.model, given.teacher) if isinstance(part, str))
     checkpoints = args.teacher_checkpoints or ()
     checks.check_not_read(args.output_dir, args.teacher_model_name_or_path, args.curriculum_dir, *named, *checkpoints)
@@ -98,8 +97,7 @@ def _use_float32(student: nn.Module) -> None:
 def open_source(given: Given, args: CurriculumConfig) -> TargetSource:
     """Where the targets of a run come from: an extracted curriculum, a teacher in memory or by name, or labels alone.
 
-    Raises UserError where an extracted curriculum is damaged or was made from something else than what was given.
-    """
+    Raises UserError where an extracted curriculum is damaged or was made from something else than what was given."""
     if isinstance(given.teacher, TargetSource):
         return given.teacher
     if args.curriculum_dir is not None:

@@ -112,8 +112,7 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
 def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means: a folder, True for the newest complete one, else none.
 
-    Raises UserError where there is none, or it was not written to its end.
-    """
+    Raises UserError where there is none, or it was not written to its end."""
     if not asked:
         return None
     found = last_complete_checkpoint(output_dir) if asked is True else Path(asked)

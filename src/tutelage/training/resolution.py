@@ -72,8 +72,7 @@ def resolve(
         devices: that the student trains on; None is those of this run.
 
     Raises:
-        UserError: a setting that contradicts the source (also where it is the default), or no curriculum can be built.
-    """
+        UserError: a setting that contradicts the source (also where it is the default), or no curriculum can be built."""
     check_made(fixed.where, fixed.values, args)
     reading = _reading(args, fixed, devices or args.world_size)
     if curriculum is None:
@@ -135,8 +134,7 @@ def build_curriculum(
 ) -> Curriculum:
     """The curriculum that settings describe, of `steps` optimiser steps; arguments and errors as in `resolve`.
 
-    `default_warm_start` is that of extraction where neither blocks nor `warm_start` are given.
-    """
+    `default_warm_start` is that of extraction where neither blocks nor `warm_start` are given."""
     unread = [
         name
         for name, methods in _READERS.items()

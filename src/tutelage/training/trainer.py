@@ -1,8 +1,7 @@
 """`CurriculumTrainer`: a `transformers.Trainer` that trains the student through the stages of a curriculum.
 
 One `train()` covers all stages: one data order, one progress bar, one step count, checkpoints anywhere. At a stage's start
-the trainable set, the optimiser and the schedule are made anew.
-"""
+the trainable set, the optimiser and the schedule are made anew."""
 
 import functools
 import warnings
@@ -44,8 +43,7 @@ class CurriculumTrainer(Trainer):
             `transformers.Trainer`. Datasets hold `input_ids` (and `labels` for classification).
         curriculum: stages of your own; None builds them from `args`.
 
-    Raises UserError for anything that cannot work, before any compute is spent.
-    """
+    Raises UserError for anything that cannot work, before any compute is spent."""
 
     args: CurriculumConfig
     model: Any

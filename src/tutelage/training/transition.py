@@ -12,8 +12,7 @@ from tutelage.training.objective import StageObjective
 class StageTransition:
     """Puts objective, student and teacher in the state that a stage needs.
 
-    The parameters of the student that require gradients when this is made are those that may train.
-    """
+    The parameters of the student that require gradients when this is made are those that may train."""
 
     def __init__(self, objective: StageObjective):
         self.objective = objective
@@ -55,8 +54,7 @@ class StageTransition:
     def _parameters(self, index: int) -> frozenset[str]:
         """Parameters that train in a stage: those it reaches, less a tied head that must not move.
 
-        Inside the blocks the block number decides: a part that one example leaves out (an expert) may serve another.
-        """
+        Inside the blocks the block number decides: a part that one example leaves out (an expert) may serve another."""
         objective = self.objective
         student, stage, blocks = objective.student, objective.curriculum.stages[index], objective.blocks
         backbone = objective.task.backbone(student)

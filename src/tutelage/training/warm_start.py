@@ -15,8 +15,7 @@ needed. *Tied embeddings*: the shared matrix is set before the first stage, wher
 half of the target, and kept fixed until the output stage, so that the blocks learn to read the embedding that the head will
 be.
 
-Shapes: V outputs, D teacher width, R student width, N calibration positions.
-"""
+Shapes: V outputs, D teacher width, R student width, N calibration positions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,8 +41,7 @@ def transplant_head(
     """Write the teacher's head, composed with the way back from the student's state, into the student's.
 
     Rows of the student's head beyond the teacher's outputs (a padded vocabulary) are left alone; `standardizer` is of the
-    teacher's states at `final`; no teacher head is the identity (sentence encoders).
-    """
+    teacher's states at `final`; no teacher head is the identity (sentence encoders)."""
     scale, mean = standardizer.scale.double().cpu(), standardizer.mean.double().cpu()
     weight = (decoder_RD.double().cpu() * scale).T
     bias, gain, linear = mean, 1.0 / student.scale, student.linear

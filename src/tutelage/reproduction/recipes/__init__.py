@@ -79,8 +79,7 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
 
     Text values of `overrides` are read as the field's type.
 
-    Raises UserError: unknown recipe, size or field, a value that cannot be read, or data that cannot be used.
-    """
+    Raises UserError: unknown recipe, size or field, a value that cannot be read, or data that cannot be used."""
     recipe_name, _, size = name.partition("/")
     if recipe_name not in RECIPES:
         raise UserError(

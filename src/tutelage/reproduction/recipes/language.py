@@ -1,8 +1,7 @@
 """Language models: the synthetic language of a grammar, and real text, masked and causal.
 
 Settings follow arXiv:2410.05464 (PCFG: 30% masking, Adam with betas 0.9 and 0.95, cosine with 6% warm-up). All methods are
-compared at the end of one budget; the target of a comparison is one-shot's final loss.
-"""
+compared at the end of one budget; the target of a comparison is one-shot's final loss."""
 
 import dataclasses
 import math

@@ -53,14 +53,10 @@ class ParityRecipe(PaperRecipe):
         if self.teacher_sparse_samples < 0:
             raise UserError(f"teacher_sparse_samples must not be negative, got {self.teacher_sparse_samples}")
         if not 1 <= self.teacher_factor < float("inf"):
-            raise UserError(
-                f"teacher_factor must be at least 1, so that a teacher is past convergence: got {self.teacher_factor}"
-            )
+            raise UserError(f"teacher_factor must be at least 1 (past convergence), got {self.teacher_factor}")
         if self.stage_samples >= self.budget_samples:
-            raise UserError(
-                f"budget too small for the stages: stage_samples {self.stage_samples} of budget_samples "
-                f"{self.budget_samples}"
-            )
+            found = f"budget too small for the stages: stage_samples {self.stage_samples} of budget_samples"
+            raise UserError(f"{found} {self.budget_samples}")
         check_parity(self.d, self.k, self.support)
 
     @property
@@ -110,9 +106,7 @@ class ParityRecipe(PaperRecipe):
         config: Any = teacher.model.config
         bits = getattr(config, "d", None) or getattr(config, "n_positions", None)
         if bits != self.d:
-            raise UserError(
-                f"the teacher takes {bits} bits, the recipe has d={self.d}: give the one or change the other"
-            )
+            raise UserError(f"the teacher takes {bits} bits, the recipe has d={self.d}: change one of the two")
         data = self._data(self.eval_samples, EVAL_SEED + TEACHER_SEED + 1)
         accuracy = self.evaluate(teacher.model, data, batch_size=512)["accuracy"]
         if accuracy < _ABOVE_CHANCE:

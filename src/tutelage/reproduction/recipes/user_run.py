@@ -16,7 +16,7 @@ from tutelage.reproduction.recipe import FIXED, Recipe, change_fields
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import CONTROLLED, Variant, plain_variant, read_methods
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
-from tutelage.runs.options import OptionParser, as_flags, read_options
+from tutelage.runs.options import OptionParser, as_flags, read_options, renamed
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.loading import load_config
 from tutelage.tasks.students import make_student, student_config
@@ -33,8 +33,7 @@ class UserRecipe(Recipe):
     batch_size: int = 16
     budget_samples: int = 3_200
     eval_every: int = 640
-    eval_samples: int = 256
-    tuning_share: float = 1.0
+    eval_samples: int = field(default=256, metadata=FIXED)  # a user gives max_samples, as on every command
     name: str = field(default="own", kw_only=True, metadata=FIXED)
     methods: tuple[Variant, ...] = field(default=(), kw_only=True, metadata=FIXED)
     """The methods that the file lists; empty takes extraction and one-shot."""
@@ -65,7 +64,11 @@ class UserRecipe(Recipe):
 
     @cached_property
     def _given(self) -> tuple[RunOptions, CurriculumConfig]:
-        return _parse(self.options, self.eval_samples)
+        """The options as `tutelage distill` parses its flags, with its defaults."""
+        flags = ["--output_dir=unused", *as_flags(self.options)]
+        parser = OptionParser((RunOptions, CurriculumConfig))
+        run, config = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        return with_defaults(dataclasses.replace(run, max_samples=run.max_samples or self.eval_samples), config)
 
     @cached_property
     def _run(self) -> RunInputs:
@@ -112,24 +115,24 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
 
     `overrides` replace the file's options. Without a file, the embedded teacher, student and text are the defaults.
 
-    Raises UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses.
-    """
-    given = {**({} if file is None else read_options(file, "student: layers=2")), **overrides}
+    Raises UserError: no such file, not YAML, an unknown option, or what `tutelage distill` refuses."""
+    of_file = {} if file is None else read_options(file, "student: layers=2")
+    if {"teacher", "teacher_model_name_or_path"} <= of_file.keys():
+        raise UserError(f"config '{file}': teacher and teacher_model_name_or_path are the same option: leave one out")
+    given = {**of_file, **overrides}
     where = "the command line" if file is None else f"config {str(file)!r}"
     methods = _methods(file) if "methods" in given else ()
-    renamed = {"teacher": "teacher_model_name_or_path"}
-    options = {renamed.get(key, key): value for key, value in given.items() if value is not None and key != "methods"}
+    full = {"teacher": "teacher_model_name_or_path"}
+    options = {full.get(key, key): value for key, value in given.items() if value is not None and key != "methods"}
     numbers = {part.name for part in dataclasses.fields(UserRecipe) if part.metadata != FIXED}
     run_options = {part.name for part in (*dataclasses.fields(RunOptions), *dataclasses.fields(CurriculumConfig))}
     for key in options:
         if key not in numbers | run_options:
-            raise UserError(f"{where} has an unknown option {key!r}")
+            raise UserError(f"{where} has an unknown option {key!r}{renamed(key)}")
     for key in CONTROLLED:
         if key in options and key not in ("teacher_model_name_or_path", "task"):
-            raise UserError(
-                f"{where}: {key} is set by the comparison itself; use --methods, --output_dir, seeds, "
-                "budget_samples, learning_rates, batch_size and eval_every"
-            )
+            found = f"{where}: {key} is set by the comparison itself; use --methods, --output_dir, seeds"
+            raise UserError(f"{found}, budget_samples, learning_rates, batch_size and eval_every")
     changes = {key: options.pop(key) for key in list(options) if key in numbers}
     name = "own" if file is None else file.stem
     recipe = change_fields(UserRecipe(name=name, options=options, methods=methods), changes, where)
@@ -145,11 +148,3 @@ def _methods(file: Path | None) -> tuple[Variant, ...]:
     if isinstance(given, dict):
         given = {name: {} if settings in ("", "null", "~") else settings for name, settings in given.items()}
     return read_methods(given)
-
-
-def _parse(options: Mapping[str, Any], eval_samples: int) -> tuple[RunOptions, CurriculumConfig]:
-    """Options as `tutelage distill` parses its flags, with its defaults."""
-    kinds: Any = (RunOptions, CurriculumConfig)
-    flags = ["--output_dir=unused", *as_flags(options)]
-    run, config = OptionParser(kinds).parse_args_into_dataclasses(flags, look_for_args_file=False)
-    return with_defaults(dataclasses.replace(run, max_samples=run.max_samples or eval_samples), config)

@@ -1,4 +1,3 @@
 """Running the teacher once: schedule (which rows), shard plan, encoder (teacher to columns), job (claim, write, finish).
 
-What an extracted curriculum is, and how it is read, is in `tutelage.targets`.
-"""
+What an extracted curriculum is, and how it is read, is in `tutelage.targets`."""

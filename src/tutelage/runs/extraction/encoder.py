@@ -1,7 +1,6 @@
 """From the teacher to Arrow columns: what a shard's batches are written as.
 
-Shapes: N positions that predict.
-"""
+Shapes: N positions that predict."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

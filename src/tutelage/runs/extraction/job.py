@@ -52,8 +52,7 @@ def extract(
 
     Raises:
         UserError: settings that cannot work, or a folder that contains something else.
-        OSError: the disk is full; what was whole stays, and the same command resumes with it.
-    """
+        OSError: the disk is full; what was whole stays, and the same command resumes with it."""
     run, args = run or RunOptions(), args or CurriculumConfig()
     check_options(args, options)
     run, args = with_defaults(*choose_stages(run, args, options))

@@ -1,8 +1,7 @@
 """Which rows a stage reads, and how they are divided into shards.
 
 The data is divided among the stages as training with the same settings divides it: the rows of a stage are those that the
-steps of the stage would read, in that order.
-"""
+steps of the stage would read, in that order."""
 
 import math
 from collections.abc import Sequence
