@@ -36,7 +36,7 @@ class FlopCounter(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        formula, named = flop_registry.get(func._overloadpacket), kwargs or {}
+        formula, named = flop_registry.get(func.overloadpacket), kwargs or {}
         if formula is None and func.namespace == "aten" and id(func) not in self._whole:
             with self:  # under inference mode compound operators arrive as they are
                 result = func.decompose(*args, **named)
