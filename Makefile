@@ -7,7 +7,7 @@ NEWEST := 'transformers<6'
 # What the oldest and the newest environment have in other versions than constraints.txt.
 VARIED := ^(accelerate|huggingface_hub|tokenizers|transformers)==
 
-.PHONY: demo test test-contract test-versions test-lowest test-newest test-assets lint teacher assets clean
+.PHONY: demo test test-versions test-lowest test-newest test-assets lint teacher assets clean
 
 demo: .venv/.installed  ## distil a small student from the embedded teacher, then compare it with one-shot distillation
 	$(BIN)/python examples/demo.py demo-output
@@ -16,10 +16,6 @@ test: .venv/.installed-dev  ## every test that needs no download
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-versions: test-lowest test-newest  ## the same tests on the oldest and the newest transformers that pyproject.toml allows
-
-test-contract: .venv-lowest/.installed-dev  ## what the code relies on in transformers, on the oldest version
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests/training/test_transformers_contract.py \
-	  tests/core/test_blocks.py tests/training/test_trainer.py
 
 test-lowest: .venv-lowest/.installed-dev
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2
