@@ -97,10 +97,16 @@ def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
             logits = output_tensor(model(**model_inputs(model, {"input_ids": ids}))).float()
     finally:
         undo.remove()
+    finite = (
+        logits.isfinite() & raw[-1].isfinite()
+    )  # a ruled-out output says nothing, and a run stops at what is not finite
+    if not finite.any():
+        return believed
+    raw_N, logits_N = raw[-1][finite], logits[finite]
     scales = dict.fromkeys([believed[1], 1.0, *given, *(1 / scale for scale in given)])
     for scale, cap in itertools.product(scales, dict.fromkeys([believed[0], *caps, None])):
-        mine = raw[-1] * scale if cap is None else cap * torch.tanh(raw[-1] * scale / cap)
-        if (mine - logits).abs().max() <= 0.02 * logits.abs().max():
+        mine_N = raw_N * scale if cap is None else cap * torch.tanh(raw_N * scale / cap)
+        if (mine_N - logits_N).abs().max() <= 0.02 * logits_N.abs().max():
             return cap, scale
     raise UserError(
         f"{type(model).__name__} changes the output of its head in a way that no setting of its configuration explains, so its "
