@@ -89,7 +89,7 @@ def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
         return output * factor
 
     device, length = head.weight.device, min(_PROBE, usable_positions(config) or _PROBE)
-    ids = torch.arange(1, length + 1, device=model.get_input_embeddings().weight.device)[None] % head.out_features
+    ids = torch.arange(1, length + 1, device=next(model.parameters()).device)[None] % head.out_features
     undo = head.register_forward_hook(amplify)
     try:  # a model that trains may draw, e.g. for dropout: the run draws what it would have drawn
         cuda, failed = [device] if device.type == "cuda" else [], f"{type(model).__name__} cannot run {length} tokens"
