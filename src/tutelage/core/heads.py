@@ -54,11 +54,14 @@ class OutputHead:
             logits = F.linear(hidden, linear.weight[:outputs], bias)
         else:  # quantised or offloaded
             logits = linear(hidden)[..., :outputs]
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return _finished(logits, self.softcap, self.scale)
+
+
+def _finished(logits: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
+    """What follows the product with the head's weight."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 # what a language model does to its logits, by model: (softcap, scale)
@@ -97,16 +100,14 @@ def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
             logits = output_tensor(model(**model_inputs(model, {"input_ids": ids}))).float()
     finally:
         undo.remove()
-    finite = (
-        logits.isfinite() & raw[-1].isfinite()
-    )  # a ruled-out output says nothing, and a run stops at what is not finite
+    # an output that is ruled out says nothing; a run with weights that are not finite stops at its first loss
+    finite = logits.isfinite() & raw[-1].isfinite()
     if not finite.any():
         return believed
     raw_N, logits_N = raw[-1][finite], logits[finite]
     scales = dict.fromkeys([believed[1], 1.0, *given, *(1 / scale for scale in given)])
     for scale, cap in itertools.product(scales, dict.fromkeys([believed[0], *caps, None])):
-        mine_N = raw_N * scale if cap is None else cap * torch.tanh(raw_N * scale / cap)
-        if (mine_N - logits_N).abs().max() <= 0.02 * logits_N.abs().max():
+        if (_finished(raw_N, cap, scale) - logits_N).abs().max() <= 0.02 * logits_N.abs().max():
             return cap, scale
     raise UserError(
         f"{type(model).__name__} changes the output of its head in a way that no setting of its configuration explains, so its "

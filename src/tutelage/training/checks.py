@@ -78,13 +78,15 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: s
         raise UserError(f"{found}: tokenise it first, e.g. with tutelage.tasks.text.tokenize")
     if not task.tokenized:
         return
-    shortest, longest, first, last = 1, getattr(dataset, "longest", 1), 0, 0  # a dataset that makes its rows knows
-    for ids, labels in _columns(dataset, where) if longest == 1 else ():
+    known = getattr(dataset, "longest", None)  # of a dataset that makes its rows
+    shortest, longest, first, last = 1, known or 1, 0, 0
+    counts = [task.output_count(model) for model in models]
+    for ids, labels in _columns(dataset, where) if known is None else ():
         lengths, numbers = compute.list_value_length(ids), compute.min_max(compute.list_flatten(ids)).as_py()
         shortest, longest = min(shortest, compute.min(lengths).as_py()), max(longest, compute.max(lengths).as_py())
         first, last = min(first, numbers["min"] or 0), max(last, numbers["max"] or 0)
         if labels is not None:
-            _check_labels(labels, lengths, [task.output_count(model) for model in models], where)
+            _check_labels(labels, lengths, counts, where)
     if shortest < 1:
         raise UserError(f"{where} has a row without tokens: drop it")
     for config in (task.backbone(model).config for model in models):

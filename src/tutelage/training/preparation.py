@@ -123,9 +123,8 @@ def open_source(given: Given, args: CurriculumConfig) -> TargetSource:
 def open_extracted(folder: str, args: CurriculumConfig) -> ExtractedTargets:
     """An extracted curriculum; UserError where it is damaged, or for a method or task other than those of `args`."""
     extracted = ExtractedCurriculum(folder, check=False)
-    local = (
-        extracted.store.local is not None
-    )  # remote shards are compared when they are fetched, local ones by one process
+    # remote shards are compared when they are fetched, local ones by one process
+    local = extracted.store.local is not None
     extracted.check(shards=args.check_curriculum and local and args.local_process_index == 0)
     if args.method not in ("extraction", "one_shot"):
         what = f"method {args.method!r} does not train from an extracted curriculum"

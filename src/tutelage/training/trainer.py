@@ -197,9 +197,8 @@ class CurriculumTrainer(Trainer):
         """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over what was read for it."""
         for index, target_map in enumerate(self.source.maps if self.source.models else ()):
             if target_map is not None:
-                read = self.feed.calibration()[
-                    : None if target_map.is_calibrated else 1
-                ]  # the first batch tells the width
+                # without statistics only the first batch is read, for the width
+                read = self.feed.calibration()[: None if target_map.is_calibrated else 1]
                 cost = self.transition.measure(index, self.feed)
                 self.progress.teacher_flops += cost.teacher_flops * sum(map(batch_positions, read))
 
