@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutelage.core.blocks import find_blocks, forward_to
+    from tutelage.core.blocks import find_blocks
     from tutelage.core.curriculum import (
         Curriculum,
         HiddenStage,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         scratch,
     )
     from tutelage.core.errors import UserError
+    from tutelage.core.forward import forward_to
     from tutelage.core.losses import OutputSettings, embedding_loss, hidden_loss, output_loss
     from tutelage.core.projection import RandomProjection
     from tutelage.core.standardize import Standardizer
@@ -41,7 +42,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "find_blocks": "core.blocks",
-    "forward_to": "core.blocks",
+    "forward_to": "core.forward",
     "Curriculum": "core.curriculum",
     "HiddenStage": "core.curriculum",
     "OutputStage": "core.curriculum",

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from tests.core.test_blocks import BASE
-from tutelage.core.blocks import FINAL, forward_to
+from tutelage.core.blocks import FINAL
+from tutelage.core.forward import forward_to
 from tutelage.core.heads import OutputHead
 
 IDS = torch.arange(5, 27).view(2, 11)

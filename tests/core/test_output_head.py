@@ -21,8 +21,9 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from tutelage.core.blocks import FINAL, forward_to
+from tutelage.core.blocks import FINAL
 from tutelage.core.errors import UserError
+from tutelage.core.forward import forward_to
 from tutelage.core.heads import OutputHead
 
 

@@ -1,13 +1,11 @@
-"""Find the repeated blocks of a network, and run the network only up to one of them.
+"""Find the repeated blocks of a network.
 
 A *place* is an integer or `FINAL`. Place 0 is the input of the first block (the embedding output, `hidden_states[0]` in
 transformers), place b is the output of block b, and `FINAL` is the input of the output head (after the final norm)."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from tutelage.core.errors import UserError
@@ -88,75 +86,6 @@ def head_module(model: nn.Module) -> nn.Module | None:
         if isinstance(module, nn.Linear) or isinstance(getattr(module, "out_features", None), int):
             return module
     return None
-
-
-def forward_to(
-    model: nn.Module,
-    place: Place,
-    *args: Any,
-    blocks: Blocks | None = None,
-    head: nn.Module | None = None,
-    **inputs: Any,
-) -> torch.Tensor:
-    """Run `model` up to `place` and return the hidden state there; nothing deeper is executed.
-
-    The result is the *raw* output of block b, (B batch, T positions, D width) for a transformer. Some models (Llama, GPT-2)
-    apply their final norm to the last entry of `hidden_states`; `FINAL` is the place after that norm, or the
-    `last_hidden_state` of a model without an output head. Gradients flow as in a full forward.
-
-    Args:
-        place: 0 (embedding output) to the number of blocks, or `FINAL`; UserError if the model has no such place.
-        args, inputs: the arguments of the model's own forward.
-        blocks: `find_blocks(model)`, if the caller has it already.
-        head: the output head, where it is not the one that `head_module` finds."""
-    if place == FINAL:
-        head = head_module(model) if head is None else head
-        return _first(model(*args, **inputs)) if head is None else _run_until(model, head, True, args, inputs)
-    if not isinstance(place, int):
-        raise UserError(f"no place {place!r} in {type(model).__name__}: use a block number or {FINAL!r}")
-    module = (blocks or find_blocks(model)).module(model, place or 1)
-    return _run_until(model, module, place == 0, args, inputs)
-
-
-class _Reached(Exception):  # carries the hidden state out of a forward that is stopped on purpose
-    def __init__(self, hidden: torch.Tensor):
-        self.hidden = hidden
-
-
-def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inputs: Any) -> torch.Tensor:
-    """Run `model` and stop before or after `module`; the input or output of the module there."""
-
-    def stop_before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(_first(args if args else tuple(kwargs.values())))
-
-    def stop_after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        raise _Reached(_first(output))
-
-    layer: Any = module
-    recomputable = "GradientCheckpointingLayer" in (cls.__name__ for cls in type(module).__mro__)
-    if before:
-        undo = module.register_forward_pre_hook(stop_before, with_kwargs=True).remove
-    elif recomputable and layer.gradient_checkpointing and layer.training:
-        # Before transformers 5.23 a block's hooks run inside the recomputed function, where states may have no gradient.
-        recompute = layer._gradient_checkpointing_func
-        layer._gradient_checkpointing_func = lambda *args: stop_after(module, args, recompute(*args))
-        undo = functools.partial(setattr, layer, "_gradient_checkpointing_func", recompute)
-    else:
-        undo = module.register_forward_hook(stop_after).remove
-    try:
-        model(*args, **inputs)
-    except _Reached as reached:
-        return reached.hidden
-    finally:
-        undo()
-    raise UserError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
-
-
-def _first(output: Any) -> torch.Tensor:
-    """The hidden state in a module's output: a tensor, the first entry of a tuple, or `last_hidden_state`."""
-    if isinstance(output, torch.Tensor):
-        return output
-    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
 
 def _depth(model: nn.Module) -> int | None:

@@ -12,8 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
-from tutelage.core.blocks import FINAL, forward_to
+from tutelage.core.blocks import FINAL
 from tutelage.core.errors import UserError, check_range
+from tutelage.core.forward import forward_to
 from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.records import Record
 from tutelage.io.files import write_atomically

@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
-from tutelage.core.blocks import forward_to
 from tutelage.core.errors import UserError
+from tutelage.core.forward import forward_to
 from tutelage.core.projection import RandomProjection
 from tutelage.core.records import Record
 from tutelage.io.files import write_atomically

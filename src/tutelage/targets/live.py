@@ -129,6 +129,12 @@ class LiveTargets(TargetSource):
                 projection = random_projection(drawn, stage, (mine, width), self.blocks)
                 self.maps[index] = TargetMap(Standardizer.identity(mine), projection)
 
+    def make_view(self, index: int, batch: Batch) -> None:
+        stage = self.stage(index)
+        if stage.needs_teacher:
+            place = stage.teacher_place if isinstance(stage, HiddenStage) else FINAL
+            self.task.make_view(self.model, place, batch, self.block_names)
+
     def use_checkpoint(self, folder: str | None) -> None:
         if folder == self._checkpoint:
             return

@@ -121,6 +121,9 @@ class TargetSource:
         """Make the target maps of the hidden stages, on `device`; `file` keeps their statistics, `batches` gives the
         calibration batches if they are needed, `width` is that of the targets (None: the student's)."""
 
+    def make_view(self, index: int, batch: Batch) -> None:
+        """Let stage `index` run the teacher without hooks, where the model allows it."""
+
     def use_checkpoint(self, folder: str | None) -> None:
         """Progressive distillation: give the outputs of this checkpoint; None is the finished teacher."""
 

@@ -15,13 +15,15 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import AutoModel, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
-from tutelage.core.blocks import FINAL, Blocks, Place, forward_to
+from tutelage.core.blocks import FINAL, Blocks, Place
 from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError, as_user_error
+from tutelage.core.forward import forward_to, make_view
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.topk import TopK
+from tutelage.core.views import view_of
 from tutelage.tasks.loading import load_model
 
 Batch = dict[str, Any]
@@ -122,10 +124,20 @@ class Task(ABC):
         self, model: nn.Module, place: Place, batch: Mapping[str, Any], blocks: Blocks | None = None
     ) -> Tensor:
         """Hidden state of a model at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
-        network = self.backbone(model)
+        network, head = self._network(model, place)
+        return forward_to(network, place, blocks=blocks, head=head, **model_inputs(network, batch))
+
+    def make_view(self, model: nn.Module, place: Place, batch: Mapping[str, Any], blocks: Blocks | None = None) -> bool:
+        """Let `state_at` run without hooks from now on, where the model allows it (`tutelage.core.forward.make_view`)."""
+        network, head = self._network(model, place)
+        if view_of(network, place, head) is not None:
+            return True
+        return make_view(network, place, model_inputs(network, batch), blocks, head)
+
+    def _network(self, model: nn.Module, place: Place) -> tuple[nn.Module, nn.Module | None]:
+        """What `state_at` runs, and the output head that it ends before."""
         head = self.output_head(model) if place == FINAL and self.splits_head else None
-        module = None if head is None else head.linear
-        return forward_to(network, place, blocks=blocks, head=module, **model_inputs(network, batch))
+        return self.backbone(model), None if head is None else head.linear
 
     def whole_output(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The output of a whole model as one tensor, where the head is not split off: an embedding (B, E), or logits."""

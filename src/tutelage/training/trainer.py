@@ -159,6 +159,7 @@ class CurriculumTrainer(Trainer):
         self.meter.start()
         file = StatisticsFile(self.folder / records.TARGETS_FILE, read=resuming, write=self.is_world_process_zero())
         with self.accelerator.autocast():
+            self.transition.make_views(self.feed)
             self.source.prepare(file, self.feed.calibration, self.args.device)
         self._move_to_stage(self.state.global_step)
         student = self.model

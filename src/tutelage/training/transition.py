@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage, OutputStage
 from tutelage.training import warm_start
 from tutelage.training.costs import StageCost, measure_stage
@@ -38,6 +39,16 @@ class StageTransition:
         self.measure(index, feed)
         self.trainable = self._parameters(index)
         self.entered = index
+
+    def make_views(self, feed: StageFeed) -> None:
+        """Let student and teacher run without hooks in every stage, where the models allow it."""
+        objective = self.objective
+        objective.student.train()
+        for index, stage in enumerate(objective.curriculum.stages):
+            batch = feed.example(index)
+            place = stage.student_place if isinstance(stage, HiddenStage) else FINAL
+            objective.task.make_view(objective.student, place, batch, objective.blocks)
+            objective.source.make_view(index, batch)
 
     def measure(self, index: int, feed: StageFeed) -> StageCost:
         """Cost and reach of a stage, measured once."""
