@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tutelage import embedding_loss, hidden_loss, output_loss
-from tutelage.core import losses
-from tutelage.core.heads import OutputHead
+from tutelage.core import chunked
+from tutelage.core.heads import LinearHead, OutputHead
 from tutelage.core.losses import OutputSettings, output_metrics
 
 N, D, E, V = 23, 6, 9, 31
@@ -294,15 +294,15 @@ def test_autocast_gradients_are_those_of_the_formula_under_autocast(chunk_size: 
 
 def test_the_default_chunk_holds_the_budget_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
-    rows, call = [], OutputHead.__call__
+    rows, call = [], LinearHead.__call__
 
-    def spy(self: OutputHead, states: torch.Tensor) -> torch.Tensor:
+    def spy(self: LinearHead, states: torch.Tensor) -> torch.Tensor:
         rows.append(len(states))
         return call(self, states)
 
-    assert losses.CHUNK_LOGITS == 2**24
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 8 * V + 1)
-    monkeypatch.setattr(OutputHead, "__call__", spy)
+    assert chunked.CHUNK_LOGITS == 2**24
+    monkeypatch.setattr(chunked, "CHUNK_LOGITS", 8 * V + 1)
+    monkeypatch.setattr(LinearHead, "__call__", spy)
     output_loss(hidden, head, teacher_hidden, teacher_head)
     assert rows == [8, 8, 8, 8, 7, 7]
     output_metrics(hidden, head, labels)
@@ -338,8 +338,7 @@ def test_head_gradients_are_summed_in_float32() -> None:
     hidden, head, teacher_hidden, teacher_head, _ = pieces()
     hidden, teacher_hidden = (tensor.detach().repeat(40, 1).bfloat16() for tensor in (hidden, teacher_hidden))
     student = nn.Linear(D, V).bfloat16()
-    with torch.no_grad():
-        student.weight.copy_(head.linear.weight)
+    student.load_state_dict(head.linear.state_dict())
     heads = OutputHead(student), OutputHead(teacher_head.linear.bfloat16())
     gradients = []
     for chunk_size in (len(hidden), 2):

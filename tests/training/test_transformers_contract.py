@@ -124,8 +124,10 @@ CONTRACT = (
     Relied("torch._subclasses.fake_tensor", "FakeTensor", "core/inputs.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensorMode", "runs/plan.py"),
     Relied("torch.utils._python_dispatch", "TorchDispatchMode", "training/costs.py"),
-    Relied("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "core/blocks.py"),
-    Relied("transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/blocks.py"),
+    Relied("torch.nn.Module", "_modules", "core/views.py"),
+    Relied("torch", "_dynamo", "training/compilation.py"),
+    Relied("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "core/forward.py"),
+    Relied("transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/forward.py"),
     Relied("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "targets/checkpoints.py"),
 )
 

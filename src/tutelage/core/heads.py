@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,21 +40,65 @@ class OutputHead:
         get = getattr(model, "get_output_embeddings", None)
         if get is None or get() is None:  # a classifier's logits are the head's own
             return cls(head, outputs=outputs)
-        if model not in _MEASURED:
-            _MEASURED[model] = _measure(model, head)
-        return cls(head, *_MEASURED[model], outputs)
+        if "_tutelage_head" not in model.__dict__:  # kept in the model, where the compiler finds it
+            model.__dict__["_tutelage_head"] = _measure(model, head)
+        return cls(head, *model.__dict__["_tutelage_head"], outputs)
+
+    def plain(self) -> LinearHead | None:
+        """The head as a product with its weight, for the outputs in use only; None if it is quantised, adapted or offloaded."""
+        linear, outputs = self.linear, self.outputs
+        if type(linear) is not nn.Linear or hasattr(linear, "_hf_hook"):
+            return None
+        tensors = (linear.weight, linear.bias)
+        weight, bias = tensors if outputs is None else (t if t is None else t[:outputs] for t in tensors)
+        return LinearHead(weight, bias, self.softcap, self.scale)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits for `hidden`, (..., D) -> (..., outputs)."""
-        linear, outputs = self.linear, self.outputs
-        if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
-            # the plain product, for the outputs in use only; hooks on the module (of a FLOP counter) would break the
-            # gradients that the loss computes inside its forward pass
-            bias = linear.bias if linear.bias is None else linear.bias[:outputs]
-            logits = F.linear(hidden, linear.weight[:outputs], bias)
-        else:  # quantised or offloaded
-            logits = linear(hidden)[..., :outputs]
-        return _finished(logits, self.softcap, self.scale)
+        plain = self.plain()
+        if plain is not None:
+            return plain(hidden)
+        return _finished(self.linear(hidden)[..., : self.outputs], self.softcap, self.scale)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """An output head as tensors, which `torch.compile` and a loss that makes its own gradients can handle."""
+
+    weight: torch.Tensor  # (V, D)
+    bias: torch.Tensor | None  # (V,)
+    softcap: float | None = None  # as in `OutputHead`
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], softcap: float | None, scale: float) -> LinearHead:
+        """The inverse of `tensors`."""
+        return cls(tensors[0], tensors[1] if len(tensors) > 1 else None, softcap, scale)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Weight, and bias if there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def to(self, dtype: torch.dtype) -> LinearHead:
+        """The same head in another dtype."""
+        return self.of([tensor.to(dtype) for tensor in self.tensors], self.softcap, self.scale)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits for `hidden`, (..., D) -> (..., V)."""
+        return _finished(F.linear(hidden, self.weight, self.bias), self.softcap, self.scale)
+
+    def gradients(
+        self, hidden_ND: torch.Tensor, logits_NV: torch.Tensor, logit_grad_NV: torch.Tensor, wanted: Sequence[bool]
+    ) -> list[torch.Tensor | None]:
+        """Gradients of hidden states, weight and bias, those that are `wanted`; `logit_grad_NV` is overwritten."""
+        if self.softcap is not None:  # the derivative of softcap * tanh(x / softcap)
+            logit_grad_NV.mul_(1 - (logits_NV.float() / self.softcap).square())
+        if self.scale != 1.0:
+            logit_grad_NV.mul_(self.scale)
+        grad_NV = logit_grad_NV.to(hidden_ND.dtype)
+        products = (lambda: grad_NV @ self.weight, lambda: grad_NV.T @ hidden_ND, lambda: grad_NV.sum(0))
+        return [product() if want else None for product, want in zip(products, wanted, strict=False)]
 
 
 def _finished(logits: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
@@ -64,8 +108,6 @@ def _finished(logits: torch.Tensor, softcap: float | None, scale: float) -> torc
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-# what a language model does to its logits, by model: (softcap, scale)
-_MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[float | None, float]] = weakref.WeakKeyDictionary()
 # Fields of configurations that may say so. Their meaning differs: Granite divides by `logits_scaling`, HyperCLOVA X multiplies
 # by it, and MiniCPM3 has applied it before the head. So the model itself is asked.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

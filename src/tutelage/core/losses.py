@@ -1,6 +1,6 @@
 """The losses of hidden and output stages, and the metrics that belong to them.
 
-The KL divergence between teacher and student is computed in `_divergence` for models with a large output head
+The KL divergence between teacher and student is computed in `tutelage.core.chunked` for models with a large output head
 (`output_loss`, in chunks of positions), in `tutelage.core.topk.top_k_divergence` if only the largest teacher outputs are
 kept, and in `logits_loss` for a few outputs.
 
@@ -8,21 +8,16 @@ Every loss is a *sum* over positions (or sequences): the caller divides by the n
 so that gradient accumulation does not change the result.
 Shapes: N positions, D student width, E teacher width, R projected width, V outputs."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tutelage.core.chunked import OutputSettings, OutputSpec, chunk_positions, chunked_loss
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import IGNORED_LABEL
-from tutelage.core.topk import TopK, top_k, top_k_divergence
-
-# Logits held at a time: 2^24 float32 values are 64 MiB per tensor, large enough that the matrix products stay efficient.
-CHUNK_LOGITS = 2**24
+from tutelage.core.topk import TopK
 
 # columns of `output_metrics`
 METRIC_COLUMNS = ("loss", "accuracy", "kl", "agreement", "teacher_loss", "teacher_accuracy")
@@ -39,28 +34,6 @@ def hidden_loss(student: Tensor, target: Tensor, keep: Tensor) -> Tensor:
     return difference.square().mean(-1).sum()
 
 
-@dataclass(frozen=True)
-class OutputSettings:
-    """Settings of the output loss."""
-
-    temperature: float = 1.0  # t, used in both softmaxes
-    label_weight: float = 0.0  # a, the fraction of the loss that is label loss
-    top_k: int | None = None  # teacher outputs that are kept; the rest is one bucket (`core.topk`); None keeps all
-    chunk_size: int | None = None  # positions per chunk; None chooses it so that a chunk holds about 2^24 logits
-    embedding_loss: str = "cosine"  # sentence encoders: `cosine` or `mse`
-    outputs: int | None = None  # number that student and teacher share, if a vocabulary is padded; None for all
-
-
-@dataclass(frozen=True)
-class _OutputSpec:
-    head: OutputHead
-    teacher_hidden: Tensor | None
-    teacher_head: OutputHead | None
-    labels: Tensor | None
-    settings: OutputSettings
-    targets: TopK | None
-
-
 def output_loss(
     student_hidden_ND: Tensor,
     student_head: OutputHead,
@@ -68,7 +41,7 @@ def output_loss(
     teacher_head: OutputHead | None = None,
     labels_N: Tensor | None = None,
     *,
-    settings: OutputSettings = OutputSettings(),
+    settings: OutputSettings = OutputSettings(),  # noqa: B008 (frozen)
     targets: TopK | None = None,
 ) -> Tensor:
     """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once.
@@ -84,11 +57,9 @@ def output_loss(
         targets: the teacher's largest outputs at this temperature, instead of its hidden states and head."""
     has_teacher = targets is not None or (teacher_hidden_NE is not None and teacher_head is not None)
     _check_inputs(settings, labels_N, has_teacher, "hidden states and head")
-    spec = _OutputSpec(student_head, teacher_hidden_NE, teacher_head, labels_N, settings, targets)
-    chunk_size = settings.chunk_size or chunk_positions(student_head)
-    return _ChunkedOutputLoss.apply(
-        student_hidden_ND, spec, chunk_size, torch.is_grad_enabled(), *student_head.linear.parameters()
-    )
+    settings = replace(settings, chunk_size=settings.chunk_size or chunk_positions(student_head))
+    spec = OutputSpec(teacher_hidden_NE, teacher_head, targets, labels_N, settings)
+    return chunked_loss(student_hidden_ND, student_head, spec)
 
 
 def _check_inputs(settings: OutputSettings, labels: Tensor | None, has_teacher: bool, needed: str) -> None:
@@ -96,107 +67,6 @@ def _check_inputs(settings: OutputSettings, labels: Tensor | None, has_teacher: 
         raise UserError("a label_weight above 0 needs labels in the batch: add labels, or set label_weight to 0")
     if settings.label_weight < 1 and not has_teacher:
         raise UserError(f"a label_weight below 1 needs the teacher's {needed}: pass them, or set label_weight to 1")
-
-
-def chunk_positions(head: OutputHead) -> int:
-    """Positions whose logits are held at a time."""
-    return max(1, CHUNK_LOGITS // head.linear.out_features)
-
-
-class _ChunkedOutputLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, spec: _OutputSpec, chunk_size: int, with_grad: bool, *parameters: Tensor
-    ) -> Tensor:
-        inputs = [hidden, *parameters]
-        wanted = [with_grad and tensor.requires_grad for tensor in inputs]
-        # the head's gradients are sums over chunks, and float16 is too narrow: both are kept in float32
-        half = _is_half(hidden)
-        kept = [torch.float32 if half else hidden.dtype, *[torch.float32] * len(parameters)]
-        grads = [
-            torch.zeros_like(t, dtype=d) if want else None for t, d, want in zip(inputs, kept, wanted, strict=True)
-        ]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), chunk_size):
-            rows = slice(start, start + chunk_size)
-            with (
-                torch.set_grad_enabled(any(wanted)),
-                torch.autocast(hidden.device.type, enabled=False) if half else nullcontext(),
-            ):
-                chunk = hidden[rows].detach().to(kept[0]).requires_grad_(wanted[0])
-                logits = spec.head(chunk)
-            loss, logit_grad = _loss_and_logit_grad(logits.detach(), spec, rows, any(wanted))
-            total += loss
-            if not any(wanted):
-                continue
-            sources = [t for t, want in zip([chunk, *parameters], wanted, strict=True) if want]
-            pushed = iter(torch.autograd.grad(logits, sources, logit_grad.to(logits.dtype)))
-            if grads[0] is not None:
-                grads[0][rows] = next(pushed)
-            for grad in grads[1:]:
-                if grad is not None:
-                    grad += next(pushed)
-            del logits, logit_grad
-        ctx.grads, ctx.dtypes = grads, [tensor.dtype for tensor in inputs]
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        # The stored gradients belong to this call alone, so they are scaled in place.
-        grads = [
-            None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)
-            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
-        del ctx.grads
-        return grads[0], None, None, None, *grads[1:]
-
-
-def _is_half(hidden: Tensor) -> bool:
-    """Whether the head would run in float16, where the gradient of a logit is often below the smallest number; the factor
-    of a gradient scaler comes too late for it."""
-    kind = hidden.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-
-
-def _loss_and_logit_grad(logits: Tensor, spec: _OutputSpec, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """Loss summed over a chunk, and its gradient with respect to the logits (empty if not wanted)."""
-    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    gradient = logits.new_empty(0)
-    weight, t = spec.settings.label_weight, spec.settings.temperature
-    if weight < 1:
-        log_q = torch.log_softmax(logits.float() / t if t != 1 else logits.float(), dim=-1)
-        divergence, found = _divergence(log_q, spec, rows, with_grad)
-        loss += (1 - weight) * t * t * divergence
-        if found is not None:
-            gradient = found.mul_((1 - weight) * t)
-    if weight > 0:
-        assert spec.labels is not None
-        labels = spec.labels[rows]
-        log_q = torch.log_softmax(logits.float(), dim=-1)
-        loss += weight * F.nll_loss(log_q, labels, reduction="sum")
-        if with_grad:
-            label_gradient = log_q.exp_().mul_(weight)
-            label_gradient[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= weight
-            label_gradient.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
-            gradient = label_gradient if weight == 1 else gradient.add_(label_gradient)
-    return loss, gradient
-
-
-def _divergence(log_q: Tensor, spec: _OutputSpec, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """KL(teacher || student) at the temperature of the loss, and its gradient with respect to the student's scaled logits."""
-    if spec.targets is not None:
-        return top_k_divergence(log_q, spec.targets[rows], with_grad)
-    assert spec.teacher_hidden is not None and spec.teacher_head is not None
-    t = spec.settings.temperature
-    teacher_logits = spec.teacher_head(spec.teacher_hidden[rows]).to(log_q.device).float()
-    if spec.settings.top_k is not None:
-        return top_k_divergence(log_q, top_k(teacher_logits, spec.settings.top_k, t), with_grad)
-    log_p = torch.log_softmax(teacher_logits / t if t != 1 else teacher_logits, dim=-1)
-    del teacher_logits
-    p = log_p.exp()
-    # an output of probability zero (a masked entry of the vocabulary) contributes zero, where -inf would give NaN
-    divergence = (p * log_p.sub_(log_q)).masked_fill_(p == 0, 0.0).sum()
-    return divergence, log_q.exp_().sub_(p) if with_grad else None
 
 
 @torch.no_grad()
@@ -226,7 +96,7 @@ def logits_loss(
     student: Tensor,
     teacher: Tensor | None = None,
     labels: Tensor | None = None,
-    settings: OutputSettings = OutputSettings(),
+    settings: OutputSettings = OutputSettings(),  # noqa: B008 (frozen)
 ) -> Tensor:
     """The loss of `output_loss` from logits (..., V) and labels (...), for models with few outputs."""
     weight, t = settings.label_weight, settings.temperature

@@ -47,16 +47,16 @@ class LiveTargets(TargetSource):
         self._checkpoint: str | None = None
         self._finished: dict[str, torch.Tensor] | None = None
 
-    @torch.inference_mode()
     def states(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden state at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
-        hidden = self.task.state_at(self.model, place, batch, self.block_names)
+        with _without_gradients():
+            hidden = self.task.state_at(self.model, place, batch, self.block_names)
         return hidden.to(batch["input_ids"].device) if "input_ids" in batch else hidden  # a teacher may span devices
 
-    @torch.inference_mode()
     def whole_output(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
-        output = self.task.whole_output(self.model, batch)
+        with _without_gradients():
+            output = self.task.whole_output(self.model, batch)
         return output.to(batch["input_ids"].device) if "input_ids" in batch else output
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
@@ -81,7 +81,7 @@ class LiveTargets(TargetSource):
     def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         stage, target_map = self.stage(index), self.maps[index]
         assert isinstance(stage, HiddenStage) and target_map is not None, "prepare the target maps first"
-        with torch.inference_mode():
+        with _without_gradients():
             hidden = self.stage_states(stage, batch)
             target = target_map(hidden)
             keep = position_mask(batch, hidden) & target_map.standardizer.keep(hidden)
@@ -167,6 +167,11 @@ class LiveTargets(TargetSource):
     def columns(self) -> tuple[str, ...]:
         taken = model_inputs(self.model, dict.fromkeys(["token_type_ids", "attention_mask"]))
         return tuple(name for name in taken if name != "use_cache")
+
+
+def _without_gradients() -> Any:
+    """Inference mode, which the compiler cannot trace, or its nearest relative that it can."""
+    return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
 
 
 def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:

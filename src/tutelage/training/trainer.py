@@ -22,6 +22,7 @@ from tutelage.io.files import writing_errors
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.base import EvaluationTools
 from tutelage.training import checks, records
+from tutelage.training.compilation import whole_graphs
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.feed import StageFeed
 from tutelage.training.meter import Meter
@@ -276,7 +277,8 @@ class CurriculumTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-step; stops the run where the loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with whole_graphs(self.accelerator, self.objective):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._diverged(f"the loss is {loss.item()}")
         self.meter.count(inputs, self.transition.costs[self.objective.stage_index])

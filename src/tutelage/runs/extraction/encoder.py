@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from tutelage.core.chunked import chunk_positions
 from tutelage.core.curriculum import HiddenStage, Stage
-from tutelage.core.losses import chunk_positions
 from tutelage.core.topk import TopK, top_k
 from tutelage.runs.extraction.schedule import Batches
 from tutelage.targets import rows
