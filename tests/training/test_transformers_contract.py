@@ -127,7 +127,9 @@ CONTRACT = (
     Relied("torch.nn.Module", "_modules", "core/views.py"),
     Relied("torch", "_dynamo", "training/compilation.py"),
     Relied("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "core/forward.py"),
-    Relied("transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/forward.py"),
+    Relied(
+        "transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/forward.py"
+    ),
     Relied("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "targets/checkpoints.py"),
 )
 
