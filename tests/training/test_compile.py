@@ -1,0 +1,115 @@
+"""Stages under `torch.compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DynamoBackend
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from tests.training.conftest import VOCAB, llama, token_rows
+from tutelage.core.curriculum import extraction
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.source import StatisticsFile
+from tutelage.tasks.language import CausalCollator
+from tutelage.training.compilation import whole_graphs
+from tutelage.training.feed import StageFeed
+from tutelage.training.objective import StageObjective
+from tutelage.training.transition import StageTransition
+
+STAGES = (0, 1, 2)  # hidden 1:2, hidden final:final, output
+COMPILES: Any = SimpleNamespace(state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.EAGER)))
+
+
+def bert(layers: int, width: int, seed: int, **fields: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 2 * width}
+    settings = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": 32,
+        **fields,
+    }
+    return BertForMaskedLM(BertConfig(vocab_size=VOCAB, num_attention_heads=2, **sizes, **settings))
+
+
+def gpt2(layers: int, width: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_embd": width, "n_layer": layers, "n_head": 2, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **sizes, **ends, **dropouts))
+
+
+def staged(student: nn.Module, teacher: nn.Module) -> tuple[StageObjective, StageTransition, StageFeed]:
+    """An objective with its views made, as a trainer has it."""
+    source = LiveTargets(teacher)
+    places = [(1, 2), ("final", "final")]
+    source.attach(extraction(2, 4, 6, layer_map=places, stage_steps=[2, 2]), student)
+    objective = StageObjective(student, source)
+    feed = StageFeed(source, token_rows(8, ragged=True), CausalCollator(), 8, 4)
+    source.prepare(StatisticsFile(Path("unused"), read=False, write=False), feed.calibration, "cpu")
+    transition = StageTransition(objective)
+    transition.make_views(feed)
+    return objective, transition, feed
+
+
+def gradients(objective: StageObjective, run: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, list[Any]]:
+    objective.zero_grad(set_to_none=True)
+    loss = run(num_items=torch.tensor(3.0), **batch)["loss"]
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in objective.parameters()]
+
+
+@pytest.mark.parametrize("build", [llama, bert, gpt2])
+def test_every_stage_is_one_graph_with_the_loss_and_gradients_of_the_plain_step(build: Any) -> None:
+    objective, transition, feed = staged(build(2, 16, 2), build(4, 24, 1))
+    batch = CausalCollator()(list(token_rows(4, ragged=True)))
+    torch._dynamo.reset()
+    for index in STAGES:
+        transition.enter(index, False, feed)
+        transition.set_trainable(transition.trainable)
+        objective.train()
+        expected = gradients(objective, objective, batch)
+        with whole_graphs(COMPILES, objective):
+            # fullgraph: an error where a graph breaks
+            found = gradients(objective, torch.compile(objective, fullgraph=True, backend="eager"), batch)
+        torch.testing.assert_close(found[0], expected[0])
+        for left, right in zip(found[1], expected[1], strict=True):
+            assert (left is None) == (right is None)
+            if left is not None:
+                torch.testing.assert_close(left, right)
+
+
+def test_a_compiled_step_drops_out_again_after_an_evaluation() -> None:
+    objective, transition, feed = staged(bert(2, 16, 2, hidden_dropout_prob=0.5), bert(4, 24, 1))
+    transition.enter(0, False, feed)
+    torch._dynamo.reset()
+    compiled = torch.compile(objective, backend="eager")
+    batch = feed.calibration()[0]
+
+    def step() -> float:
+        objective.train()
+        with whole_graphs(COMPILES, objective):
+            return compiled(**batch)["loss"].item()
+
+    assert step() != step()
+    objective.eval()
+    assert objective(**batch)["loss"].item() == objective(**batch)["loss"].item()
+    assert step() != step()
+
+
+def test_many_stages_do_not_reach_the_limit_of_the_compiler() -> None:
+    objective, _, _ = staged(llama(2, 16, 2), llama(4, 24, 1))
+    limit = torch._dynamo.config.recompile_limit
+    with whole_graphs(COMPILES, objective):
+        assert torch._dynamo.config.recompile_limit >= 8 * len(STAGES) > limit
+    assert torch._dynamo.config.recompile_limit == limit
+    plain: Any = SimpleNamespace(state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)))
+    with whole_graphs(plain, objective):
+        assert torch._dynamo.config.recompile_limit == limit
