@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, XGLMConfig, XGLMForCausalLM
 
 from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage.core.curriculum import extraction
@@ -26,15 +26,10 @@ STAGES = (0, 1, 2)  # hidden 1:2, hidden final:final, output
 COMPILES: Any = SimpleNamespace(state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.EAGER)))
 
 
-def bert(layers: int, width: int, seed: int, **fields: Any) -> nn.Module:
+def bert(layers: int, width: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 2 * width}
-    settings = {
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "max_position_embeddings": 32,
-        **fields,
-    }
+    settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 32}
     return BertForMaskedLM(BertConfig(vocab_size=VOCAB, num_attention_heads=2, **sizes, **settings))
 
 
@@ -87,7 +82,14 @@ def test_every_stage_is_one_graph_with_the_loss_and_gradients_of_the_plain_step(
 
 
 def test_a_compiled_step_drops_out_again_after_an_evaluation() -> None:
-    objective, transition, feed = staged(bert(2, 16, 2, hidden_dropout_prob=0.5), bert(4, 24, 1))
+    """Of a model that asks its own mode, not that of a dropout module, whether to drop."""
+    sizes = {"d_model": 16, "num_layers": 2, "ffn_dim": 32, "attention_heads": 2, "max_position_embeddings": 32}
+    dropouts = {"dropout": 0.5, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    student = XGLMForCausalLM(XGLMConfig(vocab_size=VOCAB, **sizes, **dropouts, **ends))
+    for block in student.model.layers:
+        block.dropout = 0.0  # what is left drops the embedding
+    objective, transition, feed = staged(student, llama(4, 24, 1))
     transition.enter(0, False, feed)
     torch._dynamo.reset()
     compiled = torch.compile(objective, backend="eager")
