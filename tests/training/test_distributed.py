@@ -25,7 +25,7 @@ def train(output: Path, batch: int, checkpointing: bool) -> None:
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
-        calibration_samples=8,
+        calibration_samples=16,
         eval_with_teacher=True,
         layer_map="1:2,final:final",
         stage_steps=[2, 2],
