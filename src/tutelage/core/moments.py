@@ -34,16 +34,17 @@ class Moments:
             mean = states.mean(0)
             centred = states - mean
             scatter = centred.T @ centred if self.full else centred.square().sum(0)
-        self._merge(len(states), mean.cpu().double(), scatter.cpu().double())
+        self.merge(len(states), mean.cpu().double(), scatter.cpu().double())
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(self.full)
         for part in (self, other):
             if part.count:
-                total._merge(part.count, part.mean, part.scatter)
+                total.merge(part.count, part.mean, part.scatter)
         return total
 
-    def _merge(self, count: int, mean_D: torch.Tensor, scatter: torch.Tensor) -> None:
+    def merge(self, count: int, mean_D: torch.Tensor, scatter: torch.Tensor) -> None:
+        """Count states of which these are known."""
         if self.count == 0:
             self.count, self.mean, self.scatter = count, mean_D.clone(), scatter.clone()
             return
