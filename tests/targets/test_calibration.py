@@ -115,6 +115,13 @@ def test_few_positions_per_dimension_are_warned_of(teacher: LiveTargets) -> None
     maps_of(teacher, [collate(0)], extraction(2, 4, 30, layer_map=[(1, 2)]))  # mean and scale need fewer
 
 
+@pytest.mark.parametrize("normalize", ["standardize", "none"])
+def test_states_that_are_not_finite_are_refused(teacher: LiveTargets, normalize: str) -> None:
+    teacher.model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="hidden states are not finite on the calibration text: check its dtype"):
+        maps_of(teacher, [collate(seed) for seed in range(3)], curriculum_of("pca", normalize))
+
+
 def calibrate_here(folder: Path, teacher_folder: Path) -> None:
     """Calibrate on five batches, with all processes; write the maps, and how many forwards this process made."""
     if "RANK" in os.environ:

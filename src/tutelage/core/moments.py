@@ -9,8 +9,8 @@ import torch
 
 from tutelage.core.processes import Group
 
-# Least eigenvalue that a shrunk moment adds to every direction, relative to the variance of a dimension. A norm layer leaves a
-# direction in which no state ever moves.
+# What a shrunk moment adds to every direction, as a fraction of a dimension's variance: a norm layer leaves directions in which
+# no state moves.
 FLOOR = 1e-3
 
 

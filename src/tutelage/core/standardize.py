@@ -74,6 +74,11 @@ def sink_threshold(norms_N: torch.Tensor, sink_factor: float = SINK_FACTOR) -> f
     """The norm above which a position is a sink, from the norms of the calibration positions; errors as in `fit`."""
     if len(norms_N) < 2:
         raise UserError(f"standardising needs at least 2 calibration positions, got {len(norms_N)}")
-    if not torch.isfinite(norms_N).all():
-        raise UserError("the teacher's hidden states are not finite on the calibration text: check its dtype")
+    check_finite(norms_N)
     return sink_factor * norms_N.median().item()
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """Raise UserError where states, or what was computed from them, are not finite."""
+    if not torch.isfinite(values).all():
+        raise UserError("the teacher's hidden states are not finite on the calibration text: check its dtype")

@@ -27,7 +27,7 @@ from tutelage.core.projection import (
     StackedProjection,
     spectral_projection,
 )
-from tutelage.core.standardize import Standardizer, sink_threshold, state_norms
+from tutelage.core.standardize import Standardizer, check_finite, sink_threshold, state_norms
 from tutelage.io.files import replacing
 from tutelage.tasks.base import Batch
 
@@ -138,11 +138,14 @@ class _Calibrator:
         """Moments of every other example, and of the rest."""
         halves = Moments(full), Moments(full)
         for index, hidden, mask in self._states(stage):
-            keep = mask & (state_norms(hidden) <= sink_norm)
+            keep = mask & (state_norms(hidden) <= sink_norm) if sink_norm < math.inf else mask
             for half, moments in enumerate(halves):
                 examples = slice((index * len(hidden) + half) % 2, None, 2)
                 moments.add(hidden[examples][keep[examples]])
-        return halves[0].over(self.group), halves[1].over(self.group)
+        found = halves[0].over(self.group), halves[1].over(self.group)
+        for moments in found:
+            check_finite(moments.mean)
+        return found
 
     def _projection(self, stage: HiddenStage, standardizer: Standardizer, moment: torch.Tensor | None) -> Projection:
         kind, width, head = self.curriculum.projection, self.calibration.width, self.calibration.head

@@ -78,9 +78,8 @@ class TargetSource:
         self.curriculum: Curriculum | None = None
         self.maps: list[TargetMap | None] = []
         self.outputs: int | None = None
-        self.calibrated: dict[
-            int, int
-        ] = {}  # positions that the teacher ran to make the maps, by stage, padding included
+        # positions that the teacher ran to make the maps, padding included, by stage
+        self.calibrated: dict[int, int] = {}
 
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
         """The settings that the source decides, for a student with `student_blocks` blocks."""

@@ -18,6 +18,7 @@ be.
 Shapes: V outputs, D teacher width, R student width, N calibration positions."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,11 +54,9 @@ def transplant_head(
     bias, gain, linear = mean, 1.0 / student.scale, student.linear
     if teacher is not None:
         used = slice(0, teacher.outputs)
-        back_DR = torch.cat([weight, mean[:, None]], dim=1)
-        parts = [
-            fastest(torch.matmul, rows.cpu().double(), back_DR) for rows in teacher.linear.weight[used].split(_ROWS)
-        ]
-        product = torch.cat(parts)
+        weight_VD, back_DR = teacher.linear.weight[used], torch.cat([weight, mean[:, None]], dim=1)
+        multiply = partial(fastest, torch.matmul, others_wait=False)
+        product = torch.cat([multiply(rows.cpu().double(), back_DR) for rows in weight_VD.split(_ROWS)])
         weight, bias, gain = product[:, :-1], product[:, -1], teacher.scale / student.scale
         if teacher.linear.bias is not None:
             bias = bias + teacher.linear.bias[used].cpu().double()
