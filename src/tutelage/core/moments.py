@@ -30,11 +30,12 @@ class Moments:
         if len(states_ND) == 0:
             return
         with torch.autocast(states_ND.device.type, enabled=False):
-            states = states_ND.float()
-            mean = states.mean(0)
-            centred = states - mean
+            first = states_ND[0].float()  # from which a dimension that is constant is no distance at all
+            centred = states_ND.float() - first
+            mean = centred.mean(0)
+            centred -= mean
             scatter = centred.T @ centred if self.full else centred.square().sum(0)
-        self.merge(len(states), mean.cpu().double(), scatter.cpu().double())
+        self.merge(len(states_ND), first.cpu().double() + mean.cpu().double(), scatter.cpu().double())
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(self.full)

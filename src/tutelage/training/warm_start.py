@@ -32,13 +32,12 @@ from tutelage.core.linalg import fastest
 from tutelage.core.processes import Group
 from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
+from tutelage.tasks.base import Batch
 from tutelage.training.objective import StageObjective
 
 # Before any training the noise of a student's state is unknown: the decoder is made for half of its target's mean square.
 _MAX_GAIN = 2.0
 _ROWS = 4096  # of the teacher's head, that are multiplied at a time
-
-Batch = dict[str, Any]
 
 
 @torch.no_grad()
@@ -135,7 +134,8 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
         states, targets, keep = objective.hidden_states(index, batch)
         states, targets = states[keep].float(), targets[keep].float()
         counts = [float((states - targets).square().sum()), float(targets.square().sum())]
-        sums += torch.tensor([*(counts if mine < len(found) else (0, 0)), batch_positions(batch)])
+        counts = counts if mine < len(found) else [0.0, 0.0]
+        sums += torch.tensor([*counts, batch_positions(batch)], dtype=sums.dtype)
     student.train(was_training)
     distance, size, positions = group.sum(sums).tolist()
     _transplant(objective, size / distance if distance > 0 else None)
