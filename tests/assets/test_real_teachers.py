@@ -96,7 +96,7 @@ def test_distil_minilm_into_sentence_transformers_format(assets: Path, tmp_path:
         "max_length": "32",
         "max_steps": "6",
         "per_device_train_batch_size": "4",
-        "calibration_samples": "16",
+        "calibration_samples": "50",
         "save_strategy": "no",
         "output_dir": output,
     }

@@ -45,7 +45,7 @@ OWN = {
     "max_samples": 4,
     "max_length": 16,
     "use_cpu": True,
-    "calibration_samples": 8,
+    "calibration_samples": 48,
 }
 
 

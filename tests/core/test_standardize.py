@@ -70,8 +70,9 @@ def test_keep_does_not_depend_on_the_batch(states: torch.Tensor) -> None:
     assert torch.equal(keep, alone) and bool(keep[0].all()) and not bool(keep[1].all())
 
 
-def test_dimension_that_never_moves_stays_at_zero(states: torch.Tensor) -> None:
-    states[:, 1] = 7.0
+@pytest.mark.parametrize("value", [7.0, 1000.1])
+def test_dimension_that_never_moves_stays_at_zero(states: torch.Tensor, value: float) -> None:
+    states[:, 1] = value
     fitted = Standardizer.fit(states)
     assert float(fitted.scale[1]) == 1.0
     assert torch.equal(fitted(states)[:, 1], torch.zeros(200))

@@ -27,7 +27,7 @@ def settings(folder: Path, teacher: Path | None, **fields: Any) -> CurriculumCon
         "use_cpu": True,
         "save_strategy": "no",
         "logging_steps": 1,
-        "calibration_samples": 8,
+        "calibration_samples": 16,
         "report_to": "none",
         "disable_tqdm": True,
         "teacher_model_name_or_path": None if teacher is None else str(teacher),

@@ -133,33 +133,30 @@ def _unit_directions(target_map: TargetMap) -> torch.Tensor:
 
 
 def test_pca_keeps_the_principal_directions(teacher: LiveTargets) -> None:
-    _, maps = maps_of(teacher, projection="pca")
+    _, maps = maps_of(teacher, projection="pca", moment=True)
     parts = [batch(seed=1), batch(seed=2)]
     for target_map, place in zip(maps[:2], (2, FINAL), strict=True):
         states = torch.cat([teacher.states(place, part)[part["attention_mask"].bool()] for part in parts])
         states = target_map.standardizer(states[target_map.standardizer.keep(states)]).double()
         _, _, v = torch.linalg.svd(states, full_matrices=False)
         torch.testing.assert_close(_unit_directions(target_map), v[:WIDTH].T @ v[:WIDTH], rtol=1e-4, atol=1e-5)
-        unit = target_map.projection(states.float()).square().mean(0)
-        torch.testing.assert_close(unit, torch.ones(WIDTH), rtol=1e-4, atol=1e-4)
+    matrix = maps[1].projection.matrix()
+    torch.testing.assert_close(matrix.T @ maps[1].moment @ matrix, torch.eye(WIDTH), rtol=1e-4, atol=1e-4)
 
 
 def test_the_head_projection_is_built_from_the_teachers_head(teacher: LiveTargets) -> None:
     """Of all codes of its width, it has the least squared error in the centred logits: that of a truncated SVD."""
-    _, maps = maps_of(teacher, projection="logits")
-    _, by_variance = maps_of(teacher, projection="pca")
-    standardizer = maps[1].standardizer
-    parts = [batch(seed=1), batch(seed=2)]
-    states = torch.cat([teacher.states(FINAL, part)[part["attention_mask"].bool()] for part in parts])
-    states = standardizer(states[standardizer.keep(states)]).double()
-    weight = teacher.model.lm_head.weight.double()
-    logits = states @ ((weight - weight.mean(0)) * standardizer.scale.double()).T
+    _, maps = maps_of(teacher, projection="logits", moment=True)
+    _, by_variance = maps_of(teacher, projection="pca", moment=True)
+    moment, weight = maps[1].moment.double(), teacher.model.lm_head.weight.double()
+    weight = (weight - weight.mean(0)) * maps[1].standardizer.scale.double()
 
     def error(target_map: TargetMap) -> float:
-        codes = states @ target_map.projection.matrix().double()
-        return (logits - codes @ torch.linalg.lstsq(codes, logits).solution).square().sum().item()
+        projection = target_map.projection
+        lost = torch.eye(32).double() - projection.matrix().double() @ projection.decoder(moment).double()
+        return (weight @ lost.T @ moment @ lost @ weight.T).trace().item()
 
-    best = torch.linalg.svdvals(logits)[WIDTH:].square().sum().item()
+    best = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment))[WIDTH:].square().sum().item()
     assert error(maps[1]) == pytest.approx(best, rel=1e-4)
     assert error(by_variance[1]) > 1.05 * best
     torch.testing.assert_close(_unit_directions(maps[0]), _unit_directions(by_variance[0]))  # a block has no head above

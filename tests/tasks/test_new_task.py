@@ -101,7 +101,7 @@ def settings(folder: Path, teacher: Path | None, **fields: Any) -> CurriculumCon
     defaults = {
         "max_steps": 8,
         "per_device_train_batch_size": 4,
-        "calibration_samples": 8,
+        "calibration_samples": 16,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

@@ -59,7 +59,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., CurriculumTrainer]:
             "save_strategy": "no",
             "disable_tqdm": True,
             "use_cpu": True,
-            "calibration_samples": 8,
+            "calibration_samples": 16,
             "warm_start": "none",
         }
         args = CurriculumConfig(output_dir=str(tmp_path / output), **{**defaults, **settings})

@@ -25,7 +25,7 @@ def train(output: Path, batch: int, checkpointing: bool) -> None:
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
-        calibration_samples=8,
+        calibration_samples=16,
         eval_with_teacher=True,
         layer_map="1:2,final:final",
         stage_steps=[2, 2],
@@ -42,7 +42,11 @@ def train(output: Path, batch: int, checkpointing: bool) -> None:
         eval_dataset=token_rows(7, seed=9),
         data_collator=CausalCollator(),
     )
+    forwards: list[int] = []
+    states = trainer.source._counted_states  # type: ignore[attr-defined]
+    trainer.source._counted_states = lambda *given: (forwards.append(1), states(*given))[1]  # type: ignore[attr-defined]
     trainer.train()
+    (output / f"forwards-{args.process_index}").write_text(str(len(forwards)))
     trainer.evaluate()
     trainer.save_model()
     if torch.distributed.is_initialized():
@@ -60,6 +64,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     two = trained(tmp_path / "two", 2, 4)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    # two stages, twice over 16 examples each
+    assert [(tmp_path / name).read_text() for name in ("one/forwards-0", "two/forwards-0", "two/forwards-1")] == [
+        "8"
+    ] * 3
     left, right = (MetricsFile(tmp_path / name / "metrics.jsonl").read() for name in ("one", "two"))
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):

@@ -393,11 +393,11 @@ def test_default_warm_start(make_trainer: Make, settings: dict, warm_start: str,
     assert [stage.name for stage in trainer.curriculum.stages] == stages
 
 
-@pytest.mark.parametrize("settings", [{"normalize": "none"}, {}, {"warm_start": "head"}])
+@pytest.mark.parametrize("settings", [{"normalize": "none"}, {}, {"warm_start": "head"}, {"projection": "logits"}])
 def test_every_pass_of_the_teacher_is_charged(
     make_trainer: Callable[..., CurriculumTrainer], monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
 ) -> None:
-    """Calibration (without statistics: one batch, for the width), training, and the pass before a head transplant."""
+    """Calibration (two passes; without statistics one batch, for the width), training, and the pass before a transplant."""
     seen: list[int] = []
     original = LiveTargets.states
 

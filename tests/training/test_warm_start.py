@@ -107,16 +107,17 @@ def test_full_width_transplant_gives_the_teachers_logits(
 
 
 def test_narrow_transplant_is_the_least_squares_head(perfect_student: Callable[..., None]) -> None:
-    """With r < d_T no other linear head predicts the calibration logits better from the targets."""
+    """With r < d_T no other linear head is expected to predict the logits better from the targets."""
     teacher_model, student = llama(3, 24, seed=1).eval(), llama(2, 12, seed=2)
     curriculum = Curriculum("extraction", STAGES, warm_start="head")
     teacher = LiveTargets(teacher_model)
     target_map = target_map_of(teacher, curriculum, 12, center=False)
     perfect_student(teacher, target_map)
     apply_before_output(objective_of(student, teacher, curriculum, target_map), batches)
-    states = torch.cat([teacher.states(FINAL, batch).flatten(0, 1) for batch in batches()])
-    kept = states[target_map.standardizer.keep(states)]
-    codes, logits = target_map(kept).double(), teacher_model.lm_head(kept).double()
+    assert target_map.moment is not None
+    root = torch.linalg.cholesky(target_map.moment.double())  # states whose second moment is that of the calibration
+    codes = root.T @ target_map.projection.matrix().double()
+    logits = root.T @ (teacher_model.lm_head.weight.double() * target_map.standardizer.scale.double()).T
     best = torch.linalg.lstsq(codes, logits).solution
     torch.testing.assert_close(student.lm_head.weight.double(), best.T, rtol=1e-3, atol=1e-4)
 

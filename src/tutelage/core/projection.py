@@ -6,12 +6,14 @@ Shapes: D teacher width, R projected width; a projection is applied as `hidden @
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from tutelage.core.errors import UserError
+from tutelage.core.linalg import fastest
 
 RANDOM_KINDS = ("gaussian", "orthogonal", "rademacher")
 KINDS = (*RANDOM_KINDS, "pca", "logits")
@@ -50,19 +52,25 @@ class Projection(ABC):
         encode = self.matrix().double()
         moment = torch.eye(len(encode), dtype=torch.float64)
         if second_moment_DD is not None:
-            moment = second_moment_DD.double().cpu()
-            # A ridge of 1e-9 of the mean variance: directions that the calibration text never used stay invertible.
-            moment = moment + 1e-9 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-        # min_D |C^{1/2} (1 - P D)|, by least squares on the root; this also works if P widens (rank below R)
-        root = _square_root(moment)
-        decode = torch.linalg.lstsq(root @ encode, root, driver="gelsd").solution
-        code = encode.T @ moment @ encode
-        size = code.diagonal().mean()
-        noise = 1e-4
-        while max_gain is not None and decode.square().sum() * size > max_gain * moment.diagonal().sum():
-            decode = torch.linalg.solve(code + noise * size * torch.eye(len(code), dtype=code.dtype), encode.T @ moment)
-            noise *= 4
-        return decode.float()
+            moment = _regular(second_moment_DD)
+        return fastest(partial(_decoder, max_gain), encode, moment).float()
+
+
+def _decoder(max_gain: float | None, encode_DR: torch.Tensor, moment_DD: torch.Tensor) -> torch.Tensor:
+    """min_X |C^{1/2} (1 - P X)| by the normal equations P^T C P X = P^T C, (R, D)."""
+    right = encode_DR.T @ moment_DD
+    values, vectors = torch.linalg.eigh(right @ encode_DR)
+    right = vectors.T @ right
+    # columns that depend on each other (a projection that widens) have eigenvalues of zero, and get the least norm
+    used = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    size, squares, noise = values.mean(), right.square().sum(1), 0.0
+
+    def inverse() -> torch.Tensor:
+        return torch.where(used, 1 / (values + noise * size), 0)
+
+    while max_gain is not None and (inverse().square() * squares).sum() * size > max_gain * moment_DD.diagonal().sum():
+        noise = 4 * noise or 1e-4
+    return vectors * inverse() @ right
 
 
 class RandomProjection(Projection):
@@ -137,14 +145,28 @@ def spectral_projection(
 
     With C the second moment of the standardised state and M = W^T W (`logit_gram_DD`; W is the output head, centred over the
     vocabulary, in standardised coordinates), take the top eigenvectors U of M^{1/2} C M^{1/2} and encode z = U^T M^{1/2} h."""
-    width, kind = len(second_moment_DD), "pca" if logit_gram_DD is None else "logits"
-    check_widening(kind, width, out_features)
-    identity = torch.eye(width, dtype=torch.float64)
-    root = identity if logit_gram_DD is None else _square_root(logit_gram_DD.double().cpu())
-    values, vectors = torch.linalg.eigh(root @ second_moment_DD.double().cpu() @ root)
-    top = torch.arange(width - 1, width - 1 - out_features, -1)
-    scale = values[top].clamp_min(1e-12 * float(values[-1])).rsqrt()
-    return DataProjection(root @ vectors[:, top] * scale, kind)
+    kind = "pca" if logit_gram_DD is None else "logits"
+    check_widening(kind, len(second_moment_DD), out_features)
+    # what few outputs do not see is filled with principal directions
+    grams = [] if logit_gram_DD is None else [_regular(logit_gram_DD)]
+    return DataProjection(fastest(partial(_directions, out_features), _regular(second_moment_DD), *grams), kind)
+
+
+def _directions(count: int, moment_DD: torch.Tensor, gram_DD: torch.Tensor | None = None) -> torch.Tensor:
+    """The matrix of `spectral_projection`. With C = L L^T, the eigenvectors of L^T M L take the place of those of
+    M^{1/2} C M^{1/2}, which need a root of M: U = M^{1/2} L V / values^{1/2}, and M^{1/2} U / values^{1/2} = M L V / values."""
+    if gram_DD is None:
+        values, vectors = torch.linalg.eigh(moment_DD)
+        return vectors[:, -count:].flip(1) * values[-count:].flip(0).rsqrt()
+    root = torch.linalg.cholesky(moment_DD)
+    values, vectors = torch.linalg.eigh(root.T @ gram_DD @ root)
+    return gram_DD @ root @ vectors[:, -count:].flip(1) / values[-count:].flip(0)
+
+
+def _regular(moment: torch.Tensor) -> torch.Tensor:
+    """In float64 on the CPU, with a ridge of 1e-8 of the mean variance: directions that were never used stay invertible."""
+    moment = moment.cpu().double()
+    return moment + 1e-8 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
 
 
 def check_widening(kind: str, in_features: int, out_features: int) -> None:
@@ -153,8 +175,3 @@ def check_widening(kind: str, in_features: int, out_features: int) -> None:
         raise UserError(
             f"projection={kind!r} cannot widen {in_features} to {out_features}: use projection='gaussian' or a narrower student"
         )
-
-
-def _square_root(gram: torch.Tensor) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tutelage.core.errors import UserError
+from tutelage.core.moments import Moments
 
 SINK_FACTOR = 4.0
 
@@ -30,16 +31,17 @@ class Standardizer:
     def fit(cls, states_ND: torch.Tensor, center: bool = True, sink_factor: float = SINK_FACTOR) -> Standardizer:
         """Fit on calibration states of non-padding positions; `center=False` scales by the root mean square only.
         Raises UserError for fewer than two positions and for states that are not finite."""
-        if len(states_ND) < 2:
-            raise UserError(f"standardising needs at least 2 calibration positions, got {len(states_ND)}")
-        states = states_ND.double()
-        norms = states.norm(dim=-1)
-        if not torch.isfinite(norms).all():
-            raise UserError("the teacher's hidden states are not finite on the calibration text: check its dtype")
-        sink_norm = sink_factor * norms.median().item()
-        kept = states[norms <= sink_norm]
-        mean = kept.mean(0) if center else torch.zeros_like(kept[0])
-        scale = (kept - mean).square().mean(0).sqrt()
+        norms, moments = state_norms(states_ND), Moments()
+        sink_norm = sink_threshold(norms, sink_factor)
+        moments.add(states_ND[norms <= sink_norm])
+        return cls.of(moments, sink_norm, center)
+
+    @classmethod
+    def of(cls, moments: Moments, sink_norm: float, center: bool = True) -> Standardizer:
+        """From the moments of the states whose norm is at most `sink_norm`."""
+        mean = moments.mean if center else torch.zeros_like(moments.mean)
+        squares = moments.about(mean)
+        scale = (squares.diagonal() if moments.full else squares).sqrt()
         # a dimension that is constant carries no information: keep its deviation of zero instead of dividing by ~0
         scale = torch.where(scale > 1e-6 * scale.max().clamp_min(1e-12), scale, torch.ones_like(scale))
         return cls(mean.float(), scale.float(), sink_norm)
@@ -60,4 +62,23 @@ class Standardizer:
         """True where a position is not an attention sink, (...)."""
         if self.sink_norm == float("inf"):
             return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
-        return hidden.float().norm(dim=-1) <= self.sink_norm
+        return state_norms(hidden) <= self.sink_norm
+
+
+def state_norms(hidden: torch.Tensor) -> torch.Tensor:
+    """Norms of states, (..., D) -> (...), float32."""
+    return hidden.float().norm(dim=-1)
+
+
+def sink_threshold(norms_N: torch.Tensor, sink_factor: float = SINK_FACTOR) -> float:
+    """The norm above which a position is a sink, from the norms of the calibration positions; errors as in `fit`."""
+    if len(norms_N) < 2:
+        raise UserError(f"standardising needs at least 2 calibration positions, got {len(norms_N)}")
+    check_finite(norms_N)
+    return sink_factor * norms_N.median().item()
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """Raise UserError where states, or what was computed from them, are not finite."""
+    if not torch.isfinite(values).all():
+        raise UserError("the teacher's hidden states are not finite on the calibration text: check its dtype")

@@ -11,13 +11,15 @@ from torch import nn
 from tutelage.core.blocks import FINAL, Place, find_blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import model_inputs, position_mask
+from tutelage.core.inputs import batch_positions, model_inputs, position_mask
+from tutelage.core.processes import Group
 from tutelage.core.projection import check_widening
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
 from tutelage.targets.identity import model_hash
 from tutelage.targets.maps import (
     Calibration,
+    Maps,
     TargetMap,
     calibrate,
     load_target_maps,
@@ -106,18 +108,30 @@ class LiveTargets(TargetSource):
         if not curriculum.hidden_stages:
             return
         width = self.task.width(student) if width is None else width
-        replicas = self.task.replica_seeds(student)
-        if file.read and file.path.exists():
-            maps = load_target_maps(file.path, curriculum, width, self.blocks, replicas)
-        else:
+        replicas, blocks, self.calibrated = self.task.replica_seeds(student), self.blocks, {}
+        group = Group.of_all(device) if file.shared else Group()
+
+        def stored() -> Maps | None:
+            found = file.read and file.path.exists()
+            return load_target_maps(file.path, curriculum, width, blocks, replicas) if found else None
+
+        maps = group.first(stored)
+        if maps is None:
             transplants = curriculum.transplant_stage is not None
             centers = not transplants or self.task.head_has_bias(student)
             head = self.output_head() if self.task.splits_head else None
+            self.calibrated = dict.fromkeys(range(len(curriculum.stages)), 0)
             calibration = Calibration(width, replicas, centers, keep_moment=transplants, head=head)
-            maps = calibrate(self.stage_states, curriculum, batches(), self.blocks, calibration)
+            maps = calibrate(self._counted_states, curriculum, batches(), blocks, calibration, group)
+            self.calibrated = {index: sum(group.gather(count)) for index, count in self.calibrated.items()}
             if file.write:
                 save_target_maps(maps, file.path)
         self.maps = [None if target_map is None else target_map.to(device) for target_map in maps]
+
+    def _counted_states(self, stage: HiddenStage, batch: Mapping[str, Any]) -> torch.Tensor:
+        assert self.curriculum is not None
+        self.calibrated[self.curriculum.stages.index(stage)] += batch_positions(batch)
+        return self.stage_states(stage, batch)
 
     def draw_maps(self, width: int) -> None:
         """Maps of the right shapes without a calibration pass, to count operations with."""

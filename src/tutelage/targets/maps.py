@@ -3,7 +3,9 @@ Shapes: B batch, T positions, D teacher width, R projected width, N calibration 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, HiddenStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
+from tutelage.core.moments import Moments, shrunk_moment
+from tutelage.core.processes import Group
 from tutelage.core.projection import (
     RANDOM_KINDS,
     DataProjection,
@@ -23,9 +27,12 @@ from tutelage.core.projection import (
     StackedProjection,
     spectral_projection,
 )
-from tutelage.core.standardize import Standardizer
+from tutelage.core.standardize import Standardizer, check_finite, sink_threshold, state_norms
 from tutelage.io.files import replacing
 from tutelage.tasks.base import Batch
+
+ENOUGH = 4  # positions per dimension below which a second moment gets a warning
+_ROWS = 4096  # of an output head, that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -34,18 +41,11 @@ class TargetMap:
 
     standardizer: Standardizer
     projection: Projection
-    moment: torch.Tensor | None = None  # (D, D): second moment of the standardised states, for a head transplant
+    moment: torch.Tensor | None = None  # (D, D): shrunk second moment of the standardised states, for a head transplant
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Targets, (..., D) -> (..., R), float32."""
         return self.projection(self.standardizer(hidden))
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether it has statistics of the teacher's states."""
-        return (
-            not self.standardizer.is_identity or self.moment is not None or isinstance(self.projection, DataProjection)
-        )
 
     def to(self, device: torch.device | str) -> TargetMap:
         return TargetMap(self.standardizer.to(device), self.projection, self.moment)
@@ -68,51 +68,108 @@ Seeds = Sequence[int] | None  # of the networks in a replicated student; None fo
 
 
 def calibrate(
-    states_of: StatesOf, curriculum: Curriculum, batches: Sequence[Batch], teacher_blocks: int, calibration: Calibration
+    states_of: StatesOf,
+    curriculum: Curriculum,
+    batches: Sequence[Batch],
+    teacher_blocks: int,
+    calibration: Calibration,
+    group: Group = Group(),  # noqa: B008 (frozen)
 ) -> Maps:
-    """Build each hidden stage's target map from a small pass over calibration batches (model inputs on the teacher's device).
+    """Build each hidden stage's target map from passes over calibration batches (model inputs on the teacher's device).
 
-    `states_of` gives the teacher's states of a hidden stage, (B, T, D) or pooled (B, D)."""
-    maps: Maps = []
-    for stage in curriculum.stages:
-        if not isinstance(stage, HiddenStage):
-            maps.append(None)
-            continue
-        at_final = stage.teacher_place == FINAL
-        needs_moment = calibration.keep_moment and at_final
-        needs_data = curriculum.projection not in RANDOM_KINDS
-        moment = None
-        if curriculum.normalize == "none" and not needs_moment and not needs_data:
-            standardizer = Standardizer.identity(states_of(stage, batches[0]).shape[-1])
-        else:
-            pairs = ((batch, states_of(stage, batch)) for batch in batches)  # all positions without padding, on the CPU
-            states = torch.cat([hidden[position_mask(batch, hidden)].float().cpu() for batch, hidden in pairs])
-            if curriculum.normalize == "none":
-                standardizer = Standardizer.identity(states.shape[-1])
+    `states_of` gives the teacher's states of a hidden stage, (B, T, D) or pooled (B, D). Each process of `group` runs it on
+    its part of the same `batches`, and all get the same maps. One batch and its states are held at a time; with attention
+    sinks to be found, the teacher runs twice over each batch."""
+    run = _Calibrator(states_of, curriculum, batches, teacher_blocks, calibration, group)
+    return [run.target_map(stage) if isinstance(stage, HiddenStage) else None for stage in curriculum.stages]
+
+
+@dataclass(frozen=True)
+class _Calibrator:
+    """The arguments of `calibrate`."""
+
+    states_of: StatesOf
+    curriculum: Curriculum
+    batches: Sequence[Batch]
+    teacher_blocks: int
+    calibration: Calibration
+    group: Group
+
+    def target_map(self, stage: HiddenStage) -> TargetMap:
+        keeps_moment = self.calibration.keep_moment and stage.teacher_place == FINAL
+        full = keeps_moment or self.curriculum.projection not in RANDOM_KINDS
+        if self.curriculum.normalize == "none" and not full:
+            width = self.group.first(lambda: self.states_of(stage, self.batches[0]).shape[-1])
+            standardizer = Standardizer.identity(width)
+            return TargetMap(standardizer, self._projection(stage, standardizer, None))
+        sink_norm = math.inf if self.curriculum.normalize == "none" else self._sink_norm(stage)
+        halves = self._halves(stage, sink_norm, full)
+
+        def make() -> TargetMap:
+            total = halves[0] + halves[1]
+            if self.curriculum.normalize == "none":
+                standardizer = Standardizer.identity(len(total.mean))
             else:
-                standardizer = Standardizer.fit(states, center=calibration.center_final or not at_final)
+                center = self.calibration.center_final or stage.teacher_place != FINAL
+                standardizer = Standardizer.of(total, sink_norm, center)
             moment = None
-            if needs_moment or needs_data:
-                kept = standardizer(states[standardizer.keep(states)]).double()
-                moment = (kept.T @ kept / len(kept)).float()  # as it is stored, so that a resumed run has the same one
-        if needs_data:
-            assert moment is not None
-            projection = _data_projection(curriculum.projection, stage, standardizer, moment, calibration)
-        else:
-            widths = (len(standardizer.mean), calibration.width)
-            projection = random_projection(curriculum, stage, widths, teacher_blocks, calibration.replicas)
-        maps.append(TargetMap(standardizer, projection, moment if needs_moment else None))
-    return maps
+            if full:
+                _check_count(total, stage)
+                # as it is stored, so that a resumed run has the same one
+                moment = shrunk_moment(halves, standardizer.mean, standardizer.scale).float()
+            projection = self._projection(stage, standardizer, moment)
+            return TargetMap(standardizer, projection, moment if keeps_moment else None)
+
+        return self.group.first(make)
+
+    def _states(self, stage: HiddenStage) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Index, states and non-padding positions of this process's batches."""
+        for index, batch in self.group.mine(self.batches):
+            hidden = self.states_of(stage, batch)
+            yield index, hidden, position_mask(batch, hidden)
+
+    def _sink_norm(self, stage: HiddenStage) -> float:
+        mine = [state_norms(hidden[mask]).cpu() for _, hidden, mask in self._states(stage)]
+        return sink_threshold(
+            torch.cat([torch.zeros(0), *(norms for each in self.group.gather(mine) for norms in each)])
+        )
+
+    def _halves(self, stage: HiddenStage, sink_norm: float, full: bool) -> tuple[Moments, Moments]:
+        """Moments of every other example, and of the rest."""
+        halves = Moments(full), Moments(full)
+        for index, hidden, mask in self._states(stage):
+            keep = mask & (state_norms(hidden) <= sink_norm) if sink_norm < math.inf else mask
+            for half, moments in enumerate(halves):
+                examples = slice((index * len(hidden) + half) % 2, None, 2)
+                moments.add(hidden[examples][keep[examples]])
+        found = halves[0].over(self.group), halves[1].over(self.group)
+        for moments in found:
+            check_finite(moments.mean)
+        return found
+
+    def _projection(self, stage: HiddenStage, standardizer: Standardizer, moment: torch.Tensor | None) -> Projection:
+        kind, width, head = self.curriculum.projection, self.calibration.width, self.calibration.head
+        if kind in RANDOM_KINDS:
+            widths = (len(standardizer.mean), width)
+            return random_projection(self.curriculum, stage, widths, self.teacher_blocks, self.calibration.replicas)
+        assert moment is not None
+        # The outputs see a block's state only through the blocks above it, so there `logits` is the principal directions
+        # too; an embedding model's output *is* its pooled state, with no head to look through.
+        if kind == "pca" or stage.teacher_place != FINAL or head is None:
+            return spectral_projection(moment, width)
+        return spectral_projection(moment, width, _logit_gram(head, standardizer))
 
 
-def _data_projection(
-    kind: str, stage: HiddenStage, standardizer: Standardizer, moment: torch.Tensor, calibration: Calibration
-) -> Projection:
-    # The outputs see a block's state only through the blocks above it, so there `logits` is the principal directions too;
-    # an embedding model's output *is* its pooled state, with no head to look through.
-    if kind == "pca" or stage.teacher_place != FINAL or calibration.head is None:
-        return spectral_projection(moment, calibration.width)
-    return spectral_projection(moment, calibration.width, _logit_gram(calibration.head, standardizer))
+def _check_count(moments: Moments, stage: HiddenStage) -> None:
+    """Warn where a second moment comes from few positions."""
+    width = len(moments.mean)
+    if moments.count < ENOUGH * width:
+        warnings.warn(
+            f"the second moment of the teacher's {width}-dimensional states for stage {stage.name} comes from "
+            f"{moments.count:,} positions, but needs {ENOUGH * width:,} ({ENOUGH} per dimension): raise calibration_samples",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def random_projection(
@@ -130,9 +187,10 @@ def random_projection(
 
 def _logit_gram(head: OutputHead, standardizer: Standardizer) -> torch.Tensor:
     """W^T W of the head's weight, centred over the outputs, in standardised coordinates, (D, D)."""
-    weight = head.linear.weight[: head.outputs].double().cpu()
-    weight = (weight - weight.mean(0)) * standardizer.scale.double().cpu()
-    return weight.T @ weight
+    weights, scale = Moments(full=True), standardizer.scale.double()
+    for rows_ND in head.linear.weight[: head.outputs].detach().split(_ROWS):
+        weights.add(rows_ND)
+    return weights.scatter * torch.outer(scale, scale)
 
 
 def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:

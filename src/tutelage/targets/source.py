@@ -59,6 +59,7 @@ class StatisticsFile:
     path: Path  # where the statistics of the target maps are kept
     read: bool  # read them if they are there, instead of making them
     write: bool  # write them; one process does
+    shared: bool = False  # all processes of the run make them together, and the first one reads
 
 
 class TargetSource:
@@ -77,6 +78,8 @@ class TargetSource:
         self.curriculum: Curriculum | None = None
         self.maps: list[TargetMap | None] = []
         self.outputs: int | None = None
+        # positions that the teacher ran to make the maps, padding included, by stage
+        self.calibrated: dict[int, int] = {}
 
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
         """The settings that the source decides, for a student with `student_blocks` blocks."""
@@ -119,7 +122,7 @@ class TargetSource:
 
     def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         """Make the target maps of the hidden stages, on `device`; `file` keeps their statistics, `batches` gives the
-        calibration batches if they are needed, `width` is that of the targets (None: the student's)."""
+        calibration batches if they are needed, the same every time; `width` is that of the targets (None: the student's)."""
 
     def make_view(self, index: int, batch: Batch) -> None:
         """Let stage `index` run the teacher without hooks, where the model allows it."""

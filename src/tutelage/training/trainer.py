@@ -158,7 +158,8 @@ class CurriculumTrainer(Trainer):
         if resuming and self.is_world_process_zero():
             self.metrics_file.keep_until(self.state.global_step)
         self.meter.start()
-        file = StatisticsFile(self.folder / records.TARGETS_FILE, read=resuming, write=self.is_world_process_zero())
+        writes = self.is_world_process_zero()
+        file = StatisticsFile(self.folder / records.TARGETS_FILE, read=resuming, write=writes, shared=True)
         with self.accelerator.autocast():
             self.transition.make_views(self.feed)
             self.source.prepare(file, self.feed.calibration, self.args.device)
@@ -188,7 +189,7 @@ class CurriculumTrainer(Trainer):
             if step == 0:
                 self._charge_calibration()
             if self.transition.transplanted is not None:
-                self._charge_transplant(self.transition.transplanted)
+                self._charge_transplant(*self.transition.transplanted)
         if fresh and self.args.world_size > 1 and self.curriculum.warm_start != "none":
             for parameter in self.objective.student.parameters():  # each process fitted its own, to the last bit
                 torch.distributed.broadcast(parameter.data, 0)
@@ -196,18 +197,14 @@ class CurriculumTrainer(Trainer):
         self.progress.stage = index
 
     def _charge_calibration(self) -> None:
-        """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over what was read for it."""
-        for index, target_map in enumerate(self.source.maps if self.source.models else ()):
-            if target_map is not None:
-                # without statistics only the first batch is read, for the width
-                read = self.feed.calibration()[: None if target_map.is_calibrated else 1]
-                cost = self.transition.measure(index, self.feed)
-                self.progress.teacher_flops += cost.teacher_flops * sum(map(batch_positions, read))
+        """Charge the calibration passes to the teacher: forwards of each hidden stage's depth."""
+        for index, positions in self.source.calibrated.items():
+            if positions:
+                self.progress.teacher_flops += self.transition.measure(index, self.feed).teacher_flops * positions
 
-    def _charge_transplant(self, index: int) -> None:
+    def _charge_transplant(self, index: int, positions: int) -> None:
         """Charge the pass that compares the student's states with their targets before the head is transplanted."""
         cost = self.transition.measure(index, self.feed)
-        positions = sum(map(batch_positions, self.feed.calibration()))
         self.progress.teacher_flops += cost.teacher_flops * positions
         self.progress.student_flops += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
 

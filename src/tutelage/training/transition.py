@@ -21,7 +21,8 @@ class StageTransition:
         self.trainable: frozenset[str] = self.all  # parameters that train in the current stage
         self.costs: dict[int, StageCost] = {}  # measured cost of the stages entered so far, by index
         self.entered: int | None = None  # index of the current stage; None before training
-        self.transplanted: int | None = None  # the stage from which a head was transplanted on entering the current one
+        # the stage from which a head was transplanted on entering the current one, and the positions compared for it
+        self.transplanted: tuple[int, int] | None = None
 
     def enter(self, index: int, fresh: bool, feed: StageFeed) -> None:
         """Make stage `index` the current one; `fresh` is at its first step, where a warm start applies (not on resuming)."""

@@ -18,6 +18,7 @@ be.
 Shapes: V outputs, D teacher width, R student width, N calibration positions."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,17 @@ from torch import nn
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
+from tutelage.core.inputs import batch_positions
+from tutelage.core.linalg import fastest
+from tutelage.core.processes import Group
 from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
+from tutelage.tasks.base import Batch
 from tutelage.training.objective import StageObjective
 
 # Before any training the noise of a student's state is unknown: the decoder is made for half of its target's mean square.
 _MAX_GAIN = 2.0
+_ROWS = 4096  # of the teacher's head, that are multiplied at a time
 
 
 @torch.no_grad()
@@ -42,15 +48,17 @@ def transplant_head(
 
     Rows of the student's head beyond the teacher's outputs (a padded vocabulary) are left alone; `standardizer` is of the
     teacher's states at `final`; no teacher head is the identity (sentence encoders)."""
-    scale, mean = standardizer.scale.double().cpu(), standardizer.mean.double().cpu()
-    weight = (decoder_RD.double().cpu() * scale).T
+    scale, mean = standardizer.scale.cpu().double(), standardizer.mean.cpu().double()
+    weight = (decoder_RD.cpu().double() * scale).T
     bias, gain, linear = mean, 1.0 / student.scale, student.linear
     if teacher is not None:
         used = slice(0, teacher.outputs)
-        weight_VD = teacher.linear.weight[used].double().cpu()
-        weight, bias, gain = weight_VD @ weight, weight_VD @ mean, teacher.scale / student.scale
+        weight_VD, back_DR = teacher.linear.weight[used], torch.cat([weight, mean[:, None]], dim=1)
+        multiply = partial(fastest, torch.matmul, others_wait=False)
+        product = torch.cat([multiply(rows.cpu().double(), back_DR) for rows in weight_VD.split(_ROWS)])
+        weight, bias, gain = product[:, :-1], product[:, -1], teacher.scale / student.scale
         if teacher.linear.bias is not None:
-            bias = bias + teacher.linear.bias[used].double().cpu()
+            bias = bias + teacher.linear.bias[used].cpu().double()
     rows = slice(0, len(weight))
     linear.weight[rows] = (gain * weight).to(linear.weight)
     if linear.bias is not None:
@@ -108,24 +116,30 @@ def apply_before_training(objective: StageObjective) -> None:
 
 
 @torch.no_grad()
-def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[dict[str, Any]]]) -> int | None:
+def apply_before_output(objective: StageObjective, batches: Callable[[], Sequence[Batch]]) -> tuple[int, int] | None:
     """The head transplant, when the first output stage begins; `batches` gives the calibration batches.
 
-    Returns the stage whose states it compared over these batches; None where there is nothing to do."""
+    Returns the stage whose states were compared over these batches, and the number of positions that ran for it in all
+    processes (padding included); None where there is nothing to do."""
     index = objective.curriculum.transplant_stage
     if index is None or is_tied(objective.student):
         return None
-    student, was_training = objective.student, objective.student.training
+    group, student = _group(objective), objective.student
+    was_training, found = student.training, batches()
     student.eval()
-    distance = size = 0.0
-    for batch in batches():
+    sums = torch.zeros(3, dtype=torch.float64)  # squared distance, squared size, positions
+    for start in range(0, len(found), group.size):  # as many forwards in each process: those of a sharded student meet
+        mine = start + group.rank
+        batch = found[min(mine, len(found) - 1)]
         states, targets, keep = objective.hidden_states(index, batch)
-        states, targets = states[keep].double(), targets[keep].double()
-        distance += float((states - targets).square().sum())
-        size += float(targets.square().sum())
+        states, targets = states[keep].float(), targets[keep].float()
+        counts = [float((states - targets).square().sum()), float(targets.square().sum())]
+        counts = counts if mine < len(found) else [0.0, 0.0]
+        sums += torch.tensor([*counts, batch_positions(batch)], dtype=sums.dtype)
     student.train(was_training)
+    distance, size, positions = group.sum(sums).tolist()
     _transplant(objective, size / distance if distance > 0 else None)
-    return index
+    return index, int(positions)
 
 
 def _transplant(objective: StageObjective, max_gain: float | None) -> None:
@@ -134,7 +148,12 @@ def _transplant(objective: StageObjective, max_gain: float | None) -> None:
     assert index is not None
     target_map = source.maps[index]
     assert target_map is not None and target_map.moment is not None, "the final stage was calibrated without its moment"
-    decoder = target_map.projection.decoder(target_map.moment, max_gain)
+    projection, moment = target_map.projection, target_map.moment
+    decoder = _group(objective).first(lambda: projection.decoder(moment, max_gain))
     target = objective.task.output_head(objective.student, source.outputs)
     assert target is not None
     transplant_head(target, target_map.standardizer, decoder, source.output_head())
+
+
+def _group(objective: StageObjective) -> Group:
+    return Group.of_all(next(objective.student.parameters()).device)

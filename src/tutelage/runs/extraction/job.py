@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -37,6 +36,7 @@ from tutelage.targets.manifest import Manifest, ShardWriter, Split, claim, finis
 from tutelage.targets.rows import RowFormat
 from tutelage.targets.source import StatisticsFile
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.feed import CollatedBatches
 from tutelage.training.preparation import Given, prepare
 
 
@@ -223,9 +223,8 @@ class ExtractionJob:
     def _prepare_maps(self, file: StatisticsFile) -> None:
         self.source.prepare(file, self._calibration_batches, self.device, self.width)
 
-    def _calibration_batches(self) -> list[dict[str, Any]]:
-        with torch.random.fork_rng(devices=[]):
-            return [self.encoder.batch(examples) for examples in self.calibration_examples]
+    def _calibration_batches(self) -> CollatedBatches:
+        return CollatedBatches(self.calibration_examples, self.encoder.batch)
 
     def _write_shared(self, store: Store) -> None:
         """Configs of teacher and student, tokenizer and, for a transplant, the output head."""

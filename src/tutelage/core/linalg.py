@@ -1,0 +1,24 @@
+"""Where the linear algebra of a stage switch is computed."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+
+def fastest(function: Callable[..., torch.Tensor], *matrices: torch.Tensor, others_wait: bool = True) -> torch.Tensor:
+    """`function(*matrices)` for float64 matrices on the CPU, where its result is too.
+
+    It runs on the GPU where this process uses one, or else, also where the GPU cannot, on the CPU. If the other processes of
+    this machine wait meanwhile, it takes their threads: launchers give each process one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        try:
+            return function(*(matrix.cuda() for matrix in matrices)).cpu()
+        except RuntimeError:  # of memory or of the library; what is wrong with the matrices, the CPU says
+            pass
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads * int(os.environ.get("LOCAL_WORLD_SIZE", "1") if others_wait else 1))
+    try:
+        return function(*matrices)
+    finally:
+        torch.set_num_threads(threads)
