@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tutelage.core.errors import UserError
 
 IGNORED_LABEL = -100
+_PROBE = 16  # positions that a model is tried on
 
 # How transformers' models are told that rows hold several sequences; their forwards take these through `**kwargs`.
 _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -93,6 +94,14 @@ def batch_positions(batch: Mapping[str, Any]) -> int:
     """Number of positions including padding, which determines the compute."""
     ids = batch.get("input_ids")
     return int(ids.numel()) if ids is not None else batch_size(batch)
+
+
+def probe_ids(model: nn.Module, entries: int) -> torch.Tensor:
+    """Ids of the 16 tokens (fewer where a model has fewer positions) that a model with `entries` ids is tried on, (1, T)."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = min(_PROBE, usable_positions(config) or _PROBE)
+    return torch.arange(1, length + 1, device=next(model.parameters()).device)[None] % entries
 
 
 def usable_positions(config: Any) -> int | None:

@@ -5,6 +5,7 @@ import math
 from typing import Any, final
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from tutelage.core.inputs import IGNORED_LABEL, at_positions, label_positions
+from tutelage.core.router import router_coefficient
 from tutelage.tasks.base import Batch, HeadTask, Selected
 
 
@@ -25,6 +27,9 @@ class _LanguageModel(HeadTask):
         mask, labels = label_positions(batch, self.causal)
         rows = torch.arange(len(mask), device=mask.device)[:, None].expand(mask.shape)
         return Selected(at_positions(hidden, mask), labels, at_positions(rows, mask))
+
+    def router_coefficient(self, model: nn.Module) -> float:
+        return router_coefficient(model, self.causal)
 
     def count_outputs(self, batch: Batch) -> torch.Tensor:
         return label_positions(batch, self.causal)[0].sum()
