@@ -51,6 +51,7 @@ def router_coefficient(model: nn.Module, causal: bool) -> float:
     )
 
 
+@torch.compiler.disable  # a hook inside, and experts that depend on the data
 def state_and_balance(
     model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
