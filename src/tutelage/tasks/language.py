@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tutelage.core.inputs import IGNORED_LABEL, at_positions, label_positions
+from tutelage.core.errors import UserError
+from tutelage.core.inputs import IGNORED_LABEL, PACKED, at_positions, label_positions
 from tutelage.core.router import router_coefficient
 from tutelage.tasks.base import Batch, HeadTask, Selected
 
@@ -88,6 +89,11 @@ class CausalCollator:
         self.pad_token_id, self.always_mask = pad_token_id or 0, always_mask
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if left_out := [column for column in PACKED if column in rows[0]]:
+            raise UserError(
+                f"the rows have {', '.join(left_out)}, which this collator does not pass on: drop the column, or pass a "
+                "data_collator such as transformers' DataCollatorWithFlattening"
+            )
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         longest = int(lengths.max())
 
