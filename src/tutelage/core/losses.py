@@ -112,7 +112,7 @@ class _ChunkedOutputLoss(torch.autograd.Function):
         inputs = [hidden, *parameters]
         wanted = [with_grad and tensor.requires_grad for tensor in inputs]
         # the head's gradients are sums over chunks, and float16 is too narrow: both are kept in float32
-        half = _is_half(hidden)
+        half = _is_half(hidden) and all(parameter.dtype == torch.float32 for parameter in parameters)
         kept = [torch.float32 if half else hidden.dtype, *[torch.float32] * len(parameters)]
         grads = [
             torch.zeros_like(t, dtype=d) if want else None for t, d, want in zip(inputs, kept, wanted, strict=True)
