@@ -45,7 +45,10 @@ _SIZES = {
 
 def experts(family: str = "mixtral", **fields: Any) -> Any:
     torch.manual_seed(0)
-    extra = {"jamba": {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}, "jetmoe": {"kv_channels": 8}}
+    extra = {
+        "jamba": {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
+        "jetmoe": {"kv_channels": 8},
+    }
     settings = {**_SIZES, **extra.get(family, {}), **fields}
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings)).train()
 
@@ -160,7 +163,9 @@ def test_the_models_own_forward_runs_its_head_at_one_position() -> None:
 def test_a_model_whose_own_loss_has_none_is_refused() -> None:
     fields = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
     model = experts("deepseek_v3", n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=0, **fields)
-    with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM has output_router_logits=True.*set output_router_logits"):
+    with pytest.raises(
+        ValueError, match=r"DeepseekV3ForCausalLM has output_router_logits=True.*set output_router_logits"
+    ):
         objective_of(model)
 
 

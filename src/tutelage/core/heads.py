@@ -93,7 +93,10 @@ def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
     device, ids = head.weight.device, probe_ids(model, head.out_features)
     undo = head.register_forward_hook(amplify)
     try:  # a model that trains may draw, e.g. for dropout: the run draws what it would have drawn
-        cuda, failed = [device] if device.type == "cuda" else [], f"{type(model).__name__} cannot run {ids.shape[1]} tokens"
+        cuda, failed = (
+            [device] if device.type == "cuda" else [],
+            f"{type(model).__name__} cannot run {ids.shape[1]} tokens",
+        )
         with torch.no_grad(), torch.random.fork_rng(cuda), as_user_error(failed):
             logits = output_tensor(model(**model_inputs(model, {"input_ids": ids}))).float()
     finally:
