@@ -295,7 +295,8 @@ def write(options: Any, found: dict[str, Any]) -> None:
             for name, v in found["throughput"].items()
         ),
         *(
-            f"| a step from disk over one from memory (target: at most {STEP_TARGET}), {name} | {v['disk']:.1f} and {v['memory']:.1f} ms | {v['ratio']:.2f} |"
+            f"| a step from disk over one from memory (target: at most {STEP_TARGET}), {name} | {v['disk']:.1f} and "
+            f"{v['memory']:.1f} ms | {v['ratio']:.3f} |"
             for name, v in found["step"].items()
         ),
         f"| peak memory from disk over the student alone | {memory['from disk']:.0f} and {memory['student alone']:.0f} MiB "
