@@ -314,10 +314,10 @@ Student of {sizes.student_blocks} blocks and width {sizes.student_width}, teache
 {table(figures)}
 
 Times are medians of a training step (forward, backward, optimiser), the two sides taken by turns. The hand-written loop
-trains copies of both networks that were cut off at the stage's blocks; both sides are checked to give the same loss. The
-trainer's bare loop has an equal objective, batches, gradient clipping and optimiser; start-up of
-`train()` is not counted. Memory is the growth of resident
-memory within one step on the CPU (high-water mark less what was resident before), each case in its own process: the
+trains copies of both networks that were cut off at the stage's blocks; both sides are checked to give the same loss. Where it
+says compiled, `torch.compile` was used on both sides, and the time of compiling is not counted. The trainer's bare loop has an
+equal objective, batches, gradient clipping and optimiser; start-up of `train()` is not counted. Memory is the growth of
+resident memory within one step on the CPU (high-water mark less what was resident before), each case in its own process: the
 loss at {sizes.loss_positions} positions of width {sizes.loss_width}, forward and backward.
 """
 

@@ -101,7 +101,7 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 def batch_sequences(batch: Mapping[str, Any]) -> int:
     """Number of examples; of packed rows, the number of sequences in them, which begin where the positions do not go on."""
     positions = batch.get("position_ids")
-    if positions is None or batch.get("attention_mask") is not None:
+    if positions is None or positions.dim() != 2 or batch.get("attention_mask") is not None:
         return batch_size(batch)
     return batch_size(batch) + int((positions.diff() != 1).sum())
 
