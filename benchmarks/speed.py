@@ -1,10 +1,14 @@
 """Speed and memory of tutelage's training step, as ratios measured within one run.
 
-    python benchmarks/speed.py            # about 5 minutes on 2 quiet cores
+    python benchmarks/speed.py            # about 10 minutes on 2 quiet cores, half of them in torch.compile
     python benchmarks/speed.py --quick    # smoke run, tiny models: its numbers mean nothing
 
 Models are Llamas with random weights: nothing is downloaded. The two sides of a ratio alternate (A B, B A, ...) and each
-counts with its median, so that a drift of the machine meets both alike.
+counts with its median, so that a drift of the machine meets both alike. Student and teacher run as the trainer runs them,
+through the views of `StageTransition.make_views`.
+
+*Compiled* ratios have `torch.compile` on both sides: of the objective, as the trainer compiles it with `torch_compile`, and of
+the hand-written loss.
 
 *Memory* is the growth of resident memory in one training step, on the CPU, in a process of its own for each case: the
 high-water mark of the step (`ru_maxrss`) less what was resident before it, after a step on one short row has made the
@@ -28,7 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +54,13 @@ from speed_models import (
 )
 from torch import nn
 from transformers import LlamaForCausalLM, TrainerCallback
-from tutelage.tasks.collators import CausalCollator
 
 import tutelage
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
-from tutelage.targets.live import LiveTargets, TargetMap
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.maps import TargetMap
+from tutelage.tasks.language import CausalCollator
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3  # untimed steps before each measurement
@@ -96,6 +101,7 @@ def plain_step(
     stage: HiddenStage,
     target_map: TargetMap,
     batch: dict[str, Any],
+    compiles: bool = False,
 ) -> Callable[[], float]:
     """The same hidden stage as a hand-written loop over physically truncated copies of both networks."""
     assert isinstance(stage.student_place, int) and isinstance(stage.teacher_place, int)
@@ -111,7 +117,7 @@ def plain_step(
         state = short_student(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         return F.mse_loss(state, target)
 
-    return step_of(loss, optimizer_of(short_student))
+    return step_of(torch.compile(loss) if compiles else loss, optimizer_of(short_student))
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -137,8 +143,8 @@ def alternate(first: Callable[[], Any], second: Callable[[], Any], rounds: int) 
 # ---- What is measured ----
 
 
-def hidden_stages(sizes: Sizes) -> list[Figure]:
-    """Each hidden stage over the hand-written loop; both must give the same loss."""
+def hidden_stages(sizes: Sizes, compiles: bool = False) -> list[Figure]:
+    """Each hidden stage (compiled: some of them) over the hand-written loop; both must give the same loss."""
     figures = []
     batch = token_batch(sizes)
     objective, transition = make_objective(sizes)
@@ -146,16 +152,22 @@ def hidden_stages(sizes: Sizes) -> list[Figure]:
     assert isinstance(source, LiveTargets)
     for index, stage in enumerate(objective.curriculum.stages):
         target_map = source.maps[index]
-        if target_map is None:
+        if (
+            not isinstance(stage, HiddenStage)
+            or target_map is None
+            or (compiles and index not in sizes.compiled_stages)
+        ):
             continue
         enter(objective, transition, index, batch)
-        plain = plain_step(objective.student, source.model, stage, target_map, batch)  # type: ignore[arg-type]
-        ours = tutelage_step(objective, batch)
+        student, teacher = cast(LlamaForCausalLM, objective.student), cast(LlamaForCausalLM, source.model)
+        plain = plain_step(student, teacher, stage, target_map, batch, compiles)
+        ours = tutelage_step(objective, batch, compiles)
         losses = ours(), plain()
         if abs(losses[0] - losses[1]) > 1e-4 * losses[1]:
             raise RuntimeError(f"the two sides of stage {index + 1} differ: losses {losses[0]} and {losses[1]}")
         top, bottom = alternate(ours, plain, sizes.stage_rounds)
-        figures.append(figure(f"step of stage {stage.name} / hand-written loop", top, bottom, "s", most=1.15))
+        how = "compiled step" if compiles else "step"
+        figures.append(figure(f"{how} of stage {stage.name} / hand-written loop", top, bottom, "s", most=1.05))
     return figures
 
 
@@ -188,22 +200,22 @@ class _Turns(TrainerCallback):
         self.start = time.perf_counter()
 
 
-def trainer_overhead(sizes: Sizes) -> Figure:
+def trainer_overhead(sizes: Sizes, compiles: bool = False) -> Figure:
     """`CurriculumTrainer.train()` over a bare loop of an equal objective, with its batches, clipping and optimiser."""
     count = sizes.trainer_steps
     rows = token_rows(sizes, count)
     batches = [CausalCollator()(rows[i * sizes.batch : (i + 1) * sizes.batch]) for i in range(count)]
-    # the second stage: a short step, where overhead shows, but above 50 ms
+    # the second stage: a short step, where overhead shows, of about 100 ms
     teacher_place = 2 * sizes.teacher_blocks // sizes.student_blocks
     stage = HiddenStage(count, student_place=2, teacher_place=teacher_place)
     curriculum = Curriculum("extraction", (stage,))
     objective, transition = make_objective(sizes, curriculum)
     enter(objective, transition, 0, batches[0])
-    optimizer = optimizer_of(objective.student)
+    optimizer, run = optimizer_of(objective.student), torch.compile(objective) if compiles else objective
     parameters = [p for p in objective.student.parameters() if p.requires_grad]
 
     def bare(number: int) -> None:
-        objective(**batches[number])["loss"].backward()
+        run(**batches[number])["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -222,6 +234,7 @@ def trainer_overhead(sizes: Sizes) -> Figure:
             disable_tqdm=True,
             use_cpu=True,
             calibration_samples=sizes.batch,
+            torch_compile=compiles,
         )
         trainer = CurriculumTrainer(
             model=llama(sizes, sizes.student_blocks, sizes.student_width, seed=1),
@@ -234,7 +247,8 @@ def trainer_overhead(sizes: Sizes) -> Figure:
         )
         trainer.train()
     top, bottom = (statistics.median(times[WARM_UP:]) for times in turns.times)
-    return figure(f"CurriculumTrainer / bare loop, {1000 * bottom:.0f} ms per step", top, bottom, "s", most=1.05)
+    how = "compiled, " if compiles else ""
+    return figure(f"CurriculumTrainer / bare loop, {how}{1000 * bottom:.0f} ms per step", top, bottom, "s", most=1.03)
 
 
 def memory(sizes: Sizes, quick: bool) -> list[Figure]:
@@ -300,10 +314,10 @@ Student of {sizes.student_blocks} blocks and width {sizes.student_width}, teache
 {table(figures)}
 
 Times are medians of a training step (forward, backward, optimiser), the two sides taken by turns. The hand-written loop
-trains copies of both networks that were cut off at the stage's blocks; both sides are checked to give the same loss. The
-trainer's bare loop has an equal objective, batches, gradient clipping and optimiser; start-up of
-`train()` is not counted. Memory is the growth of resident
-memory within one step on the CPU (high-water mark less what was resident before), each case in its own process: the
+trains copies of both networks that were cut off at the stage's blocks; both sides are checked to give the same loss. Where it
+says compiled, `torch.compile` was used on both sides, and the time of compiling is not counted. The trainer's bare loop has an
+equal objective, batches, gradient clipping and optimiser; start-up of `train()` is not counted. Memory is the growth of
+resident memory within one step on the CPU (high-water mark less what was resident before), each case in its own process: the
 loss at {sizes.loss_positions} positions of width {sizes.loss_width}, forward and backward.
 """
 
@@ -312,6 +326,7 @@ def main() -> None:
     """Measure everything and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--no-compile", action="store_true", help="leave the ratios with torch.compile out")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "speed", help="folder of the report")
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
@@ -320,6 +335,8 @@ def main() -> None:
     figures = hidden_stages(sizes)
     figures.append(first_stage_and_one_shot(sizes))
     figures.append(trainer_overhead(sizes))
+    if not options.no_compile:
+        figures += [*hidden_stages(sizes, compiles=True), trainer_overhead(sizes, compiles=True)]
     figures += memory(sizes, options.quick)
     elapsed = time.perf_counter() - start
     print(f"\n{table(figures)}\n\n{elapsed:.0f} s")

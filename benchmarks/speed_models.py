@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from tutelage.tasks.collators import CausalCollator
 
 from tutelage.core.curriculum import Curriculum, extraction
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import StatisticsFile
+from tutelage.tasks.language import CausalCollator
 from tutelage.tasks.registry import get_task
 from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
@@ -37,12 +37,13 @@ class Sizes:
     stage_rounds: int = 20
     one_shot_rounds: int = 10
     trainer_steps: int = 100
+    compiled_stages: tuple[int, ...] = (0, 2)
     loss_vocabulary: int = 150_000
     loss_positions: int = 2048
     loss_width: int = 256
 
 
-QUICK = Sizes(4, 2, 64, 32, 1000, 2, 32, 3, 2, 10, 20_000, 1024, 64)
+QUICK = Sizes(4, 2, 64, 32, 1000, 2, 32, 3, 2, 10, (0,), 20_000, 1024, 64)
 
 
 def llama(sizes: Sizes, blocks: int, width: int, seed: int) -> LlamaForCausalLM:
@@ -91,25 +92,33 @@ def step_of(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) 
 
 
 def make_objective(sizes: Sizes, curriculum: Curriculum | None = None) -> tuple[StageObjective, StageTransition]:
-    """Objective and transition of a curriculum (the pair's extraction), calibrated, as the trainer makes them."""
+    """Objective and transition of a curriculum (the pair's extraction), with views and calibrated, as the trainer does it."""
     student = llama(sizes, sizes.student_blocks, sizes.student_width, seed=1)
     teacher = llama(sizes, sizes.teacher_blocks, sizes.teacher_width, seed=2)
     source = LiveTargets(teacher, get_task("causal_lm"))
     curriculum = curriculum or extraction(sizes.student_blocks, sizes.teacher_blocks, steps=20 * sizes.student_blocks)
     source.attach(curriculum, student)
-    source.prepare(StatisticsFile(Path("unused"), read=False, write=False), lambda: [token_batch(sizes)], "cpu")
-    objective = StageObjective(student.train(), source)
-    return objective, StageTransition(objective)
+    objective, batch = StageObjective(student.train(), source), token_batch(sizes)
+    transition = StageTransition(objective)
+    transition.make_views(one_row(objective, batch))
+    source.prepare(StatisticsFile(Path("unused"), read=False, write=False), lambda: [batch], "cpu")
+    return objective, transition
+
+
+def one_row(objective: StageObjective, batch: dict[str, Any]) -> StageFeed:
+    """The first row of a batch, as the feed of every stage."""
+    row = {name: value[:1] for name, value in batch.items()}
+    return StageFeed(objective.source, [row], lambda rows: rows[0], samples=1, batch_size=1)
 
 
 def enter(objective: StageObjective, transition: StageTransition, index: int, batch: dict[str, Any]) -> None:
     """Put everything in the state of stage `index`."""
-    row = {name: value[:1] for name, value in batch.items()}
-    transition.enter(index, True, StageFeed(objective.source, [row], lambda rows: rows[0], samples=1, batch_size=1))
+    transition.enter(index, True, one_row(objective, batch))
     transition.set_trainable(transition.trainable)
     objective.zero_grad()
 
 
-def tutelage_step(objective: StageObjective, batch: dict[str, Any]) -> Callable[[], float]:
+def tutelage_step(objective: StageObjective, batch: dict[str, Any], compiles: bool = False) -> Callable[[], float]:
     """What the trainer runs in the current stage."""
-    return step_of(lambda: objective(**batch)["loss"], optimizer_of(objective.student))
+    run = torch.compile(objective) if compiles else objective
+    return step_of(lambda: run(**batch)["loss"], optimizer_of(objective.student))

@@ -14,6 +14,7 @@ from tutelage.core.inputs import (
     IGNORED_LABEL,
     at_positions,
     batch_positions,
+    batch_sequences,
     batch_size,
     label_positions,
     last_token,
@@ -159,4 +160,14 @@ def test_inputs_of_packed_sequences_reach_the_model() -> None:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids
 
-    assert {*model_inputs(Plain(), batch)} == {"input_ids"}
+    with pytest.raises(ValueError, match=r"batch has seq_idx, cu_seq_lens_q, .* which Plain does not take"):
+        model_inputs(Plain(), batch)
+    with pytest.raises(ValueError, match="batch has position_ids, which Plain does not take"):
+        model_inputs(Plain(), {"input_ids": IDS, "position_ids": IDS})
+
+
+def test_sequences_of_packed_rows_are_counted_by_their_positions() -> None:
+    batch = {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 0, 0], [0, 1, 2, 3]])}
+    assert batch_sequences(batch) == 4
+    assert batch_sequences({"input_ids": IDS, "attention_mask": MASK, "position_ids": MASK}) == 2
+    assert batch_sequences({"input_ids": IDS}) == 2

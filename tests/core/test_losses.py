@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -347,6 +349,36 @@ def test_head_gradients_are_summed_in_float32() -> None:
     assert gradients[0].dtype == torch.float32
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert error < 0.003
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_many_chunks_in_bfloat16_are_as_exact_as_one(autocast: bool) -> None:
+    """Under autocast, and of a model in bfloat16, against the gradient of a model in float32."""
+    hidden, head, teacher_hidden, teacher_head, _ = pieces()
+    hidden, teacher_hidden = (torch.randn(512, D).bfloat16(), torch.randn(512, E).bfloat16())
+
+    def gradient(dtype: torch.dtype, chunk_size: int | None) -> torch.Tensor:
+        heads = [OutputHead(copy.deepcopy(old.linear).to(dtype)) for old in (head, teacher_head)]
+        states, settings = (hidden.to(dtype), teacher_hidden.to(dtype)), OutputSettings(chunk_size=chunk_size)
+        loss = output_loss(states[0], heads[0], states[1], heads[1], settings=settings)
+        return torch.autograd.grad(loss, heads[0].linear.weight)[0].float()
+
+    exact = gradient(torch.float32, None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kind = torch.float32 if autocast else torch.bfloat16
+        one, many = ((gradient(kind, size) - exact).norm() / exact.norm() for size in (512, 2))
+    assert many < 1.2 * one < 0.012
+
+
+def test_a_frozen_head_in_float16_runs_under_autocast() -> None:
+    """The base of an adapter."""
+    hidden, head, teacher_hidden, teacher_head, _ = pieces()
+    exact = torch.autograd.grad(output_loss(hidden, head, teacher_hidden, teacher_head), hidden)[0]
+    frozen = OutputHead(head.linear.half().requires_grad_(False))
+    with torch.autocast("cpu", torch.float16):
+        loss = output_loss(hidden.half(), frozen, teacher_hidden, teacher_head)
+    (found,) = torch.autograd.grad(loss, hidden)
+    assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 def test_float16_keeps_small_gradients() -> None:

@@ -48,7 +48,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., CurriculumTrainer]:
     def make(output: str = "run", ragged: bool = False, student: Any = None, **settings: Any) -> CurriculumTrainer:
         extras = {
             key: settings.pop(key)
-            for key in ("curriculum", "callbacks", "compute_metrics", "teacher_model", "train_dataset")
+            for key in ("curriculum", "callbacks", "compute_metrics", "teacher_model", "train_dataset", "data_collator")
             if key in settings
         }
         defaults = {
@@ -69,7 +69,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., CurriculumTrainer]:
             args=args,
             train_dataset=extras.pop("train_dataset", token_rows(ragged=ragged)),
             eval_dataset=token_rows(8, seed=9),
-            data_collator=CausalCollator(),
+            data_collator=extras.pop("data_collator", None) or CausalCollator(),
             **extras,
         )
 

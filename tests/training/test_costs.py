@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import VOCAB, bert_config
 from tests.training.conftest import llama
+from tests.training.test_router import experts, padded_batch
+from tutelage import CurriculumConfig, RunOptions, plan
 from tutelage.training.costs import FlopCounter
 
 MODELS = {
@@ -35,3 +38,22 @@ def test_the_counter_counts_as_torchs(name: str, mode: Any) -> None:
             if loss.requires_grad:
                 loss.backward()
     assert mine.total == theirs.get_total_flops() > 0
+
+
+def test_a_mixture_of_experts_counts_the_experts_that_run() -> None:
+    """torch has no formula for the grouped product that runs them; the other ways to run them are ordinary products."""
+    totals = {}
+    for how in ("grouped_mm", "batched_mm", "eager"):
+        model = experts(hidden_size=32, intermediate_size=64)
+        model.set_experts_implementation(how)
+        with FlopCounter() as counter:
+            model(**padded_batch()).loss.backward()
+        totals[how] = counter.total
+    assert totals["grouped_mm"] == totals["batched_mm"] == totals["eager"] > 0
+
+
+def test_a_mixture_of_experts_can_be_planned(tmp_path: Path) -> None:
+    experts().save_pretrained(tmp_path)
+    args = CurriculumConfig(teacher_model_name_or_path=str(tmp_path), max_steps=2)
+    planned = plan(RunOptions(student="layers=1,hidden_size=16", max_length=32), args)
+    assert planned.stages[-1].student_flops_per_token > 2 * planned.student.parameters

@@ -35,6 +35,7 @@ class OutputSettings:
     chunk_size: int | None = None  # positions per chunk; None chooses it so that a chunk holds about 2^24 logits
     embedding_loss: str = "cosine"  # sentence encoders: `cosine` or `mse`
     outputs: int | None = None  # number that student and teacher share, if a vocabulary is padded; None for all
+    router_coefficient: float = 0.0  # weight of a mixture of experts' load-balancing loss (`core.router`)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tutelage.core.blocks import head_module
 from tutelage.core.errors import UserError, as_user_error
-from tutelage.core.inputs import model_inputs, output_tensor, usable_positions
+from tutelage.core.inputs import model_inputs, output_tensor, probe_ids
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ def _finished(logits: torch.Tensor, softcap: float | None, scale: float) -> torc
 # by it, and MiniCPM3 has applied it before the head. So the model itself is asked.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
-_PROBE = 16  # positions
 
 
 def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
@@ -133,11 +132,13 @@ def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
         raw.append((output * factor).float())
         return output * factor
 
-    device, length = head.weight.device, min(_PROBE, usable_positions(config) or _PROBE)
-    ids = torch.arange(1, length + 1, device=next(model.parameters()).device)[None] % head.out_features
+    device, ids = head.weight.device, probe_ids(model, head.out_features)
     undo = head.register_forward_hook(amplify)
     try:  # a model that trains may draw, e.g. for dropout: the run draws what it would have drawn
-        cuda, failed = [device] if device.type == "cuda" else [], f"{type(model).__name__} cannot run {length} tokens"
+        cuda, failed = (
+            [device] if device.type == "cuda" else [],
+            f"{type(model).__name__} cannot run {ids.shape[1]} tokens",
+        )
         with torch.no_grad(), torch.random.fork_rng(cuda), as_user_error(failed):
             logits = output_tensor(model(**model_inputs(model, {"input_ids": ids}))).float()
     finally:

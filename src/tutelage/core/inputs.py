@@ -12,18 +12,27 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tutelage.core.errors import UserError
 
 IGNORED_LABEL = -100
+_PROBE = 16  # positions that a model is tried on
 
 # How transformers' models are told that rows hold several sequences; their forwards take these through `**kwargs`.
 _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKED = ("position_ids", *_PACKING)  # entries of a batch that may say so
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `batch` that `model.forward` takes, without labels and with the key/value cache off."""
+    """The entries of `batch` that `model.forward` takes, without labels and with the key/value cache off.
+
+    UserError where the model does not take what says that rows hold several sequences: it would read them as one."""
     wrapped: Any = getattr(model, "get_base_model", None)  # an adapter's own forward has no named arguments
     parameters = inspect.signature((wrapped() if wrapped is not None else model).forward).parameters
     names = {*parameters} - {"labels"}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         names |= {*_PACKING}
+    if left_out := [key for key in PACKED if key in batch and key not in names]:
+        raise UserError(
+            f"the batch has {', '.join(left_out)}, which {type(model).__name__} does not take: it would read sequences that "
+            "are packed into one row as one; use a collator that does not pack, or drop the column from the dataset"
+        )
     inputs = {key: value for key, value in batch.items() if key in names}
     if "use_cache" in parameters:
         inputs["use_cache"] = False
@@ -89,10 +98,26 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
+def batch_sequences(batch: Mapping[str, Any]) -> int:
+    """Number of examples; of packed rows, the number of sequences in them, which begin where the positions do not go on."""
+    positions = batch.get("position_ids")
+    if positions is None or positions.dim() != 2 or batch.get("attention_mask") is not None:
+        return batch_size(batch)
+    return batch_size(batch) + int((positions.diff() != 1).sum())
+
+
 def batch_positions(batch: Mapping[str, Any]) -> int:
     """Number of positions including padding, which determines the compute."""
     ids = batch.get("input_ids")
     return int(ids.numel()) if ids is not None else batch_size(batch)
+
+
+def probe_ids(model: nn.Module, entries: int) -> torch.Tensor:
+    """Ids of the 16 tokens (fewer where a model has fewer positions) that a model with `entries` ids is tried on, (1, T)."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = min(_PROBE, usable_positions(config) or _PROBE)
+    return torch.arange(1, length + 1, device=next(model.parameters()).device)[None] % entries
 
 
 def usable_positions(config: Any) -> int | None:

@@ -91,6 +91,9 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher_model = task.build(base)
         student_model = task.build(student_config(student, base), task.teacher_shape(teacher_model))
+        for network in map(task.backbone, (teacher_model, student_model)):
+            if hasattr(network, "set_experts_implementation"):
+                network.set_experts_implementation("batched_mm")  # type: ignore[operator]  # others need values
         source = LiveTargets(teacher_model, task, args.blocks)
         counts = [count for count in map(task.output_count, (student_model, teacher_model)) if count is not None]
         source.attach(one_shot(1), student_model, min(counts, default=None))

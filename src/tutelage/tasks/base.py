@@ -22,6 +22,7 @@ from tutelage.core.forward import forward_to, make_view
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
+from tutelage.core.router import state_and_balance
 from tutelage.core.topk import TopK
 from tutelage.core.views import view_of
 from tutelage.tasks.loading import load_model
@@ -155,6 +156,10 @@ class Task(ABC):
         head = self.output_head(model)
         return head is not None and head.linear.bias is not None
 
+    def router_coefficient(self, model: nn.Module) -> float:
+        """Weight of the load-balancing loss that output stages add for a mixture of experts; 0 for none."""
+        return 0.0
+
     def output_count(self, model: nn.Module) -> int | None:
         """Number of outputs of the head; student and teacher must have the same. None if the head is not split off."""
         head = self.output_head(model) if self.splits_head else None
@@ -265,11 +270,20 @@ class HeadTask(Task):
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings
     ) -> Tensor:
-        selected = self.select(self.state_at(student, FINAL, batch), batch)
         teacher, head = self._teacher(target, batch), self.output_head(student, settings.outputs)
         assert head is not None
+        balance = None
+        if settings.router_coefficient:
+            state, balance = state_and_balance(student, head.linear, model_inputs(student, batch))
+        else:
+            state = self.state_at(student, FINAL, batch)
+        selected = self.select(state, batch)
         top_k = None if target is None else target.top_k
-        return output_loss(selected.state, head, *teacher, selected.labels, settings=settings, targets=top_k)
+        loss = output_loss(selected.state, head, *teacher, selected.labels, settings=settings, targets=top_k)
+        if balance is None:
+            return loss
+        # a mean over this batch's positions: a step of several batches gets their mean, weighed as their losses are
+        return loss + settings.router_coefficient * len(selected.state) * balance.to(loss.device)
 
     def teacher_outputs(self, target: OutputTarget, batch: Batch) -> Tensor:
         if target.top_k is not None:

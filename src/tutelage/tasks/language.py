@@ -5,6 +5,7 @@ import math
 from typing import Any, final
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -13,7 +14,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tutelage.core.inputs import IGNORED_LABEL, at_positions, label_positions
+from tutelage.core.errors import UserError
+from tutelage.core.inputs import IGNORED_LABEL, PACKED, at_positions, label_positions
+from tutelage.core.router import router_coefficient
 from tutelage.tasks.base import Batch, HeadTask, Selected
 
 
@@ -25,6 +28,9 @@ class _LanguageModel(HeadTask):
         mask, labels = label_positions(batch, self.causal)
         rows = torch.arange(len(mask), device=mask.device)[:, None].expand(mask.shape)
         return Selected(at_positions(hidden, mask), labels, at_positions(rows, mask))
+
+    def router_coefficient(self, model: nn.Module) -> float:
+        return router_coefficient(model, self.causal)
 
     def count_outputs(self, batch: Batch) -> torch.Tensor:
         return label_positions(batch, self.causal)[0].sum()
@@ -83,6 +89,11 @@ class CausalCollator:
         self.pad_token_id, self.always_mask = pad_token_id or 0, always_mask
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if left_out := [column for column in PACKED if column in rows[0]]:
+            raise UserError(
+                f"the rows have {', '.join(left_out)}, which this collator does not pass on: drop the column, or pass a "
+                "data_collator such as transformers' DataCollatorWithFlattening"
+            )
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         longest = int(lengths.max())
 

@@ -37,6 +37,8 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         formula, named = flop_registry.get(func.overloadpacket), kwargs or {}
+        if str(func.overloadpacket) == "aten._grouped_mm":  # of a mixture of experts; torch has no formula for it
+            formula = _grouped_product
         if formula is None and func.namespace == "aten" and id(func) not in self._whole:
             with self:  # under inference mode compound operators arrive as they are
                 result = func.decompose(*args, **named)
@@ -47,6 +49,12 @@ class FlopCounter(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **named, out_val=result)
         return result
+
+
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, *_args: Any, **_kwargs: Any) -> int:
+    """Operations of a product in groups, each of which has rows, columns or an inner part of its own."""
+    groups = left.shape[0] if left.dim() == right.dim() == 3 else 1
+    return 2 * groups * left.shape[-2] * left.shape[-1] * right.shape[-1]
 
 
 def measure_stage(objective: StageObjective, index: int, batch: dict[str, Any]) -> StageCost:

@@ -34,6 +34,7 @@ class StageObjective(nn.Module):
         self._outside = (source,)  # a tuple hides it from nn.Module's registration
         self.blocks = find_blocks(self.task.backbone(student), container)
         self.chunk_size, self.embedding_loss = chunk_size, embedding_loss
+        self.router_coefficient = self.task.router_coefficient(student)
         self.stage_index = 0
 
     @property
@@ -77,7 +78,13 @@ class StageObjective(nn.Module):
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""
         temperature, top_k = self.curriculum.temperature, self.curriculum.top_k
         settings = OutputSettings(
-            temperature, stage.label_weight, top_k, self.chunk_size, self.embedding_loss, self.source.outputs
+            temperature,
+            stage.label_weight,
+            top_k,
+            self.chunk_size,
+            self.embedding_loss,
+            self.source.outputs,
+            self.router_coefficient,
         )
         target = self.source.output(batch) if stage.needs_teacher else None
         return self.task.output_loss(self.student, batch, target, settings)

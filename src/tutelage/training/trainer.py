@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError, as_user_error
-from tutelage.core.inputs import batch_positions
+from tutelage.core.inputs import PACKED, batch_positions
 from tutelage.io.files import writing_errors
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.base import EvaluationTools
@@ -302,11 +302,11 @@ class CurriculumTrainer(Trainer):
         return self.source.collate_with(super()._get_collator_with_removed_columns(data_collator, *args, **kwargs))
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the labels, and the columns that student or teacher takes."""
+        """Keep the labels, the columns that student or teacher takes, and what tells the sequences of packed rows apart."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            columns += [name for name in ("labels", *self.source.columns) if name not in columns]
+            columns += [name for name in ("labels", *self.source.columns, *PACKED) if name not in columns]
 
     # ---- Logs, checkpoints, evaluation ----
 

@@ -1,0 +1,113 @@
+"""Benchmarks, scripts and examples run on today's package: each imports, and does its work once at a tiny size."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import runpy
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tutelage
+from tests.conftest import POSITIONS, save_llama
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = [
+    path.relative_to(ROOT) for folder in ("benchmarks", "scripts") for path in sorted((ROOT / folder).glob("*.py"))
+]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if each program were started in its own folder."""
+    for folder in ("benchmarks", "scripts"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for path in PROGRAMS:
+        sys.modules.pop(path.stem, None)
+
+
+def test_programs_are_found() -> None:
+    assert len(PROGRAMS) >= 12
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=str)
+def test_a_program_imports(path: Path) -> None:
+    assert Path(str(importlib.import_module(path.stem).__file__)) == ROOT / path
+
+
+def test_the_benchmark_of_speed_measures_its_ratios(capsys: pytest.CaptureFixture[str]) -> None:
+    speed: Any = importlib.import_module("speed")
+    sizes = replace(importlib.import_module("speed_models").QUICK, stage_rounds=1, one_shot_rounds=1, trainer_steps=5)
+    figures = [*speed.hidden_stages(sizes), speed.first_stage_and_one_shot(sizes), speed.trainer_overhead(sizes)]
+    assert [row.target for row in figures] == ["≤ 1.05", "≤ 1.05", "≥ 8", "≤ 1.03"]
+    assert all(0 < row.numerator < 10 and 0 < row.denominator < 10 for row in figures)
+    report = speed.readme(figures, sizes, speed.machine(), "python speed.py", quick=True)
+    assert report.count("| step of stage") == 2 and capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["0", "2", "chunked", "plain"])
+def test_the_benchmark_of_memory_takes_its_steps(case: str) -> None:
+    memory: Any = importlib.import_module("speed_memory")
+    sizes = replace(importlib.import_module("speed_models").QUICK, loss_vocabulary=1000, loss_positions=64)
+    steps = memory.stage_case(sizes, int(case)) if case.isdigit() else memory.loss_case(sizes, case == "chunked")
+    for step in steps:
+        step()
+
+
+def test_the_benchmark_of_replicas_takes_its_steps() -> None:
+    replicas: Any = importlib.import_module("replicas")
+    fields = importlib.import_module("tutelage.reproduction.recipes").resolve(
+        "parity-mlp/laptop", {"teacher_width": 16}
+    )
+    for stage in replicas.STAGES.values():
+        replicas.stepper(stage, 2, fields)()
+
+
+def test_the_benchmark_of_extraction_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    extraction: Any = importlib.import_module("extraction")
+    monkeypatch.setattr(extraction, "STUDENT", "layers=2,hidden_size=16")
+    teacher = save_llama(tmp_path / "teacher", tie_word_embeddings=False)
+    sizes = {"batch": 2, "length": 16, "steps": 6, "batches": 3}
+    options = Namespace(teacher=str(teacher), dataset=str(corpus / "text.txt"), **sizes)
+    assert {*extraction.throughput(options, tmp_path)} == {"hidden final:final", "output"}
+    run, args = extraction.settings(options, str(tmp_path / "int8"))
+    extraction.extract(run, args, extraction.ExtractOptions(dtype="int8"), log=lambda line: None)
+    assert all(found["ratio"] > 0 for found in extraction.step(options, tmp_path / "int8").values())
+    assert extraction.scale_errors(options, tmp_path / "int8")["token"] >= 0
+
+
+def test_the_benchmark_of_stored_targets_compares_students(tmp_path: Path, causal_teacher: Path, corpus: Path) -> None:
+    stored: Any = importlib.import_module("stored_vs_live")
+    system = stored.text(Namespace(teacher=str(causal_teacher), dataset=str(corpus / "text.txt"), steps=4))
+    system["run"].update(student="layers=2,hidden_size=16", max_length=POSITIONS // 2, max_samples=4)
+    system["truncates"] = False
+    runs = [{"live": 1.0, "stored": 1.1}, stored.pair(system, 0, tmp_path)]
+    assert stored.interval(runs, "stored", "live")["mean"] != 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_an_example_imports_from_the_package_alone(path: Path) -> None:
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    names = [alias.name for node in nodes if node.module == "tutelage" for alias in node.names]
+    assert names and all(hasattr(tutelage, name) for name in names)
+
+
+def test_the_example_of_distilling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["distill.py", str(tmp_path / "student"), "2"])
+    text = tmp_path / "short.txt"
+    text.write_text(Path(tutelage.DEFAULT_EVAL_TEXT).read_text(encoding="utf-8")[:45_000], encoding="utf-8")
+    for name in ("DEFAULT_TEXT", "DEFAULT_EVAL_TEXT"):
+        monkeypatch.setattr(tutelage, name, str(text))
+    monkeypatch.setattr(tutelage.CurriculumTrainer, "evaluate", lambda self: {})
+    runpy.run_path(str(ROOT / "examples" / "distill.py"))
+    assert (tmp_path / "student" / "model.safetensors").is_file()
