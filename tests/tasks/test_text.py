@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import WORDS, make_tokenizer, sentences
+from tutelage.tasks import text
 from tutelage.tasks.registry import TASKS
 from tutelage.tasks.text import keep_rows, read_dataset, split_dataset, stream_dataset, tokenize
 
@@ -167,6 +169,45 @@ def test_documents_end_with_eos(corpus: Path, plain: PreTrainedTokenizerBase, na
     packed = tokenize(read_dataset(str(corpus / name)), plain, CAUSAL, 16)
     stream = [token for text in sentences(120) for token in (*ids_of(plain, text), EOS)]
     assert flat(packed) == stream[: len(stream) // 16 * 16]
+
+
+BOS = CLS  # of the tokenizers below
+
+
+def beginning(template: str) -> PreTrainedTokenizerBase:
+    """A causal tokenizer with a template, as Llama's and Gemma's are."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("[CLS]", BOS), ("<eos>", EOS)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["[CLS] $A", "[CLS] $A <eos>", "$A <eos>"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_begin_as_the_tokenizer_begins_them(template: str, streamed: bool) -> None:
+    tokenizer, data = beginning(template), Dataset.from_dict({"text": sentences(20)})
+    rows = tokenize(data.to_iterable_dataset() if streamed else data, tokenizer, CAUSAL, 16)
+    stream = [token for text in sentences(20) for token in tokenizer(text)["input_ids"]]
+    if "eos" not in template:
+        stream = [token for text in sentences(20) for token in (*tokenizer(text)["input_ids"], EOS)]
+    found = [token for row in rows for token in row["input_ids"]]
+    assert found == stream[: len(stream) // 16 * 16] and found.count(BOS) == (20 if "CLS" in template else 0)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_text_file_begins_once(
+    corpus: Path, plain: PreTrainedTokenizerBase, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines are one document, also where they are packed in several groups."""
+    monkeypatch.setattr(text, "_PACKED_TOGETHER", 50)
+    read = stream_dataset if streamed else read_dataset
+    rows = tokenize(read(str(corpus / "text.txt")), beginning("[CLS] $A <eos>"), CAUSAL, 16)
+    found = [token for row in rows for token in row["input_ids"]]
+    assert found[0] == BOS and found.count(BOS) == 1 and EOS not in found
+    groups = [ids_of(plain, " ".join(sentences(120)[start : start + 50])) for start in (0, 50, 100)]
+    groups[0] = [BOS, *groups[0]]
+    assert found == [token for group in groups for token in group[: len(group) // 16 * 16]]
 
 
 def test_documents_that_end_in_a_line_break_are_still_documents(plain: PreTrainedTokenizerBase) -> None:
