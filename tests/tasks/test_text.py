@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import WORDS, make_tokenizer, sentences
-from tutelage.tasks import text
+from tutelage.tasks import text as reading
 from tutelage.tasks.registry import TASKS
 from tutelage.tasks.text import keep_rows, read_dataset, split_dataset, stream_dataset, tokenize
 
@@ -200,7 +200,7 @@ def test_a_text_file_begins_once(
     corpus: Path, plain: PreTrainedTokenizerBase, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lines are one document, also where they are packed in several groups."""
-    monkeypatch.setattr(text, "_PACKED_TOGETHER", 50)
+    monkeypatch.setattr(reading, "_PACKED_TOGETHER", 50)
     read = stream_dataset if streamed else read_dataset
     rows = tokenize(read(str(corpus / "text.txt")), beginning("[CLS] $A <eos>"), CAUSAL, 16)
     found = [token for row in rows for token in row["input_ids"]]

@@ -142,6 +142,14 @@ class EmbeddingModel(nn.Module):
     def config(self) -> Any:
         return self.encoder.config
 
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """As the encoder's."""
+        self.encoder.activation_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The same under its older name."""
+        self.encoder.gradient_checkpointing_enable(**kwargs)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:

@@ -113,7 +113,9 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
             data = read_dataset(path, split)
             rows = _training_split(data) if isinstance(data, DatasetDict) else data
             local = rows.to_iterable_dataset()
-            local.info.builder_name = rows.builder_name  # which `datasets` forgets: lines of text are packed differently
+            local.info.builder_name = (
+                rows.builder_name
+            )  # which `datasets` forgets: lines of text are packed differently
             return local
     elif suffix in _BUILDERS:
         options |= {"path": _BUILDERS[suffix], "data_files": {split_name: path}, **_OPTIONS.get(suffix, {})}
@@ -173,9 +175,9 @@ def tokenize(
 
     Language models get packed blocks of exactly `max_length` tokens, and the remainder is dropped. In a causal model's, each
     document begins with what the tokenizer puts before a text (its beginning-of-text token, if it has one) and ends with the
-    end-of-text token; the lines of a .txt file are joined as they are, into one document without this end. Other tasks get one
-    truncated example per row. A dataset with `input_ids` is only checked for its length. Raises UserError: a column is missing or has a
-    different type, rows are longer than `max_length`, or there is too little text for one block."""
+    end-of-text token; the lines of a .txt file are joined as they are, into one document without this end. Other tasks get
+    one truncated example per row. A dataset with `input_ids` is only checked for its length. Raises UserError: a column is
+    missing or has a different type, rows are longer than `max_length`, or there is too little text for one block."""
     streamed = isinstance(data, IterableDataset)
     sample = Dataset.from_list(list(data.take(_SAMPLE))) if isinstance(data, IterableDataset) else data
     columns = sample.column_names
