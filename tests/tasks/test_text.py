@@ -264,6 +264,16 @@ def test_data_that_do_not_fit_the_task(
         tokenize(Dataset.from_dict(columns), encoder, task, length)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_folder_of_formatted_rows_is_read_as_lists(tmp_path: Path, plain: PreTrainedTokenizerBase, kind: str) -> None:
+    data = Dataset.from_dict({"input_ids": [[7, 8, 9], [7] * 12], "labels": [[7, 8, 9], [7] * 12]})
+    data.with_format(kind).save_to_disk(tmp_path / "rows")
+    for read in (read_dataset, stream_dataset):
+        rows = tokenize(read(str(tmp_path / "rows")), plain, CAUSAL, 12)
+        assert list(rows) == data.to_list()
+    assert list(tokenize(data.with_format(kind), plain, CAUSAL, 12)[0]["input_ids"]) == [7, 8, 9]
+
+
 def test_another_text_column(plain: PreTrainedTokenizerBase) -> None:
     packed = tokenize(Dataset.from_dict({"body": sentences(4)}), plain, CAUSAL, 8, text_column="body")
     assert flat(packed)[:3] == ids_of(plain, sentences(4)[0])[:3]
@@ -298,9 +308,17 @@ def test_masks_depend_on_the_batch_alone(encoder: PreTrainedTokenizerBase) -> No
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
-def test_masks_do_not_depend_on_the_format_of_the_rows(encoder: PreTrainedTokenizerBase, kind: str) -> None:
-    rows = Dataset.from_dict({"input_ids": [[CLS, *range(6, 46), SEP], [CLS, *range(20, 60), SEP]]})
-    plain, formatted = (MASKED.collator(encoder)([data[0], data[1]]) for data in (rows, rows.with_format(kind)))
+@pytest.mark.parametrize("task", [CAUSAL, MASKED, CLASSIFIER, EMBEDDING], ids=lambda task: task.name)
+@pytest.mark.parametrize("lengths", [(42, 42), (42, 17)])
+def test_batches_do_not_depend_on_the_format_of_the_rows(
+    encoder: PreTrainedTokenizerBase, task: Any, kind: str, lengths: tuple[int, int]
+) -> None:
+    ids = [[CLS, *range(start, start + length - 2), SEP] for start, length in zip((6, 20), lengths, strict=True)]
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * length for length in lengths]})
+    if task is CLASSIFIER:
+        rows = rows.add_column("labels", [0, 2])
+    plain, formatted = (task.collator(encoder)([data[0], data[1]]) for data in (rows, rows.with_format(kind)))
+    assert {*plain} == {*formatted}
     for name in plain:
         assert torch.equal(plain[name], formatted[name]), name
 

@@ -35,7 +35,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
         data = _read_file(file)
     elif file.is_dir():
         try:
-            data = load_from_disk(path)
+            data = load_from_disk(path).with_format(None)  # which the folder keeps
         except FileNotFoundError as error:
             raise UserError(
                 f"dataset folder {path!r} was not written by datasets' save_to_disk; give a .txt, .jsonl or .parquet file"
@@ -179,7 +179,9 @@ def tokenize(
     one truncated example per row. A dataset with `input_ids` is only checked for its length. Raises UserError: a column is
     missing or has a different type, rows are longer than `max_length`, or there is too little text for one block."""
     streamed = isinstance(data, IterableDataset)
-    sample = Dataset.from_list(list(data.take(_SAMPLE))) if isinstance(data, IterableDataset) else data
+    sample = data.with_format(None)
+    if isinstance(sample, IterableDataset):
+        sample = Dataset.from_list(list(sample.take(_SAMPLE)))
     columns = sample.column_names
     if "input_ids" in columns:
         longest = max(len(ids or ()) for ids in sample["input_ids"])
