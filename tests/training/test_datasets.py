@@ -195,7 +195,8 @@ def test_a_streamed_run_is_resumed(tmp_path: Path, kind: str) -> None:
 def streamed_in_processes(output: Path) -> None:
     for dispatch in (True, False):
         settings = {"accelerator_config": {"dispatch_batches": dispatch}, "optim": "sgd", "eval_with_teacher": True}
-        trainer = make(output / str(dispatch), Stream(token_rows(40)), Stream(token_rows(8, seed=9)), **settings)
+        streams = Stream(token_rows(40, ragged=not dispatch)), Stream(token_rows(8, seed=9))
+        trainer = make(output / str(dispatch), *streams, **settings)
         trainer.train()
         trainer.evaluate()
         trainer.save_model()
@@ -204,17 +205,17 @@ def streamed_in_processes(output: Path) -> None:
 
 
 def test_two_processes_share_a_stream(tmp_path: Path) -> None:
-    """Whether the first one reads all of it, as by default, or each reads its part."""
-    settings = {"optim": "sgd", "per_device_train_batch_size": 8, "eval_with_teacher": True}
-    one = make(tmp_path / "one", token_rows(40), token_rows(8, seed=9), **settings)
-    one.train()
-    expected = one.evaluate()
+    """The first one reads all of it, as by default, or each reads its part, which rows of different lengths need."""
     launch(2, streamed_in_processes, tmp_path / "two")
-    for dispatch in ("True", "False"):
-        found = load_file(tmp_path / "two" / dispatch / "model.safetensors")
+    settings = {"optim": "sgd", "per_device_train_batch_size": 8, "eval_with_teacher": True}
+    for dispatch in (True, False):
+        one = make(tmp_path / str(dispatch), token_rows(40, ragged=not dispatch), token_rows(8, seed=9), **settings)
+        one.train()
+        expected = one.evaluate()
+        found = load_file(tmp_path / "two" / str(dispatch) / "model.safetensors")
         for name, value in found.items():
             torch.testing.assert_close(value, weights(one)[name], rtol=1e-5, atol=1e-6)
-        last = MetricsFile(tmp_path / "two" / dispatch / "metrics.jsonl").read()[-1]
+        last = MetricsFile(tmp_path / "two" / str(dispatch) / "metrics.jsonl").read()[-1]
         for name in ("eval_loss", "eval_kl"):
             assert last[name] == pytest.approx(expected[name], rel=1e-4)
 

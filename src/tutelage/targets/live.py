@@ -45,9 +45,8 @@ class LiveTargets(TargetSource):
         self.parameters, self.models = count_parameters(model), (model,)
         self._student: nn.Module | None = None
         self._checkpoint: str | None = None
-        self._finished: dict[str, torch.Tensor] | None = (
-            None  # its weights on the CPU, while a checkpoint is in their place
-        )
+        # on the CPU, while a checkpoint is in the place of the finished weights
+        self._finished: dict[str, torch.Tensor] | None = None
 
     @torch.inference_mode()
     def states(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:

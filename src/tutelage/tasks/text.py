@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
@@ -113,9 +113,8 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
             data = read_dataset(path, split)
             rows = _training_split(data) if isinstance(data, DatasetDict) else data
             local = rows.to_iterable_dataset()
-            local.info.builder_name = (
-                rows.builder_name
-            )  # which `datasets` forgets: lines of text are packed differently
+            # forgotten by `datasets`; the lines of a text file are packed as one document
+            local.info.builder_name = rows.builder_name
             return local
     elif suffix in _BUILDERS:
         options |= {"path": _BUILDERS[suffix], "data_files": {split_name: path}, **_OPTIONS.get(suffix, {})}
@@ -212,7 +211,7 @@ def tokenize(
     # the lines of one text file, with their line breaks, are no separate documents
     lines = data.builder_name == "text" and any(line.endswith("\n") for line in sample[:100][text_column])
     packed = data.map(
-        lambda batch, numbers: _pack(batch[text_column], tokenizer, task, max_length, lines and numbers),
+        lambda batch, numbers: _pack(batch[text_column], tokenizer, task, max_length, numbers if lines else []),
         batched=True,
         with_indices=True,
         batch_size=_PACKED_TOGETHER,
@@ -233,9 +232,9 @@ def _check_column(data: Dataset, column: str, wanted: str, meaning: str) -> None
 
 
 def _pack(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, lines: list[int] | Literal[False]
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, lines: list[int]
 ) -> dict[str, Any]:
-    """Blocks of `max_length` tokens; `lines` are the numbers of the texts where these are the lines of one document."""
+    """Blocks of `max_length` tokens. `lines` are the numbers of the texts if they are the lines of one document, else empty."""
     if lines:
         texts = ["".join(texts)]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -134,8 +134,9 @@ def _check_labels(labels: Any, lengths: Any, limits: Limits, where: str) -> None
 
 def check_recomputing(student: nn.Module, asked: bool) -> None:
     """Refuse gradient checkpointing for a student that has none."""
-    if asked and not hasattr(student, "gradient_checkpointing_enable"):
-        found = f"gradient_checkpointing cannot work: {type(student).__name__} has no gradient_checkpointing_enable"
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if asked and not any(hasattr(student, name) for name in names):
+        found = f"gradient_checkpointing cannot work: {type(student).__name__} has no {names[1]}"
         raise UserError(f"{found}; leave it out, or use a model of transformers")
 
 

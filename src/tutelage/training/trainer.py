@@ -6,6 +6,7 @@ the trainable set, the optimiser and the schedule are made anew."""
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ class CurriculumTrainer(Trainer):
             `args.teacher_model_name_or_path`, or the extracted curriculum in `args.curriculum_dir`.
         args: the settings.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers,
-            preprocess_logits_for_metrics: as in `transformers.Trainer`. Datasets hold `input_ids` (and `labels` for
-            classification); of one that can only be iterated, the first rows are read twice.
+            preprocess_logits_for_metrics: as in `transformers.Trainer`. Datasets hold `input_ids` (classifiers: and `labels`).
         curriculum: stages of your own; None builds them from `args`.
 
     Raises UserError for anything that cannot work, before any compute is spent."""
@@ -92,11 +92,10 @@ class CurriculumTrainer(Trainer):
         if data_collator is None and prepared.tokenizer is not None and self.task.tokenized:
             data_collator = self.task.collator(prepared.tokenizer)
         with writing_errors(self.folder), as_user_error("transformers refuses the arguments", ValueError, ImportError):
-            data = {"train_dataset": prepared.train_dataset, "eval_dataset": prepared.eval_dataset}
-            rest: dict[str, Any] = {"compute_metrics": compute_metrics, "callbacks": callbacks, **data}
-            rest |= {"preprocess_logits_for_metrics": preprocess_logits_for_metrics}
-            student, tokenizer = self.objective.student, prepared.tokenizer
-            super().__init__(student, resolved, data_collator, processing_class=tokenizer, **rest)
+            own: Any = {"callbacks": callbacks, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
+            own |= {"compute_metrics": compute_metrics, "processing_class": prepared.tokenizer}
+            own |= {"train_dataset": prepared.train_dataset, "eval_dataset": prepared.eval_dataset}
+            super().__init__(student := self.objective.student, resolved, data_collator, **own)
         self.data_collator = checked(self.data_collator, [student, *self.source.models], self.task)
         samples, size = run.calibration_samples, run.reading.batch_size
         self.feed = StageFeed(self.source, readable_rows(self.train_dataset, samples), self._collate, samples, size)
@@ -390,7 +389,7 @@ class CurriculumTrainer(Trainer):
             return rows
 
         tools = EvaluationTools(self.source.outputs, self.args.logits_chunk_size, gather, on_step)
-        with self.accelerator.autocast(), self.source.finished():
+        with self.accelerator.autocast(), self.source.finished() if self.compares_with_teacher else nullcontext():
             batches = (self._prepare_inputs(batch) for batch in dataloader)
             targets = self.source.output if self.compares_with_teacher else lambda batch: None
             metrics = self.task.evaluate(self.model, batches, targets, tools)
