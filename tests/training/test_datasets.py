@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils import data as torch_data
@@ -123,6 +123,15 @@ def test_a_class_that_the_model_lacks_is_named_when_it_is_used(tmp_path: Path) -
     trainer = make(tmp_path / "run", Listed(rows), **given)
     with pytest.raises(UserError, match="a batch of the data has the label 3, but the model has the classes 0 to 2"):
         next(iter(trainer.get_train_dataloader()))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "int64"])
+def test_labels_of_every_kind_of_number_are_checked(tmp_path: Path, kind: str) -> None:
+    features = Features({"input_ids": List(Value("int32")), "labels": Value(kind)})
+    rows = Dataset.from_dict({"input_ids": [[2, 7, 3]] * 8, "labels": [0, 1, 2, 3, None, 0, 0, 0]}, features)
+    models = [BertForSequenceClassification(bert_config(num_labels=CLASSES)) for _ in range(2)]
+    with pytest.raises(UserError, match="the training dataset has the label 3, but the model has the classes 0 to 2"):
+        make(tmp_path / "run", rows, model=models[0], teacher_model=models[1])
 
 
 def test_rows_of_several_sequences_may_be_longer_than_a_sequence(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
+from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import TargetSource
@@ -129,7 +130,8 @@ def _check_labels(labels: Any, lengths: Any, limits: Limits, where: str) -> None
             )
         labels = compute.list_flatten(labels)
     if types.is_integer(labels.type):
-        limits.check_labels(where, torch.from_numpy(labels.to_numpy(zero_copy_only=False).copy()))
+        values = labels.cast("int64").fill_null(IGNORED_LABEL).to_numpy(zero_copy_only=False)
+        limits.check_labels(where, torch.tensor(values))
 
 
 def check_recomputing(student: nn.Module, asked: bool) -> None:
