@@ -20,6 +20,7 @@ from tests.launch import launch
 from tests.training.conftest import LENGTH, VOCAB, llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.errors import UserError
+from tutelage.targets.identity import data_fingerprint
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.language import CausalCollator
 from tutelage.training.checks import check_recomputing
@@ -155,6 +156,13 @@ def test_rows_that_are_tokenised_as_they_are_read(tmp_path: Path) -> None:
     wrong = texts.with_transform(lambda batch: {"input_ids": [[ord(c) for c in t] for t in batch["text"]]})
     with pytest.raises(UserError, match="the training dataset has the token id 103"):
         make(tmp_path / "other", wrong, remove_unused_columns=False)
+
+
+def test_only_datasets_that_can_be_read_whole_are_compared_with_an_extracted_curriculum() -> None:
+    rows = Listed([{"input_ids": [1]}])
+    with pytest.raises(UserError, match="the data is a Listed, which cannot be compared with that of an extracted"):
+        data_fingerprint(rows)
+    assert rows.reads == 0
 
 
 # ---- Streams ----
