@@ -16,6 +16,7 @@ from tutelage.core.inputs import (
     batch_positions,
     batch_sequences,
     batch_size,
+    first_token,
     label_positions,
     last_token,
     model_inputs,
@@ -124,6 +125,12 @@ def test_last_token(mask: list[list[int]] | None, expected: list[int]) -> None:
     assert torch.equal(last_token(hidden, batch), torch.stack([hidden[0, expected[0]], hidden[1, expected[1]]]))
 
 
+def test_first_token() -> None:
+    hidden = torch.arange(24.0).reshape(2, 4, 3)
+    found = first_token(hidden, torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]))
+    assert torch.equal(found, torch.stack([hidden[0, 0], hidden[1, 2]]))
+
+
 def test_last_token_of_pooled_states() -> None:
     pooled = torch.randn(2, 3)
     assert last_token(pooled, {"attention_mask": MASK}) is pooled
@@ -145,6 +152,15 @@ def test_padding_at_the_left_predicts_nothing() -> None:
     found, targets = label_positions({"input_ids": IDS, "attention_mask": mask, "labels": IDS}, causal=True)
     assert found.tolist() == expected
     assert targets is not None and targets.tolist() == IDS[:, 1:][torch.tensor(expected)[:, :3]].tolist()
+
+
+def test_labels_at_padding_are_not_predicted() -> None:
+    """Labels that were copied from the ids, padding included."""
+    mask, targets = label_positions({"attention_mask": MASK, "labels": IDS}, causal=True)
+    assert mask.tolist() == [[True, True, True, False], [True, False, False, False]]
+    assert targets is not None and targets.tolist() == [6, 7, 8, 10]
+    mask, _ = label_positions({"attention_mask": MASK, "labels": IDS}, causal=False)
+    assert torch.equal(mask, MASK == 1)
 
 
 def test_inputs_of_packed_sequences_reach_the_model() -> None:

@@ -135,9 +135,13 @@ def test_metrics_are_those_of_output_metrics() -> None:
     torch.testing.assert_close(logits_metrics(student_head(hidden), labels, teacher_head(teacher_hidden)), chunked)
 
 
-def test_outputs_that_the_teacher_rules_out_contribute_nothing() -> None:
-    student, teacher, labels = logits(N, V).requires_grad_(), logits(N, V, seed=1), torch.zeros(N, dtype=torch.long)
+@pytest.mark.parametrize("by_both", [False, True])
+def test_outputs_that_the_teacher_rules_out_contribute_nothing(by_both: bool) -> None:
+    student, teacher, labels = logits(N, V), logits(N, V, seed=1), torch.zeros(N, dtype=torch.long)
     teacher[:, 2] = -torch.inf
+    if by_both:
+        student[:, 2] = -torch.inf
+    student.requires_grad_()
     loss = logits_loss(student, teacher, labels)
     (gradient,) = torch.autograd.grad(loss, student)
     kept = [0, 1, 3, 4]

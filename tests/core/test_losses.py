@@ -311,10 +311,14 @@ def test_the_default_chunk_holds_the_budget_of_logits(monkeypatch: pytest.Monkey
     assert rows[6:] == [8, 8, 7]
 
 
-@pytest.mark.parametrize("top_k", [None, 5])
-def test_outputs_that_the_teacher_rules_out_contribute_nothing(top_k: int | None) -> None:
+@pytest.mark.parametrize("by_both", [False, True])
+@pytest.mark.parametrize("top_k", [None, 5, V])
+def test_outputs_that_the_teacher_rules_out_contribute_nothing(top_k: int | None, by_both: bool) -> None:
     """A masked vocabulary has logits of -inf: probability zero, not NaN."""
     hidden, head, _, _, labels = pieces()
+    if by_both:
+        with torch.no_grad():
+            head.linear.bias[3:10] = -torch.inf
     ruled_out = nn.Linear(E, V)
     with torch.no_grad():
         ruled_out.bias[3:20] = -torch.inf
@@ -322,7 +326,7 @@ def test_outputs_that_the_teacher_rules_out_contribute_nothing(top_k: int | None
     loss = output_loss(hidden, head, teacher_hidden, teacher_head, labels, settings=OutputSettings(top_k=top_k))
     gradients = torch.autograd.grad(loss, [hidden, *head.linear.parameters()])
     assert torch.isfinite(loss) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-    if top_k is None:
+    if top_k != 5:
         log_p = teacher_head(teacher_hidden).detach().log_softmax(-1)[:, [*range(3), *range(20, V)]]
         log_q = head(hidden).log_softmax(-1)[:, [*range(3), *range(20, V)]]
         expected = (log_p.exp() * (log_p - log_q)).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from tutelage.core.heads import OutputHead
 from tutelage.core.losses import OutputSettings, output_loss
 from tutelage.core.topk import TopK, top_k, top_k_divergence
+from tutelage.targets.rows import LOG_PROBS, LOG_REST, TOP_IDS, RowFormat, decode_outputs, encode_outputs
 
 
 def logits(rows: int = 6, outputs: int = 40, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -107,3 +109,22 @@ def test_kept_outputs_and_the_head_they_come_from_give_the_same_loss(temperature
         output_loss(state, student_head, hidden, teacher_head, labels, settings=OutputSettings(top_k=40, **settings)),
         complete,
     )
+
+
+@pytest.mark.parametrize("ruled_out", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("dtype", [None, "float16", "float32"])
+def test_outputs_that_both_rule_out_contribute_nothing(ruled_out: float, dtype: str | None) -> None:
+    """From memory and from disk: more outputs are kept than the teacher allows."""
+    teacher, student = logits(), logits(seed=1)
+    teacher[:, 5:], student[:, 10:] = ruled_out, ruled_out
+    kept = top_k(teacher, 20)
+    if dtype is not None:
+        form = RowFormat(dtype, 40, "none", False, "top_k")
+        table = pa.table(encode_outputs(kept, [1] * 6, form))
+        columns = decode_outputs(table, 20)
+        kept = TopK(columns[TOP_IDS], columns[LOG_PROBS], columns[LOG_REST])
+    loss, gradient = top_k_divergence(student.log_softmax(-1), kept)
+    log_p, log_q = teacher.log_softmax(-1)[:, :5], student.log_softmax(-1)[:, :5]
+    tolerance = {"rtol": 2e-3, "atol": 1e-3} if dtype == "float16" else {}
+    torch.testing.assert_close(loss, (log_p.exp() * (log_p - log_q)).sum(), **tolerance)
+    torch.testing.assert_close(gradient, student.softmax(-1) - teacher.softmax(-1), **tolerance)

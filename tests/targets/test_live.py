@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
 
 from tests.conftest import VOCAB, bert_config, llama_config, save_llama
@@ -260,6 +261,57 @@ def test_folders_that_are_no_checkpoint(teacher: LiveTargets, causal_teacher: Pa
     (damaged / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         check_checkpoint(teacher.model, str(damaged))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the bytes of the tensors that are copied into new ones, and where those are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.devices = 0, set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy):
+            self.bytes += result.numel() * result.element_size()
+            self.devices.add((kwargs or {}).get("device"))
+        return result
+
+
+def test_a_checkpoint_leaves_one_copy_of_the_finished_teacher_on_the_cpu(tmp_path: Path) -> None:
+    tied = llama_config(tie_word_embeddings=True)
+    folders = [str(save_llama(tmp_path / name, seed, tie_word_embeddings=True)) for seed, name in ((5, "a"), (6, "b"))]
+    teacher = LiveTargets(LlamaForCausalLM(tied))
+    weights = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    size = sum(parameter.numel() * 4 for parameter in teacher.model.parameters())  # without the tied head
+
+    def holds(expected: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(teacher.model.state_dict()[name], value) for name, value in expected.items())
+
+    with Copies() as copies:
+        for folder in folders:
+            teacher.use_checkpoint(folder)
+            assert holds(load_file(Path(folder) / "model.safetensors"))
+            with teacher.finished():
+                assert holds(weights)
+            assert holds(load_file(Path(folder) / "model.safetensors"))
+        teacher.use_checkpoint(None)
+    assert holds(weights) and teacher._finished is None
+    assert copies.bytes == size and copies.devices == {torch.device("cpu")}
+
+
+def test_checkpoints_of_a_teacher_that_holds_its_weights_otherwise_are_refused(
+    teacher: LiveTargets, causal_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher.model.hf_device_map = {"": "cpu"}
+    check_checkpoint(teacher.model, str(causal_teacher))
+    monkeypatch.setattr(type(teacher.model), "is_quantized", True, raising=False)
+    with pytest.raises(ValueError, match="the teacher is quantised, so that no checkpoint can take the place"):
+        check_checkpoint(teacher.model, str(causal_teacher))
+    monkeypatch.undo()
+    teacher.model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="teacher_device_map keeps a part of the teacher outside of the devices"):
+        check_checkpoint(teacher.model, str(causal_teacher))
 
 
 def test_a_plain_module_can_teach() -> None:

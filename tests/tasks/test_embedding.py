@@ -35,6 +35,13 @@ def test_padding_does_not_count(pooling: str) -> None:
     torch.testing.assert_close(model(IDS[:1]), together[:1])
 
 
+def test_padding_at_the_left_does_not_count_either() -> None:
+    model = make(pooling="cls")
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    hidden = model.encoder(IDS[1:].roll(2, 1), mask).last_hidden_state
+    torch.testing.assert_close(model(IDS[1:].roll(2, 1), mask), F.normalize(hidden[:, 2], dim=-1))
+
+
 def test_pooling_head_and_norm() -> None:
     hidden = (model := make(embedding_size=12, normalize=False)).encoder(IDS, MASK).last_hidden_state
     mean = torch.stack([hidden[0].mean(0), hidden[1, :3].mean(0)])

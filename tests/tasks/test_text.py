@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import WORDS, make_tokenizer, sentences
+from tutelage.tasks import text as reading
 from tutelage.tasks.registry import TASKS
 from tutelage.tasks.text import keep_rows, read_dataset, split_dataset, stream_dataset, tokenize
 
@@ -169,6 +171,45 @@ def test_documents_end_with_eos(corpus: Path, plain: PreTrainedTokenizerBase, na
     assert flat(packed) == stream[: len(stream) // 16 * 16]
 
 
+BOS = CLS  # of the tokenizers below
+
+
+def beginning(template: str) -> PreTrainedTokenizerBase:
+    """A causal tokenizer with a template, as Llama's and Gemma's are."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("[CLS]", BOS), ("<eos>", EOS)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["[CLS] $A", "[CLS] $A <eos>", "$A <eos>"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_begin_as_the_tokenizer_begins_them(template: str, streamed: bool) -> None:
+    tokenizer, data = beginning(template), Dataset.from_dict({"text": sentences(20)})
+    rows = tokenize(data.to_iterable_dataset() if streamed else data, tokenizer, CAUSAL, 16)
+    stream = [token for text in sentences(20) for token in tokenizer(text)["input_ids"]]
+    if "eos" not in template:
+        stream = [token for text in sentences(20) for token in (*tokenizer(text)["input_ids"], EOS)]
+    found = [token for row in rows for token in row["input_ids"]]
+    assert found == stream[: len(stream) // 16 * 16] and found.count(BOS) == (20 if "CLS" in template else 0)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_text_file_begins_once(
+    corpus: Path, plain: PreTrainedTokenizerBase, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines are one document, also where they are packed in several groups."""
+    monkeypatch.setattr(reading, "_PACKED_TOGETHER", 50)
+    read = stream_dataset if streamed else read_dataset
+    rows = tokenize(read(str(corpus / "text.txt")), beginning("[CLS] $A <eos>"), CAUSAL, 16)
+    found = [token for row in rows for token in row["input_ids"]]
+    assert found[0] == BOS and found.count(BOS) == 1 and EOS not in found
+    groups = [ids_of(plain, " ".join(sentences(120)[start : start + 50])) for start in (0, 50, 100)]
+    groups[0] = [BOS, *groups[0]]
+    assert found == [token for group in groups for token in group[: len(group) // 16 * 16]]
+
+
 def test_documents_that_end_in_a_line_break_are_still_documents(plain: PreTrainedTokenizerBase) -> None:
     data = Dataset.from_dict({"text": [text + "\n" for text in sentences(8)]})
     assert flat(tokenize(data, plain, CAUSAL, 8)).count(EOS) in (7, 8)
@@ -223,6 +264,16 @@ def test_data_that_do_not_fit_the_task(
         tokenize(Dataset.from_dict(columns), encoder, task, length)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_folder_of_formatted_rows_is_read_as_lists(tmp_path: Path, plain: PreTrainedTokenizerBase, kind: str) -> None:
+    data = Dataset.from_dict({"input_ids": [[7, 8, 9], [7] * 12], "labels": [[7, 8, 9], [7] * 12]})
+    data.with_format(kind).save_to_disk(tmp_path / "rows")
+    for read in (read_dataset, stream_dataset):
+        rows = tokenize(read(str(tmp_path / "rows")), plain, CAUSAL, 12)
+        assert list(rows) == data.to_list()
+    assert list(tokenize(data.with_format(kind), plain, CAUSAL, 12)[0]["input_ids"]) == [7, 8, 9]
+
+
 def test_another_text_column(plain: PreTrainedTokenizerBase) -> None:
     packed = tokenize(Dataset.from_dict({"body": sentences(4)}), plain, CAUSAL, 8, text_column="body")
     assert flat(packed)[:3] == ids_of(plain, sentences(4)[0])[:3]
@@ -257,9 +308,17 @@ def test_masks_depend_on_the_batch_alone(encoder: PreTrainedTokenizerBase) -> No
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
-def test_masks_do_not_depend_on_the_format_of_the_rows(encoder: PreTrainedTokenizerBase, kind: str) -> None:
-    rows = Dataset.from_dict({"input_ids": [[CLS, *range(6, 46), SEP], [CLS, *range(20, 60), SEP]]})
-    plain, formatted = (MASKED.collator(encoder)([data[0], data[1]]) for data in (rows, rows.with_format(kind)))
+@pytest.mark.parametrize("task", [CAUSAL, MASKED, CLASSIFIER, EMBEDDING], ids=lambda task: task.name)
+@pytest.mark.parametrize("lengths", [(42, 42), (42, 17)])
+def test_batches_do_not_depend_on_the_format_of_the_rows(
+    encoder: PreTrainedTokenizerBase, task: Any, kind: str, lengths: tuple[int, int]
+) -> None:
+    ids = [[CLS, *range(start, start + length - 2), SEP] for start, length in zip((6, 20), lengths, strict=True)]
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * length for length in lengths]})
+    if task is CLASSIFIER:
+        rows = rows.add_column("labels", [0, 2])
+    plain, formatted = (task.collator(encoder)([data[0], data[1]]) for data in (rows, rows.with_format(kind)))
+    assert {*plain} == {*formatted}
     for name in plain:
         assert torch.equal(plain[name], formatted[name]), name
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from tests.conftest import WORDS, make_tokenizer, save_llama, sentences
+from tests.conftest import CLASSES, WORDS, llama_config, make_tokenizer, save_llama, sentences
+from tests.conftest import VOCAB as TINY_VOCAB
 from tests.training.conftest import token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
+from tutelage.core.blocks import FINAL
+from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.language import CausalCollator
 from tutelage.tasks.loading import load_tokenizer
+from tutelage.training.objective import StageObjective
 
 Make = Callable[..., CurriculumTrainer]
 
@@ -39,6 +48,31 @@ def test_rows_padded_before_keep_their_mask() -> None:
     batch = CausalCollator(0)(rows)
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch["labels"].tolist() == [[5, 6, -100, -100], [7, 8, 9, -100]]
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, LlamaForSequenceClassification])
+def test_padding_at_the_left_gives_the_loss_of_padding_at_the_right(kind: Any, tmp_path: Path) -> None:
+    """Of every stage; rotary positions are relative, so that the states are the same too."""
+    models = []
+    for seed, layers in enumerate((2, 4)):
+        torch.manual_seed(seed)
+        models.append(kind(llama_config(num_hidden_layers=layers, num_labels=CLASSES)).eval())
+    ids = torch.randint(6, TINY_VOCAB, (4, 9))
+    lengths = torch.tensor([9, 5, 2, 7])[:, None]
+    batches: list[dict[str, torch.Tensor]] = []
+    for mask in (torch.arange(9) < lengths, torch.arange(9) >= 9 - lengths):
+        padded = torch.zeros_like(ids).masked_scatter(mask, ids[torch.arange(9) < lengths])
+        labels = padded.clone() if kind is LlamaForCausalLM else torch.tensor([0, 1, 2, 1])
+        batches.append({"input_ids": padded, "attention_mask": mask.long(), "labels": labels})
+    stages = (HiddenStage(1, 1, 2), HiddenStage(1, FINAL, FINAL), OutputStage(1, label_weight=0.5))
+    source = LiveTargets(models[1])
+    source.attach(Curriculum("mine", stages), models[0])
+    source.prepare(StatisticsFile(tmp_path / "unused", False, False), lambda: batches[:1], "cpu")
+    objective = StageObjective(models[0], source)
+    for index in range(3):
+        objective.stage_index = index
+        right, left = (objective(**batch)["loss"] for batch in batches)
+        torch.testing.assert_close(left, right)
 
 
 def test_two_folders_with_different_tokenizers_are_refused(causal_teacher: Path, tmp_path: Path) -> None:

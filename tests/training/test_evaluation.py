@@ -37,6 +37,16 @@ def test_a_finished_teacher_measures_progressive(make_trainer: Make, tmp_path: P
     assert len(losses) == 1
 
 
+def test_the_teacher_stays_as_it_is_where_an_evaluation_does_without(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama(4, 24, seed=8).save_pretrained(tmp_path / "early")
+    trainer = make_trainer(method="progressive", teacher_checkpoints=[str(tmp_path / "early")])
+    trainer.source.use_checkpoint(str(tmp_path / "early"))
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_the_best_encoder_is_loaded_at_the_end(embedding_teacher: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     student = EmbeddingModel(BertModel(bert_config(num_hidden_layers=1)), embedding_size=32)

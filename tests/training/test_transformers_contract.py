@@ -88,6 +88,7 @@ CONTRACT = (
     Relied(TRAINER, "model_accepts_loss_kwargs"),
     Relied(TRAINER, "model"),
     Relied(TRAINER, "model_wrapped"),
+    Relied(TRAINER, "data_collator"),
     Relied(TRAINER, "optimizer"),
     Relied(TRAINER, "lr_scheduler"),
     Relied(TRAINER, "state"),

@@ -16,6 +16,7 @@ from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
+from tutelage.core.standardize import Standardizer
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.maps import Calibration, TargetMap, calibrate
 from tutelage.tasks.base import Task
@@ -285,3 +286,13 @@ def test_padded_vocabulary_rows_are_left_alone(perfect_student: Callable[..., No
     state = target_map(forward_to(teacher_model, FINAL, input_ids=ids))
     theirs = teacher_model(input_ids=ids).logits
     torch.testing.assert_close(OutputHead.of(student, VOCAB)(state), theirs, rtol=0, atol=1e-2)
+
+
+def test_a_transplanted_head_is_finite_where_the_teacher_rules_outputs_out() -> None:
+    teacher, student = nn.Linear(6, 9), nn.Linear(6, 9)
+    with torch.no_grad():
+        teacher.bias[:4] = -torch.inf
+    warm_start.transplant_head(OutputHead(student), Standardizer.identity(6), torch.eye(6), OutputHead(teacher))
+    states = torch.randn(5, 6)
+    assert torch.isfinite(student.bias).all()
+    torch.testing.assert_close(student(states).softmax(-1), teacher(states).softmax(-1))

@@ -49,9 +49,9 @@ class OutputHead:
         linear, outputs = self.linear, self.outputs
         if type(linear) is not nn.Linear or hasattr(linear, "_hf_hook"):
             return None
-        tensors = (linear.weight, linear.bias)
-        weight, bias = tensors if outputs is None else (t if t is None else t[:outputs] for t in tensors)
-        return LinearHead(weight, bias, self.softcap, self.scale)
+        tensors = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+        used = tensors if outputs is None else [tensor[:outputs] for tensor in tensors]
+        return LinearHead.of(used, self.softcap, self.scale)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits for `hidden`, (..., D) -> (..., outputs)."""

@@ -61,20 +61,18 @@ def position_mask(batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tenso
 def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The positions of the output loss: mask (B, T) of positions that predict, and their labels (N,).
 
-    A causal model predicts label t + 1 at position t. Without labels every non-padding position counts (in a causal model
-    every one that has a successor), and the labels are None."""
+    A causal model predicts label t + 1 at position t, where both positions are no padding. Without labels every non-padding
+    position counts (in a causal model every one that has a successor), and the labels are None."""
     labels, attention = batch.get("labels"), batch.get("attention_mask")
-    attention = None if attention is None else attention.bool()
+    like = batch["input_ids"] if labels is None else labels
+    mask = torch.ones_like(like, dtype=torch.bool) if attention is None else attention.bool()
+    if causal:
+        mask = torch.cat([mask[:, 1:] & mask[:, :-1], torch.zeros_like(mask[:, :1])], dim=1)
     if labels is None:
-        mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if attention is None else attention
-        if causal:  # both the position and the one that it predicts are no padding
-            mask = torch.cat([mask[:, 1:] & mask[:, :-1], torch.zeros_like(mask[:, :1])], dim=1)
         return mask, None
     if causal:
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
-    mask = labels != IGNORED_LABEL
-    if attention is not None:  # with padding at the left, the last position of it is followed by a label
-        mask = mask & attention
+    mask = mask & (labels != IGNORED_LABEL)
     return mask, at_positions(labels, mask)
 
 
@@ -90,6 +88,12 @@ def last_token(hidden: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         return hidden
     mask = position_mask(batch, hidden)
     index = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), index]
+
+
+def first_token(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """State at the first non-padding position, (B, T, D) -> (B, D)."""
+    index = attention_mask.ne(0).int().argmax(dim=1)
     return hidden[torch.arange(len(hidden), device=hidden.device), index]
 
 

@@ -51,7 +51,8 @@ def top_k_divergence(
     q = log_q.exp()
     q_NV.scatter_(-1, ids, 0.0)
     q_rest = q_NV.sum(-1)
-    loss = (torch.special.xlogy(p, p) - p * log_q).sum()
+    # an output that the teacher rules out contributes nothing, also where the student rules it out
+    loss = (torch.special.xlogy(p, p) - (p * log_q).masked_fill_(p == 0, 0.0)).sum()
     # the student's probability of the bucket counts as at least the smallest float32
     tiny = torch.finfo(torch.float32).tiny
     loss = loss + (torch.special.xlogy(rest, rest) - rest * q_rest.clamp_min(tiny).log()).sum()

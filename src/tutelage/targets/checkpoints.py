@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,7 @@ def load_checkpoint(model: nn.Module, folder: str) -> None:
 
 def check_checkpoint(model: nn.Module, folder: str) -> None:
     """Raise UserError unless `folder` holds safetensors of `model`'s architecture; reads headers only."""
+    _check_replaceable(model)
     if hasattr(model, "config") and (Path(folder) / "config.json").is_file():
         config = load_config(folder, what="teacher checkpoint")
         for field in ("model_type", "num_attention_heads", "num_key_value_heads"):  # the shapes do not show these
@@ -36,6 +38,18 @@ def check_checkpoint(model: nn.Module, folder: str) -> None:
         shapes = _stored_shapes(Path(folder) / subfolder, prefix)
         if difference := _difference(part, shapes):
             raise UserError(f"checkpoint {folder!r} has a different architecture than the teacher: {difference}")
+
+
+def _check_replaceable(model: nn.Module) -> None:
+    """Refuse a teacher whose weights are not held as a checkpoint stores them."""
+    parts: list[Any] = [model, *model.children()]
+    how = "load the teacher without it to learn from its checkpoints"
+    if any(getattr(part, "is_quantized", False) for part in parts):
+        raise UserError(f"the teacher is quantised, so that no checkpoint can take the place of its weights: {how}")
+    placed = any(hasattr(part, "hf_device_map") for part in parts)
+    if placed and any(parameter.is_meta for parameter in model.parameters()):
+        found = "teacher_device_map keeps a part of the teacher outside of the devices, where no checkpoint can take its place"
+        raise UserError(f"{found}: {how}")
 
 
 def _stored_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
+from tutelage.core.errors import UserError
 from tutelage.core.records import Record
 from tutelage.targets.rows import INPUT_COLUMNS, RowFormat, content_hash
 
@@ -110,6 +112,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def data_fingerprint(dataset: Any) -> str:
     """SHA-256 over the token ids, labels, masks and types of every row, in order."""
+    if not isinstance(dataset, Dataset):
+        found = f"the data is a {type(dataset).__name__}, which cannot be compared with that of an extracted curriculum"
+        raise UserError(f"{found}: leave the dataset out, or give it as a datasets.Dataset")
     digest = hashlib.sha256()
     columns = [name for name in INPUT_COLUMNS if name in dataset.column_names]
     for row in dataset.select_columns(columns):

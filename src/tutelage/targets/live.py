@@ -47,6 +47,7 @@ class LiveTargets(TargetSource):
         self.parameters, self.models = count_parameters(model), (model,)
         self._student: nn.Module | None = None
         self._checkpoint: str | None = None
+        # on the CPU, while a checkpoint is in the place of the finished weights
         self._finished: dict[str, torch.Tensor] | None = None
 
     def states(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -152,26 +153,29 @@ class LiveTargets(TargetSource):
     def use_checkpoint(self, folder: str | None) -> None:
         if folder == self._checkpoint:
             return
-        if self._finished is None:
-            self._finished = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         if folder is None:
-            self.model.load_state_dict(self._finished)
+            self._load_finished()
             self._finished = None
         else:
+            if self._finished is None:
+                self._finished = _copies(self.model)
             load_checkpoint(self.model, folder)
         self._checkpoint = folder
 
+    def _load_finished(self) -> None:
+        assert self._finished is not None
+        self.model.load_state_dict(self._finished)
+
     @contextmanager
     def finished(self) -> Iterator[None]:
-        if self._finished is None:
+        if self._checkpoint is None:
             yield
             return
-        current = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(self._finished)
+        self._load_finished()
         try:
             yield
         finally:
-            self.model.load_state_dict(current)
+            load_checkpoint(self.model, self._checkpoint)
 
     def to(self, device: torch.device | str) -> None:
         if not hasattr(self.model, "hf_device_map"):
@@ -186,6 +190,19 @@ class LiveTargets(TargetSource):
 def _without_gradients() -> Any:
     """Inference mode, which the compiler cannot trace, or its nearest relative that it can."""
     return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
+
+
+def _copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a model's state on the CPU; entries that share their storage share the copy."""
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    for tensor in (state := model.state_dict()).values():
+        if (key := _place(tensor)) not in copies:
+            copies[key] = tensor.to("cpu", copy=True)
+    return {name: copies[_place(tensor)] for name, tensor in state.items()}
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:

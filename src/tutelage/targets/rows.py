@@ -137,8 +137,10 @@ def encode_outputs(kept: TopK, counts: Sequence[int], form: RowFormat) -> dict[s
     size = kept.ids.shape[-1]
     flat = [count * size for count in counts]
     columns = {TOP_IDS: _lists(kept.ids.cpu().numpy().reshape(-1), flat, form.ids)}
-    columns[LOG_PROBS] = _lists(kept.log_probs.cpu().numpy().reshape(-1), flat, form.floats)
-    return columns | {LOG_REST: _lists(kept.log_rest.cpu().numpy(), counts, form.floats)}
+    # outputs that the teacher rules out have the smallest number of float16, whose probability is zero too
+    log_probs, log_rest = (t.clamp_min(torch.finfo(torch.float16).min) for t in (kept.log_probs, kept.log_rest))
+    columns[LOG_PROBS] = _lists(log_probs.cpu().numpy().reshape(-1), flat, form.floats)
+    return columns | {LOG_REST: _lists(log_rest.cpu().numpy(), counts, form.floats)}
 
 
 def encode_whole(output_BC: torch.Tensor, form: RowFormat) -> dict[str, pa.Array]:

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, 
 
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import model_inputs, usable_positions
+from tutelage.core.inputs import first_token, model_inputs, usable_positions
 from tutelage.core.losses import OutputSettings, embedding_loss
 from tutelage.tasks.base import Batch, Clues, EvaluationTools, OutputTarget, Task
 from tutelage.tasks.loading import check_weights, find_file, load_config, load_model
@@ -108,7 +108,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 class EmbeddingModel(nn.Module):
     """An encoder with a pooling, an optional linear head, and optional scaling to unit norm.
     `embedding_size` is E, the width of the head's output, None for no head (E = D); `pooling` is `mean` over non-padding
-    positions, or `cls` for the first token."""
+    positions, or `cls` for the first of them."""
 
     def __init__(
         self, encoder: PreTrainedModel, embedding_size: int | None = None, pooling: str = "mean", normalize: bool = True
@@ -142,6 +142,14 @@ class EmbeddingModel(nn.Module):
     def config(self) -> Any:
         return self.encoder.config
 
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """As the encoder's."""
+        self.encoder.activation_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The same under its older name."""
+        self.encoder.gradient_checkpointing_enable(**kwargs)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
@@ -149,7 +157,7 @@ class EmbeddingModel(nn.Module):
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         hidden_BTD = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         if self.pooling == "cls":
-            pooled = hidden_BTD[:, 0]
+            pooled = hidden_BTD[:, 0] if attention_mask is None else first_token(hidden_BTD, attention_mask)
         elif attention_mask is None:
             pooled = hidden_BTD.mean(1)
         else:

@@ -35,7 +35,7 @@ def read_dataset(path: str, split: str | None = None) -> Dataset | DatasetDict:
         data = _read_file(file)
     elif file.is_dir():
         try:
-            data = load_from_disk(path)
+            data = load_from_disk(path).with_format(None)  # which the folder keeps
         except FileNotFoundError as error:
             raise UserError(
                 f"dataset folder {path!r} was not written by datasets' save_to_disk; give a .txt, .jsonl or .parquet file"
@@ -111,7 +111,11 @@ def stream_dataset(path: str, split: str | None = None) -> IterableDataset:
     if "://" not in path and not any(mark in path for mark in "*?["):
         if Path(path).exists() or suffix in _BUILDERS:
             data = read_dataset(path, split)
-            return (_training_split(data) if isinstance(data, DatasetDict) else data).to_iterable_dataset()
+            rows = _training_split(data) if isinstance(data, DatasetDict) else data
+            local = rows.to_iterable_dataset()
+            # forgotten by `datasets`; the lines of a text file are packed as one document
+            local.info.builder_name = rows.builder_name
+            return local
     elif suffix in _BUILDERS:
         options |= {"path": _BUILDERS[suffix], "data_files": {split_name: path}, **_OPTIONS.get(suffix, {})}
     elif "://" in path:
@@ -168,12 +172,15 @@ def tokenize(
 ) -> Rows:
     """Turn text into model inputs; a stream is tokenised as it is read and has the same rows.
 
-    Language models get packed blocks of exactly `max_length` tokens: the lines of a .txt file are joined as they are, other
-    data get the end-of-text token after each document, and the remainder is dropped. Other tasks get one truncated example
-    per row. A dataset with `input_ids` is only checked for its length. Raises UserError: a column is missing or has a
-    different type, rows are longer than `max_length`, or there is too little text for one block."""
+    Language models get packed blocks of exactly `max_length` tokens, and the remainder is dropped. In a causal model's, each
+    document begins with what the tokenizer puts before a text (its beginning-of-text token, if it has one) and ends with the
+    end-of-text token; the lines of a .txt file are joined as they are, into one document without this end. Other tasks get
+    one truncated example per row. A dataset with `input_ids` is only checked for its length. Raises UserError: a column is
+    missing or has a different type, rows are longer than `max_length`, or there is too little text for one block."""
     streamed = isinstance(data, IterableDataset)
-    sample = Dataset.from_list(list(data.take(_SAMPLE))) if isinstance(data, IterableDataset) else data
+    sample = data.with_format(None)
+    if isinstance(sample, IterableDataset):
+        sample = Dataset.from_list(list(sample.take(_SAMPLE)))
     columns = sample.column_names
     if "input_ids" in columns:
         longest = max(len(ids or ()) for ids in sample["input_ids"])
@@ -204,8 +211,9 @@ def tokenize(
     # the lines of one text file, with their line breaks, are no separate documents
     lines = data.builder_name == "text" and any(line.endswith("\n") for line in sample[:100][text_column])
     packed = data.map(
-        lambda batch: _pack(batch[text_column], tokenizer, task, max_length, lines),
+        lambda batch, numbers: _pack(batch[text_column], tokenizer, task, max_length, numbers if lines else []),
         batched=True,
+        with_indices=True,
         batch_size=_PACKED_TOGETHER,
         remove_columns=columns,
         **({} if streamed else {"desc": "Packing"}),
@@ -224,19 +232,29 @@ def _check_column(data: Dataset, column: str, wanted: str, meaning: str) -> None
 
 
 def _pack(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, lines: bool
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, lines: list[int]
 ) -> dict[str, Any]:
+    """Blocks of `max_length` tokens. `lines` are the numbers of the texts if they are the lines of one document, else empty."""
     if lines:
         texts = ["".join(texts)]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    separator = [] if lines or tokenizer.eos_token_id is None or not task.causal else [tokenizer.eos_token_id]
-    stream = [token for document in ids for token in (*document, *separator)]
-    before, after = [], []
-    if not task.causal:  # what the tokenizer puts before and after a sequence, e.g. [CLS] and [SEP]
-        encoded = tokenizer("a", return_special_tokens_mask=True)
-        special = encoded["special_tokens_mask"]
-        before = encoded["input_ids"][: special.index(0)]
-        after = encoded["input_ids"][len(special) - special[::-1].index(0) :]
+    before, after = _special_tokens(tokenizer)
+    if task.causal:  # a block may begin anywhere in a document
+        end = after if tokenizer.eos_token_id in (None, *after) else [*after, tokenizer.eos_token_id]
+        begin = before if not lines or lines[0] == 0 else []
+        stream = [token for document in ids for token in (*begin, *document, *([] if lines else end))]
+        before, after = [], []
+    else:
+        stream = [token for document in ids for token in document]
     body = max_length - len(before) - len(after)
     blocks = [[*before, *stream[start : start + body], *after] for start in range(0, len(stream) - body + 1, body)]
     return {"input_ids": blocks}  # the collator makes the labels
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after a text, e.g. [CLS] and [SEP]."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    if all(special):  # a vocabulary without this letter
+        return ids, []
+    return ids[: special.index(0)], ids[len(special) - special[::-1].index(0) :]

@@ -12,15 +12,17 @@ import torch
 from datasets import Dataset
 from pyarrow import compute, types
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import IGNORED_LABEL, usable_positions
+from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import TargetSource
 from tutelage.tasks.base import Task
+from tutelage.training.data import Limits, readable_rows
 from tutelage.training.records import CURRICULUM_FILE, METRICS_FILE, TARGETS_FILE, checkpoints
 
 
@@ -66,12 +68,21 @@ def shared_outputs(student: nn.Module, source: TargetSource, tokenizer: PreTrain
 
 
 def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: str) -> None:
-    """Refuse an empty dataset, rows without model inputs, and tokens or labels that one of the models does not take."""
-    if dataset is None or not hasattr(dataset, "__len__"):
+    """Refuse an empty dataset, rows without model inputs, and tokens or labels that one of the models does not take.
+
+    Of rows that are not in Arrow only some are looked at; `CheckedCollator` looks at the others when they are used."""
+    where, rows = f"the {name} dataset", readable_rows(dataset, 1)
+    if isinstance(dataset, Mapping) and name == "training":
+        raise UserError(f"{where} is a dictionary of several ({', '.join(map(str, dataset))}): pass one of them")
+    if not hasattr(rows, "__len__"):
         return
-    if len(dataset) == 0:
-        raise UserError(f"the {name} dataset is empty: it needs at least one example")
-    row, where = dataset[0], f"the {name} dataset"
+    if len(rows) == 0:
+        raise UserError(f"{where} is empty: it needs at least one example")
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_dataset(part, models, task, f"{name} ({key})")
+        return
+    row = rows[0]
     have = row.keys() if hasattr(row, "keys") else [type(row).__name__]
     if "input_ids" not in have:
         found = f"{where} has no column 'input_ids' (it has {', '.join(have)})"
@@ -80,31 +91,22 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: s
         return
     known = getattr(dataset, "longest", None)  # of a dataset that makes its rows
     shortest, longest, first, last = 1, known or 1, 0, 0
-    counts = [task.output_count(model) for model in models]
-    for ids, labels in _columns(dataset, where) if known is None else ():
+    limits = Limits.of(models, task)
+    for ids, labels in _columns(rows, where) if known is None else ():
         lengths, numbers = compute.list_value_length(ids), compute.min_max(compute.list_flatten(ids)).as_py()
         shortest, longest = min(shortest, compute.min(lengths).as_py()), max(longest, compute.max(lengths).as_py())
         first, last = min(first, numbers["min"] or 0), max(last, numbers["max"] or 0)
         if labels is not None:
-            _check_labels(labels, lengths, counts, where)
+            _check_labels(labels, lengths, limits, where)
     if shortest < 1:
         raise UserError(f"{where} has a row without tokens: drop it")
-    for config in (task.backbone(model).config for model in models):
-        positions, entries = usable_positions(config), getattr(config, "vocab_size", None)
-        if positions is not None and longest > positions:
-            found = f"{where} has a sequence of {longest} tokens"
-            raise UserError(f"{found}, the model has {positions} positions: lower max_length")
-        if first < 0 or (entries is not None and last >= entries):
-            found = (
-                f"{where} has the token id {first if first < 0 else last}, but ids are from 0 to {(entries or 0) - 1}"
-            )
-            raise UserError(f"{found}: tokenise the text with the model's tokenizer")
+    limits.check_tokens(where, longest, first, last)
 
 
 def _columns(dataset: Any, where: str) -> Iterator[tuple[Any, Any]]:
     """Token ids and labels (None without such a column) as Arrow arrays, some rows at a time; of rows that are not in Arrow,
-    which may be slow to read, 64 spread evenly."""
-    if not hasattr(dataset, "data"):
+    or made from it as they are read, which may be slow, 64 spread evenly."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         rows = [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // 64))]
         names = [name for name in ("input_ids", "labels") if name in rows[0]]
         dataset = Dataset.from_list([{name: torch.as_tensor(row[name]).tolist() for name in names} for row in rows])
@@ -120,20 +122,24 @@ def _columns(dataset: Any, where: str) -> Iterator[tuple[Any, Any]]:
         yield ids, table["labels"].combine_chunks() if "labels" in table.column_names else None
 
 
-def _check_labels(labels: Any, lengths: Any, counts: Sequence[int | None], where: str) -> None:
+def _check_labels(labels: Any, lengths: Any, limits: Limits, where: str) -> None:
     if hasattr(labels, "values"):  # a label at each position
         if not compute.list_value_length(labels).equals(lengths):
             raise UserError(
                 f"{where} has rows with more or fewer labels than tokens: give one label per token, -100 for none"
             )
         labels = compute.list_flatten(labels)
-    least = min((count for count in counts if count is not None), default=None)
-    if least is not None and types.is_integer(labels.type):
-        values = labels.to_numpy(zero_copy_only=False)
-        wrong = values[(values != IGNORED_LABEL) & ((values < 0) | (values >= least))]
-        if len(wrong):
-            found = f"{where} has the label {wrong[0]:g}, but the model has the classes 0 to {least - 1}"
-            raise UserError(f"{found}: correct the labels")
+    if types.is_integer(labels.type):
+        values = labels.cast("int64").fill_null(IGNORED_LABEL).to_numpy(zero_copy_only=False)
+        limits.check_labels(where, torch.tensor(values))
+
+
+def check_recomputing(student: nn.Module, asked: bool) -> None:
+    """Refuse gradient checkpointing for a student that has none."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if asked and not any(hasattr(student, name) for name in names):
+        found = f"gradient_checkpointing cannot work: {type(student).__name__} has no {names[1]}"
+        raise UserError(f"{found}; leave it out, or use a model of transformers")
 
 
 def check_best_metric(name: str | None, metrics: Mapping[str, float]) -> None:
@@ -197,7 +203,9 @@ def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, datase
         "seed": str(args.seed),
         **source.identity(),
     }
-    if dataset is not None and hasattr(dataset, "__len__"):
+    if isinstance(dataset, IterableDataset):
+        identity["data"] = "a stream"  # whose rows may come in another order the next time
+    elif dataset is not None and hasattr(dataset, "__len__"):
         rows = [dataset[index] for index in sorted({0, len(dataset) // 2, len(dataset) - 1})]
         identity["data"] = digest(f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}")
     return identity

@@ -66,6 +66,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     models = [student, *source.models]
     for model in models:
         task.check_model(model)
+    checks.check_recomputing(student, bool(args.gradient_checkpointing))
     outputs = checks.shared_outputs(student, source, tokenizer)
     checks.check_dataset(given.train_dataset, models, task, "training")
     checks.check_dataset(eval_dataset, models, task, "evaluation")

@@ -6,6 +6,7 @@ the trainable set, the optimiser and the schedule are made anew."""
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tutelage.tasks.base import EvaluationTools
 from tutelage.training import checks, records
 from tutelage.training.compilation import whole_graphs
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.data import checked, readable_rows
 from tutelage.training.feed import StageFeed
 from tutelage.training.meter import Meter
 from tutelage.training.objective import StageObjective
@@ -40,8 +42,8 @@ class CurriculumTrainer(Trainer):
         teacher_model: the teacher: a model, a folder or Hub name, or a `TargetSource`; None takes
             `args.teacher_model_name_or_path`, or the extracted curriculum in `args.curriculum_dir`.
         args: the settings.
-        train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers: as in
-            `transformers.Trainer`. Datasets hold `input_ids` (and `labels` for classification).
+        train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers,
+            preprocess_logits_for_metrics: as in `transformers.Trainer`. Datasets hold `input_ids` (classifiers: and `labels`).
         curriculum: stages of your own; None builds them from `args`.
 
     Raises UserError for anything that cannot work, before any compute is spent."""
@@ -65,6 +67,7 @@ class CurriculumTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         curriculum: Curriculum | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         args = CurriculumConfig() if args is None else args
         if args.n_gpu > 1:
@@ -90,13 +93,13 @@ class CurriculumTrainer(Trainer):
         if data_collator is None and prepared.tokenizer is not None and self.task.tokenized:
             data_collator = self.task.collator(prepared.tokenizer)
         with writing_errors(self.folder), as_user_error("transformers refuses the arguments", ValueError, ImportError):
-            data = {"train_dataset": prepared.train_dataset, "eval_dataset": prepared.eval_dataset}
-            rest: dict[str, Any] = {"compute_metrics": compute_metrics, "callbacks": callbacks, **data}
-            super().__init__(
-                self.objective.student, resolved, data_collator, processing_class=prepared.tokenizer, **rest
-            )
-        size = run.reading.batch_size
-        self.feed = StageFeed(self.source, self.train_dataset, self._collate, run.calibration_samples, size)
+            own: Any = {"callbacks": callbacks, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
+            own |= {"compute_metrics": compute_metrics, "processing_class": prepared.tokenizer}
+            own |= {"train_dataset": prepared.train_dataset, "eval_dataset": prepared.eval_dataset}
+            super().__init__(student := self.objective.student, resolved, data_collator, **own)
+        self.data_collator = checked(self.data_collator, [student, *self.source.models], self.task)
+        samples, size = run.calibration_samples, run.reading.batch_size
+        self.feed = StageFeed(self.source, readable_rows(self.train_dataset, samples), self._collate, samples, size)
         self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
@@ -368,23 +371,28 @@ class CurriculumTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Metrics of `Task.evaluate`, and the user's `compute_metrics` over the student's predictions if given."""
-        output = EvalLoopOutput(None, None, {}, self.num_examples(dataloader))  # type: ignore[arg-type]
+        output = EvalLoopOutput(None, None, {}, 0)  # type: ignore[arg-type]
         if self.compute_metrics is not None or description == "Prediction":
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if description == "Prediction":
             return output
         self.callback_handler.eval_dataloader = dataloader
+        examples: list[int] = []
 
         def on_step() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        gather = self.accelerator.gather_for_metrics
+        def gather(rows: torch.Tensor) -> torch.Tensor:
+            rows = self.accelerator.gather_for_metrics(rows)
+            examples.append(len(rows))
+            return rows
+
         tools = EvaluationTools(self.source.outputs, self.args.logits_chunk_size, gather, on_step)
-        with self.accelerator.autocast(), self.source.finished():
+        with self.accelerator.autocast(), self.source.finished() if self.compares_with_teacher else nullcontext():
             batches = (self._prepare_inputs(batch) for batch in dataloader)
             targets = self.source.output if self.compares_with_teacher else lambda batch: None
             metrics = self.task.evaluate(self.model, batches, targets, tools)
         assert output.metrics is not None
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        return EvalLoopOutput(output.predictions, output.label_ids, output.metrics, sum(examples))

@@ -62,7 +62,8 @@ def transplant_head(
     rows = slice(0, len(weight))
     linear.weight[rows] = (gain * weight).to(linear.weight)
     if linear.bias is not None:
-        linear.bias[rows] = (gain * bias).to(linear.bias)
+        # an output that the teacher rules out has a bias of -inf, which no weight of a student may have
+        linear.bias[rows] = (gain * bias).to(linear.bias).clamp_min(torch.finfo(linear.bias.dtype).min)
 
 
 @torch.no_grad()
