@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from tutelage.core.blocks import head_module
 from tutelage.core.errors import UserError, as_user_error
-from tutelage.core.inputs import model_inputs, output_tensor, usable_positions
+from tutelage.core.inputs import last_token, model_inputs, output_tensor, text_config
+from tutelage.core.probe import PROBE, evaluating, has_no_values, probe_ids
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class OutputHead:
             kind = "none" if head is None else f"{named[0]}, a {type(head).__name__}"
             found = f"{type(model).__name__} has no linear output head (found: {kind}); the output stage needs one"
             raise UserError(f"{found}: load the model with a language-modelling or classification head")
-        get = getattr(model, "get_output_embeddings", None)
-        if get is None or get() is None:  # a classifier's logits are the head's own
+        if not is_language_model(model):  # a classifier's logits are the head's own
             return cls(head, outputs=outputs)
         if model not in _MEASURED:
             _MEASURED[model] = _measure(model, head)
@@ -64,52 +64,92 @@ def _finished(logits: torch.Tensor, softcap: float | None, scale: float) -> torc
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model has output embeddings, whose output it may process further."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get is not None and get() is not None
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model has output embeddings, whose output it may process further."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get is not None and get() is not None
+
+
 # what a language model does to its logits, by model: (softcap, scale)
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[float | None, float]] = weakref.WeakKeyDictionary()
 # Fields of configurations that may say so. Their meaning differs: Granite divides by `logits_scaling`, HyperCLOVA X multiplies
 # by it, and MiniCPM3 has applied it before the head. So the model itself is asked.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
-_PROBE = 16  # positions
+_LARGE = 100.0  # size of outputs of a head with which a cap shows that no setting names
 
 
-def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
-    """Softcap and scale of a model's logits, from one forward of 16 tokens: those that turn the head's output into them.
+def _settings(model: nn.Module) -> tuple[list[float], list[float]]:
+    """Scales and soft caps that a configuration names."""
+    config: Any = text_config(getattr(model, "config", None))
+    scales = [float(getattr(config, name, None) or 1.0) for name in _SCALES]
+    return scales, [float(cap) for name in _CAPS if (cap := getattr(config, name, None))]
 
-    Raises UserError where no setting of the configuration explains the logits. A model without values is believed."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    given = [float(getattr(config, name, None) or 1.0) for name in _SCALES]
-    caps = [float(cap) for name in _CAPS if (cap := getattr(config, name, None))]
-    believed = (caps[0] if caps else None, given[0] / given[1])
-    if not hasattr(config, "model_type") or head.weight.is_meta or isinstance(head.weight, FakeTensor):
-        return believed
-    raw: list[torch.Tensor] = []
 
-    def amplify(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        factor = 2 * max(caps) / output.float().abs().max().clamp_min(1e-6) if caps else 1.0  # so that a cap shows
-        raw.append((output * factor).float())
+def believe(model: nn.Module) -> tuple[float | None, float]:
+    """Softcap and scale that the configuration of a language model names, which count until they are measured."""
+    scales, caps = _settings(model)
+    return _MEASURED.setdefault(model, (caps[0] if caps else None, scales[0] / scales[1]))
+
+
+def measure(model: nn.Module, head: nn.Linear, run: Callable[[], torch.Tensor | None]) -> None:
+    """Find softcap and scale of a language model's logits: those that turn the output of its head into them.
+
+    `run` does one forward and gives the logits, None where the model has none. Raises UserError where no setting of the
+    configuration explains them, and for another model where they are not the output of the head."""
+    scales, caps = _settings(model)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # states before the head, and the factor that its output got
+
+    def amplify(_module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        factor = 2 * max(caps, default=_LARGE) / output.float().abs().max().clamp_min(1e-6)  # so that a cap shows
+        seen.append((args[0], factor))
         return output * factor
 
-    device, length = head.weight.device, min(_PROBE, usable_positions(config) or _PROBE)
-    ids = torch.arange(1, length + 1, device=next(model.parameters()).device)[None] % head.out_features
     undo = head.register_forward_hook(amplify)
-    try:  # a model that trains may draw, e.g. for dropout: the run draws what it would have drawn
-        cuda, failed = [device] if device.type == "cuda" else [], f"{type(model).__name__} cannot run {length} tokens"
-        with torch.no_grad(), torch.random.fork_rng(cuda), as_user_error(failed):
-            logits = output_tensor(model(**model_inputs(model, {"input_ids": ids}))).float()
+    try:
+        logits = run()
     finally:
         undo.remove()
-    # an output that is ruled out says nothing; a run with weights that are not finite stops at its first loss
-    finite = logits.isfinite() & raw[-1].isfinite()
-    if not finite.any():
-        return believed
-    raw_N, logits_N = raw[-1][finite], logits[finite]
-    scales = dict.fromkeys([believed[1], 1.0, *given, *(1 / scale for scale in given)])
-    for scale, cap in itertools.product(scales, dict.fromkeys([believed[0], *caps, None])):
-        if (_finished(raw_N, cap, scale) - logits_N).abs().max() <= 0.02 * logits_N.abs().max():
-            return cap, scale
+    believed = believe(model)
+    if logits is None or not seen:
+        return
+    state, factor = seen[0]
+    state = last_token(state, {}) if logits.dim() == 2 else state
+    made, logits = (OutputHead(head)(state) * factor).float(), logits.float()
+    if made.shape == logits.shape:
+        # an output that is ruled out says nothing; a run with weights that are not finite stops at its first loss
+        finite = logits.isfinite() & made.isfinite()
+        if not finite.any():
+            return
+        candidates: Any = [(1.0, None)]
+        if is_language_model(model):
+            inverse = [1 / scale for scale in scales]
+            candidates = itertools.product(
+                dict.fromkeys([believed[1], 1.0, *scales, *inverse]), dict.fromkeys([believed[0], *caps, None])
+            )
+        made_N, logits_N = made[finite], logits[finite]
+        for scale, cap in candidates:
+            if (_finished(made_N, cap, scale) - logits_N).abs().max() <= 0.02 * logits_N.abs().max():
+                _MEASURED[model] = (cap, scale)
+                return
+    del _MEASURED[model]
     raise UserError(
         f"{type(model).__name__} changes the output of its head in a way that no setting of its configuration explains, so its "
         "logits cannot be rebuilt from its last state: use a different model, and please report its architecture"
     )
+
+
+def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
+    """Softcap and scale of a model's logits, from one forward of 16 tokens. A model without values is believed."""
+    if not hasattr(getattr(model, "config", None), "model_type") or has_no_values(model):
+        return believe(model)
+    with as_user_error(f"{type(model).__name__} cannot run {PROBE} tokens"), evaluating(model):
+        inputs = model_inputs(model, {"input_ids": probe_ids(model)})
+        measure(model, head, lambda: output_tensor(model(**inputs)))
+    return _MEASURED[model]

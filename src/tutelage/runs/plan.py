@@ -139,7 +139,7 @@ def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, A
     source = objective.source
     assert isinstance(source, LiveTargets)
     source.attach(curriculum, objective.student, source.outputs)
-    source.draw_maps(objective.task.width(objective.student))
+    source.draw_maps()
     return [measure_stage(objective, index, batch) for index in range(len(curriculum.stages))]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tutelage.core.blocks import FINAL
+from tutelage.core.blocks import FINAL, Place
 from tutelage.core.curriculum import Curriculum, HiddenStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
@@ -51,11 +51,19 @@ class TargetMap:
         return TargetMap(self.standardizer.to(device), self.projection, self.moment)
 
 
+Widths = int | Mapping[Place, int]  # R of the targets: of all of them, or by the student's place
+
+
+def width_at(widths: Widths, place: Place) -> int:
+    """The width at a place."""
+    return widths if isinstance(widths, int) else widths[place]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How target maps are made for a student."""
 
-    width: int  # R, of the targets
+    width: Widths
     replicas: Sequence[int] | None = None  # seeds of the networks in a replicated student: each has its own projection
     center_final: bool = True  # subtract the mean at `final`; False where the student's head has no bias to carry it
     keep_moment: bool = False  # give the map at `final` its second moment
@@ -99,7 +107,7 @@ def calibrate(
             assert moment is not None
             projection = _data_projection(curriculum.projection, stage, standardizer, moment, calibration)
         else:
-            widths = (len(standardizer.mean), calibration.width)
+            widths = (len(standardizer.mean), width_at(calibration.width, stage.student_place))
             projection = random_projection(curriculum, stage, widths, teacher_blocks, calibration.replicas)
         maps.append(TargetMap(standardizer, projection, moment if needs_moment else None))
     return maps
@@ -110,9 +118,10 @@ def _data_projection(
 ) -> Projection:
     # The outputs see a block's state only through the blocks above it, so there `logits` is the principal directions too;
     # an embedding model's output *is* its pooled state, with no head to look through.
+    width = width_at(calibration.width, stage.student_place)
     if kind == "pca" or stage.teacher_place != FINAL or calibration.head is None:
-        return spectral_projection(moment, calibration.width)
-    return spectral_projection(moment, calibration.width, _logit_gram(calibration.head, standardizer))
+        return spectral_projection(moment, width)
+    return spectral_projection(moment, width, _logit_gram(calibration.head, standardizer))
 
 
 def random_projection(
@@ -153,7 +162,7 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
 
 
 def load_target_maps(
-    path: Path, curriculum: Curriculum, student_width: int, teacher_blocks: int, replicas: Seeds = None
+    path: Path, curriculum: Curriculum, widths: Widths, teacher_blocks: int, replicas: Seeds = None
 ) -> Maps:
     """The inverse of `save_target_maps`."""
     tensors = load_file(path)
@@ -163,11 +172,12 @@ def load_target_maps(
             maps.append(None)
             continue
         mean, scale, sink_norm = (tensors[f"{index}.{name}"] for name in ("mean", "scale", "sink_norm"))
+        width = width_at(widths, stage.student_place)
         standardizer = Standardizer(mean, scale, float(sink_norm), is_identity=curriculum.normalize == "none")
         projection: Projection
         if (stored := tensors.get(f"{index}.projection")) is not None:
-            projection = DataProjection(stored[:, :student_width], curriculum.projection)
+            projection = DataProjection(stored[:, :width], curriculum.projection)
         else:
-            projection = random_projection(curriculum, stage, (len(mean), student_width), teacher_blocks, replicas)
+            projection = random_projection(curriculum, stage, (len(mean), width), teacher_blocks, replicas)
         maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.moment")))
     return maps

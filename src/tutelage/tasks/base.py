@@ -20,7 +20,7 @@ from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.forward import forward_to, make_view
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor
+from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor, text_config
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.topk import TopK
 from tutelage.core.views import view_of
@@ -117,8 +117,16 @@ class Task(ABC):
         """The part of a model that hidden stages run."""
         return model
 
-    def width(self, model: nn.Module) -> int:
-        return int(self.backbone(model).config.hidden_size)  # type: ignore[arg-type, union-attr]
+    def width(self, model: nn.Module, place: Place | None = None) -> int:
+        """Width of the hidden state at `place`; None is any block. A masked model's transform may end in a different one."""
+        if place == FINAL and self.splits_head and (head := self.output_head(model)) is not None:
+            return head.linear.in_features
+        config: Any = self.backbone(model).config
+        return int(text_config(config).hidden_size)
+
+    def widths(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, int]:
+        """Widths at several places."""
+        return {place: self.width(model, place) for place in places}
 
     def state_at(
         self, model: nn.Module, place: Place, batch: Mapping[str, Any], blocks: Blocks | None = None
