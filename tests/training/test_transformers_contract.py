@@ -123,6 +123,7 @@ CONTRACT = (
     Relied("datasets.Dataset", "_fingerprint", "reproduction/recipes/language.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensor", "core/inputs.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensorMode", "runs/plan.py"),
+    Relied("torch.nn.Module", "_forward_hooks", "core/probe.py"),
     Relied("torch.utils._python_dispatch", "TorchDispatchMode", "training/costs.py"),
     Relied("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "core/blocks.py"),
     Relied("transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/blocks.py"),

@@ -70,12 +70,6 @@ def is_language_model(model: nn.Module) -> bool:
     return get is not None and get() is not None
 
 
-def is_language_model(model: nn.Module) -> bool:
-    """Whether a model has output embeddings, whose output it may process further."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get is not None and get() is not None
-
-
 # what a language model does to its logits, by model: (softcap, scale)
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[float | None, float]] = weakref.WeakKeyDictionary()
 # Fields of configurations that may say so. Their meaning differs: Granite divides by `logits_scaling`, HyperCLOVA X multiplies
@@ -98,11 +92,11 @@ def believe(model: nn.Module) -> tuple[float | None, float]:
     return _MEASURED.setdefault(model, (caps[0] if caps else None, scales[0] / scales[1]))
 
 
-def measure(model: nn.Module, head: nn.Linear, run: Callable[[], torch.Tensor | None]) -> None:
+def measure(name: str, model: nn.Module, head: nn.Linear, run: Callable[[], torch.Tensor | None]) -> None:
     """Find softcap and scale of a language model's logits: those that turn the output of its head into them.
 
-    `run` does one forward and gives the logits, None where the model has none. Raises UserError where no setting of the
-    configuration explains them, and for another model where they are not the output of the head."""
+    `name` is the model's in messages; `run` does one forward and gives the logits, None where the model has none. Raises
+    UserError where no setting of the configuration explains them; those of a classifier must be the output of its head."""
     scales, caps = _settings(model)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # states before the head, and the factor that its output got
 
@@ -117,32 +111,36 @@ def measure(model: nn.Module, head: nn.Linear, run: Callable[[], torch.Tensor | 
     finally:
         undo.remove()
     believed = believe(model)
-    if logits is None or not seen:
-        return
-    state, factor = seen[0]
-    state = last_token(state, {}) if logits.dim() == 2 else state
-    made, logits = (OutputHead(head)(state) * factor).float(), logits.float()
-    if made.shape == logits.shape:
-        # an output that is ruled out says nothing; a run with weights that are not finite stops at its first loss
-        finite = logits.isfinite() & made.isfinite()
-        if not finite.any():
-            return
-        candidates: Any = [(1.0, None)]
-        if is_language_model(model):
-            inverse = [1 / scale for scale in scales]
-            candidates = itertools.product(
-                dict.fromkeys([believed[1], 1.0, *scales, *inverse]), dict.fromkeys([believed[0], *caps, None])
-            )
-        made_N, logits_N = made[finite], logits[finite]
-        for scale, cap in candidates:
-            if (_finished(made_N, cap, scale) - logits_N).abs().max() <= 0.02 * logits_N.abs().max():
-                _MEASURED[model] = (cap, scale)
-                return
     del _MEASURED[model]
+    if not seen:
+        raise UserError(f"{name}: does not run its output head, so its logits cannot be rebuilt; use a different model")
+    state, factor = seen[0]
+    candidates: Any = [(1.0, None)]
+    if is_language_model(model):
+        inverse = [1 / scale for scale in scales]
+        candidates = itertools.product(
+            dict.fromkeys([believed[1], 1.0, *scales, *inverse]), dict.fromkeys([believed[0], *caps, None])
+        )
+    for scale, cap in candidates:
+        if logits is None or _explains(OutputHead(head, cap, scale), state, factor, logits):
+            _MEASURED[model] = (cap, scale)
+            return
     raise UserError(
-        f"{type(model).__name__} changes the output of its head in a way that no setting of its configuration explains, so its "
+        f"{name}: changes the output of its head in a way that no setting of its configuration explains, so its "
         "logits cannot be rebuilt from its last state: use a different model, and please report its architecture"
     )
+
+
+def _explains(head: OutputHead, state: torch.Tensor, factor: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether a head gives these logits for a state, where the output of its linear map is multiplied by a factor."""
+    state = last_token(state, {}) if logits.dim() == 2 else state
+    made = _finished(OutputHead(head.linear)(state).float() * factor, head.softcap, head.scale)
+    if made.shape != logits.shape:
+        return False
+    # an output that is ruled out says nothing; a run with weights that are not finite stops at its first loss
+    finite = logits.isfinite() & made.isfinite()
+    difference, size = (made - logits.float())[finite].abs(), logits[finite].abs()
+    return not finite.any() or bool(difference.max() <= 0.02 * size.max())
 
 
 def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
@@ -151,5 +149,5 @@ def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
         return believe(model)
     with as_user_error(f"{type(model).__name__} cannot run {PROBE} tokens"), evaluating(model):
         inputs = model_inputs(model, {"input_ids": probe_ids(model)})
-        measure(model, head, lambda: output_tensor(model(**inputs)))
+        measure(type(model).__name__, model, head, lambda: output_tensor(model(**inputs)))
     return _MEASURED[model]

@@ -27,7 +27,7 @@ def probe_ids(model: nn.Module) -> torch.Tensor:
     config = getattr(model, "config", None)
     text = text_config(config)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    entries = getattr(embedding, "num_embeddings", None) or getattr(text, "vocab_size", PROBE)
+    entries = int(getattr(embedding, "num_embeddings", None) or getattr(text, "vocab_size", None) or PROBE)
     named: set[Any] = set()
     for fields in (getattr(part, "__dict__", {}) for part in (config, text)):
         for name, value in fields.items():
@@ -42,12 +42,19 @@ def probe_ids(model: nn.Module) -> torch.Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, buffers and the random state are as before at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Evaluation mode without gradients; at the end modes, hooks, buffers and the random state are as before.
+
+    transformers leaves hooks on a model that was asked for its hidden states, and a mark that it has them; `torch.compile`
+    cannot trace them."""
+    before = [(module, {**module.__dict__}, [*module._forward_hooks]) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad(), probing(model):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, attributes, hooks in before:
+            for number in [number for number in module._forward_hooks if number not in hooks]:
+                del module._forward_hooks[number]
+            for name in [name for name in module.__dict__ if name not in attributes]:
+                del module.__dict__[name]
+            module.training = attributes["training"]

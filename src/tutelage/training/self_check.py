@@ -62,7 +62,7 @@ def watch(name: str, model: nn.Module, task: Task, container: str | None = None)
         return None
     if task.splits_head and heads.is_language_model(model):
         heads.believe(model)  # so that the head is not measured by a forward of its own
-    name, blocks = f"{name} {type(model).__name__}", find_blocks(network, container)
+    name, blocks = f"the {name} {type(model).__name__}", find_blocks(network, container)
     head = task.output_head(model) if task.splits_head else None
     ids = probe_ids(network)
     inputs = model_inputs(network, {**task.example(ids.shape[1]), "input_ids": ids})
@@ -76,14 +76,14 @@ def watch(name: str, model: nn.Module, task: Task, container: str | None = None)
         logits = getattr(seen[0].output, "logits", None)
         return logits if isinstance(logits, torch.Tensor) else None
 
-    with as_user_error(f"the {name} cannot run {PROBE} tokens"), evaluating(model):
+    with as_user_error(f"{name} cannot run {PROBE} tokens"), evaluating(model):
         if head is None:
             run()
         else:
-            heads.measure(model, head.linear, run)
+            heads.measure(name, model, head.linear, run)
     own = getattr(seen[0].output, "hidden_states", None)
     own = own if isinstance(own, tuple) and len(own) == len(blocks) + 1 else None
-    return Watched(f"the {name}", task, model, blocks, tuple(ids.shape), seen[0].states, own)
+    return Watched(name, task, model, blocks, tuple(ids.shape), seen[0].states, own)
 
 
 def check_precision(student: nn.Module, stored: bool) -> None:
