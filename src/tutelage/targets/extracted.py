@@ -19,6 +19,7 @@ from tutelage.targets.maps import save_target_maps
 from tutelage.targets.source import Batches, Device, FixedSettings, Reading, StatisticsFile, TargetSource
 from tutelage.targets.stored_rows import StoredRows, collate
 from tutelage.tasks.base import Batch, OutputTarget
+from tutelage.tasks.loading import load_config
 from tutelage.tasks.registry import get_task
 
 
@@ -79,6 +80,10 @@ class ExtractedTargets(TargetSource):
     @property
     def output_count(self) -> int | None:
         return self.folder.identity.teacher.outputs or None
+
+    @property
+    def output_names(self) -> tuple[str, ...] | None:
+        return self.task.output_names(load_config(str(self.folder.teacher_config)))
 
     def identity(self) -> dict[str, str]:
         return {"extraction": self.folder.identity.digest}

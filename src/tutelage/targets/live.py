@@ -77,6 +77,10 @@ class LiveTargets(TargetSource):
     def output_count(self) -> int | None:
         return self.task.output_count(self.model)
 
+    @property
+    def output_names(self) -> tuple[str, ...] | None:
+        return self.task.output_names(getattr(self.backbone, "config", None))
+
     def identity(self) -> dict[str, str]:
         return {"teacher": model_hash(self.model, values_per_tensor=16)[:16]}
 

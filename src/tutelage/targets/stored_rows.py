@@ -30,7 +30,8 @@ class StoredRows(torch.utils.data.Dataset[Any]):
     def __init__(self, source: ExtractedCurriculum, curriculum: Curriculum, widths: Widths, reading: Reading):
         self.source, self.reading = source, reading
         self.widths = [
-            width_at(widths, stage.student_place) if isinstance(stage, HiddenStage) else 0 for stage in curriculum.stages
+            width_at(widths, stage.student_place) if isinstance(stage, HiddenStage) else 0
+            for stage in curriculum.stages
         ]
         self.splits = [f"stage_{index + 1}" for index in source.stages(curriculum)]
         local = source.store.local is not None

@@ -168,6 +168,10 @@ class Task(ABC):
         head = self.output_head(model) if self.splits_head else None
         return None if head is None else head.linear.out_features
 
+    def output_names(self, config: Any) -> tuple[str, ...] | None:
+        """Names of the outputs that a configuration gives; None where they have none of their own."""
+        return None
+
     def save(self, model: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(model, "save_pretrained"):

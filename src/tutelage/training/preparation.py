@@ -68,8 +68,11 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     for model in models:
         task.check_model(model)
     check_precision(student, args.student_dtype == "stored")
-    watched = [watch(name, model, task, args.blocks) for name, model in zip(("student", "teacher"), models, strict=False)]
+    watched = [
+        watch(name, model, task, args.blocks) for name, model in zip(("student", "teacher"), models, strict=False)
+    ]
     outputs = checks.shared_outputs(student, source, tokenizer)
+    checks.check_output_names(student, source)
     checks.check_dataset(given.train_dataset, models, task, "training")
     checks.check_dataset(eval_dataset, models, task, "evaluation")
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))

@@ -32,7 +32,9 @@ class Watched:
     blocks: Blocks
     shape: tuple[int, ...]  # (B, T)
     states: Mapping[Place, torch.Tensor]
-    hidden_states: tuple[torch.Tensor, ...] | None  # as the model itself gives them: before block 1, then after each block
+    hidden_states: (
+        tuple[torch.Tensor, ...] | None
+    )  # as the model itself gives them: before block 1, then after each block
 
     def check(self, places: Iterable[Place]) -> None:
         """Raise UserError where the state at one of these places is not what a hidden stage compares."""
@@ -91,7 +93,9 @@ def check_precision(student: nn.Module, stored: bool) -> None:
     dtypes = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
     if not stored and (low := [dtype for dtype in dtypes if dtype not in _TRAINED]):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in low))
-        raise UserError(f"the student has parameters that train in {names}: train in float32, or set student_dtype='stored'")
+        raise UserError(
+            f"the student has parameters that train in {names}: train in float32, or set student_dtype='stored'"
+        )
 
 
 def _equal(state: torch.Tensor, own: torch.Tensor) -> bool:
