@@ -119,6 +119,8 @@ def usable_positions(config: Any) -> int | None:
     """Largest number of tokens per sequence that a model with this config accepts; None if there is no limit."""
     config = text_config(config)
     positions: int | None = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+    if positions is None or positions < 1:  # XLNet has -1
+        return None
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1
     return positions

@@ -26,8 +26,7 @@ def probe_ids(model: nn.Module) -> torch.Tensor:
     an image."""
     config = getattr(model, "config", None)
     text = text_config(config)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    entries = int(getattr(embedding, "num_embeddings", None) or getattr(text, "vocab_size", None) or PROBE)
+    entries = int(getattr(text, "vocab_size", None) or PROBE)
     named: set[Any] = set()
     for fields in (getattr(part, "__dict__", {}) for part in (config, text)):
         for name, value in fields.items():

@@ -32,9 +32,7 @@ class Watched:
     blocks: Blocks
     shape: tuple[int, ...]  # (B, T)
     states: Mapping[Place, torch.Tensor]
-    hidden_states: (
-        tuple[torch.Tensor, ...] | None
-    )  # as the model itself gives them: before block 1, then after each block
+    hidden_states: tuple[torch.Tensor, ...] | None  # the model's own; entry b is after block b
 
     def check(self, places: Iterable[Place]) -> None:
         """Raise UserError where the state at one of these places is not what a hidden stage compares."""
@@ -47,7 +45,7 @@ class Watched:
             expected = (self.shape[0], width) if pooled else (*self.shape, width)
             if tuple(state.shape) != expected:
                 raise UserError(f"{where} has the shape {tuple(state.shape)}, but {expected} was expected: {how}")
-            if not isinstance(place, int) or self.hidden_states is None or place == len(self.blocks):
+            if not isinstance(place, int) or place == len(self.blocks) or self.hidden_states is None:
                 continue  # many models apply their final norm to the last entry
             own = self.hidden_states[place]
             if own.shape == state.shape and not _equal(state, own):
@@ -83,9 +81,12 @@ def watch(name: str, model: nn.Module, task: Task, container: str | None = None)
             run()
         else:
             heads.measure(name, model, head.linear, run)
-    own = getattr(seen[0].output, "hidden_states", None)
-    own = own if isinstance(own, tuple) and len(own) == len(blocks) + 1 else None
-    return Watched(name, task, model, blocks, tuple(ids.shape), seen[0].states, own)
+    states, own = seen[0].states, getattr(seen[0].output, "hidden_states", None)
+    if not isinstance(own, tuple) or len(own) != len(blocks) + 1:  # some models give more, or only some
+        own = None
+    elif 1 in states and _equal(states[1], own[0]):  # Mamba and RWKV begin with the state after block 1
+        own = (own[0], *own)
+    return Watched(name, task, model, blocks, tuple(ids.shape), states, own)
 
 
 def check_precision(student: nn.Module, stored: bool) -> None:
@@ -99,6 +100,8 @@ def check_precision(student: nn.Module, stored: bool) -> None:
 
 
 def _equal(state: torch.Tensor, own: torch.Tensor) -> bool:
+    if own.shape != state.shape:
+        return False
     own = own.to(state.device)
     tolerance = 1e-3 if state.dtype in _TRAINED else 0.02
     return bool(((state - own).abs() <= tolerance * own.abs().max()).logical_or(state.isnan() & own.isnan()).all())
