@@ -127,6 +127,7 @@ CONTRACT = (
     Relied("torch.utils._python_dispatch", "TorchDispatchMode", "training/costs.py"),
     Relied("transformers.modeling_layers.GradientCheckpointingLayer", "gradient_checkpointing", "core/blocks.py"),
     Relied("transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/blocks.py"),
+    Relied("transformers.AutoModelForCausalLM", "_model_mapping", "tasks/loading.py"),
     Relied("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "targets/checkpoints.py"),
 )
 

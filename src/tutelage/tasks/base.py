@@ -24,7 +24,7 @@ from tutelage.core.inputs import batch_size, last_token, model_inputs, output_te
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.topk import TopK
 from tutelage.core.views import view_of
-from tutelage.tasks.loading import load_model
+from tutelage.tasks.loading import load_config, load_model
 
 Batch = dict[str, Any]
 
@@ -67,6 +67,7 @@ class Clues:
 
     names: tuple[str, ...]  # of its class and base classes, or `architectures`; SentenceTransformer for such a folder
     model: nn.Module | None = None
+    config: Any = None
 
 
 class Task(ABC):
@@ -95,13 +96,18 @@ class Task(ABC):
 
     def load(self, path: str, *, what: str = "teacher", **kwargs: Any) -> nn.Module:
         """Load a whole model from a folder or the Hub; `kwargs` as in `tutelage.tasks.loading.load_model`."""
-        return load_model(path, self.auto_class, what=what, **kwargs)
+        config = load_config(path, what=what, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+        return load_model(path, self.class_for(config), what=what, **kwargs)
+
+    def class_for(self, config: PreTrainedConfig) -> Any:
+        """The auto class that builds and loads models of a configuration."""
+        return self.auto_class
 
     def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
         """A randomly initialised model; `shape` is the `teacher_shape` of the teacher, None without a teacher."""
         kinds = (KeyError, ValueError, TypeError, RuntimeError)
         with as_user_error(f"could not build the {config.model_type} student", *kinds):
-            return self.auto_class.from_config(config)
+            return self.class_for(config).from_config(config)
 
     def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
         """What a student must know about its teacher in addition to the configuration, as JSON values."""

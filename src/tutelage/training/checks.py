@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import IGNORED_LABEL, usable_positions
+from tutelage.core.inputs import IGNORED_LABEL, text_config, usable_positions
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import TargetSource
@@ -101,7 +101,7 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: s
             _check_labels(labels, lengths, counts, where)
     if shortest < 1:
         raise UserError(f"{where} has a row without tokens: drop it")
-    for config in (task.backbone(model).config for model in models):
+    for config in (text_config(task.backbone(model).config) for model in models):
         positions, entries = usable_positions(config), getattr(config, "vocab_size", None)
         if positions is not None and longest > positions:
             found = f"{where} has a sequence of {longest} tokens"
