@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -16,7 +17,6 @@ from transformers import (
     Gemma3Config,
     Mistral3Config,
     PreTrainedConfig,
-    Qwen3_5Config,
     Qwen3VLConfig,
 )
 
@@ -33,8 +33,9 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "gemma3": Gemma3Config,
     "mistral3": Mistral3Config,
     "qwen3_vl": Qwen3VLConfig,
-    "qwen3_5": Qwen3_5Config,
 }
+if hasattr(transformers, "Qwen3_5Config"):
+    CONFIGS["qwen3_5"] = transformers.Qwen3_5Config
 STUDENTS = {  # Qwen3-VL has no language model of its own
     "gemma3": "Gemma3ForCausalLM",
     "mistral3": "MistralForCausalLM",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from datasets import Dataset
 from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM
@@ -199,6 +200,22 @@ def test_a_student_with_adapters_is_checked(make_trainer: Make) -> None:
     assert seen is not None and seen.hidden_states is not None
     seen.check([1, 2, FINAL])
     make_trainer(student=adapted, layer_map="1:2")
+
+
+def test_a_student_with_frozen_parts_in_half_precision_is_checked_under_autocast(make_trainer: Make) -> None:
+    student = llama(2, 16, seed=2)
+    student.model.layers[0].bfloat16().requires_grad_(False)
+    make_trainer(student=student, layer_map="2:2")
+
+
+def test_an_offloaded_teacher_is_checked(make_trainer: Make, tmp_path: Path) -> None:
+    teacher = changed(llama(4, 24, seed=1), halve_logits)
+    devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    devices |= {f"model.layers.{number}": "disk" for number in range(4)}
+    offloaded = dispatch_model(teacher, devices, main_device="cpu", offload_dir=str(tmp_path / "offload"))
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    with pytest.raises(UserError, match="the teacher Changed: changes the output of its head"):
+        make_trainer(teacher_model=offloaded)
 
 
 def test_models_without_tokens_or_values_are_not_checked() -> None:

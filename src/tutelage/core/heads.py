@@ -15,7 +15,7 @@ from torch import nn
 from tutelage.core.blocks import head_module
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import last_token, model_inputs, output_tensor, text_config
-from tutelage.core.probe import PROBE, evaluating, has_no_values, probe_ids
+from tutelage.core.probe import evaluating, has_no_values, probe_ids
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
     """Softcap and scale of a model's logits, from one forward of 16 tokens. A model without values is believed."""
     if not hasattr(getattr(model, "config", None), "model_type") or has_no_values(model):
         return believe(model)
-    with as_user_error(f"{type(model).__name__} cannot run {PROBE} tokens"), evaluating(model):
-        inputs = model_inputs(model, {"input_ids": probe_ids(model)})
+    ids = probe_ids(model)
+    with as_user_error(f"{type(model).__name__} cannot run {ids.shape[1]} tokens"), evaluating(model):
+        inputs = model_inputs(model, {"input_ids": ids})
         measure(type(model).__name__, model, head, lambda: output_tensor(model(**inputs)))
     return _MEASURED[model]

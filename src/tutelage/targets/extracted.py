@@ -117,7 +117,7 @@ class ExtractedTargets(TargetSource):
         return self.folder.evaluation if dataset is None else dataset
 
     def calibration_rows(self, dataset: Any, count: int, size: int) -> list[Any]:
-        return list(self.folder.calibration(self._widths[FINAL], size))
+        return list(self.folder.calibration(self._widths.get(FINAL, self.folder.identity.width), size))
 
     def example_rows(self, dataset: StoredRows, index: int) -> Any:
         return dataset.__getitems__([int(dataset.starts[index])])

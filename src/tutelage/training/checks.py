@@ -67,8 +67,8 @@ def shared_outputs(student: nn.Module, source: TargetSource, tokenizer: PreTrain
 
 def check_output_names(student: nn.Module, source: TargetSource) -> None:
     """Refuse a student whose classes have other names than the teacher's, or the same in a different order."""
-    config = getattr(source.task.backbone(student), "config", None)
-    mine, theirs = source.task.output_names(config), source.output_names
+    mine = source.task.output_names(getattr(source.task.backbone(student), "config", None))
+    theirs = None if mine is None else source.output_names
     for number, (my, their) in enumerate(zip(mine or (), theirs or (), strict=False)):
         if my.casefold() != their.casefold():
             raise UserError(

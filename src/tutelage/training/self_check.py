@@ -16,7 +16,7 @@ from tutelage.core.blocks import FINAL, Blocks, Place, find_blocks
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.forward import observe
 from tutelage.core.inputs import accepts, model_inputs
-from tutelage.core.probe import PROBE, evaluating, has_no_values, probe_ids
+from tutelage.core.probe import evaluating, has_no_values, probe_ids
 from tutelage.tasks.base import Task
 
 _TRAINED = (torch.float32, torch.float64)
@@ -76,7 +76,8 @@ def watch(name: str, model: nn.Module, task: Task, container: str | None = None)
         logits = getattr(seen[0].output, "logits", None)
         return logits if isinstance(logits, torch.Tensor) else None
 
-    with as_user_error(f"{name} cannot run {PROBE} tokens"), evaluating(model):
+    mixed = torch.autocast(ids.device.type, torch.bfloat16, enabled=_is_mixed(model))
+    with as_user_error(f"{name} cannot run {ids.shape[1]} tokens"), evaluating(model), mixed:
         if head is None:
             run()
         else:
@@ -97,6 +98,12 @@ def check_precision(student: nn.Module, stored: bool) -> None:
         raise UserError(
             f"the student has parameters that train in {names}: train in float32, or set student_dtype='stored'"
         )
+
+
+def _is_mixed(model: nn.Module) -> bool:
+    """Whether weights that train are in float32 beside frozen ones in half precision, which only runs under autocast."""
+    halves = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters())
+    return halves and any(parameter.requires_grad and parameter.dtype in _TRAINED for parameter in model.parameters())
 
 
 def _equal(state: torch.Tensor, own: torch.Tensor) -> bool:
