@@ -18,7 +18,8 @@ from tutelage.core.blocks import FINAL, find_blocks
 from tutelage.core.inputs import model_inputs
 from tutelage.core.probe import probe_ids
 from tutelage.tasks.base import Task
-from tutelage.tasks.registry import get_task
+from tutelage.tasks.registry import detect_task, get_task
+from tutelage.tasks.students import make_student, student_config
 from tutelage.training.self_check import watch
 
 pytestmark = [pytest.mark.architectures, pytest.mark.filterwarnings("ignore")]
@@ -97,7 +98,15 @@ OTHER_HIDDEN_STATES = {
     ("causal", "mllama"): "none after some blocks",
     ("causal", "rwkv"): "none before block 1",
 }
-ALL = [(kind, name) for kind, names in KINDS.items() for name in names]
+# Models with an image encoder, of which the language model is distilled.
+_COMPOSITE = """
+aria aya_vision cohere2_vision cohere_compass cosmos3_omni deepseek_vl exaone4_5 fuyu gemma3 git got_ocr2 granite_docling
+hyperclovax_vision_v2 idefics2 idefics3 inkling2 inkling2_loop inkling_mm_model internvl kimi_k25 kosmos-2.5 lfm2_vl lfm3_vl
+lighton_ocr llava llava_next llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3
+mistral_large4 mllama muse_glimmer ovis2 paligemma pp_chart2table qianfan_ocr qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
+qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe shieldgemma2 smolvlm video_llama_3 video_llava vipllava
+"""
+ALL = [(kind, name) for kind in TASKS for name in KINDS[kind]]
 BUILT = [case for case in ALL if case not in LEFT_OUT]
 RIGHT = [case for case in BUILT if case not in REFUSED]
 
@@ -134,6 +143,19 @@ def test_states_and_logits_are_the_models_own(kind: str, name: str) -> None:
     logits = head(task.state_at(model, FINAL, inputs))
     logits = logits[:, -1] if logits.dim() > expected.dim() else logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", _COMPOSITE.split())
+def test_the_language_model_of_a_composite_model_is_distilled(name: str) -> None:
+    teacher, preset = build("composite", name), "layers=2,hidden_size=16"
+    task = detect_task(teacher)
+    assert task.name == "causal_lm"
+    student = make_student(preset, task, student_config(preset, teacher.config, task))
+    assert len(find_blocks(student)) == 2
+    for model in (teacher, student):
+        seen = watch("model", model, task)
+        assert seen is not None
+        seen.check([1, 2, FINAL])
 
 
 @pytest.mark.parametrize(("kind", "name"), REFUSED)
