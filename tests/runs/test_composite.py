@@ -76,6 +76,14 @@ def test_a_preset_is_of_the_language_model(teachers: dict[str, Path], name: str)
     assert student.get_input_embeddings().weight.shape == (VOCAB, 16)  # type: ignore[operator]
 
 
+def test_a_preset_has_the_classes_of_the_teacher() -> None:
+    names = {0: "bad", 1: "fine", 2: "good"}
+    teacher = Gemma3Config(id2label=names, label2id={name: number for number, name in names.items()})
+    config = student_config(STUDENT, teacher, get_task("sequence_classification"))
+    assert config.model_type == "gemma3_text"
+    assert config.id2label == names
+
+
 @pytest.mark.parametrize("method", ["one_shot", "extraction"])
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
 def test_a_language_model_is_distilled_from_it(

@@ -160,6 +160,22 @@ def test_a_head_that_never_runs_is_refused(make_trainer: Make) -> None:
         make_trainer(student=student)
 
 
+def test_a_block_that_is_run_without_its_hooks_is_refused(make_trainer: Make) -> None:
+    class Bare(nn.Module):
+        def __init__(self, block: nn.Module):
+            super().__init__()
+            self.block = block
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:  # as SqueezeBERT runs its blocks
+            return self.block(*args, **kwargs)
+
+    student = llama(2, 16, seed=2)
+    student.model.layers = nn.ModuleList(Bare(layer) for layer in student.model.layers)
+    with pytest.raises(UserError, match="the state at block 1 was never computed: name other places"):
+        make_trainer(student=student, layer_map="1:2")
+    make_trainer(student=student, layer_map="final:final")
+
+
 def test_a_model_that_cannot_run_is_refused(make_trainer: Make) -> None:
     student = llama(2, 16, seed=2)
     student.model.layers[1] = nn.Linear(3, 3)

@@ -54,6 +54,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, attributes, hooks in before:
             for number in [number for number in module._forward_hooks if number not in hooks]:
                 del module._forward_hooks[number]
-            for name in [name for name in module.__dict__ if name not in attributes]:
+            for name in [name for name, value in module.__dict__.items() if value is True and name not in attributes]:
                 del module.__dict__[name]
             module.training = attributes["training"]

@@ -101,7 +101,7 @@ def load_model(
 
 def has_class(auto_class: Any, config: PreTrainedConfig) -> bool:
     """Whether an auto class of transformers has a model of a configuration."""
-    return type(config) in auto_class._model_mapping
+    return type(config) in getattr(auto_class, "_model_mapping", ())
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

@@ -33,6 +33,7 @@ def student_config(student: str, teacher: PreTrainedConfig, task: Task | None = 
     Raises UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads."""
     if is_preset(student):
         whole = copy.deepcopy(language_config(teacher, task))
+        whole.id2label, whole.label2id = teacher.id2label, teacher.label2id
         with as_user_error(f"student preset {student!r} cannot be made from a {whole.model_type} teacher"):
             text = _preset(student, text_config(whole))
         for name in whole.sub_configs:
