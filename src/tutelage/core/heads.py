@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +39,10 @@ class OutputHead:
             raise UserError(f"{found}: load the model with a language-modelling or classification head")
         if not is_language_model(model):  # a classifier's logits are the head's own
             return cls(head, outputs=outputs)
-        if model not in _MEASURED:
-            _MEASURED[model] = _measure(model, head)
-        return cls(head, *_MEASURED[model], outputs)
+        if "_tutelage_head" not in model.__dict__:  # kept in the model, where the compiler finds it
+            model.__dict__["_tutelage_head"] = _measure(model, head)
+        softcap, scale = model.__dict__["_tutelage_head"]
+        return cls(head, softcap, scale, outputs)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits for `hidden`, (..., D) -> (..., outputs)."""
@@ -70,8 +70,6 @@ def is_language_model(model: nn.Module) -> bool:
     return get is not None and get() is not None
 
 
-# what a language model does to its logits, by model: (softcap, scale)
-_MEASURED: weakref.WeakKeyDictionary[nn.Module, tuple[float | None, float]] = weakref.WeakKeyDictionary()
 # Fields of configurations that may say so. Their meaning differs: Granite divides by `logits_scaling`, HyperCLOVA X multiplies
 # by it, and MiniCPM3 has applied it before the head. So the model itself is asked.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -89,7 +87,8 @@ def _settings(model: nn.Module) -> tuple[list[float], list[float]]:
 def believe(model: nn.Module) -> tuple[float | None, float]:
     """Softcap and scale that the configuration of a language model names, which count until they are measured."""
     scales, caps = _settings(model)
-    return _MEASURED.setdefault(model, (caps[0] if caps else None, scales[0] / scales[1]))
+    named = (caps[0] if caps else None, scales[0] / scales[1])
+    return model.__dict__.setdefault("_tutelage_head", named)
 
 
 def measure(name: str, model: nn.Module, head: nn.Linear, run: Callable[[], torch.Tensor | None]) -> None:
@@ -111,7 +110,7 @@ def measure(name: str, model: nn.Module, head: nn.Linear, run: Callable[[], torc
     finally:
         undo.remove()
     believed = believe(model)
-    del _MEASURED[model]
+    del model.__dict__["_tutelage_head"]
     if not seen:
         raise UserError(f"{name}: does not run its output head, so its logits cannot be rebuilt; use a different model")
     state, factor = seen[0]
@@ -123,7 +122,7 @@ def measure(name: str, model: nn.Module, head: nn.Linear, run: Callable[[], torc
         )
     for scale, cap in candidates:
         if logits is None or _explains(OutputHead(head, cap, scale), state, factor, logits):
-            _MEASURED[model] = (cap, scale)
+            model.__dict__["_tutelage_head"] = (cap, scale)
             return
     raise UserError(
         f"{name}: changes the output of its head in a way that no setting of its configuration explains, so its "
@@ -151,4 +150,4 @@ def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
     with as_user_error(f"{type(model).__name__} cannot run {ids.shape[1]} tokens"), evaluating(model):
         inputs = model_inputs(model, {"input_ids": ids})
         measure(type(model).__name__, model, head, lambda: output_tensor(model(**inputs)))
-    return _MEASURED[model]
+    return model.__dict__["_tutelage_head"]
