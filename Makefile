@@ -7,7 +7,7 @@ NEWEST := 'transformers<6'
 # What the oldest and the newest environment have in other versions than constraints.txt.
 VARIED := ^(accelerate|huggingface_hub|tokenizers|transformers)==
 
-.PHONY: demo test test-versions test-lowest test-newest test-assets lint teacher assets clean
+.PHONY: demo test test-versions test-lowest test-newest test-architectures test-assets lint teacher assets clean
 
 demo: .venv/.installed  ## distil a small student from the embedded teacher, then compare it with one-shot distillation
 	$(BIN)/python examples/demo.py demo-output
@@ -36,6 +36,9 @@ test-upgraded:
 
 test-assets: assets  ## the tests on real teachers and texts
 	TUTELAGE_ASSETS="$(ASSETS)" $(BIN)/python -m pytest -m assets
+
+test-architectures: .venv/.installed-dev  ## every architecture of transformers, built small
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m architectures
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check

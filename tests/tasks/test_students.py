@@ -26,6 +26,7 @@ from transformers import (
 
 from tests.conftest import bert_config, llama_config
 from tutelage.core.errors import UserError
+from tutelage.tasks import students
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.parity import ParityMLPConfig
 from tutelage.tasks.registry import TASKS
@@ -237,3 +238,14 @@ def test_an_encoder_student_with_a_head_to_another_width(tmp_path: Path) -> None
     task, teacher = TASKS["embedding"], EmbeddingModel(AutoModel.from_config(bert_config()))
     with pytest.raises(ValueError, match="the student's embeddings have 24 dimensions, the teacher's 32"):
         make_student(str(tmp_path), task, narrow, task.teacher_shape(teacher))
+
+
+def test_a_configuration_that_a_preset_cannot_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4 has head sizes that differ between layers."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("'head_dim' may vary across layers")
+
+    monkeypatch.setattr(students, "_scale_width", fail)
+    with pytest.raises(UserError, match=r"preset 'width=16' cannot be made from a llama teacher: 'head_dim' may vary"):
+        student_config("width=16", llama_config())

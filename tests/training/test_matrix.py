@@ -118,6 +118,8 @@ def run(cell: Cell, output: Path) -> dict[str, torch.Tensor]:
         disable_tqdm=True,
         use_cpu=True,
         calibration_samples=2,
+        # rows of a stream are dispatched by one process, which takes rows of one length alone
+        accelerator_config={"dispatch_batches": False} if cell.iterable else None,
     )
     student, teacher = network(cell.model, 2, WIDTH, 2), network(cell.model, 4, TEACHER_WIDTH, 1)
     if cell.iterable:

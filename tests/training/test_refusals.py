@@ -44,6 +44,33 @@ def test_only_single_choice_classifiers_are_distilled(tmp_path: Path, fields: di
         CurriculumTrainer(model(), model(), args, rows)
 
 
+def classifier(*names: str) -> BertForSequenceClassification:
+    fields = {"id2label": dict(enumerate(names))} if names else {"num_labels": 2}
+    return BertForSequenceClassification(bert_config(num_hidden_layers=2, **fields))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "refused"),
+    [
+        (("bad", "good"), ("good", "bad"), "class 0 is 'good' in the student and 'bad' in the teacher"),
+        (("bad", "good"), ("bad", "fine"), "class 1 is 'fine' in the student and 'good' in the teacher"),
+        (("bad", "good"), ("Bad", "GOOD"), None),
+        (("bad", "good"), (), None),  # no names of their own: LABEL_0, LABEL_1
+        ((), ("bad", "good"), None),
+    ],
+)
+def test_classes_that_mean_something_else_are_refused(
+    tmp_path: Path, teacher: tuple[str, ...], student: tuple[str, ...], refused: str | None
+) -> None:
+    rows = Dataset.from_dict({"input_ids": [[2, 7, 3]] * 8, "labels": [0] * 8})
+    args = CurriculumConfig(output_dir=str(tmp_path / "o"), max_steps=8, use_cpu=True)
+    if refused is None:
+        CurriculumTrainer(classifier(*student), classifier(*teacher), args, rows)
+        return
+    with pytest.raises(ValueError, match=refused):
+        CurriculumTrainer(classifier(*student), classifier(*teacher), args, rows)
+
+
 def test_scratch_is_refused_for_sentence_encoders(tmp_path: Path) -> None:
     args = CurriculumConfig(output_dir=str(tmp_path / "o"), method="scratch", max_steps=2, use_cpu=True)
     with pytest.raises(ValueError, match="no labels to learn from"):

@@ -124,6 +124,7 @@ CONTRACT = (
     Relied("datasets.Dataset", "_fingerprint", "reproduction/recipes/language.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensor", "core/inputs.py"),
     Relied("torch._subclasses.fake_tensor", "FakeTensorMode", "runs/plan.py"),
+    Relied("torch.nn.Module", "_forward_hooks", "core/probe.py"),
     Relied("torch.utils._python_dispatch", "TorchDispatchMode", "training/costs.py"),
     Relied("torch.nn.Module", "_modules", "core/views.py"),
     Relied("torch", "_dynamo", "training/compilation.py"),
@@ -131,6 +132,7 @@ CONTRACT = (
     Relied(
         "transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/forward.py"
     ),
+    Relied("transformers.AutoModelForCausalLM", "_model_mapping", "tasks/loading.py"),
     Relied("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "targets/checkpoints.py"),
 )
 

@@ -253,6 +253,15 @@ def test_embedding_starts_as_a_projection_of_the_teachers() -> None:
     assert residual.abs().max() < 1e-4 * mine.abs().max()
 
 
+def test_an_embedding_that_is_the_output_head_too_is_not_projected_without_saying_so(make_trainer: Make) -> None:
+    tied = llama(2, 16, seed=2, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"warm_start='embedding': .*tied.*; use 'head' or 'none'"):
+        make_trainer(student=tied, layer_map="final:final", warm_start="embedding")
+    with pytest.warns(UserWarning, match="the transplanted head is used for both"):
+        make_trainer(student=tied, layer_map="final:final", warm_start="head+embedding")
+    make_trainer(student=llama(2, 16, seed=2), layer_map="final:final", warm_start="embedding")
+
+
 def test_warm_start_needs_a_head_stage(make_trainer: Make) -> None:
     with pytest.raises(ValueError, match="final:final"):
         make_trainer(layer_map="1:2", warm_start="head")

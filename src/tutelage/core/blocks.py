@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tutelage.core.errors import UserError
+from tutelage.core.inputs import text_config
 
 FINAL = "final"
 Place = int | str
@@ -89,12 +90,13 @@ def head_module(model: nn.Module) -> nn.Module | None:
 
 
 def _depth(model: nn.Module) -> int | None:
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    depth = getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", None)
     return depth if isinstance(depth, int) else None
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
-    """Outermost lists of modules of one class, by dotted name (lists inside a block, such as experts, do not count).
+    """Outermost lists of modules of one class, by dotted name (lists inside a block, such as experts, do not count; nor do
+    those of an image or sound encoder beside a language model).
 
     A list of several classes (a hybrid of attention and Mamba blocks) counts if `config.num_hidden_layers` is its length;
     otherwise neither it nor the lists inside it are candidates."""
@@ -112,7 +114,17 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
             found[name] = module
         elif isinstance(module, nn.ModuleList):
             mixed.append(name)
-    return found
+    kind = type(text_config(getattr(model, "config", None)))
+    return {name: blocks for name, blocks in found.items() if type(_config_around(model, name)) is kind} or found
+
+
+def _config_around(model: nn.Module, name: str) -> Any:
+    """The configuration of the smallest network around a module."""
+    while name:
+        name = name.rpartition(".")[0]
+        if (config := getattr(model.get_submodule(name), "config", None)) is not None:
+            return text_config(config)
+    return None
 
 
 def _names(container: str, blocks: nn.Module) -> Blocks:

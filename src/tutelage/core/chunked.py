@@ -58,8 +58,9 @@ def chunked_loss(hidden_ND: Tensor, head: OutputHead, spec: OutputSpec) -> Tenso
     """The loss summed over positions; differentiable for hidden states and head."""
     low, parameters = _autocast_dtype(hidden_ND.device), [*head.linear.parameters()]
     if torch.compiler.is_compiling():
-        plain, theirs = head.plain(), None if spec.teacher_head is None else spec.teacher_head.plain()
-        if plain is not None and (theirs is None) == (spec.teacher_head is None):
+        teacher, plain = spec.teacher_head, head.plain()
+        theirs = teacher.plain() if isinstance(teacher, OutputHead) else teacher
+        if plain is not None and (theirs is None) == (teacher is None):
             return _operator_loss(hidden_ND, plain, spec, theirs, low)
     return _ChunkedLoss.apply(hidden_ND, head, spec, low, torch.is_grad_enabled(), *parameters)
 

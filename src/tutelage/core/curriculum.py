@@ -138,6 +138,10 @@ class Curriculum(Record):
     def hidden_stages(self) -> list[HiddenStage]:
         return [stage for stage in self.stages if isinstance(stage, HiddenStage)]
 
+    def places(self, side: str) -> list[Place]:
+        """Places of the hidden stages in one of the models, `student` or `teacher`."""
+        return [getattr(stage, f"{side}_place") for stage in self.hidden_stages]
+
     @property
     def transplant_stage(self) -> int | None:
         """Index of the stage after which the output head is transplanted, None without a head transplant; UserError if there

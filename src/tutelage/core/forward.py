@@ -67,10 +67,10 @@ def observe(
     states: dict[Place, torch.Tensor] = {}
 
     def keep_input(place: Place, args: Any, kwargs: Any) -> None:
-        states[place] = _first(args if args else tuple(kwargs.values())).clone()
+        states.setdefault(place, _first(args if args else tuple(kwargs.values())).clone())
 
     def keep_output(place: Place, output: Any) -> None:
-        states[place] = _first(output).clone()
+        states.setdefault(place, _first(output).clone())  # of its first run, where `forward_to` stops
 
     undo: list[Any] = []
     for place in places:

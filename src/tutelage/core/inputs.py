@@ -12,19 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tutelage.core.errors import UserError
 
 IGNORED_LABEL = -100
-_PROBE = 16  # positions that a model is tried on
 
 # How transformers' models are told that rows hold several sequences; their forwards take these through `**kwargs`.
 _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PACKED = ("position_ids", *_PACKING)  # entries of a batch that may say so
+_OPTIONS = ("output_hidden_states",)
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `batch` that `model.forward` takes, without labels and with the key/value cache off.
 
     UserError where the model does not take what says that rows hold several sequences: it would read them as one."""
-    wrapped: Any = getattr(model, "get_base_model", None)  # an adapter's own forward has no named arguments
-    parameters = inspect.signature((wrapped() if wrapped is not None else model).forward).parameters
+    parameters = _parameters(model)
     names = {*parameters} - {"labels"}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         names |= {*_PACKING}
@@ -37,6 +36,18 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if "use_cache" in parameters:
         inputs["use_cache"] = False
     return inputs
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward has an argument of this name; those of transformers take some through `**kwargs`."""
+    parameters = _parameters(model)
+    others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return name in parameters or (others and hasattr(getattr(model, "config", None), "model_type") and name in _OPTIONS)
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    wrapped: Any = getattr(model, "get_base_model", None)  # an adapter's own forward has no named arguments
+    return inspect.signature((wrapped() if wrapped is not None else model).forward).parameters
 
 
 def output_tensor(output: Any) -> torch.Tensor:
@@ -116,17 +127,20 @@ def batch_positions(batch: Mapping[str, Any]) -> int:
     return int(ids.numel()) if ids is not None else batch_size(batch)
 
 
-def probe_ids(model: nn.Module, entries: int) -> torch.Tensor:
-    """Ids of the 16 tokens (fewer where a model has fewer positions) that a model with `entries` ids is tried on, (1, T)."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = min(_PROBE, usable_positions(config) or _PROBE)
-    return torch.arange(1, length + 1, device=next(model.parameters()).device)[None] % entries
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that is about its language model; of most models, all of it."""
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several
+        return config
 
 
 def usable_positions(config: Any) -> int | None:
     """Largest number of tokens per sequence that a model with this config accepts; None if there is no limit."""
+    config = text_config(config)
     positions: int | None = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+    if positions is None or positions < 1:  # XLNet has -1
+        return None
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= config.pad_token_id + 1  # these number positions from padding_idx + 1
     return positions

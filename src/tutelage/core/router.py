@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from tutelage.core.errors import UserError, as_user_error
-from tutelage.core.inputs import model_inputs, probe_ids
+from tutelage.core.inputs import model_inputs, text_config
+from tutelage.core.probe import evaluating, has_no_values, probe_ids
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
@@ -25,17 +25,15 @@ def router_coefficient(model: nn.Module, causal: bool) -> float:
     without values is believed."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     config: Any = getattr(inner, "config", None)
-    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text: Any = text_config(config)
     if not any(getattr(part, "output_router_logits", False) for part in (config, text)):
         return 0.0
     named = [getattr(part, name, None) for part in (inner, text) for name in _COEFFICIENTS]
     coefficient = float(next((value for value in named if value is not None), 0.0))
-    weight = next(inner.parameters())
-    if weight.is_meta or isinstance(weight, FakeTensor):
+    if has_no_values(model):
         return coefficient
-    ids, kind = probe_ids(model, text.vocab_size), type(inner).__name__
-    cuda = [weight.device] if weight.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(cuda), as_user_error(f"{kind} cannot run {ids.shape[1]} tokens"):
+    ids, kind = probe_ids(model), type(inner).__name__
+    with as_user_error(f"{kind} cannot run {ids.shape[1]} tokens"), evaluating(model):
         output = model(**model_inputs(model, {"input_ids": ids}), labels=ids)
     logits, labels = (output.logits[:, :-1], ids[:, 1:]) if causal else (output.logits, ids)
     label_loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())

@@ -116,7 +116,7 @@ def load_inputs(options: RunOptions, args: CurriculumConfig, devices: int | None
     if teacher_path is not None:
         check_weights(teacher_path)
     task = get_task(args.task) if args.task else detect_task(reference, args.trust_remote_code)
-    config = student_config(options.student, base)
+    config = student_config(options.student, base, task)
     tokenizer = _tokenizer(reference, options.student, args.trust_remote_code)
 
     def encode(part: Any) -> Any:
@@ -210,7 +210,7 @@ def _from_disk(options: RunOptions, args: CurriculumConfig, folder: str) -> RunI
         made["max_length"] = identity.longest
     check_made(f"the extracted curriculum in {str(source.folder.store)!r}", made, options)
     student = options.student or str(source.folder.student_config)
-    config = student_config(student, load_config(str(source.folder.teacher_config)))
+    config = student_config(student, load_config(str(source.folder.teacher_config)), task)
     length = options.max_length or identity.longest
 
     def encode(part: Any) -> Any:

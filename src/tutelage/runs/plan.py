@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tutelage.core.blocks import Blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, one_shot
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import usable_positions
+from tutelage.core.inputs import text_config, usable_positions
 from tutelage.core.records import Record
 from tutelage.runs.inputs import DEFAULT_LENGTH, DEFAULT_STEPS, NO_LIMIT, RunOptions, check_length
 from tutelage.runs.plan_extraction import ExtractionPlan
@@ -17,7 +17,7 @@ from tutelage.targets.live import LiveTargets
 from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.tasks.loading import count_parameters, load_config
 from tutelage.tasks.registry import detect_task, get_task
-from tutelage.tasks.students import student_config
+from tutelage.tasks.students import language_config, student_config
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.costs import StageCost, measure_stage
 from tutelage.training.objective import StageObjective
@@ -89,8 +89,8 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
     length = options.max_length or min(DEFAULT_LENGTH, positions)
     steps, assumed = _steps(args, teacher == DEFAULT_TEACHER and options.dataset is None)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        teacher_model = task.build(base)
-        student_model = task.build(student_config(student, base), task.teacher_shape(teacher_model))
+        teacher_model = task.build(language_config(base, task))
+        student_model = task.build(student_config(student, base, task), task.teacher_shape(teacher_model))
         for network in map(task.backbone, (teacher_model, student_model)):
             if hasattr(network, "set_experts_implementation"):
                 network.set_experts_implementation("batched_mm")  # type: ignore[operator]  # others need values
@@ -124,8 +124,8 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         flops=sum(stage.steps * cost.flops for stage, cost in priced) * tokens_per_step,
         one_shot_flops=baseline.flops * curriculum.total_steps * tokens_per_step,
         teacher_forward_flops_per_token=baseline.teacher_flops,
-        vocabulary=int(base.vocab_size),
-        outputs=task.output_count(teacher_model) or int(base.hidden_size),
+        vocabulary=int(text_config(base).vocab_size),
+        outputs=task.output_count(teacher_model) or task.width(teacher_model),
     )
 
 
@@ -142,12 +142,12 @@ def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, A
     source = objective.source
     assert isinstance(source, LiveTargets)
     source.attach(curriculum, objective.student, source.outputs)
-    source.draw_maps(objective.task.width(objective.student))
+    source.draw_maps()
     return [measure_stage(objective, index, batch) for index in range(len(curriculum.stages))]
 
 
 def _model_plan(name: str, backbone: torch.nn.Module, model: torch.nn.Module, blocks: Blocks) -> ModelPlan:
-    config: Any = backbone.config
+    config: Any = text_config(backbone.config)
     return ModelPlan(name, type(backbone).__name__, count_parameters(model), int(config.hidden_size), blocks.names)
 
 

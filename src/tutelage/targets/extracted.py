@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from tutelage.core.blocks import FINAL, Place
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
@@ -18,6 +19,7 @@ from tutelage.targets.maps import save_target_maps
 from tutelage.targets.source import Batches, Device, FixedSettings, Reading, StatisticsFile, TargetSource
 from tutelage.targets.stored_rows import StoredRows, collate
 from tutelage.tasks.base import Batch, OutputTarget
+from tutelage.tasks.loading import load_config
 from tutelage.tasks.registry import get_task
 
 
@@ -32,7 +34,7 @@ class ExtractedTargets(TargetSource):
         self.folder = folder
         self.blocks = folder.identity.teacher.blocks
         self.tokenizer = folder.tokenizer
-        self._width = 0
+        self._widths: dict[Place, int] = {}
 
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
         identity, curriculum = self.folder.identity, self.folder.curriculum
@@ -50,8 +52,8 @@ class ExtractedTargets(TargetSource):
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
         self.folder.stages(curriculum)
-        width, extracted = self.task.width(student), self.folder.identity.width
-        if width > extracted and self.folder.curriculum.hidden_stages:
+        widths, extracted = self.task.widths(student, curriculum.places("student")), self.folder.identity.width
+        if (width := max(widths.values(), default=0)) > extracted:
             raise UserError(
                 f"the extracted curriculum in {str(self.folder.store)!r} has projections of width {extracted}, but the student "
                 f"has width {width}: extract again with --projection_dim {width}, or choose a narrower student"
@@ -73,11 +75,15 @@ class ExtractedTargets(TargetSource):
                 "contain: use 'head' or 'none', or train with the teacher itself"
             )
         super().attach(curriculum, student, outputs)
-        self._width = width
+        self._widths = widths
 
     @property
     def output_count(self) -> int | None:
         return self.folder.identity.teacher.outputs or None
+
+    @property
+    def output_names(self) -> tuple[str, ...] | None:
+        return self.task.output_names(load_config(str(self.folder.teacher_config)))
 
     def identity(self) -> dict[str, str]:
         return {"extraction": self.folder.identity.digest}
@@ -98,20 +104,20 @@ class ExtractedTargets(TargetSource):
         assert self.curriculum is not None
         if not self.curriculum.hidden_stages:
             return
-        maps = self.folder.target_maps(self.curriculum, self._width if width is None else width)
+        maps = self.folder.target_maps(self.curriculum, self._widths if width is None else width)
         if file.write:
             save_target_maps(maps, file.path)
         self.maps = [None if target_map is None else target_map.to(device) for target_map in maps]
 
     def training_rows(self, dataset: Any, reading: Reading) -> StoredRows:
         assert self.curriculum is not None
-        return StoredRows(self.folder, self.curriculum, self._width, reading)
+        return StoredRows(self.folder, self.curriculum, self._widths, reading)
 
     def evaluation_rows(self, dataset: Any) -> Any:
         return self.folder.evaluation if dataset is None else dataset
 
     def calibration_rows(self, dataset: Any, count: int, size: int) -> list[Any]:
-        return list(self.folder.calibration(self._width, size))
+        return list(self.folder.calibration(self._widths.get(FINAL, self.folder.identity.width), size))
 
     def example_rows(self, dataset: StoredRows, index: int) -> Any:
         return dataset.__getitems__([int(dataset.starts[index])])

@@ -24,7 +24,7 @@ from tutelage.io.store import Store
 from tutelage.targets import rows
 from tutelage.targets.identity import ExtractionIdentity
 from tutelage.targets.manifest import Manifest, open_split, read_manifest, verify
-from tutelage.targets.maps import TargetMap, load_target_maps
+from tutelage.targets.maps import TargetMap, Widths, load_target_maps, width_at
 from tutelage.targets.rows import RowFormat
 from tutelage.tasks.loading import load_tokenizer
 
@@ -80,11 +80,16 @@ class ExtractedCurriculum:
                 )
         return [places.index(_place(stage)) for stage in curriculum.stages]
 
-    def target_maps(self, curriculum: Curriculum, width: int) -> list[TargetMap | None]:
-        """The map of each stage of `curriculum`, to a student of `width`."""
-        blocks = self.identity.teacher.blocks
-        mine = load_target_maps(self.store.fetch(STATISTICS_FILE), self.curriculum, width, blocks)
-        return [mine[index] for index in self.stages(curriculum)]
+    def target_maps(self, curriculum: Curriculum, widths: Widths) -> list[TargetMap | None]:
+        """The map of each stage of `curriculum`, to a student of these widths."""
+        blocks, indices = self.identity.teacher.blocks, self.stages(curriculum)
+        as_extracted = dict.fromkeys(self.curriculum.places("student"), self.identity.width)
+        for stage, index in zip(curriculum.stages, indices, strict=True):
+            if isinstance(stage, HiddenStage):
+                extracted: Any = self.curriculum.stages[index]
+                as_extracted[extracted.student_place] = width_at(widths, stage.student_place)
+        mine = load_target_maps(self.store.fetch(STATISTICS_FILE), self.curriculum, as_extracted, blocks)
+        return [mine[index] for index in indices]
 
     @cached_property
     def head(self) -> OutputHead | None:

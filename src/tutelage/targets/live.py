@@ -21,10 +21,12 @@ from tutelage.targets.maps import (
     Calibration,
     Maps,
     TargetMap,
+    Widths,
     calibrate,
     load_target_maps,
     random_projection,
     save_target_maps,
+    width_at,
 )
 from tutelage.targets.source import Batches, Device, StatisticsFile, TargetSource
 from tutelage.tasks.base import Batch, OutputTarget, Task
@@ -66,13 +68,21 @@ class LiveTargets(TargetSource):
         for stage in curriculum.stages:
             if isinstance(stage, OutputStage) and stage.teacher_checkpoint is not None:
                 check_checkpoint(self.model, stage.teacher_checkpoint)
-        check_widths(curriculum, self.task.width(student), self.task.width(self.model))
+        check_widths(curriculum, self.task.widths(student, curriculum.places("student")), self.widths(curriculum))
         super().attach(curriculum, student, outputs)
         self._student = student
+
+    def widths(self, curriculum: Curriculum) -> Widths:
+        """The teacher's widths at the places of a curriculum."""
+        return self.task.widths(self.model, curriculum.places("teacher"))
 
     @property
     def output_count(self) -> int | None:
         return self.task.output_count(self.model)
+
+    @property
+    def output_names(self) -> tuple[str, ...] | None:
+        return self.task.output_names(getattr(self.backbone, "config", None))
 
     def identity(self) -> dict[str, str]:
         return {"teacher": model_hash(self.model, values_per_tensor=16)[:16]}
@@ -108,13 +118,13 @@ class LiveTargets(TargetSource):
         assert curriculum is not None and student is not None and self.blocks is not None
         if not curriculum.hidden_stages:
             return
-        width = self.task.width(student) if width is None else width
+        widths = self.task.widths(student, curriculum.places("student")) if width is None else width
         replicas, blocks, self.calibrated = self.task.replica_seeds(student), self.blocks, {}
         group = Group.of_all(device) if file.shared else Group()
 
         def stored() -> Maps | None:
             found = file.read and file.path.exists()
-            return load_target_maps(file.path, curriculum, width, blocks, replicas) if found else None
+            return load_target_maps(file.path, curriculum, widths, blocks, replicas) if found else None
 
         maps = group.first(stored)
         if maps is None:
@@ -122,7 +132,7 @@ class LiveTargets(TargetSource):
             centers = not transplants or self.task.head_has_bias(student)
             head = self.output_head() if self.task.splits_head else None
             self.calibrated = dict.fromkeys(range(len(curriculum.stages)), 0)
-            calibration = Calibration(width, replicas, centers, keep_moment=transplants, head=head)
+            calibration = Calibration(widths, replicas, centers, keep_moment=transplants, head=head)
             maps = calibrate(self._counted_states, curriculum, batches(), blocks, calibration, group)
             self.calibrated = {index: sum(group.gather(count)) for index, count in self.calibrated.items()}
             if file.write:
@@ -134,14 +144,15 @@ class LiveTargets(TargetSource):
         self.calibrated[self.curriculum.stages.index(stage)] += batch_positions(batch)
         return self.stage_states(stage, batch)
 
-    def draw_maps(self, width: int) -> None:
+    def draw_maps(self) -> None:
         """Maps of the right shapes without a calibration pass, to count operations with."""
-        assert self.curriculum is not None and self.blocks is not None
-        mine = self.task.width(self.model)
+        assert self.curriculum is not None and self.blocks is not None and self._student is not None
         drawn = Curriculum("drawn", self.curriculum.stages)  # a gaussian projection, whatever the curriculum's
         for index, stage in enumerate(self.curriculum.stages):
             if isinstance(stage, HiddenStage):
-                projection = random_projection(drawn, stage, (mine, width), self.blocks)
+                mine = self.task.width(self.model, stage.teacher_place)
+                widths = (mine, self.task.width(self._student, stage.student_place))
+                projection = random_projection(drawn, stage, widths, self.blocks)
                 self.maps[index] = TargetMap(Standardizer.identity(mine), projection)
 
     def make_view(self, index: int, batch: Batch) -> None:
@@ -205,7 +216,8 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def check_widths(curriculum: Curriculum, student: int, teacher: int) -> None:
+def check_widths(curriculum: Curriculum, student: Widths, teacher: Widths) -> None:
     """Refuse a projection that cannot map the teacher's width to the student's."""
-    if curriculum.hidden_stages:
-        check_widening(curriculum.projection, teacher, student)
+    for stage in curriculum.hidden_stages:
+        widths = width_at(teacher, stage.teacher_place), width_at(student, stage.student_place)
+        check_widening(curriculum.projection, *widths)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tutelage.core.blocks import FINAL
+from tutelage.core.blocks import FINAL, Place
 from tutelage.core.curriculum import Curriculum, HiddenStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
@@ -51,11 +51,19 @@ class TargetMap:
         return TargetMap(self.standardizer.to(device), self.projection, self.moment)
 
 
+Widths = int | Mapping[Place, int]  # R of the targets: of all of them, or by the student's place
+
+
+def width_at(widths: Widths, place: Place) -> int:
+    """The width at a place."""
+    return widths if isinstance(widths, int) else widths[place]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How target maps are made for a student."""
 
-    width: int  # R, of the targets
+    width: Widths
     replicas: Sequence[int] | None = None  # seeds of the networks in a replicated student: each has its own projection
     center_final: bool = True  # subtract the mean at `final`; False where the student's head has no bias to carry it
     keep_moment: bool = False  # give the map at `final` its second moment
@@ -148,7 +156,8 @@ class _Calibrator:
         return found
 
     def _projection(self, stage: HiddenStage, standardizer: Standardizer, moment: torch.Tensor | None) -> Projection:
-        kind, width, head = self.curriculum.projection, self.calibration.width, self.calibration.head
+        kind, head = self.curriculum.projection, self.calibration.head
+        width = width_at(self.calibration.width, stage.student_place)
         if kind in RANDOM_KINDS:
             widths = (len(standardizer.mean), width)
             return random_projection(self.curriculum, stage, widths, self.teacher_blocks, self.calibration.replicas)
@@ -211,7 +220,7 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
 
 
 def load_target_maps(
-    path: Path, curriculum: Curriculum, student_width: int, teacher_blocks: int, replicas: Seeds = None
+    path: Path, curriculum: Curriculum, widths: Widths, teacher_blocks: int, replicas: Seeds = None
 ) -> Maps:
     """The inverse of `save_target_maps`."""
     tensors = load_file(path)
@@ -221,11 +230,12 @@ def load_target_maps(
             maps.append(None)
             continue
         mean, scale, sink_norm = (tensors[f"{index}.{name}"] for name in ("mean", "scale", "sink_norm"))
+        width = width_at(widths, stage.student_place)
         standardizer = Standardizer(mean, scale, float(sink_norm), is_identity=curriculum.normalize == "none")
         projection: Projection
         if (stored := tensors.get(f"{index}.projection")) is not None:
-            projection = DataProjection(stored[:, :student_width], curriculum.projection)
+            projection = DataProjection(stored[:, :width], curriculum.projection)
         else:
-            projection = random_projection(curriculum, stage, (len(mean), student_width), teacher_blocks, replicas)
+            projection = random_projection(curriculum, stage, (len(mean), width), teacher_blocks, replicas)
         maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.moment")))
     return maps

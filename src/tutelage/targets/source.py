@@ -100,6 +100,11 @@ class TargetSource:
         """Outputs of the teacher's head; None where there is none to share."""
         return None
 
+    @property
+    def output_names(self) -> tuple[str, ...] | None:
+        """Names of these outputs, where they have names (`Task.output_names`)."""
+        return None
+
     def identity(self) -> dict[str, str]:
         """What tells this source from others, for a run that is resumed."""
         return {}

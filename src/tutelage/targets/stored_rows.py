@@ -9,10 +9,11 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import Curriculum, HiddenStage
 from tutelage.io.store import Store
 from tutelage.targets.folder import ExtractedCurriculum, StoredBatch
 from tutelage.targets.manifest import Split, check_shards_exist, open_split
+from tutelage.targets.maps import Widths, width_at
 from tutelage.targets.source import Reading, epoch_order
 
 
@@ -26,8 +27,12 @@ class StoredRows(torch.utils.data.Dataset[Any]):
     - else in an order drawn from (seed, stage, pass): over all rows where the files are on this machine, and where they are
       not, shard after shard in a drawn order, each device its own shards, so that a shard is fetched once a pass."""
 
-    def __init__(self, source: ExtractedCurriculum, curriculum: Curriculum, width: int, reading: Reading):
-        self.source, self.width, self.reading = source, width, reading
+    def __init__(self, source: ExtractedCurriculum, curriculum: Curriculum, widths: Widths, reading: Reading):
+        self.source, self.reading = source, reading
+        self.widths = [
+            width_at(widths, stage.student_place) if isinstance(stage, HiddenStage) else 0
+            for stage in curriculum.stages
+        ]
         self.splits = [f"stage_{index + 1}" for index in source.stages(curriculum)]
         local = source.store.local is not None
         kind = _MappedRows if local else _FetchedRows
@@ -82,7 +87,7 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         assert len(stages) == 1, "a batch never holds rows of two stages"
         stage = stages.pop()
         table = self.tables[stage].take([row for _, row in places])
-        return StoredBatch(table, self.source.identity.forms[self.splits[stage]], self.source, self.width)
+        return StoredBatch(table, self.source.identity.forms[self.splits[stage]], self.source, self.widths[stage])
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {"input_ids": self.__getitems__([position]).tensors(0)["input_ids"][0]}

@@ -20,12 +20,12 @@ from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.forward import forward_to, make_view
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor
+from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor, text_config
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.router import state_and_balance
 from tutelage.core.topk import TopK
 from tutelage.core.views import view_of
-from tutelage.tasks.loading import load_model
+from tutelage.tasks.loading import load_config, load_model
 
 Batch = dict[str, Any]
 
@@ -68,6 +68,7 @@ class Clues:
 
     names: tuple[str, ...]  # of its class and base classes, or `architectures`; SentenceTransformer for such a folder
     model: nn.Module | None = None
+    config: Any = None
 
 
 class Task(ABC):
@@ -96,13 +97,18 @@ class Task(ABC):
 
     def load(self, path: str, *, what: str = "teacher", **kwargs: Any) -> nn.Module:
         """Load a whole model from a folder or the Hub; `kwargs` as in `tutelage.tasks.loading.load_model`."""
-        return load_model(path, self.auto_class, what=what, **kwargs)
+        config = load_config(path, what=what, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+        return load_model(path, self.class_for(config), what=what, **kwargs)
+
+    def class_for(self, config: PreTrainedConfig) -> Any:
+        """The auto class that builds and loads models of a configuration."""
+        return self.auto_class
 
     def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
         """A randomly initialised model; `shape` is the `teacher_shape` of the teacher, None without a teacher."""
         kinds = (KeyError, ValueError, TypeError, RuntimeError)
         with as_user_error(f"could not build the {config.model_type} student", *kinds):
-            return self.auto_class.from_config(config)
+            return self.class_for(config).from_config(config)
 
     def teacher_shape(self, teacher: nn.Module) -> dict[str, Any] | None:
         """What a student must know about its teacher in addition to the configuration, as JSON values."""
@@ -118,8 +124,16 @@ class Task(ABC):
         """The part of a model that hidden stages run."""
         return model
 
-    def width(self, model: nn.Module) -> int:
-        return int(self.backbone(model).config.hidden_size)  # type: ignore[arg-type, union-attr]
+    def width(self, model: nn.Module, place: Place | None = None) -> int:
+        """Width of the hidden state at `place`; None is any block. A masked model's transform may end in a different one."""
+        if place == FINAL and self.splits_head and (head := self.output_head(model)) is not None:
+            return head.linear.in_features
+        config: Any = self.backbone(model).config
+        return int(text_config(config).hidden_size)
+
+    def widths(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, int]:
+        """Widths at several places."""
+        return {place: self.width(model, place) for place in places}
 
     def state_at(
         self, model: nn.Module, place: Place, batch: Mapping[str, Any], blocks: Blocks | None = None
@@ -164,6 +178,10 @@ class Task(ABC):
         """Number of outputs of the head; student and teacher must have the same. None if the head is not split off."""
         head = self.output_head(model) if self.splits_head else None
         return None if head is None else head.linear.out_features
+
+    def output_names(self, config: Any) -> tuple[str, ...] | None:
+        """Names of the outputs that a configuration gives; None where they have none of their own."""
+        return None
 
     def save(self, model: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,11 @@ class SequenceClassification(HeadTask):
                 "classification into one of two or more classes can be distilled"
             )
 
+    def output_names(self, config: Any) -> tuple[str, ...] | None:
+        """Names of the classes; None for the generic LABEL_0, LABEL_1, ..."""
+        names = tuple(str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items()))
+        return None if all(name.startswith("LABEL_") for name in names) else names
+
     def example(self, length: int) -> Batch:
         return {**super().example(length), "labels": torch.zeros((1,), dtype=torch.long)}
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, 
 
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import first_token, model_inputs, usable_positions
+from tutelage.core.inputs import first_token, model_inputs, text_config, usable_positions
 from tutelage.core.losses import OutputSettings, embedding_loss
 from tutelage.tasks.base import Batch, Clues, EvaluationTools, OutputTarget, Task
 from tutelage.tasks.loading import check_weights, find_file, load_config, load_model
@@ -118,11 +118,12 @@ class EmbeddingModel(nn.Module):
             raise UserError(f"unknown pooling {pooling!r}: use one of {', '.join(POOLINGS)}")
         self.encoder = encoder
         self.pooling, self.normalize = pooling, normalize
-        self.head = None if embedding_size is None else nn.Linear(encoder.config.hidden_size, embedding_size)
+        self.width: int = text_config(encoder.config).hidden_size  # D
+        self.head = None if embedding_size is None else nn.Linear(self.width, embedding_size)
 
     @property
     def embedding_size(self) -> int:
-        return self.encoder.config.hidden_size if self.head is None else self.head.out_features
+        return self.width if self.head is None else self.head.out_features
 
     def fit_head(self, embedding_size: int) -> None:
         """Add a head with the output width `embedding_size`, if the encoder has a different width; UserError if it has a
@@ -132,7 +133,7 @@ class EmbeddingModel(nn.Module):
         if self.head is not None:
             found = f"the student's embeddings have {self.embedding_size} dimensions, the teacher's {embedding_size}"
             raise UserError(f"{found}: use a student without a Dense module; tutelage adds one of the right size")
-        self.head = nn.Linear(self.encoder.config.hidden_size, embedding_size)
+        self.head = nn.Linear(self.width, embedding_size)
 
     def stored_parts(self) -> list[tuple[str, nn.Module, str]]:
         """The parts that `save_pretrained` writes: folder, module, and prefix of the names in the file."""
@@ -172,13 +173,12 @@ class EmbeddingModel(nn.Module):
         folder = Path(folder)
         kwargs.pop("state_dict", None)
         self.encoder.save_pretrained(folder, **kwargs)
-        width = self.encoder.config.hidden_size
         modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
         pooling = {key: self.pooling == name for name, key in _POOLING_KEYS.items()}
-        _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **pooling})
+        _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.width, **pooling})
         if self.head is not None:
             modules.append(("Dense", _DENSE))
-            shape = {"in_features": width, "out_features": self.head.out_features, "bias": True}
+            shape = {"in_features": self.width, "out_features": self.head.out_features, "bias": True}
             activation = {"activation_function": "torch.nn.modules.linear.Identity"}
             _write_json(folder / _DENSE / "config.json", {**shape, **activation})
             weights = {f"linear.{name}": value.cpu() for name, value in self.head.state_dict().items()}
@@ -218,7 +218,7 @@ def load_embedding_model(folder: str, *, what: str = "teacher", **kwargs: Any) -
     model = EmbeddingModel(encoder, None, pooling, "Normalize" in kinds)
     if "Dense" in kinds:
         weights = _dense_weights(folder, kinds["Dense"], what)
-        model.head = nn.Linear(encoder.config.hidden_size, len(weights["weight"]))
+        model.head = nn.Linear(model.width, len(weights["weight"]))
         model.head.load_state_dict(weights)
     return model
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -9,15 +10,18 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import IGNORED_LABEL, PACKED, at_positions, label_positions
+from tutelage.core.inputs import IGNORED_LABEL, PACKED, at_positions, label_positions, text_config
 from tutelage.core.router import router_coefficient
-from tutelage.tasks.base import Batch, HeadTask, Selected
+from tutelage.tasks.base import Batch, Clues, HeadTask, Selected
+from tutelage.tasks.loading import has_class
 
 
 class _LanguageModel(HeadTask):
@@ -48,6 +52,13 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
+def _is_composite(names: Sequence[str], config: Any) -> bool:
+    """Whether a model is a causal language model with an encoder of images or sound beside it; T5 and BART are not."""
+    text = text_config(config)
+    generates = any(name.endswith("ForConditionalGeneration") for name in names)
+    return generates and text is not config and not (config.is_encoder_decoder or text.is_encoder_decoder)
+
+
 @final
 class CausalLM(_LanguageModel):
     """Position t predicts token t + 1."""
@@ -57,6 +68,17 @@ class CausalLM(_LanguageModel):
     suffixes = ("ForCausalLM", "LMHeadModel")
     causal = True
     pipeline_tag = "text-generation"
+
+    def recognizes(self, clues: Clues) -> bool:
+        return super().recognizes(clues) or _is_composite(clues.names, clues.config)
+
+    def class_for(self, config: PreTrainedConfig) -> Any:
+        composite = _is_composite(config.architectures or (), config) or not has_class(self.auto_class, config)
+        return (
+            AutoModelForImageTextToText
+            if composite and has_class(AutoModelForImageTextToText, config)
+            else self.auto_class
+        )
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float = 0.3) -> Any:
         return CausalCollator(tokenizer.pad_token_id)

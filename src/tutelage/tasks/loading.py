@@ -99,6 +99,11 @@ def load_model(
     return model
 
 
+def has_class(auto_class: Any, config: PreTrainedConfig) -> bool:
+    """Whether an auto class of transformers has a model of a configuration."""
+    return type(config) in getattr(auto_class, "_model_mapping", ())
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer stored at `path`, padding with its end token if it has no other; None where there is none, UserError if a
     local one is damaged."""

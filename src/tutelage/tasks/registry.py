@@ -38,9 +38,10 @@ def detect_task(model_or_config: nn.Module | PreTrainedConfig | str, trust_remot
 
 def _clues(source: nn.Module | PreTrainedConfig | str, trust_remote_code: bool) -> Clues:
     if isinstance(source, nn.Module):
-        return Clues(tuple(cls.__name__ for cls in type(source).__mro__), model=source)
+        names = tuple(cls.__name__ for cls in type(source).__mro__)
+        return Clues(names, model=source, config=getattr(source, "config", None))
     if isinstance(source, PreTrainedConfig):
-        return Clues(tuple(source.architectures or [""]))
+        return Clues(tuple(source.architectures or [""]), config=source)
     if find_file(source, "modules.json") is not None:
         return Clues(("SentenceTransformer",))
     return _clues(load_config(source, trust_remote_code=trust_remote_code), trust_remote_code)

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from tutelage.core.errors import UserError, as_user_error
+from tutelage.core.inputs import text_config
 from tutelage.tasks.base import Task
-from tutelage.tasks.loading import has_weights, load_config
+from tutelage.tasks.loading import has_class, has_weights, load_config
 
 _ALIASES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
 # names of the feed-forward width, by architecture family
@@ -22,15 +23,24 @@ _HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 _SIZES = {"num_hidden_layers", "hidden_size", *_HEADS, *_FEED_FORWARD}
 
 
-def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
+def student_config(student: str, teacher: PreTrainedConfig, task: Task | None = None) -> PreTrainedConfig:
     """The configuration of a student.
 
     `student` is a model folder, a `config.json`, or a preset such as `layers=3,hidden_size=192`: comma-separated settings that
     replace those of the teacher. Heads and feed-forward width follow the hidden size unless they are given; every other field
-    (vocabulary, positions, activation...) is that of the teacher.
+    (vocabulary, positions, activation...) is that of the teacher. Of a teacher with an image or sound encoder, a preset changes
+    the language model; if `task` has a model of it alone, that is the student.
     Raises UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads."""
     if is_preset(student):
-        return _preset(student, teacher)
+        whole = copy.deepcopy(language_config(teacher, task))
+        whole.id2label, whole.label2id = teacher.id2label, teacher.label2id
+        with as_user_error(f"student preset {student!r} cannot be made from a {whole.model_type} teacher"):
+            text = _preset(student, text_config(whole))
+        for name in whole.sub_configs:
+            if getattr(whole, name, None) is text_config(whole):
+                setattr(whole, name, text)
+                return _untrained(whole)
+        return text
     path = Path(student)
     if path.is_file():
         try:
@@ -42,6 +52,12 @@ def student_config(student: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         with as_user_error(f"student config {student!r} cannot be used"):
             return AutoConfig.for_model(**fields)
     return load_config(student, what="student")
+
+
+def language_config(config: PreTrainedConfig, task: Task | None) -> PreTrainedConfig:
+    """The part of a configuration that is about its language model, if `task` has a model of it alone; else all of it."""
+    text: PreTrainedConfig = text_config(config)
+    return text if task is not None and has_class(task.auto_class, text) else config
 
 
 def is_preset(student: str) -> bool:
@@ -109,6 +125,11 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
             f"student preset {text!r}: each head has {size} values, but rotary position embeddings need an even number: change "
             "hidden_size or heads"
         )
+    return _untrained(config)
+
+
+def _untrained(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Without what belongs to the weights of the teacher."""
     for stale in ("quantization_config", "_name_or_path"):
         if hasattr(config, stale):
             delattr(config, stale)

@@ -67,6 +67,18 @@ def shared_outputs(student: nn.Module, source: TargetSource, tokenizer: PreTrain
     return len(tokenizer)
 
 
+def check_output_names(student: nn.Module, source: TargetSource) -> None:
+    """Refuse a student whose classes have other names than the teacher's, or the same in a different order."""
+    mine = source.task.output_names(getattr(source.task.backbone(student), "config", None))
+    theirs = None if mine is None else source.output_names
+    for number, (my, their) in enumerate(zip(mine or (), theirs or (), strict=False)):
+        if my.casefold() != their.casefold():
+            raise UserError(
+                f"class {number} is {my!r} in the student and {their!r} in the teacher: distillation compares classes by "
+                "number; give the student the teacher's id2label and label2id"
+            )
+
+
 def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: str) -> None:
     """Refuse an empty dataset, rows without model inputs, and tokens or labels that one of the models does not take.
 

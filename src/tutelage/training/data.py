@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import IGNORED_LABEL, usable_positions
+from tutelage.core.inputs import IGNORED_LABEL, text_config, usable_positions
 from tutelage.tasks.base import Batch, Task
 
 
@@ -26,7 +26,7 @@ class Limits:
 
     @classmethod
     def of(cls, models: Sequence[nn.Module], task: Task) -> "Limits":
-        configs = [task.backbone(model).config for model in models]
+        configs = [text_config(task.backbone(model).config) for model in models]
 
         def least(values: list[int | None]) -> int | None:
             return min((value for value in values if value is not None), default=None)

@@ -22,6 +22,7 @@ from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
 from tutelage.training.resolution import ResolvedRun, resolve
+from tutelage.training.self_check import check_precision, watch
 
 Teacher = nn.Module | str | TargetSource | None
 
@@ -67,7 +68,13 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     for model in models:
         task.check_model(model)
     checks.check_recomputing(student, bool(args.gradient_checkpointing))
+
+    check_precision(student, args.student_dtype == "stored")
+    watched = [
+        watch(name, model, task, args.blocks) for name, model in zip(("student", "teacher"), models, strict=False)
+    ]
     outputs = checks.shared_outputs(student, source, tokenizer)
+    checks.check_output_names(student, source)
     checks.check_dataset(given.train_dataset, models, task, "training")
     checks.check_dataset(eval_dataset, models, task, "evaluation")
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))
@@ -76,6 +83,9 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     run = resolve(args, blocks, fixed, rows, task.warm_start, given.curriculum, devices)
     if run.curriculum.top_k is not None and not task.splits_head:
         raise UserError(f"top_k is for an output head over many outputs, but this task is {task.name}: leave top_k out")
+    for side, seen in zip(("student", "teacher"), watched, strict=False):
+        if seen is not None:
+            seen.check(run.curriculum.places(side))
     source.attach(run.curriculum, student, outputs)
     objective = StageObjective(
         student, source, container=args.blocks, chunk_size=args.logits_chunk_size, embedding_loss=args.embedding_loss

@@ -17,6 +17,7 @@ be.
 
 Shapes: V outputs, D teacher width, R student width, N calibration positions."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -93,6 +94,13 @@ def check(objective: StageObjective) -> None:
             raise UserError(f"{found}: a head transplant needs both alike; {how}")
     if "embedding" in curriculum.warm_start and not hasattr(task.backbone(student), "get_input_embeddings"):
         raise UserError(f"{given} needs a model with token embeddings: use 'head' or 'none'")
+    if "embedding" in curriculum.warm_start and is_tied(student):
+        found = (
+            f"{given}: the student's embedding is its output head too (tied), so it is not projected from the teacher's"
+        )
+        if curriculum.transplant_stage is None:
+            raise UserError(f"{found}; use 'head' or 'none', or set tie_word_embeddings=false in the student")
+        warnings.warn(f"{found}; the transplanted head is used for both", UserWarning, stacklevel=2)
 
 
 def keeps_embedding_fixed(curriculum: Curriculum, student: nn.Module) -> bool:

@@ -88,10 +88,9 @@ class UserRecipe(Recipe):
         return source.model
 
     def make_student(self, seeds: Sequence[int]) -> nn.Module:
-        run, config = self._given
-        shape = student_config(str(run.student), load_config(str(config.teacher_model_name_or_path)))
+        (run, config), task = self._given, self._run.task
+        shape = student_config(str(run.student), load_config(str(config.teacher_model_name_or_path)), task)
         set_seed(31 + seeds[0])
-        task = self._run.task
         return make_student(str(run.student), task, shape, task.teacher_shape(self._teacher)).float()
 
     def train_data(self, seeds: Sequence[int], count: int) -> Any:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from tutelage.core.errors import UserError
+from tutelage.core.inputs import text_config
 from tutelage.io.store import Store
 from tutelage.runs.environment import environment, quiet_unless_terminal
 from tutelage.runs.extraction.encoder import Columns, Encoder
@@ -99,13 +100,14 @@ class ExtractionJob:
         self.run = prepare(given, args, options.devices).run
         self.args, self.source, self.curriculum = args, source, self.run.curriculum
         self.source.to(device)
-        self.width = options.projection_dim or source.task.width(inputs.student)
-        check_widths(self.curriculum, self.width, source.task.width(source.model))
+        widths = source.task.widths(inputs.student, self.curriculum.places("student"))
+        self.width = options.projection_dim or max(widths.values(), default=source.task.width(inputs.student))
+        check_widths(self.curriculum, self.width, source.widths(self.curriculum))
         data: Any = inputs.train_dataset
         sequential = args.train_sampling_strategy == "sequential"
         self.schedule = Schedule(self.curriculum, len(data), self.run.reading, sequential, options.all_stages)
         config: Any = source.backbone.config
-        vocabulary, chunk = max(len(inputs.tokenizer), int(config.vocab_size)), args.logits_chunk_size
+        vocabulary, chunk = max(len(inputs.tokenizer), int(text_config(config).vocab_size)), args.logits_chunk_size
         self.encoder = Encoder(
             source, data, inputs.eval_dataset, inputs.collator, vocabulary, options.dtype, device, chunk
         )
