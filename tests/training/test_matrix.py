@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
@@ -48,6 +49,11 @@ class Cell:
     @property
     def rows_per_step(self) -> int:
         return BATCH * self.accumulation * self.processes
+
+    @property
+    def traced(self) -> tuple[str, bool, bool]:
+        """What the graphs of a compiled run depend on."""
+        return self.model, self.ragged, self.half
 
     @property
     def name(self) -> str:
@@ -134,9 +140,12 @@ def run_group(folder: Path, compiled: bool, processes: int) -> None:
     """All cells of a group, in this process and its siblings; the first one keeps the parameters, or what went wrong."""
     torch._dynamo.config.optimize_ddp = False  # it traces each network anew, where graphs are shared here
     first = int(os.environ.get("RANK", "0")) == 0
-    for cell in CELLS:
-        if (cell.compiled, cell.processes) != (compiled, processes):
-            continue
+    cells = [cell for cell in CELLS if (cell.compiled, cell.processes) == (compiled, processes)]
+    traced: Any = None
+    for cell in sorted(cells, key=lambda cell: cell.traced):  # runs that share graphs together
+        if compiled and cell.traced != traced:
+            traced = cell.traced
+            torch._dynamo.reset()
         try:
             found = run(cell, folder / "output" / cell.name)
             breaks = torch._dynamo.utils.counters["graph_break"]
@@ -153,13 +162,18 @@ def run_group(folder: Path, compiled: bool, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, int], Path]:
-    """Folder with the parameters of all runs of a group, made when it is first asked for."""
+    """Folder with the parameters of all runs of a group, made when one of pytest's workers first asks for it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
 
     @cache
     def made(compiled: bool, processes: int) -> Path:
-        folder = tmp_path_factory.mktemp("group")
-        launch(processes, run_group, folder, compiled, processes)
-        shutil.rmtree(folder / "output")
+        folder = shared / f"matrix-{compiled}-{processes}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                launch(processes, run_group, folder, compiled, processes)
+                shutil.rmtree(folder / "output")
         return folder
 
     return made
