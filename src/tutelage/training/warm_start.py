@@ -29,6 +29,7 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
 from tutelage.training.objective import StageObjective
+from tutelage.training.sharding import run_student, write_rows
 
 # Before any training the noise of a student's state is unknown: the decoder is made for half of its target's mean square.
 _MAX_GAIN = 2.0
@@ -52,9 +53,9 @@ def transplant_head(
         if teacher.linear.bias is not None:
             bias = bias + teacher.linear.bias[used].double().cpu()
     rows = slice(0, len(weight))
-    linear.weight[rows] = (gain * weight).to(linear.weight)
+    write_rows(linear.weight, rows, gain * weight)
     if linear.bias is not None:
-        linear.bias[rows] = (gain * bias).to(linear.bias)
+        write_rows(linear.bias, rows, gain * bias)
 
 
 @torch.no_grad()
@@ -115,17 +116,23 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
     index = objective.curriculum.transplant_stage
     if index is None or is_tied(objective.student):
         return None
+    distance, size = run_student(objective, _distance, objective, index, batches())
+    _transplant(objective, size / distance if distance > 0 else None)
+    return index
+
+
+def _distance(objective: StageObjective, index: int, batches: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Squared distance between the student's states and the targets of a hidden stage, and squares of these, summed."""
     student, was_training = objective.student, objective.student.training
     student.eval()
     distance = size = 0.0
-    for batch in batches():
+    for batch in batches:
         states, targets, keep = objective.hidden_states(index, batch)
-        states, targets = states[keep].double(), targets[keep].double()
+        states, targets = states[keep].cpu().double(), targets[keep].cpu().double()  # float64 is not on every device
         distance += float((states - targets).square().sum())
         size += float(targets.square().sum())
     student.train(was_training)
-    _transplant(objective, size / distance if distance > 0 else None)
-    return index
+    return distance, size
 
 
 def _transplant(objective: StageObjective, max_gain: float | None) -> None:

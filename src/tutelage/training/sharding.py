@@ -1,0 +1,105 @@
+"""Students whose parameters are sharded over processes (FSDP2, `torch.distributed.fsdp.fully_shard`).
+
+Each block is a unit of its own. The rest (embedding, final norm, output head) belongs to the unit of the stage objective, so
+its parameters are whole while the objective's forward runs, and the loss may use the head's weight. Outside of a forward every
+parameter is a `DTensor`, of which each process holds a part."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tutelage.core.errors import UserError
+from tutelage.training.objective import StageObjective
+
+Result = TypeVar("Result")
+
+
+def configure(plugin: Any, objective: StageObjective) -> None:
+    """Have accelerate's FSDP plugin shard as this module says; UserError for settings that were not seen to be right."""
+    blocks = [objective.blocks.module(objective.task.backbone(objective.student), 1 + i) for i in range(len(objective.blocks))]
+    kinds = list(dict.fromkeys(type(block).__name__ for block in blocks))
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise UserError("FSDP1 cannot change the trainable set between stages: use FSDP2, fsdp_config={'version': 2}")
+    found = {
+        "cpu_offload": bool(plugin.cpu_offload),
+        "activation_checkpointing": plugin.activation_checkpointing,
+        "cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+        "min_num_params": bool(plugin.min_num_params),
+        "transformer_layer_cls_to_wrap": plugin.transformer_cls_names_to_wrap not in (None, kinds),
+        "state_dict_type": "FULL" not in str(plugin.state_dict_type),
+        "an adapter (peft)": hasattr(objective.student, "peft_config"),
+    }
+    refused = [name for name, given in found.items() if given]
+    if refused:
+        how = "leave them out (state_dict_type must be FULL_STATE_DICT)"
+        raise UserError(f"FSDP2 was not tested with {', '.join(refused)}: {how}, or use DDP")
+    plugin.transformer_cls_names_to_wrap = kinds
+    plugin.mixed_precision_policy = None  # autocast decides what runs in half precision, as without sharding
+
+
+def is_sharded(objective: StageObjective) -> bool:
+    """Whether the objective was sharded by FSDP2."""
+    return isinstance(objective, FSDPModule)
+
+
+def run_student(objective: StageObjective, function: Callable[..., Result], *args: Any) -> Result:
+    """`function(*args)`, which runs the student outside of the objective's forward; every process must call this alike."""
+    if not is_sharded(objective):
+        return function(*args)
+    if "call" not in objective.__dict__:
+        register_fsdp_forward_method(objective, "call")
+    try:
+        return objective.call(function, *args)
+    finally:
+        objective.reshard()  # the root unit stays whole after a forward without a backward
+
+
+@torch.no_grad()
+def write_rows(parameter: torch.Tensor, rows: slice, values: torch.Tensor) -> None:
+    """`parameter[rows] = values`; of a sharded parameter each process writes its part, of the values of process 0."""
+    if not isinstance(parameter, DTensor):
+        parameter[rows] = values.to(parameter)
+        return
+    whole = parameter.full_tensor()
+    whole[rows] = values.to(whole)
+    parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Whole parameters, in CPU memory, in place of sharded ones, e.g. to save the model; every process must enter this."""
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    shards = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for module, name, parameter in shards:
+        if parameter not in whole:  # a tied parameter stays one
+            whole[parameter] = nn.Parameter(parameter.full_tensor().detach().cpu(), parameter.requires_grad)
+        setattr(module, name, whole[parameter])
+    try:
+        yield
+    finally:
+        for module, name, parameter in shards:
+            setattr(module, name, parameter)
+
+
+def load_weights(student: nn.Module, checkpoint: Path) -> None:
+    """Load what a sharded run saved into a student that is not sharded yet."""
+    file = checkpoint / f"{FSDP_MODEL_NAME}.bin"
+    student.load_state_dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+
+
+def are_finite(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether all values are finite; of sharded parameters, those that this process has."""
+    values = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+    return all(bool(torch.isfinite(value).all()) for value in values)
