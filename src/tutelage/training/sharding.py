@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tutelage.core.errors import UserError
@@ -28,7 +28,7 @@ def configure(plugin: Any, objective: StageObjective) -> None:
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise UserError("FSDP1 cannot change the trainable set between stages: use FSDP2, fsdp_config={'version': 2}")
     found = {
-        "cpu_offload": bool(plugin.cpu_offload),
+        "cpu_offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "activation_checkpointing": plugin.activation_checkpointing,
         "cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
         "min_num_params": bool(plugin.min_num_params),
@@ -55,6 +55,10 @@ def run_student(objective: StageObjective, function: Callable[..., Result], *arg
         return function(*args)
     if "call" not in objective.__dict__:
         register_fsdp_forward_method(objective, "call")
+        for module in objective.modules():  # what parameters are gathered into must not be made in inference mode
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.reshard()
     try:
         return objective.call(function, *args)
     finally:
