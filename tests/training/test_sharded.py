@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -14,39 +19,34 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
+from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.language import CausalCollator
+from tutelage.training import sharding
 from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
-from tutelage.training.sharding import whole_parameters
 from tutelage.training.transition import StageTransition
 
 STAGES = (
     HiddenStage(steps=2, student_place=1, teacher_place=2),  # block 2 and the head are frozen
     HiddenStage(steps=2, student_place="final", teacher_place="final"),
-    OutputStage(steps=3),  # begins with a transplanted head
+    OutputStage(steps=3),  # begins with a transplanted head, unless embeddings are tied
 )
+STEPS, STOPS = 7, (5,)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def curriculum() -> Curriculum:
-    return Curriculum("extraction", STAGES, warm_start="head")
-
-
-def train(folder: Path, first: int, last: int, tied: bool) -> None:
-    """Steps `first` to `last` of a curriculum, from the files of step `first` to those of step `last`."""
-    rank, processes = 0, 1
-    if torch.distributed.is_torchelastic_launched() or "RANK" in __import__("os").environ:
-        torch.distributed.init_process_group("gloo")
-        rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    student, collate, rows = llama(2, 16, seed=2, tie_word_embeddings=tied), CausalCollator(), token_rows(ragged=True)
+def train_by_hand(folder: Path, first: int, stops: Sequence[int], tied: bool, rank: int = 0, processes: int = 1) -> None:
+    """Train a curriculum from step `first` on with plain PyTorch, saving at `stops`."""
+    student, rows, collate = llama(2, 16, seed=2, tie_word_embeddings=tied), token_rows(ragged=True), CausalCollator()
     source = LiveTargets(llama(4, 24, seed=1))
-    source.attach(curriculum(), student)
+    source.attach(Curriculum("extraction", STAGES, warm_start="head"), student)
     if first:
         student.load_state_dict(torch.load(folder / f"student-{first}.pt"))
     objective = StageObjective(student, source)
@@ -56,52 +56,124 @@ def train(folder: Path, first: int, last: int, tied: bool) -> None:
     source.prepare(StatisticsFile(folder / "statistics.safetensors", bool(first), rank == 0), feed.calibration, "cpu")
     for index in range(len(STAGES)):
         transition.measure(index, feed)
-    index, local = curriculum().stage_at(first)
-    transition.enter(index, local == 0, feed)
+    transition.enter(objective.curriculum.stage_at(first)[0], first == 0, feed)
     transition.set_trainable(transition.all)
     if processes > 1:
-        for block in range(1, 3):
+        for block in (1, 2):
             fully_shard(objective.blocks.module(student, block))
         fully_shard(objective)
+        assert all(isinstance(parameter, DTensor) for parameter in student.parameters())
     optimizer: Any = None
-    for step in range(first, last):
-        index, local = curriculum().stage_at(step)
+    for step in range(first, stops[-1]):
+        index, local = objective.curriculum.stage_at(step)
         if index != transition.entered:
             transition.enter(index, True, feed)
         if local == 0 or optimizer is None:
             transition.set_trainable(transition.trainable)
-            optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
+            trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3)
             if local > 0:
                 state = torch.load(folder / f"optimizer-{first}.pt")
                 set_optimizer_state_dict(student, optimizer, state, options=WHOLE)
         batch = collate([rows[index] for index in range(4 * step, 4 * step + 4)])
-        items = objective.count_items(batch)
         mine = {name: value[rank::processes] for name, value in batch.items()}
-        (objective(num_items=items, **mine)["loss"] * processes).backward()
+        loss = objective(num_items=objective.count_items(batch), **mine)["loss"]
+        (loss * processes).backward()  # gradients are averaged over processes
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    state = get_optimizer_state_dict(student, optimizer, options=WHOLE)
-    whole = get_model_state_dict(student, options=WHOLE)
-    with whole_parameters(student):
+        if step + 1 in stops:
+            states = [get_model_state_dict(student, options=WHOLE)]
+            states.append(get_optimizer_state_dict(student, optimizer, options=WHOLE))
+            if rank == 0:
+                for name, state in zip(("student", "optimizer"), states, strict=True):
+                    torch.save(state, folder / f"{name}-{step + 1}.pt")
+    with sharding.whole_parameters(student):
         if rank == 0:
-            student.save_pretrained(folder)
-            torch.save(whole, folder / f"student-{last}.pt")
-            torch.save(state, folder / f"optimizer-{last}.pt")
-    if processes > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+            student.save_pretrained(folder / "plain")
 
 
-def trained(folder: Path, processes: int, *, tied: bool = False, stop: int | None = None) -> dict[str, torch.Tensor]:
-    folder.mkdir()
-    steps = [0, 7] if stop is None else [0, stop, 7]
-    for first, last in zip(steps[:-1], steps[1:], strict=True):
-        launch(processes, train, folder, first, last, tied)
-    return load_file(folder / "model.safetensors")
+def train_in_shards(root: Path, first: int) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for tied in (False, True):
+        train_by_hand(root / str(tied), first, [*(stop for stop in STOPS if stop > first), STEPS], tied, rank, processes)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
-def test_a(tmp_path: Path) -> None:
-    one, two = trained(tmp_path / "one", 1), trained(tmp_path / "two", 2)
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_sharded_curriculum_equals_one_process_and_resumes_in_new_processes(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one / "False", one / "True", two / "False", two / "True"):
+        folder.mkdir(parents=True)
+    for tied in (False, True):
+        train_by_hand(one / str(tied), 0, [STEPS], tied)
+    expected = {tied: load_file(one / str(tied) / "plain/model.safetensors") for tied in (False, True)}
+    for first in (0, *STOPS):
+        launch(2, train_in_shards, two, first)
+        for tied in (False, True):
+            assert_same(load_file(two / str(tied) / "plain/model.safetensors"), expected[tied])
+
+
+def trainer(folder: Path, batch: int, **settings: Any) -> CurriculumTrainer:
+    args = CurriculumConfig(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,
+        max_grad_norm=0.5,
+        disable_tqdm=True,
+        use_cpu=True,
+        calibration_samples=8,
+        layer_map="1:2,final:final",
+        stage_steps=[2, 2],
+        warm_start="head",
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=10,
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_on_start=True,
+        eval_with_teacher=True,
+        **settings,
+    )
+    if args.fsdp:  # accelerate shards on GPUs only: told that these processes have some, it runs the same code here
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    return CurriculumTrainer(
+        model=llama(2, 16, seed=2 + args.process_index),  # the first process's is trained
+        teacher_model=llama(4, 24, seed=1),
+        args=args,
+        train_dataset=token_rows(ragged=True),
+        eval_dataset=token_rows(7, seed=9),
+        data_collator=CausalCollator(),
+    )
+
+
+def train_through_accelerate(folder: Path) -> None:
+    for resume in (False, str(folder / "checkpoint-2"), str(folder / "checkpoint-6"), True):
+        run = trainer(folder, 2, fsdp=True, fsdp_config={"version": 2})
+        run.train(resume_from_checkpoint=resume)
+        torch.save(run.evaluate(), folder / f"metrics-{run.args.process_index}.pt")
+        run.save_model(str(folder / f"resumed-{Path(str(resume)).name}"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_the_trainer_shards_through_accelerate(tmp_path: Path) -> None:
+    one, two = trainer(tmp_path / "one", 4), tmp_path / "two"
+    one.train()
+    one.save_model()
+    metrics = one.evaluate()
+    launch(2, train_through_accelerate, two)
+    expected = load_file(tmp_path / "one/model.safetensors")
+    for resumed in ("False", "checkpoint-2", "checkpoint-6", "True"):  # from the first step, twice within, and from the end
+        assert_same(load_file(two / f"resumed-{resumed}/model.safetensors"), expected)
+    assert torch.load(two / "metrics-0.pt")["eval_kl"] == pytest.approx(metrics["eval_kl"], rel=1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import DynamoBackend
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, register_fsdp_forward_method
@@ -21,26 +22,34 @@ from tutelage.training.objective import StageObjective
 Result = TypeVar("Result")
 
 
-def configure(plugin: Any, objective: StageObjective) -> None:
-    """Have accelerate's FSDP plugin shard as this module says; UserError for settings that were not seen to be right."""
-    blocks = [objective.blocks.module(objective.task.backbone(objective.student), 1 + i) for i in range(len(objective.blocks))]
-    kinds = list(dict.fromkeys(type(block).__name__ for block in blocks))
+def configure(accelerator: Any, objective: StageObjective) -> None:
+    """Have accelerate's FSDP2 shard as this module says; UserError for what was not seen to be right."""
+    plugin, student = accelerator.state.fsdp_plugin, objective.student
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise UserError("FSDP1 cannot change the trainable set between stages: use FSDP2, fsdp_config={'version': 2}")
+    backbone = objective.task.backbone(student)
+    blocks = {objective.blocks.module(backbone, 1 + index) for index in range(len(objective.blocks))}
+    kinds = {type(block) for block in blocks}
+    names = [kind.__name__ for kind in kinds]
     found = {
+        "float16": accelerator.mixed_precision == "fp16",
+        "torch_compile": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+        "parallelism_config": getattr(accelerator, "parallelism_config", None) is not None,
         "cpu_offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "activation_checkpointing": plugin.activation_checkpointing,
+        "activation_checkpointing in fsdp_config (use --gradient_checkpointing)": plugin.activation_checkpointing,
         "cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
         "min_num_params": bool(plugin.min_num_params),
-        "transformer_layer_cls_to_wrap": plugin.transformer_cls_names_to_wrap not in (None, kinds),
-        "state_dict_type": "FULL" not in str(plugin.state_dict_type),
-        "an adapter (peft)": hasattr(objective.student, "peft_config"),
+        "this transformer_layer_cls_to_wrap": plugin.transformer_cls_names_to_wrap not in (None, names),
+        "a state_dict_type other than FULL_STATE_DICT": "FULL" not in str(plugin.state_dict_type),
+        "an adapter (peft)": hasattr(student, "peft_config"),
+        "blocks of the same class as other modules": any(
+            type(module) in kinds and module not in blocks for module in student.modules()
+        ),
     }
-    refused = [name for name, given in found.items() if given]
-    if refused:
-        how = "leave them out (state_dict_type must be FULL_STATE_DICT)"
-        raise UserError(f"FSDP2 was not tested with {', '.join(refused)}: {how}, or use DDP")
-    plugin.transformer_cls_names_to_wrap = kinds
+    if any(found.values()):
+        refused = ", ".join(name for name, given in found.items() if given)
+        raise UserError(f"sharding the student (FSDP2) was not tested with: {refused}. Change this, or use DDP")
+    plugin.transformer_cls_names_to_wrap = names
     plugin.mixed_precision_policy = None  # autocast decides what runs in half precision, as without sharding
 
 

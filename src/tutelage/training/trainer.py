@@ -6,6 +6,7 @@ the trainable set, the optimiser and the schedule are made anew."""
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,10 @@ class CurriculumTrainer(Trainer):
         if self.is_deepspeed_enabled:
             raise UserError("DeepSpeed cannot change the trainable set between stages: use DDP or FSDP2")
         if self.is_fsdp_enabled:
-            sharding.configure(self.accelerator.state.fsdp_plugin, self.objective)
+            sharding.configure(self.accelerator, self.objective)
             self.model.to(args.device)  # it is sharded when training begins
         elif args.fsdp:
-            raise UserError("accelerate shards on accelerators only (fsdp): leave fsdp out on this machine")
+            raise UserError("accelerate shards on GPUs only: leave fsdp out on this machine")
         self.source.to(args.device)
 
     @property
@@ -194,32 +195,15 @@ class CurriculumTrainer(Trainer):
         fresh = local == 0 and self._resumed_stage != index
         with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
             self.transition.enter(index, fresh, self.feed)
-            if step == 0:
-                self._charge_calibration()
-            if self.transition.transplanted is not None:
-                self._charge_transplant(self.transition.transplanted)
+            student_flops, teacher_flops = self.transition.setup_flops(self.feed, begins=step == 0)
+        self.progress.student_flops += student_flops
+        self.progress.teacher_flops += teacher_flops
         fits = self.curriculum.warm_start != "none" or self.is_fsdp_enabled
         if fresh and self.args.world_size > 1 and fits and not sharding.is_sharded(self.objective):
             for parameter in self.objective.student.parameters():  # each process fitted its own, to the last bit
                 torch.distributed.broadcast(parameter.data, 0)
         self._resumed_stage = None
         self.progress.stage = index
-
-    def _charge_calibration(self) -> None:
-        """Charge the calibration pass to the teacher: one forward of each hidden stage's depth over what was read for it."""
-        for index, target_map in enumerate(self.source.maps if self.source.models else ()):
-            if target_map is not None:
-                # without statistics only the first batch is read, for the width
-                read = self.feed.calibration()[: None if target_map.is_calibrated else 1]
-                cost = self.transition.measure(index, self.feed)
-                self.progress.teacher_flops += cost.teacher_flops * sum(map(batch_positions, read))
-
-    def _charge_transplant(self, index: int) -> None:
-        """Charge the pass that compares the student's states with their targets before the head is transplanted."""
-        cost = self.transition.measure(index, self.feed)
-        positions = sum(map(batch_positions, self.feed.calibration()))
-        self.progress.teacher_flops += cost.teacher_flops * positions
-        self.progress.student_flops += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
@@ -282,7 +266,7 @@ class CurriculumTrainer(Trainer):
         """Loss of the current stage; for a bare student (evaluation), its own loss."""
         if not isinstance(self.accelerator.unwrap_model(model, keep_torch_compile=False), StageObjective):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():  # DDP's forward has it, FSDP2's has not
+        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():  # DDP's forward has its own
             outputs = model(num_items=num_items_in_batch, **inputs)
         # DDP averages gradients over devices, the sum is already divided by the items of all
         loss = outputs["loss"] * self.accelerator.num_processes
@@ -373,7 +357,11 @@ class CurriculumTrainer(Trainer):
                 sharding.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.task.restore(self.model, Path(str(self.state.best_model_checkpoint)), super()._load_best_model)
+        standard, best = super()._load_best_model, Path(str(self.state.best_model_checkpoint))
+        if self.is_fsdp_enabled:
+            standard()
+        else:
+            self.task.restore(self.model, best, standard)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; its time does not count as training, and a collator that draws masks draws the same each time."""
@@ -388,6 +376,8 @@ class CurriculumTrainer(Trainer):
         """Metrics of `Task.evaluate`, and the user's `compute_metrics` over the student's predictions if given."""
         output = EvalLoopOutput(None, None, {}, self.num_examples(dataloader))  # type: ignore[arg-type]
         if self.compute_metrics is not None or description == "Prediction":
+            if self.is_fsdp_enabled and not sharding.is_sharded(self.objective):
+                raise UserError("under FSDP2 a student must be trained before it makes predictions: call train() first")
             standard = functools.partial(super().evaluation_loop, dataloader, description, *args, **kwargs)
             output = sharding.run_student(self.objective, standard)
         if description == "Prediction":

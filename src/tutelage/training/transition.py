@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage, OutputStage
+from tutelage.core.inputs import batch_positions
 from tutelage.training import warm_start
 from tutelage.training.costs import StageCost, measure_stage
 from tutelage.training.feed import StageFeed
@@ -56,6 +57,22 @@ class StageTransition:
             self.objective.student.train()
             self.costs[index] = measure_stage(self.objective, index, feed.example(index))
         return self.costs[index]
+
+    def setup_flops(self, feed: StageFeed, begins: bool) -> tuple[float, float]:
+        """FLOPs of student and teacher before the first step of the current stage: the calibration pass, where training
+        `begins`, and the pass that compares states and targets before a head is transplanted."""
+        student = teacher = 0.0
+        source = self.objective.source
+        for index, target_map in enumerate(source.maps if begins and source.models else ()):
+            if target_map is not None:
+                # without statistics only the first batch is read, for the width
+                read = feed.calibration()[: None if target_map.is_calibrated else 1]
+                teacher += self.measure(index, feed).teacher_flops * sum(map(batch_positions, read))
+        if self.transplanted is not None:
+            cost, positions = self.measure(self.transplanted, feed), sum(map(batch_positions, feed.calibration()))
+            teacher += cost.teacher_flops * positions
+            student += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
+        return student, teacher
 
     def set_trainable(self, names: Collection[str]) -> None:
         """Let exactly `names` require gradients."""
