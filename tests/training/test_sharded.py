@@ -18,13 +18,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.errors import UserError
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.language import CausalCollator
@@ -121,7 +122,7 @@ def test_a_sharded_curriculum_equals_one_process_and_resumes_in_new_processes(tm
             assert_same(load_file(two / str(tied) / "plain/model.safetensors"), expected[tied])
 
 
-def trainer(folder: Path, batch: int, **settings: Any) -> CurriculumTrainer:
+def trainer(folder: Path, batch: int, on_gpus: bool = False, **settings: Any) -> CurriculumTrainer:
     args = CurriculumConfig(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -145,8 +146,8 @@ def trainer(folder: Path, batch: int, **settings: Any) -> CurriculumTrainer:
         eval_with_teacher=True,
         **settings,
     )
-    if args.fsdp:  # accelerate shards on GPUs only: told that these processes have some, it runs the same code here
-        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    if args.world_size > 1:  # accelerate shards on GPUs only: told that these processes have some, it runs the same code here
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU if on_gpus else DistributedType.MULTI_CPU
     return CurriculumTrainer(
         model=llama(2, 16, seed=2 + args.process_index),  # the first process's is trained
         teacher_model=llama(4, 24, seed=1),
@@ -158,11 +159,18 @@ def trainer(folder: Path, batch: int, **settings: Any) -> CurriculumTrainer:
 
 
 def train_through_accelerate(folder: Path) -> None:
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2}}
+    with pytest.raises(UserError, match="accelerate shards on GPUs only"):
+        trainer(folder, 2, **fsdp)
     for resume in (False, str(folder / "checkpoint-2"), str(folder / "checkpoint-6"), True):
-        run = trainer(folder, 2, fsdp=True, fsdp_config={"version": 2})
+        run = trainer(folder, 2, on_gpus=True, **fsdp)
         run.train(resume_from_checkpoint=resume)
         torch.save(run.evaluate(), folder / f"metrics-{run.args.process_index}.pt")
         run.save_model(str(folder / f"resumed-{Path(str(resume)).name}"))
+    for name, settings in (("ddp", {}), ("fsdp", {"on_gpus": True, **fsdp})):
+        run = trainer(folder / name, 2, bf16=True, **settings)
+        run.train()
+        run.save_model()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -177,3 +185,48 @@ def test_the_trainer_shards_through_accelerate(tmp_path: Path) -> None:
     for resumed in ("False", "checkpoint-2", "checkpoint-6", "True"):  # from the first step, twice within, and from the end
         assert_same(load_file(two / f"resumed-{resumed}/model.safetensors"), expected)
     assert torch.load(two / "metrics-0.pt")["eval_kl"] == pytest.approx(metrics["eval_kl"], rel=1e-5)
+    assert_same(load_file(two / "fsdp/model.safetensors"), load_file(two / "ddp/model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_version": 1}, "FSDP1 cannot .* use FSDP2"),
+        ({"cpu_offload": CPUOffloadPolicy()}, "not tested with: cpu_offload"),
+        ({"activation_checkpointing": True}, "not tested with: activation_checkpointing"),
+        ({"cpu_ram_efficient_loading": True}, "not tested with: cpu_ram_efficient_loading"),
+        ({"transformer_cls_names_to_wrap": ["LlamaMLP"]}, "not tested with: this transformer_layer_cls_to_wrap"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "not tested with: a state_dict_type other than FULL_STATE_DICT"),
+    ],
+)
+def test_sharding_that_was_not_tested_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(settings)
+
+
+def test_sharding_is_refused_with_compilation_and_float16() -> None:
+    with pytest.raises(ValueError, match="not tested with: float16, torch_compile"):
+        configure({}, mixed_precision="fp16", backend=DynamoBackend.INDUCTOR)
+
+
+def test_sharding_is_refused_where_blocks_are_not_told_from_other_modules() -> None:
+    student = llama(2, 16, seed=2)
+    student.extra = type(student.model.layers[0])(student.config, 0)
+    with pytest.raises(ValueError, match="not tested with: blocks of the same class as other modules"):
+        configure({}, student)
+
+
+def configure(settings: dict[str, Any], student: Any = None, mixed_precision: str = "no", backend: Any = None) -> None:
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    for name, value in settings.items():
+        setattr(plugin, name, value)
+    dynamo = SimpleNamespace(backend=backend or DynamoBackend.NO)
+    state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=dynamo)
+    accelerator = SimpleNamespace(state=state, mixed_precision=mixed_precision)
+    objective = StageObjective(student or llama(2, 16, seed=2), LiveTargets(llama(4, 24, seed=1)))
+    sharding.configure(accelerator, objective)
