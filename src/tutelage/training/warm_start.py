@@ -43,15 +43,15 @@ def transplant_head(
 
     Rows of the student's head beyond the teacher's outputs (a padded vocabulary) are left alone; `standardizer` is of the
     teacher's states at `final`; no teacher head is the identity (sentence encoders)."""
-    scale, mean = standardizer.scale.double().cpu(), standardizer.mean.double().cpu()
-    weight = (decoder_RD.double().cpu() * scale).T
+    scale, mean = standardizer.scale.cpu().double(), standardizer.mean.cpu().double()
+    weight = (decoder_RD.cpu().double() * scale).T
     bias, gain, linear = mean, 1.0 / student.scale, student.linear
     if teacher is not None:
         used = slice(0, teacher.outputs)
-        weight_VD = teacher.linear.weight[used].double().cpu()
+        weight_VD = teacher.linear.weight[used].cpu().double()
         weight, bias, gain = weight_VD @ weight, weight_VD @ mean, teacher.scale / student.scale
         if teacher.linear.bias is not None:
-            bias = bias + teacher.linear.bias[used].double().cpu()
+            bias = bias + teacher.linear.bias[used].cpu().double()
     rows = slice(0, len(weight))
     write_rows(linear.weight, rows, gain * weight)
     if linear.bias is not None:
@@ -116,23 +116,17 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
     index = objective.curriculum.transplant_stage
     if index is None or is_tied(objective.student):
         return None
-    distance, size = run_student(objective, _distance, objective, index, batches())
-    _transplant(objective, size / distance if distance > 0 else None)
-    return index
-
-
-def _distance(objective: StageObjective, index: int, batches: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Squared distance between the student's states and the targets of a hidden stage, and squares of these, summed."""
     student, was_training = objective.student, objective.student.training
     student.eval()
     distance = size = 0.0
-    for batch in batches:
-        states, targets, keep = objective.hidden_states(index, batch)
-        states, targets = states[keep].cpu().double(), targets[keep].cpu().double()  # float64 is not on every device
+    for batch in batches():
+        states, targets, keep = run_student(objective, objective.hidden_states, index, batch)
+        states, targets = states[keep].cpu().double(), targets[keep].cpu().double()
         distance += float((states - targets).square().sum())
         size += float(targets.square().sum())
     student.train(was_training)
-    return distance, size
+    _transplant(objective, size / distance if distance > 0 else None)
+    return index
 
 
 def _transplant(objective: StageObjective, max_gain: float | None) -> None:
