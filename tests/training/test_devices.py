@@ -146,7 +146,9 @@ def doubles(tree: ast.AST) -> Iterator[int]:
             continue
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "double":
             before = node.func.value
-            moved = isinstance(before, ast.Call) and isinstance(before.func, ast.Attribute) and before.func.attr == "cpu"
+            moved = (
+                isinstance(before, ast.Call) and isinstance(before.func, ast.Attribute) and before.func.attr == "cpu"
+            )
             if not moved:
                 yield node.lineno
         yield from doubles(node)

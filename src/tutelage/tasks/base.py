@@ -20,7 +20,7 @@ from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.forward import forward_to, make_view
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import batch_size, count_tokens, last_token, model_inputs, output_tensor, count_on_device
+from tutelage.core.inputs import batch_size, count_on_device, count_tokens, last_token, model_inputs, output_tensor
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.topk import TopK
 from tutelage.core.views import view_of

@@ -14,6 +14,7 @@ from accelerate.utils import DynamoBackend
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tutelage.core.errors import UserError
@@ -30,7 +31,7 @@ def configure(accelerator: Any, objective: StageObjective) -> None:
     backbone = objective.task.backbone(student)
     blocks = {objective.blocks.module(backbone, 1 + index) for index in range(len(objective.blocks))}
     kinds = {type(block) for block in blocks}
-    names = [kind.__name__ for kind in kinds]
+    names = sorted(kind.__name__ for kind in kinds)
     found = {
         "float16": accelerator.mixed_precision == "fp16",
         "torch_compile": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
@@ -39,7 +40,7 @@ def configure(accelerator: Any, objective: StageObjective) -> None:
         "activation_checkpointing in fsdp_config (use --gradient_checkpointing)": plugin.activation_checkpointing,
         "cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
         "min_num_params": bool(plugin.min_num_params),
-        "this transformer_layer_cls_to_wrap": plugin.transformer_cls_names_to_wrap not in (None, names),
+        "this transformer_layer_cls_to_wrap": sorted(plugin.transformer_cls_names_to_wrap or names) != names,
         "a state_dict_type other than FULL_STATE_DICT": "FULL" not in str(plugin.state_dict_type),
         "an adapter (peft)": hasattr(student, "peft_config"),
         "blocks of the same class as other modules": any(
@@ -49,7 +50,7 @@ def configure(accelerator: Any, objective: StageObjective) -> None:
     if any(found.values()):
         refused = ", ".join(name for name, given in found.items() if given)
         raise UserError(f"sharding the student (FSDP2) was not tested with: {refused}. Change this, or use DDP")
-    plugin.transformer_cls_names_to_wrap = names
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, names
     plugin.mixed_precision_policy = None  # autocast decides what runs in half precision, as without sharding
 
 
@@ -62,6 +63,7 @@ def run_student(objective: StageObjective, function: Callable[..., Result], *arg
     """`function(*args)`, which runs the student outside of the objective's forward; every process must call this alike."""
     if not is_sharded(objective):
         return function(*args)
+    sharded: Any = objective
     if "call" not in objective.__dict__:
         register_fsdp_forward_method(objective, "call")
         for module in objective.modules():  # what parameters are gathered into must not be made in inference mode
@@ -69,9 +71,9 @@ def run_student(objective: StageObjective, function: Callable[..., Result], *arg
                 module.unshard()
                 module.reshard()
     try:
-        return objective.call(function, *args)
+        return sharded.call(function, *args)
     finally:
-        objective.reshard()  # the root unit stays whole after a forward without a backward
+        sharded.reshard()  # the root unit stays whole after a forward without a backward
 
 
 @torch.no_grad()
@@ -86,8 +88,9 @@ def write_rows(parameter: torch.Tensor, rows: slice, values: torch.Tensor) -> No
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Whole parameters, in CPU memory, in place of sharded ones, e.g. to save the model; every process must enter this."""
+def whole_parameters(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whole parameters, in CPU memory, in place of sharded ones, e.g. to save the model. Every process must enter this, also
+    where they are not `wanted`."""
     whole: dict[nn.Parameter, nn.Parameter] = {}
     shards = [
         (module, name, parameter)
@@ -97,7 +100,8 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     ]
     for module, name, parameter in shards:
         if parameter not in whole:  # a tied parameter stays one
-            whole[parameter] = nn.Parameter(parameter.full_tensor().detach().cpu(), parameter.requires_grad)
+            full = parameter.full_tensor().detach()
+            whole[parameter] = nn.Parameter(full.cpu(), parameter.requires_grad) if wanted else parameter
         setattr(module, name, whole[parameter])
     try:
         yield

@@ -337,7 +337,7 @@ class CurriculumTrainer(Trainer):
         """Write the plain student and its tokenizer; nothing of tutelage, and no pickle, beside it."""
         folder = Path(output_dir or self.folder)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        with sharding.whole_parameters(self.model):
+        with sharding.whole_parameters(self.model, wanted=self.args.should_save):
             if self.args.should_save:
                 self.task.save(self.model, folder)
         if processor is not None and self.args.should_save:
