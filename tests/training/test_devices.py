@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tutelage
-from tests.training.conftest import llama
 from tutelage import CurriculumTrainer, get_task
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
 from tutelage.targets.live import LiveTargets
@@ -92,7 +92,8 @@ class NoFloat64(TorchDispatchMode):
 def test_no_stage_needs_float64_or_a_tensor_on_the_cpu(settings: dict[str, Any]) -> None:
     with torch.device("meta"):
         student, teacher = (
-            llama(layers, width, seed=1, attn_implementation="eager") for layers, width in ((2, 16), (4, 24))
+            GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=2, vocab_size=61, attn_implementation="eager"))
+            for layers, width in ((2, 16), (4, 24))
         )
     source = LiveTargets(teacher)
     stages = (HIDDEN, FINAL, OUTPUT, OutputStage(1, label_weight=0.5))

@@ -6,9 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+import transformers
 from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -39,6 +42,8 @@ STAGES = (
     OutputStage(steps=3),  # begins with a transplanted head, unless embeddings are tied
 )
 STEPS, STOP = 7, 5
+has_fsdp2 = Version(transformers.__version__) >= Version("5.24") and Version(accelerate.__version__) >= Version("1.15")
+needs_fsdp2 = pytest.mark.skipif(not has_fsdp2, reason="FSDP2 is refused with this version of transformers or accelerate")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -161,7 +166,7 @@ def trainer(folder: Path, batch: int, on_gpus: bool = False, **settings: Any) ->
 
 
 def train_through_accelerate(folder: Path) -> None:
-    fsdp = {"fsdp": True, "fsdp_config": {"version": 2}}
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
     with pytest.raises(UserError, match="accelerate shards on GPUs only"):
         trainer(folder, 2, **fsdp)
     for resume in (False, str(folder / "checkpoint-2"), str(folder / "checkpoint-6"), True):
@@ -177,6 +182,7 @@ def train_through_accelerate(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@needs_fsdp2
 def test_the_trainer_shards_through_accelerate(tmp_path: Path) -> None:
     one, two = trainer(tmp_path / "one", 4), tmp_path / "two"
     one.train()
@@ -190,6 +196,7 @@ def test_the_trainer_shards_through_accelerate(tmp_path: Path) -> None:
     assert_same(load_file(two / "fsdp/model.safetensors"), load_file(two / "ddp/model.safetensors"))
 
 
+@needs_fsdp2
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -206,11 +213,20 @@ def test_sharding_that_was_not_tested_is_refused(settings: dict[str, Any], messa
         configure(settings)
 
 
+@needs_fsdp2
+def test_sharding_is_refused_with_an_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.3.0")
+    with pytest.raises(ValueError, match=r"not tested with: transformers 5\.3\.0 \(5\.24 was\)"):
+        configure({})
+
+
+@needs_fsdp2
 def test_sharding_is_refused_with_compilation_and_float16() -> None:
     with pytest.raises(ValueError, match="not tested with: float16, torch_compile"):
         configure({}, mixed_precision="fp16", backend=DynamoBackend.INDUCTOR)
 
 
+@needs_fsdp2
 def test_sharding_is_refused_where_blocks_are_not_told_from_other_modules() -> None:
     student = llama(2, 16, seed=2)
     student.extra = type(student.model.layers[0])(student.config, 0)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from accelerate.utils import DynamoBackend
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -33,6 +35,7 @@ def configure(accelerator: Any, objective: StageObjective) -> None:
     kinds = {type(block) for block in blocks}
     names = sorted(kind.__name__ for kind in kinds)
     found = {
+        f"transformers {transformers.__version__} (5.24 was)": Version(transformers.__version__) < Version("5.24"),
         "float16": accelerator.mixed_precision == "fp16",
         "torch_compile": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "parallelism_config": getattr(accelerator, "parallelism_config", None) is not None,
