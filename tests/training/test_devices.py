@@ -92,7 +92,7 @@ class NoFloat64(TorchDispatchMode):
 def test_no_stage_needs_float64_or_a_tensor_on_the_cpu(settings: dict[str, Any]) -> None:
     with torch.device("meta"):
         student, teacher = (
-            GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=2, vocab_size=61, attn_implementation="eager"))
+            GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=2, attn_implementation="eager"))
             for layers, width in ((2, 16), (4, 24))
         )
     source = LiveTargets(teacher)
