@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,6 +248,18 @@ def configure(settings: dict[str, Any], student: Any = None, mixed_precision: st
     accelerator = SimpleNamespace(state=state, mixed_precision=mixed_precision)
     objective = StageObjective(student or llama(2, 16, seed=2), LiveTargets(llama(4, 24, seed=1)))
     sharding.configure(accelerator, objective)
+
+
+def test_deepspeed_is_refused(make_trainer: Callable[..., CurriculumTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    create = CurriculumTrainer.create_accelerator_and_postprocess
+
+    def create_with_deepspeed(trainer: CurriculumTrainer) -> None:
+        create(trainer)
+        trainer.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(CurriculumTrainer, "create_accelerator_and_postprocess", create_with_deepspeed)
+    with pytest.raises(ValueError, match="DeepSpeed keeps one optimiser .* use DDP, or FSDP2"):
+        make_trainer()
 
 
 @pytest.mark.parametrize("given", ["true", True])

@@ -99,7 +99,7 @@ class CurriculumTrainer(Trainer):
         self.feed = StageFeed(self.source, self.train_dataset, self._collate, run.calibration_samples, size)
         self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
         if self.is_deepspeed_enabled:
-            raise UserError("DeepSpeed cannot change the trainable set between stages: use DDP or FSDP2")
+            raise UserError("DeepSpeed keeps one optimiser, but each stage has its own: use DDP, or FSDP2 (--fsdp true)")
         if self.is_fsdp_enabled:
             sharding.configure(self.accelerator, self.objective)
             self.model.to(args.device)  # it is sharded when training begins
