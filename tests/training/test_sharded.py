@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +173,8 @@ def train_through_accelerate(folder: Path) -> None:
         run.train(resume_from_checkpoint=resume)
         torch.save(run.evaluate(), folder / f"metrics-{run.args.process_index}.pt")
         run.save_model(str(folder / f"resumed-{Path(str(resume)).name}"))
+    with pytest.raises(UserError, match="was created with a different sharding"):
+        trainer(folder, 2).train(resume_from_checkpoint=True)
     for name, settings in (("ddp", {}), ("fsdp", {"on_gpus": True, **fsdp})):
         run = trainer(folder / name, 2, bf16=True, **settings)
         run.train()
@@ -247,19 +248,16 @@ def configure(settings: dict[str, Any], student: Any = None, mixed_precision: st
     state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=dynamo)
     accelerator = SimpleNamespace(state=state, mixed_precision=mixed_precision)
     objective = StageObjective(student or llama(2, 16, seed=2), LiveTargets(llama(4, 24, seed=1)))
-    sharding.configure(accelerator, objective)
+    assert sharding.configure(accelerator, objective, wanted=True)
 
 
-def test_deepspeed_is_refused(make_trainer: Callable[..., CurriculumTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
-    create = CurriculumTrainer.create_accelerator_and_postprocess
-
-    def create_with_deepspeed(trainer: CurriculumTrainer) -> None:
-        create(trainer)
-        trainer.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(CurriculumTrainer, "create_accelerator_and_postprocess", create_with_deepspeed)
-    with pytest.raises(ValueError, match="DeepSpeed keeps one optimiser .* use DDP, or FSDP2"):
-        make_trainer()
+def test_deepspeed_is_refused() -> None:
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=object()))
+    objective = StageObjective(llama(2, 16, seed=2), LiveTargets(llama(4, 24, seed=1)))
+    with pytest.raises(
+        ValueError, match=r"DeepSpeed keeps one optimiser, but each stage has its own: use DDP, or FSDP2"
+    ):
+        sharding.configure(accelerator, objective, wanted=False)
 
 
 @pytest.mark.parametrize("given", ["true", True])

@@ -25,9 +25,18 @@ from tutelage.training.objective import StageObjective
 Result = TypeVar("Result")
 
 
-def configure(accelerator: Any, objective: StageObjective) -> None:
-    """Have accelerate's FSDP2 shard as this module says; UserError for what was not seen to be right."""
-    plugin, student = accelerator.state.fsdp_plugin, objective.student
+def configure(accelerator: Any, objective: StageObjective, wanted: bool) -> bool:
+    """Have accelerate's FSDP2, where it is switched on, shard as this module says; False where it is not.
+
+    UserError for what was not seen to be right, and for a machine where accelerate does not shard although it is `wanted`."""
+    state, student = accelerator.state, objective.student
+    plugin = getattr(state, "fsdp_plugin", None)
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise UserError("DeepSpeed keeps one optimiser, but each stage has its own: use DDP, or FSDP2 (--fsdp true)")
+    if plugin is None and wanted:
+        raise UserError("accelerate shards on GPUs only: leave fsdp out on this machine")
+    if plugin is None:
+        return False
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise UserError("FSDP1 cannot change the trainable set between stages: use FSDP2, fsdp_config={'version': 2}")
     backbone = objective.task.backbone(student)
@@ -37,7 +46,7 @@ def configure(accelerator: Any, objective: StageObjective) -> None:
     found = {
         f"transformers {transformers.__version__} (5.24 was)": Version(transformers.__version__) < Version("5.24"),
         "float16": accelerator.mixed_precision == "fp16",
-        "torch_compile": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+        "torch_compile": state.dynamo_plugin.backend != DynamoBackend.NO,
         "parallelism_config": getattr(accelerator, "parallelism_config", None) is not None,
         "cpu_offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "activation_checkpointing in fsdp_config (use --gradient_checkpointing)": plugin.activation_checkpointing,
@@ -55,6 +64,7 @@ def configure(accelerator: Any, objective: StageObjective) -> None:
         raise UserError(f"sharding the student (FSDP2) was not tested with: {refused}. Change this, or use DDP")
     plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, names
     plugin.mixed_precision_policy = None  # autocast decides what runs in half precision, as without sharding
+    return True
 
 
 def is_sharded(objective: StageObjective) -> bool:

@@ -98,13 +98,8 @@ class CurriculumTrainer(Trainer):
         size = run.reading.batch_size
         self.feed = StageFeed(self.source, self.train_dataset, self._collate, run.calibration_samples, size)
         self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
-        if self.is_deepspeed_enabled:
-            raise UserError("DeepSpeed keeps one optimiser, but each stage has its own: use DDP, or FSDP2 (--fsdp true)")
-        if self.is_fsdp_enabled:
-            sharding.configure(self.accelerator, self.objective)
+        if sharding.configure(self.accelerator, self.objective, bool(args.fsdp)):
             self.model.to(args.device)  # it is sharded when training begins
-        elif args.fsdp:
-            raise UserError("accelerate shards on GPUs only: leave fsdp out on this machine")
         self.source.to(args.device)
 
     @property
@@ -125,6 +120,7 @@ class CurriculumTrainer(Trainer):
             checks.claim_output_dir(self.folder, self.curriculum, resuming, overwrite)
         self.accelerator.wait_for_everyone()
         identity = checks.run_identity(self.args, self.curriculum, self.source, self.train_dataset)
+        identity["sharding"] = "FSDP2" if self.is_fsdp_enabled else "none"  # checkpoints have different files
         progress, self._resumed_stage = Progress(identity=identity), None
         if checkpoint is not None:
             with records.reading_checkpoint(checkpoint):
