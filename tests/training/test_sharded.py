@@ -173,6 +173,8 @@ def train_through_accelerate(folder: Path) -> None:
         run.train(resume_from_checkpoint=resume)
         torch.save(run.evaluate(), folder / f"metrics-{run.args.process_index}.pt")
         run.save_model(str(folder / f"resumed-{Path(str(resume)).name}"))
+    with pytest.raises(UserError, match="a student must be trained before it makes predictions"):
+        trainer(folder, 2, on_gpus=True, **fsdp).predict(token_rows(7, seed=9))
     with pytest.raises(UserError, match="was created with a different sharding"):
         trainer(folder, 2).train(resume_from_checkpoint=True)
     for name, settings in (("ddp", {}), ("fsdp", {"on_gpus": True, **fsdp})):

@@ -72,6 +72,18 @@ def is_sharded(objective: StageObjective) -> bool:
     return isinstance(objective, FSDPModule)
 
 
+def check_predicts(objective: StageObjective, wanted: bool) -> None:
+    """Refuse predictions of transformers before training, where accelerate would shard the student for them."""
+    if wanted and not is_sharded(objective):
+        raise UserError("under FSDP2 a student must be trained before it makes predictions: call train() first")
+
+
+def broadcast(objective: StageObjective) -> None:
+    """Give every process the parameters of process 0; where they are sharded they are one set already."""
+    for parameter in () if is_sharded(objective) else objective.student.parameters():
+        torch.distributed.broadcast(parameter.data, 0)
+
+
 def run_student(objective: StageObjective, function: Callable[..., Result], *args: Any) -> Result:
     """`function(*args)`, which runs the student outside of the objective's forward; every process must call this alike."""
     if not is_sharded(objective):

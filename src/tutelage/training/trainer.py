@@ -194,10 +194,8 @@ class CurriculumTrainer(Trainer):
             student_flops, teacher_flops = self.transition.setup_flops(self.feed, begins=step == 0)
         self.progress.student_flops += student_flops
         self.progress.teacher_flops += teacher_flops
-        fits = self.curriculum.warm_start != "none" or self.is_fsdp_enabled
-        if fresh and self.args.world_size > 1 and fits and not sharding.is_sharded(self.objective):
-            for parameter in self.objective.student.parameters():  # each process fitted its own, to the last bit
-                torch.distributed.broadcast(parameter.data, 0)
+        if fresh and self.args.world_size > 1 and (self.curriculum.warm_start != "none" or self.is_fsdp_enabled):
+            sharding.broadcast(self.objective)  # each process fitted its own, to the last bit
         self._resumed_stage = None
         self.progress.stage = index
 
@@ -354,10 +352,8 @@ class CurriculumTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         standard, best = super()._load_best_model, Path(str(self.state.best_model_checkpoint))
-        if self.is_fsdp_enabled:
-            standard()
-        else:
-            self.task.restore(self.model, best, standard)
+        restore = functools.partial(self.task.restore, self.model, best, standard)
+        (standard if self.is_fsdp_enabled else restore)()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; its time does not count as training, and a collator that draws masks draws the same each time."""
@@ -372,8 +368,7 @@ class CurriculumTrainer(Trainer):
         """Metrics of `Task.evaluate`, and the user's `compute_metrics` over the student's predictions if given."""
         output = EvalLoopOutput(None, None, {}, self.num_examples(dataloader))  # type: ignore[arg-type]
         if self.compute_metrics is not None or description == "Prediction":
-            if self.is_fsdp_enabled and not sharding.is_sharded(self.objective):
-                raise UserError("under FSDP2 a student must be trained before it makes predictions: call train() first")
+            sharding.check_predicts(self.objective, self.is_fsdp_enabled)
             standard = functools.partial(super().evaluation_loop, dataloader, description, *args, **kwargs)
             output = sharding.run_student(self.objective, standard)
         if description == "Prediction":
