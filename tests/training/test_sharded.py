@@ -55,7 +55,7 @@ def train_by_hand(folder: Path, first: int, tied: bool, rank: int = 0, processes
         student.load_state_dict(torch.load(folder / "student.pt"))
     objective = StageObjective(student, source)
     transition = StageTransition(objective)
-    feed = StageFeed(source, rows, collate, samples=8, batch_size=4)
+    feed = StageFeed(source, rows, collate, samples=16, batch_size=4)
     if not tied:  # otherwise hooks stop the forwards
         transition.make_views(feed)
     source.prepare(StatisticsFile(folder / "statistics.safetensors", bool(first), rank == 0), feed.calibration, "cpu")
@@ -138,7 +138,7 @@ def trainer(folder: Path, batch: int, on_gpus: bool = False, **settings: Any) ->
         max_grad_norm=0.5,
         disable_tqdm=True,
         use_cpu=True,
-        calibration_samples=8,
+        calibration_samples=16,
         layer_map="1:2,final:final",
         stage_steps=[2, 2],
         warm_start="head",
