@@ -111,6 +111,7 @@ CONTRACT = (
             "save_total_limit",
             "dataloader_pin_memory",
             "logging_nan_inf_filter",
+            "fsdp",
         )
     ),
     Relied(ARGUMENTS, "__post_init__", "training/config.py", ""),

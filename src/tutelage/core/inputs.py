@@ -88,9 +88,9 @@ def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tenso
 
 
 def at_positions(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...); of fake tensors, whose values a plan does not
-    know, all rows."""
-    return values.flatten(0, 1) if isinstance(values, FakeTensor) else values[mask]
+    """The rows of `values` (B, T, ...) where `mask` (B, T) is True, (N, ...); of tensors without values (of a plan, or on
+    `meta`), all rows."""
+    return values.flatten(0, 1) if isinstance(values, FakeTensor) or values.is_meta else values[mask]
 
 
 def last_token(hidden: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -133,6 +133,18 @@ def text_config(config: Any) -> Any:
         return config.get_text_config() if hasattr(config, "get_text_config") else config
     except ValueError:  # it has several
         return config
+
+
+def count_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Number of positions that are no padding, on the device of the batch, (); no step waits for it."""
+    mask = batch.get("attention_mask")
+    return count_on_device(batch, batch_positions(batch)) if mask is None else mask.sum()
+
+
+def count_on_device(batch: Mapping[str, Any], count: int) -> torch.Tensor:
+    """A count as a tensor on the device of the batch, ()."""
+    example = next(value for value in batch.values() if isinstance(value, torch.Tensor))
+    return torch.full((), count, dtype=torch.long, device=example.device)
 
 
 def usable_positions(config: Any) -> int | None:

@@ -39,9 +39,9 @@ def distill(options: RunOptions | None = None, args: CurriculumConfig | None = N
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     result = _result(trainer, inputs)
+    with writing_errors(folder):
+        trainer.save_model()
     if trainer.is_world_process_zero():
-        with writing_errors(folder):
-            trainer.save_model()
         write_atomically(folder / RESULT_FILE, result.to_json() + "\n")
         source = f"{Path(result.names['teacher']).name} to " if trainer.source.parameters is not None else ""
         title = f"{result.method}: {source}{result.names['student']}"

@@ -20,7 +20,15 @@ from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.forward import forward_to, make_view
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import batch_size, last_token, model_inputs, output_tensor, text_config
+from tutelage.core.inputs import (
+    batch_size,
+    count_on_device,
+    count_tokens,
+    last_token,
+    model_inputs,
+    output_tensor,
+    text_config,
+)
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.router import state_and_balance
 from tutelage.core.topk import TopK
@@ -223,14 +231,12 @@ class Task(ABC):
         ids = batch.get("input_ids")
         if ids is None or not self.tokenized or self.pools(stage):
             return Task.count_outputs(self, batch)
-        mask = batch.get("attention_mask")
-        return torch.tensor(ids.numel(), device=ids.device) if mask is None else mask.sum()
+        return count_tokens(batch)
 
     # ---- Output stages ----
     def count_outputs(self, batch: Batch) -> Tensor:
         """Number of outputs that are compared in a batch; default: one per example."""
-        ids = batch.get("input_ids")
-        return torch.tensor(batch_size(batch), device=None if ids is None else ids.device)
+        return count_on_device(batch, batch_size(batch))
 
     @abstractmethod
     def output_loss(
@@ -283,7 +289,7 @@ class HeadTask(Task):
 
     def count_outputs(self, batch: Batch) -> Tensor:
         ids = batch["input_ids"]
-        return torch.tensor(len(self.select(ids[..., None], batch).state), device=ids.device)
+        return count_on_device(batch, len(self.select(ids[..., None], batch).state))
 
     def output_loss(
         self, student: nn.Module, batch: Batch, target: OutputTarget | None, settings: OutputSettings

@@ -116,6 +116,8 @@ class CurriculumConfig(TrainingArguments):
             raise UserError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
         if self.output_dir == "":
             raise UserError("output_dir is empty: name a folder, or leave it out")
+        if self.fsdp == "true":  # as YAML files and flags of this program say it
+            self.fsdp = True  # type: ignore[assignment]
         with as_user_error("transformers refuses the arguments", ValueError, TypeError, ImportError, OSError):
             super().__post_init__()
         installed = get_available_reporting_integrations()

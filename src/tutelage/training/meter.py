@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tutelage.core.inputs import batch_positions, batch_sequences
+from tutelage.core.inputs import batch_positions, batch_sequences, count_tokens
 from tutelage.training.costs import StageCost
 from tutelage.training.records import Progress
 
@@ -28,10 +28,9 @@ class Meter:
 
     def count(self, batch: dict[str, Any], cost: StageCost) -> None:
         """Add a micro-step."""
-        mask, positions = batch.get("attention_mask"), batch_positions(batch)
-        self._token_counts.append(torch.as_tensor(positions if mask is None else mask.sum()))
+        self._token_counts.append(count_tokens(batch))
         self.progress.samples += batch_sequences(batch) * self._world_size
-        positions *= self._world_size
+        positions = batch_positions(batch) * self._world_size
         self.progress.student_flops += cost.student_flops * positions
         self.progress.teacher_flops += cost.teacher_flops * positions
 

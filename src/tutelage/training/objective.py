@@ -3,7 +3,8 @@
 This is what the trainer wraps (DDP, autocast), so wrappers see a normal forward that returns a loss. The target source is held
 outside the module tree: a teacher is never wrapped, saved, or given to the optimiser."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
 from tutelage.core.losses import OutputSettings, hidden_loss
 from tutelage.targets.source import TargetSource
+
+Result = TypeVar("Result")
 
 
 class StageObjective(nn.Module):
@@ -65,6 +68,10 @@ class StageObjective(nn.Module):
             loss = hidden_loss(*self.hidden_states(self.stage_index, batch))
         count = self.count_items(batch) if num_items is None else num_items
         return {"loss": loss / count}
+
+    def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """`function(*args)`, as a second forward (`tutelage.training.sharding.run_student`)."""
+        return function(*args)
 
     def hidden_states(self, index: int, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What hidden stage `index` compares: the student's states and their targets, (..., R), and which count, (...)."""

@@ -22,7 +22,7 @@ from tutelage.core.inputs import PACKED, batch_positions
 from tutelage.io.files import writing_errors
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.base import EvaluationTools
-from tutelage.training import checks, records
+from tutelage.training import checks, records, sharding
 from tutelage.training.compilation import whole_graphs
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.data import checked, readable_rows
@@ -101,8 +101,8 @@ class CurriculumTrainer(Trainer):
         samples, size = run.calibration_samples, run.reading.batch_size
         self.feed = StageFeed(self.source, readable_rows(self.train_dataset, samples), self._collate, samples, size)
         self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UserError("DeepSpeed and FSDP cannot change the trainable set between stages: use DDP")
+        if sharding.configure(self.accelerator, self.objective, bool(args.fsdp)):
+            self.model.to(args.device)  # it is sharded when training begins
         self.source.to(args.device)
 
     @property
@@ -123,6 +123,7 @@ class CurriculumTrainer(Trainer):
             checks.claim_output_dir(self.folder, self.curriculum, resuming, overwrite)
         self.accelerator.wait_for_everyone()
         identity = checks.run_identity(self.args, self.curriculum, self.source, self.train_dataset)
+        identity["sharding"] = "FSDP2" if self.is_fsdp_enabled else "none"  # checkpoints have different files
         progress, self._resumed_stage = Progress(identity=identity), None
         if checkpoint is not None:
             with records.reading_checkpoint(checkpoint):
@@ -152,7 +153,8 @@ class CurriculumTrainer(Trainer):
         return True
 
     def _check_weights(self) -> None:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+        finite = sharding.are_finite(self.model.parameters())
+        if self._sum_over_devices(torch.tensor(float(not finite))):
             raise self._diverged("a weight is not finite")
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -160,12 +162,16 @@ class CurriculumTrainer(Trainer):
         resuming = resume_from_checkpoint is not None
         if resuming and self.is_world_process_zero():
             self.metrics_file.keep_until(self.state.global_step)
+        if resuming and self.is_fsdp_enabled:
+            self._load_from_checkpoint(resume_from_checkpoint)
         self.meter.start()
         writes = self.is_world_process_zero()
         file = StatisticsFile(self.folder / records.TARGETS_FILE, read=resuming, write=writes, shared=True)
         with self.accelerator.autocast():
             self.transition.make_views(self.feed)
             self.source.prepare(file, self.feed.calibration, self.args.device)
+            for index in range(len(self.curriculum.stages) if self.is_fsdp_enabled else 0):  # while it is whole
+                self.transition.measure(index, self.feed)
         self._move_to_stage(self.state.global_step)
         student = self.model
         # every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after
@@ -189,27 +195,13 @@ class CurriculumTrainer(Trainer):
         fresh = local == 0 and self._resumed_stage != index
         with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
             self.transition.enter(index, fresh, self.feed)
-            if step == 0:
-                self._charge_calibration()
-            if self.transition.transplanted is not None:
-                self._charge_transplant(*self.transition.transplanted)
-        if fresh and self.args.world_size > 1 and self.curriculum.warm_start != "none":
-            for parameter in self.objective.student.parameters():  # each process fitted its own, to the last bit
-                torch.distributed.broadcast(parameter.data, 0)
+            student_flops, teacher_flops = self.transition.setup_flops(self.feed, begins=step == 0)
+        self.progress.student_flops += student_flops
+        self.progress.teacher_flops += teacher_flops
+        if fresh and self.args.world_size > 1 and (self.curriculum.warm_start != "none" or self.is_fsdp_enabled):
+            sharding.broadcast(self.objective)  # each process fitted its own, to the last bit
         self._resumed_stage = None
         self.progress.stage = index
-
-    def _charge_calibration(self) -> None:
-        """Charge the calibration passes to the teacher: forwards of each hidden stage's depth."""
-        for index, positions in self.source.calibrated.items():
-            if positions:
-                self.progress.teacher_flops += self.transition.measure(index, self.feed).teacher_flops * positions
-
-    def _charge_transplant(self, index: int, positions: int) -> None:
-        """Charge the pass that compares the student's states with their targets before the head is transplanted."""
-        cost = self.transition.measure(index, self.feed)
-        self.progress.teacher_flops += cost.teacher_flops * positions
-        self.progress.student_flops += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Enter the stage of the coming optimiser step, then fetch its micro-batches."""
@@ -224,7 +216,7 @@ class CurriculumTrainer(Trainer):
     def _renew_optimizer(self) -> None:
         self.optimizer = self.lr_scheduler = None
         self.accelerator._optimizers.clear()
-        self.optimizer = self.accelerator.prepare(self.create_optimizer(self.objective))
+        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer(self.objective))
         self.create_scheduler(self.curriculum.total_steps)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
 
@@ -253,7 +245,9 @@ class CurriculumTrainer(Trainer):
         """Restore the optimiser, unless the checkpoint ends a stage and the next one begins with a new one."""
         index, local = self.curriculum.stage_at(self.state.global_step)
         if local > 0 or self.curriculum.stages[index].continues:
+            model, self.model = self.model, self.objective.student  # FSDP names parameters as in the student
             super()._load_optimizer_and_scheduler(checkpoint)
+            self.model = model
 
     # ---- Steps ----
 
@@ -270,7 +264,8 @@ class CurriculumTrainer(Trainer):
         """Loss of the current stage; for a bare student (evaluation), its own loss."""
         if not isinstance(self.accelerator.unwrap_model(model, keep_torch_compile=False), StageObjective):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(num_items=num_items_in_batch, **inputs)
+        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():  # DDP's forward has its own
+            outputs = model(num_items=num_items_in_batch, **inputs)
         # DDP averages gradients over devices, the sum is already divided by the items of all
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -339,12 +334,12 @@ class CurriculumTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the plain student and its tokenizer; nothing of tutelage, and no pickle, beside it."""
-        if not self.args.should_save:
-            return
         folder = Path(output_dir or self.folder)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        self.task.save(self.model, folder)
-        if processor is not None:
+        with sharding.whole_parameters(self.model, wanted=self.args.should_save):
+            if self.args.should_save:
+                self.task.save(self.model, folder)
+        if processor is not None and self.args.should_save:
             processor.save_pretrained(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -355,10 +350,15 @@ class CurriculumTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         standard = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         with records.reading_checkpoint(Path(resume_from_checkpoint)):
-            self.task.restore(self.model, Path(resume_from_checkpoint), standard)
+            if not self.is_fsdp_enabled:
+                self.task.restore(self.model, Path(resume_from_checkpoint), standard)
+            elif not sharding.is_sharded(self.objective):  # Trainer asks again after sharding
+                sharding.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.task.restore(self.model, Path(str(self.state.best_model_checkpoint)), super()._load_best_model)
+        standard, best = super()._load_best_model, Path(str(self.state.best_model_checkpoint))
+        restore = functools.partial(self.task.restore, self.model, best, standard)
+        (standard if self.is_fsdp_enabled else restore)()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; its time does not count as training, and a collator that draws masks draws the same each time."""
@@ -373,7 +373,9 @@ class CurriculumTrainer(Trainer):
         """Metrics of `Task.evaluate`, and the user's `compute_metrics` over the student's predictions if given."""
         output = EvalLoopOutput(None, None, {}, 0)  # type: ignore[arg-type]
         if self.compute_metrics is not None or description == "Prediction":
-            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            sharding.check_predicts(self.objective, self.is_fsdp_enabled)
+            standard = functools.partial(super().evaluation_loop, dataloader, description, *args, **kwargs)
+            output = sharding.run_student(self.objective, standard)
         if description == "Prediction":
             return output
         self.callback_handler.eval_dataloader = dataloader
@@ -391,7 +393,7 @@ class CurriculumTrainer(Trainer):
         with self.accelerator.autocast(), self.source.finished() if self.compares_with_teacher else nullcontext():
             batches = (self._prepare_inputs(batch) for batch in dataloader)
             targets = self.source.output if self.compares_with_teacher else lambda batch: None
-            metrics = self.task.evaluate(self.model, batches, targets, tools)
+            metrics = sharding.run_student(self.objective, self.task.evaluate, self.model, batches, targets, tools)
         assert output.metrics is not None
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})

@@ -58,6 +58,20 @@ class StageTransition:
             self.costs[index] = measure_stage(self.objective, index, feed.example(index))
         return self.costs[index]
 
+    def setup_flops(self, feed: StageFeed, begins: bool) -> tuple[float, float]:
+        """FLOPs of student and teacher before the first step of the current stage: the calibration pass, where training
+        `begins`, and the pass that compares states and targets before a head is transplanted."""
+        student = teacher = 0.0
+        for index, positions in self.objective.source.calibrated.items() if begins else ():
+            if positions:
+                teacher += self.measure(index, feed).teacher_flops * positions
+        if self.transplanted is not None:
+            index, positions = self.transplanted
+            cost = self.measure(index, feed)
+            teacher += cost.teacher_flops * positions
+            student += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
+        return student, teacher
+
     def set_trainable(self, names: Collection[str]) -> None:
         """Let exactly `names` require gradients."""
         for name, parameter in self.objective.student.named_parameters():

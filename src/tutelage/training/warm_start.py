@@ -35,6 +35,7 @@ from tutelage.core.projection import RandomProjection
 from tutelage.core.standardize import Standardizer
 from tutelage.tasks.base import Batch
 from tutelage.training.objective import StageObjective
+from tutelage.training.sharding import run_student, write_rows
 
 # Before any training the noise of a student's state is unknown: the decoder is made for half of its target's mean square.
 _MAX_GAIN = 2.0
@@ -61,10 +62,11 @@ def transplant_head(
         if teacher.linear.bias is not None:
             bias = bias + teacher.linear.bias[used].cpu().double()
     rows = slice(0, len(weight))
-    linear.weight[rows] = (gain * weight).to(linear.weight)
+    write_rows(linear.weight, rows, gain * weight)
     if linear.bias is not None:
         # an output that the teacher rules out has a bias of -inf, which no weight of a student may have
-        linear.bias[rows] = (gain * bias).to(linear.bias).clamp_min(torch.finfo(linear.bias.dtype).min)
+        bias = (gain * bias).to(linear.bias.dtype).clamp_min(torch.finfo(linear.bias.dtype).min)
+        write_rows(linear.bias, rows, bias)
 
 
 @torch.no_grad()
@@ -140,7 +142,7 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
     for start in range(0, len(found), group.size):  # as many forwards in each process: those of a sharded student meet
         mine = start + group.rank
         batch = found[min(mine, len(found) - 1)]
-        states, targets, keep = objective.hidden_states(index, batch)
+        states, targets, keep = run_student(objective, objective.hidden_states, index, batch)
         states, targets = states[keep].float(), targets[keep].float()
         counts = [float((states - targets).square().sum()), float(targets.square().sum())]
         counts = counts if mine < len(found) else [0.0, 0.0]
