@@ -6,13 +6,11 @@ parameter is a `DTensor`, of which each process holds a part."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from accelerate.utils import DynamoBackend
-from accelerate.utils.constants import FSDP_MODEL_NAME
 from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, register_fsdp_forward_method
@@ -133,12 +131,6 @@ def whole_parameters(model: nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         for module, name, parameter in shards:
             setattr(module, name, parameter)
-
-
-def load_weights(student: nn.Module, checkpoint: Path) -> None:
-    """Load what a sharded run saved into a student that is not sharded yet."""
-    file = checkpoint / f"{FSDP_MODEL_NAME}.bin"
-    student.load_state_dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
 
 
 def are_finite(parameters: Iterable[torch.Tensor]) -> bool:

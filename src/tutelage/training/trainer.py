@@ -20,6 +20,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import PACKED, batch_positions
 from tutelage.io.files import writing_errors
+from tutelage.targets.checkpoints import load_checkpoint
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.base import EvaluationTools
 from tutelage.training import checks, records, sharding
@@ -353,7 +354,7 @@ class CurriculumTrainer(Trainer):
             if not self.is_fsdp_enabled:
                 self.task.restore(self.model, Path(resume_from_checkpoint), standard)
             elif not sharding.is_sharded(self.objective):  # Trainer asks again after sharding
-                sharding.load_weights(self.model, Path(resume_from_checkpoint))
+                load_checkpoint(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         standard, best = super()._load_best_model, Path(str(self.state.best_model_checkpoint))
@@ -385,8 +386,7 @@ class CurriculumTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         def gather(rows: torch.Tensor) -> torch.Tensor:
-            rows = self.accelerator.gather_for_metrics(rows)
-            examples.append(len(rows))
+            examples.append(len(rows := self.accelerator.gather_for_metrics(rows)))
             return rows
 
         tools = EvaluationTools(self.source.outputs, self.args.logits_chunk_size, gather, on_step)
