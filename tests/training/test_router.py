@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.training.conftest import llama
@@ -17,7 +19,9 @@ from tutelage.targets.source import NoTargets
 from tutelage.tasks.registry import get_task
 from tutelage.training.objective import StageObjective
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "gpt_oss", "granitemoe", "jamba", "jetmoe")
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "gpt_oss", "jamba"]
+if Version(transformers.__version__) >= Version("5.24"):  # 5.3 cannot compute theirs
+    FAMILIES += ["granitemoe", "jetmoe"]
 COEFFICIENT = 0.1
 _SIZES = {
     "vocab_size": 61,

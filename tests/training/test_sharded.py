@@ -262,6 +262,7 @@ def test_deepspeed_is_refused() -> None:
         sharding.configure(accelerator, objective, wanted=False)
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("given", ["true", True])
 def test_fsdp_is_switched_on_as_other_options_are(tmp_path: Path, given: Any) -> None:
     assert CurriculumConfig(output_dir=str(tmp_path), fsdp=given, use_cpu=True).fsdp is True

@@ -67,4 +67,9 @@ def state_and_balance(
         output = model(**inputs)
     finally:
         undo.remove()
+    if not isinstance(output.aux_loss, torch.Tensor):
+        raise UserError(
+            f"{type(model).__name__} gives no load-balancing loss in training, though it has output_router_logits=True: set "
+            "output_router_logits to False, or gradient_checkpointing to False"
+        )
     return states[0], output.aux_loss

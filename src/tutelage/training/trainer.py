@@ -102,6 +102,7 @@ class CurriculumTrainer(Trainer):
         samples, size = run.calibration_samples, run.reading.batch_size
         self.feed = StageFeed(self.source, readable_rows(self.train_dataset, samples), self._collate, samples, size)
         self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
+        self.accelerator.gradient_accumulation_steps = 1  # transformers 5.3 has accelerate divide them once more
         if sharding.configure(self.accelerator, self.objective, bool(args.fsdp)):
             self.model.to(args.device)  # it is sharded when training begins
         self.source.to(args.device)
@@ -358,8 +359,7 @@ class CurriculumTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         standard, best = super()._load_best_model, Path(str(self.state.best_model_checkpoint))
-        restore = functools.partial(self.task.restore, self.model, best, standard)
-        (standard if self.is_fsdp_enabled else restore)()
+        standard() if self.is_fsdp_enabled else self.task.restore(self.model, best, standard)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; its time does not count as training, and a collator that draws masks draws the same each time."""
