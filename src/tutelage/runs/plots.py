@@ -27,7 +27,8 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     evaluated = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     if evaluated:
         axis.plot(*zip(*evaluated, strict=True), "k--o", markersize=3, label="held-out loss")
-    axis.set(xlabel="optimiser steps", ylabel="loss of the stage", title=title)
+    axis.set(xlabel="optimiser steps", ylabel="loss (each stage has its own)", title=title)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
     save_figure(figure, path)
