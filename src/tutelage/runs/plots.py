@@ -23,7 +23,7 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     for number, stage in enumerate(dict.fromkeys(record["stage"] for record in training)):
         steps, losses = zip(*((r["step"], r["loss"]) for r in training if r["stage"] == stage), strict=True)
         name = next(record["stage_name"] for record in training if record["stage"] == stage)
-        axis.plot(steps, losses, color=COLORS[number % len(COLORS)], label=f"stage {stage}: {name}")
+        axis.plot(steps, losses, ".-", color=COLORS[number % len(COLORS)], label=f"stage {stage}: {name}")
     evaluated = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     if evaluated:
         axis.plot(*zip(*evaluated, strict=True), "k--o", markersize=3, label="held-out loss")
