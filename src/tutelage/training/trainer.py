@@ -355,7 +355,7 @@ class CurriculumTrainer(Trainer):
             if not self.is_fsdp_enabled:
                 self.task.restore(self.model, Path(resume_from_checkpoint), standard)
             elif not sharding.is_sharded(self.objective):  # Trainer asks again after sharding
-                load_checkpoint(self.model, resume_from_checkpoint)
+                load_checkpoint(self.model, resume_from_checkpoint, what="student")
 
     def _load_best_model(self) -> None:
         standard, best = super()._load_best_model, Path(str(self.state.best_model_checkpoint))
