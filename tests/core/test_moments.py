@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tutelage.core.moments import FLOOR, Moments, shrunk_moment
 from tutelage.core.projection import RandomProjection, spectral_projection
@@ -54,6 +57,34 @@ def test_products_are_exact_in_mixed_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mixed_precision.add(states)
     assert torch.equal(plain.scatter, mixed_precision.scatter)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_products_are_in_whole_float32_where_the_user_allows_tf32(newer: bool) -> None:
+    settings: Any = torch.backends.cuda.matmul
+    if newer and not hasattr(settings, "fp32_precision"):
+        pytest.skip("torch 2.9 and newer")
+    states, seen = mixed(8, 1), []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default:
+                seen.append(settings.allow_tf32)
+            return func(*args, **(kwargs or {}))
+
+    try:
+        if newer:
+            settings.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        with Products():
+            Moments(full=True).add(states)
+        assert (settings.fp32_precision == "tf32") if newer else settings.allow_tf32
+    finally:
+        if newer:
+            settings.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [False]
 
 
 def test_a_moment_of_many_states_is_left_as_it_is() -> None:

@@ -263,6 +263,16 @@ def test_folders_that_are_no_checkpoint(teacher: LiveTargets, causal_teacher: Pa
         check_checkpoint(teacher.model, str(damaged))
 
 
+def test_what_a_checkpoint_does_not_fit_is_named(teacher: LiveTargets, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"student checkpoint .* is not a folder with model.safetensors in it"):
+        load_checkpoint(teacher.model, str(tmp_path), what="student")
+    folder = save_llama(tmp_path / "other", num_hidden_layers=5)
+    with pytest.raises(
+        ValueError, match=r"different architecture than the student: the student lacks its model.layers.4"
+    ):
+        load_checkpoint(teacher.model, str(folder), what="student")
+
+
 class Copies(TorchDispatchMode):
     """Counts the bytes of the tensors that are copied into new ones, and where those are."""
 

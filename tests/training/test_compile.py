@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, XGLMConfig, XGLMForCausalLM
 
+from tests.launch import launch
 from tests.training.conftest import VOCAB, llama, token_rows
+from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.curriculum import extraction
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import StatisticsFile
@@ -20,6 +23,7 @@ from tutelage.tasks.language import CausalCollator
 from tutelage.training.compilation import whole_graphs
 from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
+from tutelage.training.records import MetricsFile
 from tutelage.training.transition import StageTransition
 
 STAGES = (0, 1, 2)  # hidden 1:2, hidden final:final, output
@@ -79,6 +83,51 @@ def test_every_stage_is_one_graph_with_the_loss_and_gradients_of_the_plain_step(
             assert (left is None) == (right is None)
             if left is not None:
                 torch.testing.assert_close(left, right)
+
+
+def test_the_output_stage_has_the_same_gradients_where_the_compiler_differentiates_it() -> None:
+    objective, transition, feed = staged(llama(2, 16, 2), llama(4, 24, 1))
+    batch = CausalCollator()(list(token_rows(4, ragged=True)))
+    transition.enter(2, False, feed)
+    transition.set_trainable(transition.trainable)
+    objective.train()
+    expected = gradients(objective, objective, batch)
+    torch._dynamo.reset()
+    with whole_graphs(COMPILES, objective):
+        found = gradients(objective, torch.compile(objective, fullgraph=True, backend="aot_eager"), batch)
+    torch.testing.assert_close(found, expected)
+
+
+def train(output: Path, backend: str) -> None:
+    if backend:
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = backend
+    args = CurriculumConfig(
+        output_dir=str(output),
+        max_steps=3,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        method="one_shot",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        label_weight=0.3,
+    )
+    given = {"model": llama(1, 16, seed=2), "teacher_model": llama(1, 24, seed=1), "args": args}
+    trainer = CurriculumTrainer(**given, train_dataset=token_rows(ragged=True), data_collator=CausalCollator())
+    trainer.train()
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == bool(backend)
+
+
+def test_a_backend_in_the_environment_compiles_the_steps_and_keeps_their_losses(tmp_path: Path) -> None:
+    torch._dynamo.utils.counters.clear()
+    train(tmp_path / "plain", "")
+    launch(1, train, tmp_path / "compiled", "aot_eager")
+    files = [MetricsFile(tmp_path / name / "metrics.jsonl") for name in ("plain", "compiled")]
+    losses = [[line["loss"] for line in file.read() if "loss" in line] for file in files]
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks, with transformers 5.3

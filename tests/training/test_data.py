@@ -81,3 +81,14 @@ def test_two_folders_with_different_tokenizers_are_refused(causal_teacher: Path,
     args = CurriculumConfig(output_dir=str(tmp_path / "o"), max_steps=2, use_cpu=True)
     with pytest.raises(ValueError, match="different tokenizers"):
         CurriculumTrainer(str(other), str(causal_teacher), args, token_rows())
+
+
+def test_a_mask_for_each_pair_of_positions_is_refused(make_trainer: Make) -> None:
+    def collate(rows: Any) -> dict[str, torch.Tensor]:
+        batch = CausalCollator(always_mask=True)(rows)
+        length = batch["input_ids"].shape[1]
+        below = torch.tril(torch.ones(length, length, dtype=torch.bool))
+        return batch | {"attention_mask": batch["attention_mask"].bool()[:, None, None] & below}
+
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \(1, 1, 12, 12\): expected \(B, T\)"):
+        make_trainer(data_collator=collate).train()

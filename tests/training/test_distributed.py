@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
+from tutelage.core.errors import UserError
+from tutelage.core.processes import Group
 from tutelage.tasks.language import CausalCollator
 from tutelage.training.records import MetricsFile
 
@@ -84,3 +87,19 @@ def test_two_processes_with_gradient_checkpointing(tmp_path: Path) -> None:
     two = trained(tmp_path / "two", 2, 4, checkpointing=True)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def refused(error: type[Exception]) -> None:
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+
+    def make() -> None:
+        raise error("too few rows")
+
+    with pytest.raises(error, match="too few rows"):
+        Group.of_all("cpu").first(make)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("error", [UserError, RuntimeError])
+def test_what_the_first_process_raises_reaches_the_others(error: type[Exception]) -> None:
+    launch(2, refused, error)

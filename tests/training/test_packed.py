@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, DataCollatorWithFlattening
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM, DataCollatorWithFlattening
 
 from tests.training.conftest import LENGTH, VOCAB, llama, token_rows
 from tutelage import CurriculumTrainer
+from tutelage.tasks.language import CausalCollator
+from tutelage.tasks.registry import detect_task
+from tutelage.training.packing import PackingCheck
 
 Make = Callable[..., CurriculumTrainer]
 
@@ -51,3 +56,83 @@ def test_packed_rows_are_refused_for_a_model_without_positions(make_trainer: Mak
     trainer = make_trainer(student=student, ragged=True, data_collator=DataCollatorWithFlattening())
     with pytest.raises(ValueError, match="batch has position_ids, which BloomForCausalLM does not take"):
         trainer.train()
+
+
+def bert(layers: int, width: int, seed: int) -> BertForMaskedLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 32, "num_attention_heads": 2}
+    return BertForMaskedLM(BertConfig(vocab_size=VOCAB, max_position_embeddings=32, **sizes))
+
+
+class Flattening(DataCollatorWithFlattening):
+    """Keeps only some of the entries that tell sequences apart."""
+
+    def __init__(self, *entries: str, mask: bool = False) -> None:
+        super().__init__(return_flash_attn_kwargs=True, return_seq_idx=True)
+        self.entries, self.mask = ("input_ids", "labels", *entries), mask
+
+    def __call__(self, *given: Any, **settings: Any) -> dict[str, Any]:
+        batch = super().__call__(*given, **settings)
+        extra = {"attention_mask": torch.ones_like(batch["input_ids"])} if self.mask else {}
+        return {key: value for key, value in batch.items() if key in self.entries} | extra
+
+
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@pytest.mark.parametrize(
+    ("build", "collator"),
+    [
+        (llama, Flattening(*LENGTHS)),
+        (llama, Flattening("seq_idx")),
+        (llama, Flattening("position_ids", mask=True)),
+        (bert, Flattening("position_ids")),
+        (bert, Flattening("position_ids", "seq_idx", *LENGTHS)),
+    ],
+)
+def test_packed_rows_that_would_be_read_as_one_sequence_are_refused(
+    make_trainer: Make, build: Any, collator: Any
+) -> None:
+    models = {"student": build(2, 16, 2), "teacher_model": build(4, 24, 1)}
+    trainer = make_trainer(**models, ragged=True, data_collator=collator)
+    with pytest.raises(
+        ValueError, match=f"several sequences, which {type(trainer.model).__name__} reads as one where a batch"
+    ):
+        trainer.train()
+
+
+def test_the_teacher_must_tell_packed_sequences_apart_too() -> None:
+    """And a student in training mode is left in it."""
+    student, teacher = llama(2, 16, seed=2).train(), bert(2, 16, 1)
+    batch = DataCollatorWithFlattening()(list(token_rows(2, ragged=True)))
+    task = detect_task(student)
+    assert PackingCheck([student], task)(batch) is batch
+    assert student.training
+    with pytest.raises(ValueError, match="which BertForMaskedLM reads as one where a batch has position_ids"):
+        PackingCheck([student, teacher], task)(batch)
+
+
+@pytest.mark.parametrize("build", [llama, bert])
+def test_positions_of_rows_that_are_not_packed_are_no_reason_to_refuse(make_trainer: Make, build: Any) -> None:
+    def collate(rows: Any) -> dict[str, torch.Tensor]:
+        batch = CausalCollator(always_mask=True)(rows)
+        mask = batch["attention_mask"].flip(1)  # padding at the left
+        return {
+            "input_ids": batch["input_ids"].flip(1),
+            "labels": batch["labels"].flip(1),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 1),
+        }
+
+    models = {"student": build(2, 16, 2), "teacher_model": build(4, 24, 1)}
+    make_trainer(**models, ragged=True, data_collator=collate, max_steps=2, method="one_shot").train()
+
+
+def test_models_run_on_short_rows_once_and_not_at_each_step(make_trainer: Make) -> None:
+    trainer = make_trainer(ragged=True, data_collator=DataCollatorWithFlattening(), max_steps=3)
+    compared: list[nn.Module] = []
+    check = trainer.check_packing
+    tells_apart = check._tells_apart
+    object.__setattr__(check, "_tells_apart", lambda *given: compared.append(given[0]) or tells_apart(*given))
+    trainer.train()
+    assert compared == [trainer.model, *trainer.source.models]

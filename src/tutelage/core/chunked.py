@@ -227,6 +227,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        if not hasattr(ctx, "grads"):
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: the output loss keeps no gradients for it"
+            )
         # The stored gradients belong to this call alone, so they are scaled in place.
         grads = [
             None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)

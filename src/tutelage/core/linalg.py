@@ -14,7 +14,9 @@ def fastest(function: Callable[..., torch.Tensor], *matrices: torch.Tensor, othe
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         try:
             return function(*(matrix.cuda() for matrix in matrices)).cpu()
-        except RuntimeError:  # of memory or of the library; what is wrong with the matrices, the CPU says
+        except (
+            RuntimeError
+        ):  # too little memory, or the library failed; the CPU raises an error that the matrices cause
             pass
     threads = torch.get_num_threads()
     torch.set_num_threads(threads * int(os.environ.get("LOCAL_WORLD_SIZE", "1") if others_wait else 1))

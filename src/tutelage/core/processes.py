@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from tutelage.core.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -49,8 +51,18 @@ class Group:
         return values
 
     def first(self, make: Callable[[], T]) -> T:
-        """What `make` gives the first process; the others wait for it."""
-        made: list[Any] = [make() if self.rank == 0 else None]
-        if self.size > 1:
-            distributed.broadcast_object_list(made, src=0, device=torch.device(self.device))
+        """What `make` gives the first process; the others wait for it. What it raises, all raise."""
+        if self.size == 1:
+            return make()
+        made: list[Any] = [None, None]
+        failed: Exception | None = None
+        if self.rank == 0:
+            try:
+                made[0] = make()
+            except Exception as error:
+                failed = error
+                made[1] = UserError(str(error)) if isinstance(error, UserError) else RuntimeError(repr(error))
+        distributed.broadcast_object_list(made, src=0, device=torch.device(self.device))
+        if made[1] is not None:
+            raise failed or made[1]
         return made[0]

@@ -72,6 +72,10 @@ class CheckedCollator:
     def __call__(self, rows: Any) -> Batch:
         batch = self.collator(rows)
         ids, where = batch.get("input_ids"), "a batch of the data"
+        mask = batch.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() != 2:
+            found = f"in {where} attention_mask has the shape {tuple(mask.shape)}: expected (B, T), which says what is padding"
+            raise UserError(f"{found}; the model makes the mask of pairs of positions itself")
         if isinstance(ids, torch.Tensor) and ids.numel():
             first, last = (int(value) for value in ids.aminmax())
             self.limits.check_tokens(where, _longest(batch, ids), first, last)

@@ -100,7 +100,8 @@ def _use_float32(student: nn.Module) -> None:
     low = [p for p in student.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if low:
         what = f"the student comes in {str(low[0].dtype).removeprefix('torch.')} and is trained in float32"
-        warnings.warn(f"{what}; student_dtype='stored' keeps its precision, at a loss", UserWarning, stacklevel=3)
+        how = "student_dtype='stored' keeps its precision, in which most updates are lost in rounding"
+        warnings.warn(f"{what}; {how}", UserWarning, stacklevel=3)
     for parameter in low:
         parameter.data = parameter.data.float()
 

@@ -23,7 +23,7 @@ from tutelage.io.files import writing_errors
 from tutelage.targets.checkpoints import load_checkpoint
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.base import EvaluationTools
-from tutelage.training import checks, records, sharding
+from tutelage.training import checks, packing, records, sharding
 from tutelage.training.compilation import whole_graphs
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.data import checked, readable_rows
@@ -72,8 +72,7 @@ class CurriculumTrainer(Trainer):
     ):
         args = CurriculumConfig() if args is None else args
         if args.n_gpu > 1:
-            how = "start with `accelerate launch -m tutelage ...` to use all"
-            warnings.warn(f"using 1 of {args.n_gpu} GPUs: {how}", stacklevel=2)
+            warnings.warn(f"using 1 of {args.n_gpu} GPUs: `accelerate launch -m tutelage ...` uses all", stacklevel=2)
         if optimizers != (None, None):
             raise UserError("each stage makes its own optimiser: choose it with args.optim, not with optimizers=")
         given = Given(model, teacher_model, train_dataset, eval_dataset, processing_class, curriculum)
@@ -99,6 +98,7 @@ class CurriculumTrainer(Trainer):
             own |= {"train_dataset": prepared.train_dataset, "eval_dataset": prepared.eval_dataset}
             super().__init__(student := self.objective.student, resolved, data_collator, **own)
         self.data_collator = checked(self.data_collator, [student, *self.source.models], self.task)
+        self.check_packing = packing.PackingCheck([student, *self.source.models], self.task)
         samples, size = run.calibration_samples, run.reading.batch_size
         self.feed = StageFeed(self.source, readable_rows(self.train_dataset, samples), self._collate, samples, size)
         self.model_accepts_loss_kwargs = True  # losses are divided by the items of the whole optimiser step
@@ -155,8 +155,7 @@ class CurriculumTrainer(Trainer):
         return True
 
     def _check_weights(self) -> None:
-        finite = sharding.are_finite(self.model.parameters())
-        if self._sum_over_devices(torch.tensor(float(not finite))):
+        if self._sum_over_devices(torch.tensor(float(not sharding.are_finite(self.model.parameters())))):
             raise self._diverged("a weight is not finite")
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -188,8 +187,10 @@ class CurriculumTrainer(Trainer):
         return prepared
 
     def _collate(self, rows: Any) -> dict[str, Any]:
-        collator = self._get_collator_with_removed_columns(self.data_collator)
-        return self._prepare_inputs(collator(rows))
+        return self._prepare_inputs(self._get_collator_with_removed_columns(self.data_collator)(rows))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self.check_packing(super()._prepare_inputs(inputs))
 
     def _move_to_stage(self, step: int) -> None:
         """Enter the stage of optimiser step `step`."""
@@ -294,9 +295,8 @@ class CurriculumTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As in transformers; rows that are in the order of the steps already are not shuffled."""
-        if self.source.in_step_order:
-            return SequentialSampler(self.train_dataset)
-        return super()._get_train_sampler(train_dataset)
+        in_order = self.source.in_step_order
+        return SequentialSampler(self.train_dataset) if in_order else super()._get_train_sampler(train_dataset)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, *args: Any, **kwargs: Any) -> Any:
         return self.source.collate_with(super()._get_collator_with_removed_columns(data_collator, *args, **kwargs))
@@ -355,7 +355,7 @@ class CurriculumTrainer(Trainer):
             if not self.is_fsdp_enabled:
                 self.task.restore(self.model, Path(resume_from_checkpoint), standard)
             elif not sharding.is_sharded(self.objective):  # Trainer asks again after sharding
-                load_checkpoint(self.model, resume_from_checkpoint)
+                load_checkpoint(self.model, resume_from_checkpoint, what="student")
 
     def _load_best_model(self) -> None:
         standard, best = super()._load_best_model, Path(str(self.state.best_model_checkpoint))
