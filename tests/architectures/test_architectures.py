@@ -1,11 +1,10 @@
 """Every causal, masked and classification architecture of transformers: the engine's states and logits are the model's own.
 
 Each is built small, at random, from its default configuration. `forward_to` and the self-check run at block 1, at a block in
-the middle, and at `final`, on a full and a padded row. Run with `pytest -m architectures`; another version of transformers may need other lists."""
+the middle, and at `final`, on a full and a padded row. Run with `pytest -m architectures`; another version of transformers
+may need other lists."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch

@@ -143,9 +143,7 @@ def test_logits_that_nothing_explains_are_refused(
 
     torch.manual_seed(0)
     model = Changed(LlamaConfig(**SMALL, num_labels=3, pad_token_id=0))
-    with pytest.raises(
-        UserError, match="the teacher Changed: changes .* that no setting of its configuration explains"
-    ):
+    with pytest.raises(UserError, match=r"Changed: changes .* that no setting of its configuration explains"):
         watch("teacher", model, detect_task(kind(model.config)))
 
 

@@ -97,6 +97,30 @@ def test_a_model_that_computes_something_else_is_refused(
         make_trainer(layer_map="1:1,2:3", **models)
 
 
+def with_a_massive_activation() -> LlamaForCausalLM:
+    """A model with one entry of its states a thousand times as large as the others, as in many trained models."""
+    model = llama(4, 24, seed=1, initializer_range=0.08)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 5] = 3000.0
+    return model
+
+
+def test_a_massive_activation_hides_no_other_difference(make_trainer: Make) -> None:
+    make_trainer(teacher_model=with_a_massive_activation(), layer_map="1:1,2:2")
+    with pytest.raises(UserError, match=r"the state at block 1 is not the model's own hidden_states\[1\]"):
+        make_trainer(teacher_model=changed(with_a_massive_activation(), swap_states), layer_map="1:1,2:2")
+
+
+def test_a_first_block_that_changes_its_state_little_is_no_embedding() -> None:
+    model = llama(4, 24, seed=1, initializer_range=1e-3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()
+    seen = watch("teacher", model, get_task("causal_lm"))
+    assert seen is not None and seen.hidden_states is not None
+    assert len(seen.hidden_states) == 5
+    seen.check([1, 2, 3])
+
+
 def test_states_that_are_not_compared_are_not_checked(make_trainer: Make) -> None:
     make_trainer(student=changed(llama(3, 16, seed=2), swap_states), layer_map="3:4")
 
