@@ -16,7 +16,7 @@ from tutelage import UserError, forward_to
 from tutelage.core.blocks import FINAL, find_blocks
 from tutelage.core.inputs import model_inputs, text_config
 from tutelage.core.probe import probe_ids
-from tutelage.tasks.base import Task
+from tutelage.tasks.base import HeadTask, Task
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import make_student, student_config
 from tutelage.training.self_check import watch
@@ -117,11 +117,11 @@ def case_of(kind: str, name: str) -> tuple[PreTrainedModel, Task, dict[str, torc
 
 
 def batch_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A full row and one with five positions of padding at its end."""
+    """A full row and one with five positions of padding at its end, before which its text ends with the padding token."""
     full = probe_ids(model)
     ids, mask = full.repeat(2, 1), torch.ones(2, full.shape[1], dtype=torch.long)
     mask[1, -5:] = 0
-    ids[1, -5:] = getattr(text_config(model.config), "pad_token_id", None) or 0
+    ids[1, -6:] = getattr(text_config(model.config), "pad_token_id", None) or 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -150,7 +150,8 @@ def test_states_and_logits_are_the_models_own(kind: str, name: str) -> None:
     head = task.output_head(model)
     assert head is not None
     expected = model(**inputs).logits
-    state = task.state_at(model, FINAL, batch)
+    assert isinstance(task, HeadTask)
+    state = task.output_state(model, batch)
     if kind == "classification":
         logits = head(task.select(state, batch).state)
     else:
