@@ -29,6 +29,7 @@ from tutelage.core.blocks import FINAL
 from tutelage.core.errors import UserError
 from tutelage.core.forward import forward_to
 from tutelage.core.heads import OutputHead
+from tutelage.core.probe import probe_ids
 from tutelage.tasks.registry import detect_task
 from tutelage.training.self_check import watch
 
@@ -161,6 +162,12 @@ def test_rounding_in_half_precision_is_no_change(config_class: Any, size: float,
     torch.manual_seed(0)
     config = config_class(**SMALL, num_key_value_heads=2, head_dim=8, initializer_range=size)
     OutputHead.of(AutoModelForCausalLM.from_config(config).to(dtype))
+
+
+def test_token_ids_that_a_configuration_names_in_any_form_are_avoided() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, eos_token_id=[2, 5]))
+    model.config.image_token_id, model.config.audio_token_id = {"first": 7}, [[3], 4]
+    assert probe_ids(model)[0, :5].tolist() == [3, 6, 7, 8, 9]
 
 
 def test_measuring_draws_nothing() -> None:

@@ -65,6 +65,10 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
         _use_float32(student)
     eval_dataset = source.evaluation_rows(given.eval_dataset)
     models = [student, *source.models]
+    if any(model is student for model in source.models):
+        raise UserError(
+            "the student is the teacher: one model cannot be both, since a teacher is frozen; give a copy (copy.deepcopy)"
+        )
     for model in models:
         task.check_model(model)
     checks.check_recomputing(student, bool(args.gradient_checkpointing))
