@@ -19,7 +19,7 @@ from tutelage.core.probe import probe_ids
 from tutelage.tasks.base import HeadTask, Task
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import make_student, student_config
-from tutelage.training.self_check import watch
+from tutelage.training.self_check import run_probe
 
 pytestmark = [pytest.mark.architectures, pytest.mark.filterwarnings("ignore")]
 TASKS = {"causal": "causal_lm", "masked": "masked_lm", "classification": "sequence_classification"}
@@ -129,7 +129,7 @@ def batch_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_states_and_logits_are_the_models_own(kind: str, name: str) -> None:
     model, task, batch = case_of(kind, name)
-    seen = watch("teacher", model, task)
+    seen = run_probe("teacher", model, task)
     assert seen is not None
     seen.check([FINAL])
     inputs, real = model_inputs(model, batch), batch["attention_mask"].bool()
@@ -167,7 +167,7 @@ def test_the_language_model_of_a_composite_model_is_distilled(name: str) -> None
     student = make_student(preset, task, student_config(preset, teacher.config, task))
     assert len(find_blocks(student)) == 2
     for model in (teacher, student):
-        seen = watch("model", model, task)
+        seen = run_probe("model", model, task)
         assert seen is not None
         seen.check([1, 2, FINAL])
 
@@ -176,7 +176,7 @@ def test_the_language_model_of_a_composite_model_is_distilled(name: str) -> None
 def test_what_the_engine_cannot_do_is_refused_before_a_run(kind: str, name: str) -> None:
     model, task, _ = case_of(kind, name)
     with pytest.raises(UserError, match=REFUSED[kind, name]):
-        watch("teacher", model, task)
+        run_probe("teacher", model, task)
 
 
 @pytest.mark.parametrize(("kind", "name"), LEFT_OUT)

@@ -31,7 +31,7 @@ from tutelage.core.forward import forward_to
 from tutelage.core.heads import OutputHead
 from tutelage.core.probe import probe_ids
 from tutelage.tasks.registry import detect_task
-from tutelage.training.self_check import watch
+from tutelage.training.self_check import run_probe
 
 
 class Headed(nn.Module):
@@ -145,7 +145,7 @@ def test_logits_that_nothing_explains_are_refused(
     torch.manual_seed(0)
     model = Changed(LlamaConfig(**SMALL, num_labels=3, pad_token_id=0))
     with pytest.raises(UserError, match=r"Changed: changes .* that no setting of its configuration explains"):
-        watch("teacher", model, detect_task(kind(model.config)))
+        run_probe("teacher", model, detect_task(kind(model.config)))
 
 
 def test_a_bias_that_is_added_after_the_head_is_refused() -> None:

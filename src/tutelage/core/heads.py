@@ -128,7 +128,7 @@ def _settings(model: nn.Module) -> tuple[list[float], list[float]]:
     return scales, [float(cap) for name in _CAPS if (cap := getattr(config, name, None))]
 
 
-def believe(model: nn.Module) -> tuple[float | None, float]:
+def assume_settings(model: nn.Module) -> tuple[float | None, float]:
     """Softcap and scale that the configuration of a language model names, which count until they are measured."""
     scales, caps = _settings(model)
     named = (caps[0] if caps else None, scales[0] / scales[1])
@@ -154,7 +154,7 @@ def measure(name: str, model: nn.Module, head: nn.Linear, run: Callable[[], torc
         logits = run()
     finally:
         undo.remove()
-    believed = believe(model)
+    assumed = assume_settings(model)
     del model.__dict__["_tutelage_head"]
     if not seen:
         raise UserError(f"{name}: does not run its output head, so its logits cannot be rebuilt; use a different model")
@@ -163,7 +163,7 @@ def measure(name: str, model: nn.Module, head: nn.Linear, run: Callable[[], torc
     if is_language_model(model):
         inverse = [1 / scale for scale in scales]
         candidates = itertools.product(
-            dict.fromkeys([believed[1], 1.0, *scales, *inverse]), dict.fromkeys([believed[0], *caps, None])
+            dict.fromkeys([assumed[1], 1.0, *scales, *inverse]), dict.fromkeys([assumed[0], *caps, None])
         )
     for scale, cap in candidates:
         if logits is None or _explains(OutputHead(head, cap, scale), state, factors, logits):
@@ -200,9 +200,9 @@ def _explains(head: OutputHead, state: torch.Tensor, factors: torch.Tensor, logi
 
 
 def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
-    """Softcap and scale of a model's logits, from one forward of 16 tokens. A model without values is believed."""
+    """Softcap and scale of a model's logits, from one forward of 16 tokens; without values, as its configuration says."""
     if not hasattr(getattr(model, "config", None), "model_type") or has_no_values(model):
-        return believe(model)
+        return assume_settings(model)
     ids = probe_ids(model)
     with as_user_error(f"{type(model).__name__} cannot run {ids.shape[1]} tokens"), evaluating(model):
         inputs = model_inputs(model, {"input_ids": ids})

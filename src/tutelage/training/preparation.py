@@ -22,7 +22,7 @@ from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
 from tutelage.training.resolution import ResolvedRun, resolve
-from tutelage.training.self_check import check_precision, watch
+from tutelage.training.self_check import check_precision, run_probe
 
 Teacher = nn.Module | str | TargetSource | None
 
@@ -75,7 +75,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
 
     check_precision(student, args.student_dtype == "stored")
     watched = [
-        watch(name, model, task, args.blocks) for name, model in zip(("student", "teacher"), models, strict=False)
+        run_probe(name, model, task, args.blocks) for name, model in zip(("student", "teacher"), models, strict=False)
     ]
     outputs = checks.shared_outputs(student, source, tokenizer)
     checks.check_output_names(student, source)

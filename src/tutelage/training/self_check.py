@@ -53,7 +53,7 @@ class Watched:
 
 
 @torch.no_grad()
-def watch(name: str, model: nn.Module, task: Task, container: str | None = None) -> Watched | None:
+def run_probe(name: str, model: nn.Module, task: Task, container: str | None = None) -> Watched | None:
     """Run `model` (called `name` in messages) once and check its logits; None for one that reads no tokens or has no values.
 
     Raises UserError where the model cannot run 16 tokens, or where its logits are not those of its output head."""
@@ -61,7 +61,7 @@ def watch(name: str, model: nn.Module, task: Task, container: str | None = None)
     if not task.tokenized or has_no_values(model) or not accepts(network, "input_ids"):
         return None
     if task.splits_head and heads.is_language_model(model):
-        heads.believe(model)  # so that the head is not measured by a forward of its own
+        heads.assume_settings(model)  # so that the head is not measured by a forward of its own
     name, blocks = f"the {name} {type(model).__name__}", find_blocks(network, container)
     head = task.output_head(model) if task.splits_head else None
     ids = probe_ids(network)
