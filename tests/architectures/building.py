@@ -135,4 +135,14 @@ def build(kind: str, name: str) -> PreTrainedModel:
             f"{name} has {size:,} parameters: its configuration is not made small by the names of its fields"
         )
     torch.manual_seed(0)
-    return auto_class.from_config(config).eval()
+    return vary(auto_class.from_config(config).eval())
+
+
+@torch.no_grad()
+def vary(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with random biases and scales: at their initial zeros and ones they would not show where they are applied."""
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("bias")]
+    for vector in (*model.parameters(), *biases):
+        if vector.dim() == 1 and vector.is_floating_point():
+            vector += (0.1 if bool((vector == 1).all()) else 0.3) * torch.randn_like(vector)
+    return model

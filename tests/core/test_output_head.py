@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,15 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    EsmConfig,
+    EsmForMaskedLM,
     FalconH1Config,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedConfig,
     RecurrentGemmaConfig,
 )
@@ -25,6 +29,9 @@ from tutelage.core.blocks import FINAL
 from tutelage.core.errors import UserError
 from tutelage.core.forward import forward_to
 from tutelage.core.heads import OutputHead
+from tutelage.core.probe import probe_ids
+from tutelage.tasks.registry import detect_task
+from tutelage.training.self_check import run_probe
 
 
 class Headed(nn.Module):
@@ -122,15 +129,45 @@ def test_the_head_gives_the_models_own_logits(config: PreTrainedConfig) -> None:
         torch.testing.assert_close(OutputHead.of(model)(state), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_logits_that_nothing_explains_are_refused() -> None:
-    class Squared(LlamaForCausalLM):
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, LlamaForSequenceClassification])
+@pytest.mark.parametrize(
+    "change", [torch.square, lambda x: x + torch.arange(x.shape[-1]) / 48, lambda x: 1.015 * x, lambda x: x + 0.01]
+)
+def test_logits_that_nothing_explains_are_refused(
+    kind: type[Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    class Changed(kind):
         def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
             output = super().forward(input_ids, **kwargs)
-            output.logits = output.logits.square()
+            output.logits = change(output.logits)
             return output
 
+    torch.manual_seed(0)
+    model = Changed(LlamaConfig(**SMALL, num_labels=3, pad_token_id=0))
+    with pytest.raises(UserError, match=r"Changed: changes .* that no setting of its configuration explains"):
+        run_probe("teacher", model, detect_task(kind(model.config)))
+
+
+def test_a_bias_that_is_added_after_the_head_is_refused() -> None:
+    model = EsmForMaskedLM(EsmConfig(**SMALL, pad_token_id=1, mask_token_id=47, max_position_embeddings=32))
+    nn.init.normal_(model.lm_head.bias)
     with pytest.raises(UserError, match="no setting of its configuration explains"):
-        OutputHead.of(Squared(LlamaConfig(**SMALL)))
+        OutputHead.of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.02, 1.0])
+@pytest.mark.parametrize("config_class", [LlamaConfig, Gemma2Config, CohereConfig, GraniteConfig])
+def test_rounding_in_half_precision_is_no_change(config_class: Any, size: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = config_class(**SMALL, num_key_value_heads=2, head_dim=8, initializer_range=size)
+    OutputHead.of(AutoModelForCausalLM.from_config(config).to(dtype))
+
+
+def test_token_ids_that_a_configuration_names_in_any_form_are_avoided() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, eos_token_id=[2, 5]))
+    model.config.image_token_id, model.config.audio_token_id = {"first": 7}, [[3], 4]
+    assert probe_ids(model)[0, :5].tolist() == [3, 6, 7, 8, 9]
 
 
 def test_measuring_draws_nothing() -> None:

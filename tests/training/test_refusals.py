@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import BertForSequenceClassification, BertModel
 
 from tests.conftest import bert_config
-from tests.training.conftest import token_rows
-from tutelage import CurriculumConfig, CurriculumTrainer
+from tests.training.conftest import llama, token_rows
+from tutelage import CurriculumConfig, CurriculumTrainer, UserError
 from tutelage.tasks.embedding import EmbeddingModel
 
 Make = Callable[..., CurriculumTrainer]
@@ -31,6 +31,12 @@ Make = Callable[..., CurriculumTrainer]
 def test_settings_that_mean_nothing(make_trainer: Make, setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(**setting)
+
+
+def test_a_student_that_is_its_own_teacher_is_refused(make_trainer: Make) -> None:
+    model = llama(2, 16, seed=1)
+    with pytest.raises(UserError, match="the student is the teacher: one model cannot be both"):
+        make_trainer(student=model, teacher_model=model)
 
 
 @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}])

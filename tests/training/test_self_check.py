@@ -19,7 +19,7 @@ from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer, UserError
 from tutelage.core.blocks import FINAL
 from tutelage.tasks.registry import get_task
-from tutelage.training.self_check import check_precision, watch
+from tutelage.training.self_check import check_precision, run_probe
 
 Make = Callable[..., CurriculumTrainer]
 
@@ -95,6 +95,30 @@ def test_a_model_that_computes_something_else_is_refused(
     models[name] = changed(models[name], change)
     with pytest.raises(UserError, match=f"the {who} Changed: {message}"):
         make_trainer(layer_map="1:1,2:3", **models)
+
+
+def with_a_massive_activation() -> LlamaForCausalLM:
+    """A model with one entry of its states a thousand times as large as the others, as in many trained models."""
+    model = llama(4, 24, seed=1, initializer_range=0.08)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 5] = 3000.0
+    return model
+
+
+def test_a_massive_activation_hides_no_other_difference(make_trainer: Make) -> None:
+    make_trainer(teacher_model=with_a_massive_activation(), layer_map="1:1,2:2")
+    with pytest.raises(UserError, match=r"the state at block 1 is not the model's own hidden_states\[1\]"):
+        make_trainer(teacher_model=changed(with_a_massive_activation(), swap_states), layer_map="1:1,2:2")
+
+
+def test_a_first_block_that_changes_its_state_little_is_no_embedding() -> None:
+    model = llama(4, 24, seed=1, initializer_range=1e-3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()
+    seen = run_probe("teacher", model, get_task("causal_lm"))
+    assert seen is not None and seen.hidden_states is not None
+    assert len(seen.hidden_states) == 5
+    seen.check([1, 2, 3])
 
 
 def test_states_that_are_not_compared_are_not_checked(make_trainer: Make) -> None:
@@ -200,7 +224,7 @@ def test_the_check_leaves_modes_buffers_and_the_random_state_as_they_were(make_t
     modes = [module.training for module in student.modules()]
     buffers = {name: value.clone() for name, value in student.named_buffers()}
     state = torch.get_rng_state()
-    assert watch("student", student, get_task("causal_lm")) is not None
+    assert run_probe("student", student, get_task("causal_lm")) is not None
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in student.modules()] == modes
     for name, value in student.named_buffers():
@@ -212,7 +236,7 @@ def test_the_check_leaves_modes_buffers_and_the_random_state_as_they_were(make_t
 def test_a_student_with_adapters_is_checked(make_trainer: Make) -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(llama(2, 16, seed=2), peft.LoraConfig(target_modules=["q_proj"], r=2))
-    seen = watch("student", adapted, get_task("causal_lm"))
+    seen = run_probe("student", adapted, get_task("causal_lm"))
     assert seen is not None and seen.hidden_states is not None
     seen.check([1, 2, FINAL])
     make_trainer(student=adapted, layer_map="1:2")
@@ -235,9 +259,9 @@ def test_an_offloaded_teacher_is_checked(make_trainer: Make, tmp_path: Path) -> 
 
 
 def test_models_without_tokens_or_values_are_not_checked() -> None:
-    assert watch("student", nn.Sequential(nn.Linear(2, 2)), get_task("classification")) is None
+    assert run_probe("student", nn.Sequential(nn.Linear(2, 2)), get_task("classification")) is None
     with torch.device("meta"):
-        assert watch("student", llama(1, 16, seed=2), get_task("causal_lm")) is None
+        assert run_probe("student", llama(1, 16, seed=2), get_task("causal_lm")) is None
 
 
 def test_labels_alone_check_the_student(make_trainer: Make) -> None:

@@ -128,7 +128,7 @@ def _settings(model: nn.Module) -> tuple[list[float], list[float]]:
     return scales, [float(cap) for name in _CAPS if (cap := getattr(config, name, None))]
 
 
-def believe(model: nn.Module) -> tuple[float | None, float]:
+def assume_settings(model: nn.Module) -> tuple[float | None, float]:
     """Softcap and scale that the configuration of a language model names, which count until they are measured."""
     scales, caps = _settings(model)
     named = (caps[0] if caps else None, scales[0] / scales[1])
@@ -141,31 +141,32 @@ def measure(name: str, model: nn.Module, head: nn.Linear, run: Callable[[], torc
     `name` is the model's in messages; `run` does one forward and gives the logits, None where the model has none. Raises
     UserError where no setting of the configuration explains them; those of a classifier must be the output of its head."""
     scales, caps = _settings(model)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # states before the head, and the factor that its output got
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # states before the head, and the factors that its output got
 
     def amplify(_module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         factor = 2 * max(caps, default=_LARGE) / output.float().abs().max().clamp_min(1e-6)  # so that a cap shows
-        seen.append((args[0], factor))
-        return output * factor
+        factors = torch.where(_amplified(output), factor, 1.0)
+        seen.append((args[0], factors))
+        return (output * factors).to(output.dtype)
 
     undo = head.register_forward_hook(amplify)
     try:
         logits = run()
     finally:
         undo.remove()
-    believed = believe(model)
+    assumed = assume_settings(model)
     del model.__dict__["_tutelage_head"]
     if not seen:
         raise UserError(f"{name}: does not run its output head, so its logits cannot be rebuilt; use a different model")
-    state, factor = seen[0]
+    state, factors = seen[0]
     candidates: Any = [(1.0, None)]
     if is_language_model(model):
         inverse = [1 / scale for scale in scales]
         candidates = itertools.product(
-            dict.fromkeys([believed[1], 1.0, *scales, *inverse]), dict.fromkeys([believed[0], *caps, None])
+            dict.fromkeys([assumed[1], 1.0, *scales, *inverse]), dict.fromkeys([assumed[0], *caps, None])
         )
     for scale, cap in candidates:
-        if logits is None or _explains(OutputHead(head, cap, scale), state, factor, logits):
+        if logits is None or _explains(OutputHead(head, cap, scale), state, factors, logits):
             model.__dict__["_tutelage_head"] = (cap, scale)
             return
     raise UserError(
@@ -174,22 +175,34 @@ def measure(name: str, model: nn.Module, head: nn.Linear, run: Callable[[], torc
     )
 
 
-def _explains(head: OutputHead, state: torch.Tensor, factor: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Whether a head gives these logits for a state, where the output of its linear map is multiplied by a factor."""
-    state = last_token(state, {}) if logits.dim() == 2 else state
-    made = _finished(OutputHead(head.linear)(state).float() * factor, head.softcap, head.scale)
+def _amplified(output: torch.Tensor) -> torch.Tensor:
+    """True at every second output of a head, in turn: the large ones show a cap, and the others what is added after them."""
+    positions, outputs = (torch.arange(size, device=output.device) for size in output.shape[-2:])
+    return ((positions[:, None] + outputs) % 2 == 0).expand(output.shape)
+
+
+def _explains(head: OutputHead, state: torch.Tensor, factors: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether a head gives these logits for a state, where the output of its linear map is multiplied by factors."""
+    output = OutputHead(head.linear)(state).float()
+    usual, made = (_finished(values, head.softcap, head.scale) for values in (output, output * factors))
+    large = _amplified(output)
+    if logits.dim() == 2:
+        made, large = last_token(made, {}), last_token(large, {})
     if made.shape != logits.shape:
         return False
     # an output that is ruled out says nothing; a run with weights that are not finite stops at its first loss
     finite = logits.isfinite() & made.isfinite()
-    difference, size = (made - logits.float())[finite].abs(), logits[finite].abs()
-    return not finite.any() or bool(difference.max() <= 0.02 * size.max())
+    sizes = made.nan_to_num(0, 0, 0).abs()
+    deviation = usual.nan_to_num(0, 0, 0).std(correction=0)
+    rounding = 1e-4 * deviation + 4 * torch.finfo(logits.dtype).eps * sizes
+    allowed = torch.where(large, 0.02 * sizes.max(), rounding)
+    return bool(((made - logits.float()).abs() <= allowed)[finite].all())
 
 
 def _measure(model: nn.Module, head: nn.Linear) -> tuple[float | None, float]:
-    """Softcap and scale of a model's logits, from one forward of 16 tokens. A model without values is believed."""
+    """Softcap and scale of a model's logits, from one forward of 16 tokens; without values, as its configuration says."""
     if not hasattr(getattr(model, "config", None), "model_type") or has_no_values(model):
-        return believe(model)
+        return assume_settings(model)
     ids = probe_ids(model)
     with as_user_error(f"{type(model).__name__} cannot run {ids.shape[1]} tokens"), evaluating(model):
         inputs = model_inputs(model, {"input_ids": ids})

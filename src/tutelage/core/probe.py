@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ def probe_ids(model: nn.Module) -> torch.Tensor:
     for fields in (getattr(part, "__dict__", {}) for part in (config, text)):
         for name, value in fields.items():
             if name.endswith(("token_id", "token_index")):
-                named |= {*value} if isinstance(value, list) else {value}
-    ordinary = [number for number in range(1, entries) if number not in named][: 4 * PROBE] or [0]
+                named |= {entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, int)}
+    unnamed = (number for number in range(1, entries) if number not in named)
+    ordinary = [*islice(unnamed, 4 * PROBE)] or [0]
     length = min(PROBE, usable_positions(text) or PROBE)
     parameter = next(model.parameters())
     device = "cpu" if parameter.is_meta else parameter.device

@@ -55,14 +55,12 @@ class LiveTargets(TargetSource):
     def states(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden state at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
         with _without_gradients():
-            hidden = self.task.state_at(self.model, place, batch, self.block_names)
-        return hidden.to(batch["input_ids"].device) if "input_ids" in batch else hidden  # a teacher may span devices
+            return _beside(batch, self.task.state_at(self.model, place, batch, self.block_names))
 
     def whole_output(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
         with _without_gradients():
-            output = self.task.whole_output(self.model, batch)
-        return output.to(batch["input_ids"].device) if "input_ids" in batch else output
+            return _beside(batch, self.task.whole_output(self.model, batch))
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
         for stage in curriculum.stages:
@@ -103,7 +101,9 @@ class LiveTargets(TargetSource):
 
     def output(self, batch: Batch) -> OutputTarget:
         if self.task.splits_head:
-            return OutputTarget(state=self.states(FINAL, batch), head=self.output_head())
+            with _without_gradients():
+                state = _beside(batch, self.task.output_state(self.model, batch))
+            return OutputTarget(state=state, head=self.output_head())
         return OutputTarget(whole=self.whole_output(batch).clone())
 
     def output_head(self) -> OutputHead | None:
@@ -201,6 +201,11 @@ class LiveTargets(TargetSource):
 def _without_gradients() -> Any:
     """Inference mode, which the compiler cannot trace, or its nearest relative that it can."""
     return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
+
+
+def _beside(batch: Mapping[str, Any], output: torch.Tensor) -> torch.Tensor:
+    """An output on the device of its batch: a teacher may span devices."""
+    return output.to(batch["input_ids"].device) if "input_ids" in batch else output
 
 
 def _copies(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -150,6 +150,10 @@ class Task(ABC):
         network, head = self._network(model, place)
         return forward_to(network, place, blocks=blocks, head=head, **model_inputs(network, batch))
 
+    def output_state(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The state that a model's output head is applied to: at `final`, (B, T, D) or pooled (B, D)."""
+        return self.state_at(model, FINAL, batch)
+
     def make_view(self, model: nn.Module, place: Place, batch: Mapping[str, Any], blocks: Blocks | None = None) -> bool:
         """Let `state_at` run without hooks from now on, where the model allows it (`tutelage.core.forward.make_view`)."""
         network, head = self._network(model, place)
@@ -300,7 +304,7 @@ class HeadTask(Task):
         if settings.router_coefficient:
             state, balance = state_and_balance(student, head.linear, model_inputs(student, batch))
         else:
-            state = self.state_at(student, FINAL, batch)
+            state = self.output_state(student, batch)
         selected = self.select(state, batch)
         top_k = None if target is None else target.top_k
         loss = output_loss(selected.state, head, *teacher, selected.labels, settings=settings, targets=top_k)
@@ -318,7 +322,7 @@ class HeadTask(Task):
 
     def measure(self, student: nn.Module, batch: Batch, target: OutputTarget | None, tools: EvaluationTools) -> Tensor:
         """Sums over the positions of each example: the columns of `output_metrics`, then the number of positions, (B, 7)."""
-        selected = self.select(self.state_at(student, FINAL, batch), batch)
+        selected = self.select(self.output_state(student, batch), batch)
         if selected.labels is None:
             raise UserError("evaluation needs labels, but the evaluation set has none: give one with a labels column")
         teacher, head = self._teacher(target, batch), self.output_head(student, tools.outputs)

@@ -1,5 +1,6 @@
 """Classifiers of token sequences, and plain networks that classify any tensors."""
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, default_data_collator
 
 from tutelage.core.errors import UserError
-from tutelage.core.inputs import last_token
+from tutelage.core.inputs import last_token, text_config
 from tutelage.core.losses import OutputSettings, logits_loss, logits_metrics
 from tutelage.tasks.base import Batch, EvaluationTools, HeadTask, OutputTarget, Selected, Task, name_metrics
 
@@ -42,6 +43,14 @@ class SequenceClassification(HeadTask):
 
     def example(self, length: int) -> Batch:
         return {**super().example(length), "labels": torch.zeros((1,), dtype=torch.long)}
+
+    def output_state(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """As transformers' classifiers pool: at the last token that is not the padding token, whatever the mask says."""
+        hidden = super().output_state(model, batch)
+        padding = getattr(text_config(getattr(model, "config", None)), "pad_token_id", None)
+        if padding is None:
+            return last_token(hidden, batch)
+        return last_token(hidden, {"attention_mask": batch["input_ids"].to(hidden.device) != padding})
 
     def select(self, hidden: Tensor, batch: Batch) -> Selected:
         state = last_token(hidden, batch)

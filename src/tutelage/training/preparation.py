@@ -22,7 +22,7 @@ from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
 from tutelage.training.resolution import ResolvedRun, resolve
-from tutelage.training.self_check import check_precision, watch
+from tutelage.training.self_check import check_precision, run_probe
 
 Teacher = nn.Module | str | TargetSource | None
 
@@ -65,13 +65,17 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
         _use_float32(student)
     eval_dataset = source.evaluation_rows(given.eval_dataset)
     models = [student, *source.models]
+    if any(model is student for model in source.models):
+        raise UserError(
+            "the student is the teacher: one model cannot be both, since a teacher is frozen; give a copy (copy.deepcopy)"
+        )
     for model in models:
         task.check_model(model)
     checks.check_recomputing(student, bool(args.gradient_checkpointing))
 
     check_precision(student, args.student_dtype == "stored")
     watched = [
-        watch(name, model, task, args.blocks) for name, model in zip(("student", "teacher"), models, strict=False)
+        run_probe(name, model, task, args.blocks) for name, model in zip(("student", "teacher"), models, strict=False)
     ]
     outputs = checks.shared_outputs(student, source, tokenizer)
     checks.check_output_names(student, source)
