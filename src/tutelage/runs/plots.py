@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from tutelage.io.files import replacing
 
@@ -28,7 +29,7 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     if evaluated:
         axis.plot(*zip(*evaluated, strict=True), "k--o", markersize=3, label="held-out loss")
     axis.set(xlabel="optimiser steps", ylabel="loss (each stage has its own)", title=title)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.legend()
     save_figure(figure, path)
