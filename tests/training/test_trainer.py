@@ -399,14 +399,17 @@ def test_every_pass_of_the_teacher_is_charged(
 ) -> None:
     """Calibration (two passes; without statistics one batch, for the width), training, and the pass before a transplant."""
     seen: list[int] = []
-    original = LiveTargets.states
 
-    def states(self: LiveTargets, place: Any, batch: dict[str, Any]) -> torch.Tensor:
-        seen.append(len(batch["input_ids"]))
-        return original(self, place, batch)
+    def counting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            seen.append(len(arguments[-1]["input_ids"]))
+            return method(*arguments)
+
+        return counted
 
     trainer = make_trainer(layer_map="final:final", calibration_samples=16, max_steps=4, ragged=False, **settings)
-    monkeypatch.setattr(LiveTargets, "states", states)
+    monkeypatch.setattr(LiveTargets, "states", counting(LiveTargets.states))
+    monkeypatch.setattr(LiveTargets, "output", counting(LiveTargets.output))
     trainer.train()
     rows = sum(seen) - 2 * 2  # less an example of each stage that is measured: with the student, and the teacher alone
     costs = trainer.transition.costs
