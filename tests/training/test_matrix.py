@@ -1,8 +1,9 @@
 """Every way to run a step gives the parameters that a plain loop gives.
 
 {compiled, not} x {1, 2 processes} x {accumulation 1, 2} x {ragged, packed} x {float32, bfloat16 autocast} x
-{map-style, iterable}, on two tiny models; of the compiled runs the half that has every choice of four settings. The runs of a group, of one kind of compiling and of processes, are made together in
-new processes: compiling leaves its marks on the whole process, and graphs are shared."""
+{map-style, iterable}, on two tiny models. A compiled run takes seconds: of these, half are made, which have every combination of
+any five of the six other settings. The runs of a group, of one kind of compiling and of processes, are made together in new
+processes: compiling leaves its marks on the whole process, and graphs are shared."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ class Cell:
 
     @property
     def is_in_half(self) -> bool:
-        """Whether it is in the half of all settings that contains every choice of four of them: a compiled run takes seconds."""
+        """Whether it is in the half that has every combination of any five settings."""
         choices = (
             self.model == "bert",
             self.processes == 2,
