@@ -1,7 +1,7 @@
 """Every way to run a step gives the parameters that a plain loop gives.
 
 {compiled, not} x {1, 2 processes} x {accumulation 1, 2} x {ragged, packed} x {float32, bfloat16 autocast} x
-{map-style, iterable}, on two tiny models. A compiled run takes seconds: of these, half are made, which have every combination of
+{map-style, iterable}, on two tiny models. A compiled run takes seconds: half of these are made, with every combination of
 any five of the six other settings. The runs of a group, of one kind of compiling and of processes, are made together in new
 processes: compiling leaves its marks on the whole process, and graphs are shared."""
 
