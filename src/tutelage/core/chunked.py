@@ -285,8 +285,7 @@ def _operator(
     mine = [hidden, *head]
     grads = _empty_gradients(mine, [True] * len(mine), low)
     total = _add_gradients(grads, hidden, LinearHead.of(head, softcap or None, scale), spec, low)
-    found = [grad for grad in grads if grad is not None]
-    return total, found[0], found[1], found[2] if len(found) > 2 else hidden.new_empty(0)
+    return _four(total, grads)
 
 
 @_operator.register_fake
@@ -294,13 +293,13 @@ def _shapes(
     hidden: Tensor, head: list[Tensor], teacher: Any, labels: Any, numbers: Any, sizes: Any, low: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mine = [hidden, *head]
-    found = [torch.empty_like(tensor) for tensor in _empty_gradients(mine, [True] * len(mine), low)]  # type: ignore[arg-type]
-    return (
-        hidden.new_empty((), dtype=torch.float32),
-        found[0],
-        found[1],
-        found[2] if len(found) > 2 else hidden.new_empty(0),
-    )
+    return _four(hidden.new_empty((), dtype=torch.float32), _empty_gradients(mine, [True] * len(mine), low))
+
+
+def _four(total: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the operator returns: the loss, and the gradients of hidden states, weight and bias (empty without one)."""
+    found = [grad for grad in grads if grad is not None]
+    return total, found[0], found[1], found[2] if len(found) > 2 else found[0].new_empty(0)
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
