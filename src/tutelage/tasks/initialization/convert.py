@@ -1,0 +1,305 @@
+"""The weights of a student from those of its teacher, through one residual basis.
+Shapes: N positions, D teacher width, R student width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage.core.blocks import Place
+from tutelage.core.errors import UserError
+from tutelage.core.probe import evaluating
+from tutelage.core.residual import kept_variance, residual_basis
+from tutelage.tasks.initialization.calibration import (
+    NormFit,
+    Uses,
+    is_transposed,
+    observe_modules,
+    state_moments,
+)
+from tutelage.tasks.initialization.families import (
+    EXPERTS,
+    HEADS,
+    NEURONS,
+    POOLED,
+    QUERIES,
+    SAME,
+    STREAM,
+    Linear,
+    Norm,
+    Tensor,
+)
+from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, gain_of
+from tutelage.tasks.initialization.selection import WHAT, Kept, kept_entries, kept_heads
+
+
+@dataclass(frozen=True)
+class BasisChoice:
+    """How the residual basis is made."""
+
+    kind: str  # one of `tutelage.core.residual.BASES`
+    seed: int = 0
+    gram_DD: torch.Tensor | None = None  # of the output head, for `logits`
+
+
+@dataclass
+class Initialized:
+    """What a student was started with."""
+
+    basis_DR: torch.Tensor  # Q
+    final_DR: torch.Tensor  # the same for the state that enters the output head
+    blocks: list[int]  # the teacher's block of each of the student's
+    variance: float | None  # fraction of the states' mean square that Q keeps; None where it was not measured
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)  # heads, groups, neurons: student's and teacher's
+
+
+@torch.no_grad()
+def initialize(layout: Layout, batches: Batches, choice: BasisChoice) -> Initialized:
+    """Write the student's weights from the teacher's, which runs over calibration batches (model inputs) twice."""
+    with evaluating(layout.teacher):
+        return _Conversion(layout, batches, choice).run()
+
+
+class _Conversion:
+    def __init__(self, layout: Layout, batches: Batches, choice: BasisChoice):
+        self.layout, self.batches, self.choice = layout, batches, choice
+        widths = [int(config.hidden_size) for config in (layout.teacher_config, layout.student_config)]
+        self.same = choice.kind == "identity"
+        places: list[Place] = [0, *layout.pairs]
+        moment = None
+        if choice.kind in ("pca", "logits"):
+            moments = state_moments(layout, batches, places)
+            if choice.gram_DD is not None:
+                moments[-1] = _weighed(moments[-1], choice.gram_DD)
+            moment = torch.stack(moments).sum(0)
+        keeps_mean = not layout.family.rms
+        self.basis = residual_basis(choice.kind, *widths, moment, keeps_mean=keeps_mean, seed=choice.seed)
+        self.variance = None if moment is None else kept_variance(moment, self.basis)
+        self.final = self.basis
+        self.kept: dict[int | None, Kept] = {}
+        self.written: set[int] = set()  # of the student's parameters, by id
+        # what readers are multiplied by before they are rotated, and the bias that they take over, by name
+        self.gains: dict[str, torch.Tensor] = {}
+        self.shifts: dict[str, torch.Tensor] = {}
+        self.writer_gains: dict[str, torch.Tensor] = {}
+
+    def run(self) -> Initialized:
+        layout = self.layout
+        uses, fits = Uses(layout, self.basis), self._norm_fits()
+        hooks = uses.hooks()
+        for fit in fits.values():
+            if not isinstance(fit.part.teacher, nn.Identity):
+                hooks.setdefault(fit.part.teacher, []).append(fit.hook)
+        observe_modules(layout, self.batches, hooks)
+        self._choose(uses)
+        for part in layout.parts:
+            if isinstance(part.rule, Norm):
+                self._write_norm(part, fits.get(part.name))
+        for part in layout.parts:
+            if not isinstance(part.rule, Norm):
+                self._write(part)
+        left = [name for name, p in layout.student.named_parameters() if id(p) not in self.written]
+        assert not left, f"{left[0]} was not written"
+        return Initialized(self.basis, self.final, layout.pairs, self.variance, self._counts())
+
+    # ---- Norms ----
+
+    def _norm_fits(self) -> dict[str, NormFit]:
+        """Of the norms that must be fitted, by their name in the student."""
+        found = {}
+        for part in self.layout.parts:
+            if not isinstance(part.rule, Norm):
+                continue
+            absent = isinstance(part.student, nn.Identity)
+            if absent and isinstance(part.teacher, nn.Identity):
+                continue
+            if not self.same or absent:
+                folded = part.rule.writer is not None or bool(part.rule.readers and self.layout.readers(part))
+                found[part.name] = NormFit(part, self.layout, self.basis, folded)
+        return found
+
+    def _write_norm(self, part: Part, fit: NormFit | None) -> None:
+        assert isinstance(part.rule, Norm)
+        if fit is None:  # equal widths: the teacher's own
+            if not isinstance(part.student, nn.Identity):
+                for name, parameter in part.student.named_parameters():
+                    self._set(parameter, getattr(part.teacher, name))
+            return
+        teacher_bias, readers = bias_of(part.teacher), self.layout.readers(part) if part.rule.readers else []
+        scale = 1.0
+        if fit.absent:
+            scale = fit.scale()
+        elif isinstance(part.teacher, nn.Identity):
+            raise UserError(f"student_init='teacher': the teacher has no norm {part.name}, the student has")
+        if fit.branch:
+            self.writer_gains[self._beside(part, str(part.rule.writer))] = fit.teacher_gain
+        elif fit.folded:
+            for name in readers:
+                self.gains[name] = fit.teacher_gain * scale
+        bias = None
+        if fit.folded and not fit.branch and teacher_bias is not None:
+            modules = [self._module(name) for name in readers]
+            if all(getattr(module, "bias", None) is not None for module in modules):
+                self.shifts |= dict.fromkeys(readers, teacher_bias)
+            else:
+                bias = self._encoded(torch.where(fit.teacher_gain == 0, 0.0, teacher_bias / fit.teacher_gain))
+        if part.block is None and fit.folded and not fit.branch:
+            gain = torch.where(fit.teacher_gain.abs() < 1e-12, torch.inf, fit.teacher_gain)
+            self.final = (self.basis.double() / gain[:, None]).float()
+        if fit.absent:
+            return
+        gain_R, bias_R = fit.fitted()
+        self._set(part.student.weight, gain_R - self.layout.family.gain_offset)
+        if getattr(part.student, "bias", None) is not None:
+            self._set(part.student.bias, bias_R if bias is None else bias_R + bias)
+
+    def _beside(self, part: Part, name: str) -> str:
+        assert part.block is not None
+        return f"{self.layout.student_blocks.names[part.block - 1]}.{name}"
+
+    def _module(self, name: str) -> nn.Module:
+        try:
+            return self.layout.student.get_submodule(name)
+        except AttributeError:  # a parameter of its own
+            return nn.Identity()
+
+    # ---- Choice of heads, neurons, experts ----
+
+    def _choose(self, uses: Uses) -> None:
+        layout = self.layout
+        sizes = layout.teacher_heads, layout.student_heads
+        numbers = range(1, len(layout.student_blocks) + 1)
+        heads = {block: uses.of(QUERIES, block) for block in numbers}
+        if layout.family.same_heads:
+            total = torch.stack([use for use in heads.values() if use is not None]).sum(0)
+            heads = dict.fromkeys(numbers, total)
+        for block in numbers:
+            kept = self.kept[block] = Kept(sizes)
+            use = heads[block]
+            kept.set_heads(*kept_heads(torch.ones(sizes[0].heads) if use is None else use, *sizes))
+            for space in (NEURONS, EXPERTS):
+                self._choose_entries(kept, space, block, uses)
+        outside = self.kept[None] = Kept(sizes)
+        if layout.family.same_heads:
+            outside.entries[HEADS] = self.kept[1].entries[HEADS]
+        self._choose_entries(outside, POOLED, None, uses)
+        pooled = [p for p in layout.parts if p.block is None and isinstance(p.rule, Linear) and p.rule.reads == POOLED]
+        if pooled and len(pooled[-1].student.weight.shape) == 2:
+            entries = outside.entries[POOLED]
+            width = pooled[-1].teacher.weight.shape[1]
+            self.final = torch.eye(int(width))[:, entries]
+
+    def _choose_entries(self, kept: Kept, space: str, block: int | None, uses: Uses) -> None:
+        sizes = self._sizes(space, block)
+        if sizes is not None:
+            kept.entries[space] = kept_entries(uses.of(space, block), *sizes, WHAT[space])
+
+    def _sizes(self, space: str, block: int | None) -> tuple[int, int] | None:
+        """Entries of a space in the student and in the teacher, from the shapes of the weights that have it."""
+        for part in self.layout.parts:
+            if part.block != block or isinstance(part.rule, Norm):
+                continue
+            for name, dimensions in self._dimensions(part).items():
+                for dimension, spaces in enumerate(dimensions):
+                    if space in (names := spaces.split("+")):
+                        shapes = [getattr(module, name).shape[dimension] for module in (part.student, part.teacher)]
+                        return shapes[0] // len(names), shapes[1] // len(names)
+        return None
+
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        mine, theirs = self.layout.student_heads, self.layout.teacher_heads
+        found = {"heads": (mine.heads, theirs.heads), "key-value heads": (mine.groups, theirs.groups)}
+        for space, name in ((NEURONS, "neurons"), (EXPERTS, "experts")):
+            if (sizes := self._sizes(space, 1)) is not None:
+                found[name] = sizes
+        return found
+
+    # ---- Weights ----
+
+    @staticmethod
+    def _dimensions(part: Part) -> dict[str, tuple[str, ...]]:
+        """The spaces of the dimensions of a part's parameters."""
+        rule = part.rule
+        if isinstance(rule, Linear):
+            spaces = (rule.reads, rule.writes) if is_transposed(part.student) else (rule.writes, rule.reads)
+            rest = part.student.weight.dim() - 2  # type: ignore[operator]
+            return {"weight": (*spaces, *[SAME] * rest), "bias": (rule.writes,)}
+        assert isinstance(rule, Tensor)
+        names = [name for name, _ in part.student.named_parameters(recurse=False)]
+        return {name: rule.dimensions.get(name, rule.dimensions.get("", ())) for name in names}
+
+    def _write(self, part: Part) -> None:
+        for name, dimensions in self._dimensions(part).items():
+            mine, theirs = getattr(part.student, name, None), getattr(part.teacher, name, None)
+            if mine is None:
+                continue
+            whole = part.name if isinstance(part.rule, Linear) else f"{part.name}.{name}"
+            if theirs is None:
+                raise UserError(f"student_init='teacher': the teacher has no {whole}, the student has")
+            value = theirs.detach().double().cpu()
+            if name == "bias" and part.name in self.shifts:
+                value = value + self._shift(part)
+            value = self._converted(part, whole, value, dimensions)
+            if tuple(value.shape) != tuple(mine.shape):
+                value = self._fitting(whole, value, mine, dimensions)
+            self._set(mine, value * self._embedding_scale(part))
+
+    def _converted(self, part: Part, name: str, value: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
+        """A parameter of the teacher in the student's coordinates."""
+        for dimension, space in enumerate(dimensions):
+            if space == STREAM:
+                reading = not isinstance(part.rule, Linear) or part.rule.reads == STREAM
+                gain = self.gains.get(name) if reading else self.writer_gains.get(name)
+                if gain is not None:
+                    shape = [1] * value.dim()
+                    shape[dimension] = -1
+                    value = value * gain.view(shape)
+                value = self._encoded(value.movedim(dimension, -1)).movedim(-1, dimension)
+            elif space != SAME:
+                value = value.index_select(dimension, self.kept[part.block].index(space, value.shape[dimension]))
+        return value
+
+    def _encoded(self, values: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., R)."""
+        return values if self.same else values @ self.basis.double()
+
+    def _shift(self, part: Part) -> torch.Tensor:
+        """What the bias of a folded norm adds to a reader's own."""
+        weight: Any = part.teacher.weight
+        weight = weight.detach().double().cpu()
+        return self.shifts[part.name] @ (weight if is_transposed(part.teacher) else weight.T)
+
+    @staticmethod
+    def _fitting(name: str, value: torch.Tensor, mine: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
+        """The first rows of a table that is longer in one of the models (positions, a padded vocabulary)."""
+        lengths = [(a, b) for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
+        only = [space == SAME for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
+        if not all(only) or len(lengths) != 1:
+            found = f"{name} is {tuple(mine.shape)} in the student, but {tuple(value.shape)} would come from the teacher"
+            raise UserError(f"student_init='teacher': {found}: change the student's sizes")
+        result = mine.detach().double().cpu().clone()
+        rows = tuple(slice(0, min(a, b)) for a, b in zip(mine.shape, value.shape, strict=True))
+        result[rows] = value[rows]
+        return result
+
+    @staticmethod
+    def _embedding_scale(part: Part) -> float:
+        """What undoes the difference of the factors by which both models multiply their embeddings (Gemma)."""
+        scales = [float(getattr(module, "embed_scale", 1.0)) for module in (part.teacher, part.student)]
+        return scales[0] / scales[1]
+
+    def _set(self, parameter: Any, value: torch.Tensor) -> None:
+        parameter.copy_(value.to(parameter))
+        self.written.add(id(parameter))
+
+
+def _weighed(moment_DD: torch.Tensor, gram_DD: torch.Tensor) -> torch.Tensor:
+    """M^{1/2} C M^{1/2} for the second moment C and the Gram matrix M of what reads the state, with the trace of C."""
+    values, vectors = torch.linalg.eigh(gram_DD.double())
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    found = root @ moment_DD @ root
+    return found * (moment_DD.trace() / found.trace())

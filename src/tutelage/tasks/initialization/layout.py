@@ -1,0 +1,184 @@
+"""A teacher and a student of one family, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage.core.blocks import Blocks, find_blocks
+from tutelage.core.errors import UserError
+from tutelage.core.inputs import text_config
+from tutelage.tasks.initialization.families import Family, Linear, Norm, Rule, families_of
+
+# fields of a configuration that decide what the weights mean
+_EQUAL = ("hidden_act", "hidden_activation", "activation_function", "activation", "partial_rotary_factor", "num_experts_per_tok")
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    """Attention heads of a model's blocks."""
+
+    heads: int
+    groups: int  # key-value heads
+    size: int
+
+    @classmethod
+    def of(cls, config: Any) -> HeadCounts:
+        text = text_config(config)
+        heads = text.num_attention_heads
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        return cls(heads, groups, getattr(text, "head_dim", None) or text.hidden_size // heads)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of the student that has parameters, or a norm that it lacks, and its counterpart."""
+
+    name: str  # in the student
+    rule: Rule
+    student: nn.Module
+    teacher: nn.Module
+    block: int | None  # the student's, 1-based; None outside of the blocks
+    inner: str  # the name that the family's table knows it by
+
+
+class Layout:
+    """Pairs the modules of a student with those of its teacher.
+
+    `pairs` gives the teacher's block for each of the student's. Raises UserError for models of different families, or one
+    that is not described."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, pairs: Sequence[int], container: str | None = None):
+        self.student, self.teacher, self.pairs = student, teacher, list(pairs)
+        configs: list[Any] = [text_config(model.config) for model in (student, teacher)]
+        self.student_config, self.teacher_config = configs
+        self.student_blocks, self.teacher_blocks = find_blocks(student, container), find_blocks(teacher, container)
+        kinds = [config.model_type for config in configs]
+        if kinds[0] != kinds[1]:
+            found = f"the student is a {kinds[0]!r} model, the teacher a {kinds[1]!r} model"
+            raise UserError(f"{found}: student_init='teacher' needs models of one family; use student_init='random'")
+        for name in _EQUAL:
+            mine, theirs = (getattr(config, name, None) for config in configs)
+            if mine != theirs:
+                raise UserError(f"student_init='teacher': the student has {name}={mine}, the teacher {theirs}")
+        self.family = self._family(kinds[0])
+        self.student_heads, self.teacher_heads = map(HeadCounts.of, configs)
+        if self.student_heads.size != self.teacher_heads.size:
+            found = f"the student's attention heads have {self.student_heads.size} values, the teacher's"
+            how = f"set num_attention_heads (or head_dim) so that a head has {self.teacher_heads.size}"
+            raise UserError(f"student_init='teacher': {found} {self.teacher_heads.size}: {how}")
+
+    def _family(self, model_type: str) -> Family:
+        families = families_of(model_type)
+        unknown = ""
+        for family in families:
+            missing = [name for name, rule, *_ in self._walk(family, self.student, self.student_blocks) if rule is None]
+            if not missing:
+                return family
+            unknown = unknown or missing[0]
+        raise UserError(
+            f"student_init='teacher' does not know what {unknown} of a {type(self.student).__name__} reads and writes: use "
+            "student_init='random', or describe it with tutelage.register_family (docs/initialization.md)"
+        )
+
+    @staticmethod
+    def _walk(family: Family, model: nn.Module, blocks: Blocks) -> Iterator[tuple[str, Rule | None, int | None, str]]:
+        """Every module with parameters of its own, and every norm that a block may lack: name, rule, block, inner name."""
+        prefixes = {f"{name}.": number for number, name in enumerate(blocks.names, 1)}
+        for name, module in model.named_modules():
+            prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+            owns = any(True for _ in module.parameters(recurse=False))
+            if prefix is not None:
+                inner = name.removeprefix(prefix)
+                rule = family.block.get(inner)
+                if owns or isinstance(rule, Norm):
+                    yield name, rule, prefixes[prefix], inner
+            elif owns:
+                # the longest name that fits: `classifier.dense` before `dense`
+                fitting = [key for key in family.outside if name == key or name.endswith(f".{key}")]
+                inner = max(fitting, key=len, default="")
+                yield name, family.outside.get(inner), None, inner
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Every module of the student that is written."""
+        found = []
+        for name, rule, block, inner in self._walk(self.family, self.student, self.student_blocks):
+            assert rule is not None
+            theirs = self.teacher_name(name, block)
+            try:
+                module = self.teacher.get_submodule(theirs)
+            except AttributeError:
+                raise UserError(f"student_init='teacher': the teacher has no {theirs}, the student {name}") from None
+            found.append(Part(name, rule, self.student.get_submodule(name), module, block, inner))
+        return found
+
+    def teacher_name(self, name: str, block: int | None) -> str:
+        """The name of the teacher's counterpart of a module."""
+        if block is None:
+            return name
+        mine = self.student_blocks.names[block - 1]
+        return self.teacher_blocks.names[self.pairs[block - 1] - 1] + name.removeprefix(mine)
+
+    def readers(self, norm: Part) -> list[str]:
+        """Names of the student's maps, or parameters, that read a norm's output; empty where one has other uses too."""
+        assert isinstance(norm.rule, Norm)
+        if norm.block is not None:
+            prefix = self.student_blocks.names[norm.block - 1]
+            return [f"{prefix}.{name}" for name in norm.rule.readers]
+        named = dict(self.student.named_parameters(remove_duplicate=False))
+        owners: dict[int, int] = {}
+        for parameter in named.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        found = [part.name for part in self.parts if part.block is None and part.inner in norm.rule.readers]
+        tied = any(owners[id(named[f"{name}.weight"])] > 1 for name in found)
+        return [] if tied else found
+
+    def in_block(self, block: int, reads: str) -> list[Part]:
+        """The maps of a block that read a space."""
+        return [p for p in self.parts if p.block == block and isinstance(p.rule, Linear) and p.rule.reads == reads]
+
+
+def gain_of(norm: nn.Module, family: Family) -> torch.Tensor:
+    """A norm's gain, (D,), float64 on the CPU."""
+    weight: Any = norm.weight
+    return weight.detach().double().cpu() + family.gain_offset
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """A norm's or map's bias, float64 on the CPU; None without one."""
+    bias: Any = getattr(module, "bias", None)
+    return None if bias is None else bias.detach().double().cpu()
+
+
+def normalized(hidden: torch.Tensor, norm: nn.Module, family: Family) -> torch.Tensor:
+    """What `norm` makes of states (N, D) before its gain and bias."""
+    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
+    if not family.rms:
+        hidden = hidden - hidden.mean(-1, keepdim=True)
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+
+
+def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[Any, Any]] = ()) -> list[int]:
+    """The teacher's block for each of the student's: those of the layer map, and in proportion between them.
+
+    Raises UserError for a student that is deeper than its teacher."""
+    if student_blocks > teacher_blocks:
+        found = f"the student has {student_blocks} blocks, the teacher {teacher_blocks}"
+        raise UserError(f"{found}: student_init='teacher' needs a student that is not deeper; use student_init='random'")
+    known = {0: 0, student_blocks: teacher_blocks}
+    known |= {mine: theirs for mine, theirs in pairs if isinstance(mine, int) and isinstance(theirs, int)}
+    found_blocks = []
+    for block in range(1, student_blocks + 1):
+        below, above = max(p for p in known if p < block), min(p for p in known if p >= block)
+        part = (block - below) / (above - below)
+        found_blocks.append(round(known[below] + part * (known[above] - known[below])))
+    return found_blocks
+
+
+Batches = Sequence[Mapping[str, Any]]
