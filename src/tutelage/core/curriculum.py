@@ -12,10 +12,14 @@ from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
 from tutelage.core.projection import KINDS
 from tutelage.core.records import Record
+from tutelage.core.residual import BASES
 
 METHODS = ("extraction", "one_shot", "progressive", "scratch")
 NORMALIZE = ("standardize", "none")
 WARM_STARTS = ("none", "head", "embedding", "head+embedding")
+STUDENT_INITS = ("random", "teacher")
+RESIDUAL = "residual"  # the projection by the basis through which the student was initialised
+PROJECTIONS = (*KINDS, RESIDUAL)
 
 LayerMap = Sequence[tuple[Place, Place]]
 
@@ -97,10 +101,12 @@ class Curriculum(Record):
 
     method: str  # name under which results are reported
     stages: tuple[Stage, ...]  # in training order
-    projection: str = "gaussian"  # kind of projection in hidden stages (`tutelage.core.projection.KINDS`)
+    projection: str = "gaussian"  # kind of projection in hidden stages: one of `PROJECTIONS`
     projection_seed: int = 0  # the random matrix of a stage is drawn from (seed, teacher place)
     normalize: str = "standardize"  # `standardize` the teacher's states before projecting, or `none` as in the paper
     warm_start: str = "none"  # the teacher's weights that the student starts with: one of `WARM_STARTS`; paper: none
+    student_init: str = "random"  # weights that the student starts with: one of `STUDENT_INITS`; paper: random
+    residual_basis: str | None = None  # one of `tutelage.core.residual.BASES`; None: identity of equal widths, else pca
     temperature: float = 1.0  # softmax temperature of the output loss
     top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
 
@@ -109,7 +115,12 @@ class Curriculum(Record):
             raise UserError(f"a curriculum needs at least one stage (method {self.method!r} has none)")
         for number, stage in enumerate(self.stages, 1):
             _check_stage(number, stage, self.stages[number - 2] if number > 1 else None)
-        _check_choice("projection", self.projection, KINDS)
+        _check_choice("projection", self.projection, PROJECTIONS)
+        _check_choice("student_init", self.student_init, STUDENT_INITS)
+        if self.residual_basis is not None:
+            _check_choice("residual_basis", self.residual_basis, BASES)
+        if self.projection == RESIDUAL and self.student_init != "teacher":
+            raise UserError("projection='residual' needs a student that was initialised through it: student_init='teacher'")
         _check_choice("normalize", self.normalize, NORMALIZE)
         _check_choice("warm_start", self.warm_start, WARM_STARTS)
         if self.temperature <= 0:
@@ -133,6 +144,11 @@ class Curriculum(Record):
         """Steps of the learning-rate schedule that begins with stage `index`: its own and those that continue it."""
         later = itertools.takewhile(lambda stage: stage.continues, self.stages[index + 1 :])
         return self.stages[index].steps + sum(stage.steps for stage in later)
+
+    @property
+    def starts_there(self) -> bool:
+        """Whether any weight of the student comes from the teacher."""
+        return self.warm_start != "none" or self.student_init == "teacher"
 
     @property
     def hidden_stages(self) -> list[HiddenStage]:

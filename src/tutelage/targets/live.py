@@ -30,6 +30,7 @@ from tutelage.targets.maps import (
 )
 from tutelage.targets.source import Batches, Device, StatisticsFile, TargetSource
 from tutelage.tasks.base import Batch, OutputTarget, Task
+from tutelage.tasks.initialization.student import Initialized, check_start, start_student
 from tutelage.tasks.loading import count_parameters
 from tutelage.tasks.registry import detect_task
 
@@ -43,11 +44,12 @@ class LiveTargets(TargetSource):
     def __init__(self, model: nn.Module, task: Task | None = None, container: str | None = None):
         super().__init__(task or detect_task(model))
         self.model = model.eval().requires_grad_(False)
-        self.backbone = self.task.backbone(model)
+        self.backbone, self.container = self.task.backbone(model), container
         self.block_names = find_blocks(self.backbone, container)
         self.blocks = len(self.block_names)
         self.parameters, self.models = count_parameters(model), (model,)
         self._student: nn.Module | None = None
+        self.started: Initialized | None = None  # what the student was initialised with
         self._checkpoint: str | None = None
         # on the CPU, while a checkpoint is in the place of the finished weights
         self._finished: dict[str, torch.Tensor] | None = None
@@ -67,6 +69,8 @@ class LiveTargets(TargetSource):
             if isinstance(stage, OutputStage) and stage.teacher_checkpoint is not None:
                 check_checkpoint(self.model, stage.teacher_checkpoint)
         check_widths(curriculum, self.task.widths(student, curriculum.places("student")), self.widths(curriculum))
+        if curriculum.student_init == "teacher":
+            check_start(student, self.model, self.task, curriculum, self.container)
         super().attach(curriculum, student, outputs)
         self._student = student
 
@@ -113,6 +117,12 @@ class LiveTargets(TargetSource):
         weight: torch.Tensor = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
         return weight
 
+    def start(self, student: nn.Module, batches: Batches) -> None:
+        curriculum = self.curriculum
+        assert curriculum is not None
+        if curriculum.student_init == "teacher":
+            self.started = start_student(student, self.model, self.task, batches(), curriculum, self.container)
+
     def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         curriculum, student = self.curriculum, self._student
         assert curriculum is not None and student is not None and self.blocks is not None
@@ -132,7 +142,7 @@ class LiveTargets(TargetSource):
             centers = not transplants or self.task.head_has_bias(student)
             head = self.output_head() if self.task.splits_head else None
             self.calibrated = dict.fromkeys(range(len(curriculum.stages)), 0)
-            calibration = Calibration(widths, replicas, centers, keep_moment=transplants, head=head)
+            calibration = Calibration(widths, replicas, centers, transplants, head, self.started)
             maps = calibrate(self._counted_states, curriculum, batches(), blocks, calibration, group)
             self.calibrated = {index: sum(group.gather(count)) for index, count in self.calibrated.items()}
             if file.write:

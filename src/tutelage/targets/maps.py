@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tutelage.core.blocks import FINAL, Place
-from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.curriculum import RESIDUAL, Curriculum, HiddenStage
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
 from tutelage.core.moments import Moments, shrunk_moment
@@ -30,6 +30,7 @@ from tutelage.core.projection import (
 from tutelage.core.standardize import Standardizer, check_finite, sink_threshold, state_norms
 from tutelage.io.files import replacing
 from tutelage.tasks.base import Batch
+from tutelage.tasks.initialization.student import Initialized
 
 ENOUGH = 4  # positions per dimension below which a second moment gets a warning
 _ROWS = 4096  # of an output head, that are multiplied at a time
@@ -42,13 +43,14 @@ class TargetMap:
     standardizer: Standardizer
     projection: Projection
     moment: torch.Tensor | None = None  # (D, D): shrunk second moment of the standardised states, for a head transplant
+    unit: float = 1.0  # what the student's states are divided by before they are compared: that of the targets
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Targets, (..., D) -> (..., R), float32."""
         return self.projection(self.standardizer(hidden))
 
     def to(self, device: torch.device | str) -> TargetMap:
-        return TargetMap(self.standardizer.to(device), self.projection, self.moment)
+        return replace(self, standardizer=self.standardizer.to(device))
 
 
 Widths = int | Mapping[Place, int]  # R of the targets: of all of them, or by the student's place
@@ -68,6 +70,7 @@ class Calibration:
     center_final: bool = True  # subtract the mean at `final`; False where the student's head has no bias to carry it
     keep_moment: bool = False  # give the map at `final` its second moment
     head: OutputHead | None = None  # the teacher's; None where the output is the state itself (sentence encoders)
+    started: Initialized | None = None  # what the student was initialised with
 
 
 StatesOf = Callable[[HiddenStage, Mapping[str, Any]], torch.Tensor]
@@ -104,6 +107,8 @@ class _Calibrator:
     group: Group
 
     def target_map(self, stage: HiddenStage) -> TargetMap:
+        if self.curriculum.projection == RESIDUAL:
+            return self._residual_map(stage)
         keeps_moment = self.calibration.keep_moment and stage.teacher_place == FINAL
         full = keeps_moment or self.curriculum.projection not in RANDOM_KINDS
         if self.curriculum.normalize == "none" and not full:
@@ -129,6 +134,20 @@ class _Calibrator:
             return TargetMap(standardizer, projection, moment if keeps_moment else None)
 
         return self.group.first(make)
+
+    def _residual_map(self, stage: HiddenStage) -> TargetMap:
+        """Q^T h, in the scale that the initialised student's states have, but for one number per stage."""
+        assert self.calibration.started is not None, "initialise the student first"
+        projection = DataProjection(self.calibration.started.matrix(stage.teacher_place), RESIDUAL)
+        sink_norm, squares, count = self._sink_norm(stage), 0.0, 0
+        for _, hidden, mask in self._states(stage):
+            states = hidden[mask & (state_norms(hidden) <= sink_norm)].float()
+            squares += float(projection(states).square().mean(-1).sum())
+            count += len(states)
+        unit = math.sqrt(sum(self.group.gather(squares)) / max(1, sum(self.group.gather(count)))) or 1.0
+        width = projection.in_features
+        standardizer = Standardizer(torch.zeros(width), torch.full((width,), unit), sink_norm)
+        return TargetMap(standardizer, projection, unit=unit)
 
     def _states(self, stage: HiddenStage) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Index, states and non-padding positions of this process's batches."""
@@ -215,6 +234,8 @@ def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
             tensors[f"{index}.projection"] = target_map.projection.matrix()
         if target_map.moment is not None:
             tensors[f"{index}.moment"] = target_map.moment
+        if target_map.unit != 1:
+            tensors[f"{index}.unit"] = torch.tensor(target_map.unit, dtype=torch.float64)
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
@@ -237,5 +258,6 @@ def load_target_maps(
             projection = DataProjection(stored[:, :width], curriculum.projection)
         else:
             projection = random_projection(curriculum, stage, (len(mean), width), teacher_blocks, replicas)
-        maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.moment")))
+        unit = float(tensors.get(f"{index}.unit", 1.0))
+        maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.moment"), unit))
     return maps

@@ -125,6 +125,9 @@ class TargetSource:
         """The teacher's token embedding, (V, D)."""
         raise AssertionError("this source has no token embedding")
 
+    def start(self, student: nn.Module, batches: Batches) -> None:
+        """Give a student its first weights, where the curriculum starts it from the teacher; `batches` as in `prepare`."""
+
     def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         """Make the target maps of the hidden stages, on `device`; `file` keeps their statistics, `batches` gives the
         calibration batches if they are needed, the same every time; `width` is that of the targets (None: the student's)."""

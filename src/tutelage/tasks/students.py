@@ -16,6 +16,7 @@ from tutelage.core.inputs import text_config
 from tutelage.tasks.base import Task
 from tutelage.tasks.loading import has_class, has_weights, load_config
 
+UNTRAINED = "_tutelage_untrained"  # where a model keeps whether its weights are random
 _ALIASES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
 # names of the feed-forward width, by architecture family
 _FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
@@ -72,10 +73,13 @@ def make_student(
 
     `config` is the result of `student_config`, `shape` is `Task.teacher_shape` of the teacher."""
     path = Path(student)
-    if is_preset(student) or path.is_file() or (path.is_dir() and not has_weights(path)):
-        return task.build(config, shape)
-    model = task.load(student, what="student")
-    task.fit_to_teacher(model, shape)
+    untrained = is_preset(student) or path.is_file() or (path.is_dir() and not has_weights(path))
+    if untrained:
+        model = task.build(config, shape)
+    else:
+        model = task.load(student, what="student")
+        task.fit_to_teacher(model, shape)
+    model.__dict__[UNTRAINED] = untrained
     return model
 
 

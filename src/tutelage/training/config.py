@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "stage_fraction": 0.5,
     "projection": "gaussian",
     "projection_seed": 0,
+    "student_init": "random",
     "normalize": "standardize",
     "calibration_samples": 64,
     "temperature": 1.0,
@@ -87,12 +88,22 @@ class CurriculumConfig(TrainingArguments):
         "Steps of every hidden stage (one number) or of each; replaces stage_fraction."
     )
     stage_learning_rate: float | None = option("Peak learning rate of hidden stages; default: learning_rate.")
-    projection: str | None = option("gaussian (the paper, default), orthogonal, rademacher, pca or logits.")
+    projection: str | None = option(
+        "gaussian (the paper), orthogonal, rademacher, pca, logits, or residual (the basis of student_init=teacher); default: "
+        "residual after student_init=teacher, otherwise gaussian."
+    )
     projection_seed: int | None = option("Seed of the random projections; default: 0.")
     normalize: str | None = option("standardize (default), or none as in the paper.")
     warm_start: str | None = option(
         "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
         "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
+    )
+    student_init: str | None = option(
+        "random (the paper), or teacher: start the whole student from the teacher's weights. Default: teacher for a student "
+        "without weights of its own, where its family is known."
+    )
+    residual_basis: str | None = option(
+        "Basis of student_init=teacher: pca, logits, random, or identity; default: identity for equal widths, else pca."
     )
     calibration_samples: int | None = option("Training examples that the calibration pass reads; default: 64.")
     temperature: float | None = option("Softmax temperature of the output loss; default: 1.")

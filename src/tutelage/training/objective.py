@@ -78,8 +78,11 @@ class StageObjective(nn.Module):
         stage = self.curriculum.stages[index]
         assert isinstance(stage, HiddenStage)
         target, keep = self.source.hidden(index, batch)
-        state = self.task.state_at(self.student, stage.student_place, batch, self.blocks)
-        return self.task.stage_state(stage, state, batch), target, keep
+        state = self.task.stage_state(
+            stage, self.task.state_at(self.student, stage.student_place, batch, self.blocks), batch
+        )
+        unit = 1.0 if (target_map := self.source.maps[index]) is None else target_map.unit
+        return state if unit == 1 else state / unit, target, keep
 
     def _output_loss(self, stage: OutputStage, batch: dict[str, Any]) -> torch.Tensor:
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""

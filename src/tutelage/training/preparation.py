@@ -1,5 +1,6 @@
 """From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.blocks import find_blocks
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.errors import UserError
 from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.identity import data_fingerprint, model_hash, tokenizer_hash
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
+from tutelage.tasks.initialization.student import check_start
 from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
+from tutelage.tasks.students import UNTRAINED
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
@@ -81,6 +84,8 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     checks.check_output_names(student, source)
     checks.check_dataset(given.train_dataset, models, task, "training")
     checks.check_dataset(eval_dataset, models, task, "evaluation")
+    args = copy.copy(args)
+    args.student_init = _student_init(args, student, isinstance(given.model, str), source)
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))
     rows = len(given.train_dataset) if hasattr(given.train_dataset, "__len__") else None
     blocks, fixed = (student_blocks, source.blocks), source.fixed_settings(student_blocks)
@@ -97,6 +102,25 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     warm_start.check(objective)
     train_dataset = source.training_rows(given.train_dataset, run.reading)
     return Prepared(run, objective, train_dataset, eval_dataset, tokenizer)
+
+
+def _student_init(args: CurriculumConfig, student: nn.Module, named: bool, source: TargetSource) -> str | None:
+    """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them."""
+    untrained = False if named else student.__dict__.get(UNTRAINED)
+    if not isinstance(source, LiveTargets) or args.student_init == "random":
+        return args.student_init
+    if args.student_init == "teacher":
+        if untrained is False:
+            warnings.warn("the student brings its own weights: student_init='teacher' leaves it alone", stacklevel=3)
+        return "random" if untrained is False else "teacher"
+    if not untrained:
+        return "random"
+    try:
+        check_start(student, source.model, source.task, one_shot(1), args.blocks)
+    except UserError as error:
+        warnings.warn(f"the student starts from random weights: {error}", UserWarning, stacklevel=3)
+        return "random"
+    return "teacher"
 
 
 def _use_float32(student: nn.Module) -> None:

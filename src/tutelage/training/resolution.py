@@ -9,6 +9,7 @@ from typing import Any
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import (
+    RESIDUAL,
     Curriculum,
     LayerMap,
     extraction,
@@ -22,7 +23,7 @@ from tutelage.core.errors import UserError
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import DEFAULTS, CurriculumConfig
 
-_SHARED = ("projection", "projection_seed", "normalize", "temperature", "top_k")
+_SHARED = ("projection_seed", "normalize", "student_init", "residual_basis", "temperature", "top_k")
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
     **dict.fromkeys(["layer_map", "num_stages", "stage_steps", "stage_learning_rate"], ("extraction",)),
@@ -144,6 +145,10 @@ def build_curriculum(
         warnings.warn(f"method {args.method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=2)
     student_blocks, teacher_blocks = blocks
     settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
+    starts_there = settings["student_init"] == "teacher"
+    default_warm_start = "none" if starts_there else default_warm_start
+    projection = args.projection or (RESIDUAL if starts_there else DEFAULTS["projection"])
+    settings["projection"] = fixed.values.get("projection", projection)
     if args.method == "scratch":
         return scratch(steps, **settings)
     if teacher_blocks is None:

@@ -169,8 +169,7 @@ class CurriculumTrainer(Trainer):
         writes = self.is_world_process_zero()
         file = StatisticsFile(self.folder / records.TARGETS_FILE, read=resuming, write=writes, shared=True)
         with self.accelerator.autocast():
-            self.transition.make_views(self.feed)
-            self.source.prepare(file, self.feed.calibration, self.args.device)
+            self.transition.prepare(file, self.feed, self.args.device, fresh=not resuming)
             for index in range(len(self.curriculum.stages) if self.is_fsdp_enabled else 0):  # while it is whole
                 self.transition.measure(index, self.feed)
         self._move_to_stage(self.state.global_step)
@@ -201,7 +200,7 @@ class CurriculumTrainer(Trainer):
             student_flops, teacher_flops = self.transition.setup_flops(self.feed, begins=step == 0)
         self.progress.student_flops += student_flops
         self.progress.teacher_flops += teacher_flops
-        if fresh and self.args.world_size > 1 and (self.curriculum.warm_start != "none" or self.is_fsdp_enabled):
+        if fresh and self.args.world_size > 1 and (self.curriculum.starts_there or self.is_fsdp_enabled):
             sharding.broadcast(self.objective)  # each process fitted its own, to the last bit
         self._resumed_stage = None
         self.progress.stage = index

@@ -1,9 +1,11 @@
 """Changing from one stage to the next: teacher weights, warm start, and the parameters that train."""
 
 from collections.abc import Collection
+from typing import Any
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage, OutputStage
+from tutelage.targets.source import StatisticsFile
 from tutelage.training import warm_start
 from tutelage.training.costs import StageCost, measure_stage
 from tutelage.training.feed import StageFeed
@@ -50,6 +52,13 @@ class StageTransition:
             place = stage.student_place if isinstance(stage, HiddenStage) else FINAL
             objective.task.make_view(objective.student, place, batch, objective.blocks)
             objective.source.make_view(index, batch)
+
+    def prepare(self, file: StatisticsFile, feed: StageFeed, device: Any, fresh: bool) -> None:
+        """Views, the student's first weights (in a `fresh` run), and the target maps."""
+        self.make_views(feed)
+        if fresh:
+            self.objective.source.start(self.objective.student, feed.calibration)
+        self.objective.source.prepare(file, feed.calibration, device)
 
     def measure(self, index: int, feed: StageFeed) -> StageCost:
         """Cost and reach of a stage, measured once."""

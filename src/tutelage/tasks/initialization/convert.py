@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.core.blocks import Place
+from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
 from tutelage.core.probe import evaluating
 from tutelage.core.residual import kept_variance, residual_basis
@@ -55,6 +55,10 @@ class Initialized:
     blocks: list[int]  # the teacher's block of each of the student's
     variance: float | None  # fraction of the states' mean square that Q keeps; None where it was not measured
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)  # heads, groups, neurons: student's and teacher's
+
+    def matrix(self, place: Place) -> torch.Tensor:
+        """What maps the teacher's state at a place to the student's, (D, R)."""
+        return self.final_DR if place == FINAL else self.basis_DR
 
 
 @torch.no_grad()

@@ -73,6 +73,18 @@ class Layout:
             how = f"set num_attention_heads (or head_dim) so that a head has {self.teacher_heads.size}"
             raise UserError(f"student_init='teacher': {found} {self.teacher_heads.size}: {how}")
 
+    @classmethod
+    def of(
+        cls,
+        student: nn.Module,
+        teacher: nn.Module,
+        layer_map: Sequence[tuple[Any, Any]] = (),
+        container: str | None = None,
+    ) -> Layout:
+        """With the blocks of a layer map, and in proportion between them."""
+        counts = [len(find_blocks(model, container)) for model in (student, teacher)]
+        return cls(student, teacher, block_pairs(counts[0], counts[1], layer_map), container)
+
     def _family(self, model_type: str) -> Family:
         families = families_of(model_type)
         unknown = ""

@@ -1,0 +1,74 @@
+"""Starting a student from its teacher: what a curriculum asks for, for the models of a task."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.heads import OutputHead
+from tutelage.core.moments import Moments
+from tutelage.tasks.base import Task
+from tutelage.tasks.initialization.convert import BasisChoice, Initialized, initialize
+from tutelage.tasks.initialization.families import STREAM, Linear, Norm
+from tutelage.tasks.initialization.layout import Batches, Layout, block_pairs, gain_of
+
+__all__ = ["Initialized", "check_start", "start_student"]
+_ROWS = 4096  # of an output head, that are multiplied at a time
+
+
+def check_start(
+    student: nn.Module, teacher: nn.Module, task: Task, curriculum: Curriculum, container: str | None = None
+) -> Layout:
+    """How the weights of teacher and student correspond; UserError for a pair that cannot be initialised so."""
+    mine, theirs = task.backbone(student), task.backbone(teacher)
+    return Layout.of(mine, theirs, [(s.student_place, s.teacher_place) for s in curriculum.hidden_stages], container)
+
+
+def start_student(
+    student: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    batches: Batches,
+    curriculum: Curriculum,
+    container: str | None = None,
+) -> Initialized:
+    """Write all weights of `student` from those of `teacher`; `batches` are calibration batches on the teacher's device."""
+    layout = check_start(student, teacher, task, curriculum, container)
+    same = layout.student_config.hidden_size == layout.teacher_config.hidden_size
+    kind = curriculum.residual_basis or ("identity" if same else "pca")
+    gram = _gram(layout, task.output_head(teacher)) if kind == "logits" else None
+    started = initialize(layout, batches, BasisChoice(kind, curriculum.projection_seed, gram))
+    if not task.splits_head and (head := task.output_head(student)) is not None:
+        _write_pooled_head(head, task.output_head(teacher), started)
+    return started
+
+
+@torch.no_grad()
+def _write_pooled_head(student: OutputHead, teacher: OutputHead | None, started: Initialized) -> None:
+    """The head of a student whose pooled state is about Q^T of its teacher's: the teacher's own after Q."""
+    weight = started.final_DR.double()
+    if teacher is not None:
+        weight = teacher.linear.weight.detach().cpu().double() @ weight
+    student.linear.weight.copy_(weight)
+    if student.linear.bias is not None:
+        own = None if teacher is None else teacher.linear.bias
+        student.linear.bias.zero_() if own is None else student.linear.bias.copy_(own)
+
+
+def _gram(layout: Layout, head: OutputHead | None) -> torch.Tensor | None:
+    """W^T W of the output head, centred over the outputs, with the gain of the norm before it, (D, D); None without a head
+    that reads the residual stream."""
+    reads = [p for p in layout.parts if p.block is None and isinstance(p.rule, Linear) and p.teacher is head_of(head)]
+    if head is None or not reads or getattr(reads[0].rule, "reads", None) != STREAM:
+        return None
+    weights = Moments(full=True)
+    for rows_ND in head.linear.weight[: head.outputs].detach().split(_ROWS):
+        weights.add(rows_ND)
+    norms = [part for part in layout.parts if part.block is None and isinstance(part.rule, Norm) and part.rule.readers]
+    gain = gain_of(norms[-1].teacher, layout.family)
+    return weights.scatter * torch.outer(gain, gain)
+
+
+def head_of(head: OutputHead | None) -> nn.Module | None:
+    return None if head is None else head.linear
