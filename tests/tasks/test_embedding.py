@@ -15,8 +15,9 @@ from transformers import BertModel
 
 from tests.conftest import bert_config, make_tokenizer, sentences
 from tutelage.core.blocks import find_blocks
+from tutelage.core.correlation import ranks
 from tutelage.core.errors import UserError
-from tutelage.tasks.embedding import EmbeddingModel, _ranks, load_embedding_model
+from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -201,5 +202,5 @@ def test_a_t5_encoder_is_loaded_without_its_decoder(tmp_path: Path) -> None:
 
 def test_equal_similarities_share_their_rank() -> None:
     """Repeated sentences have equal similarities, whose order in the file says nothing."""
-    assert _ranks(np.array([0.3, 0.1, 0.3, 0.9])).tolist() == [2.5, 1.0, 2.5, 4.0]
-    assert np.array_equal(_ranks(np.array([0.3, 0.1, 0.2])), [3, 1, 2])
+    assert ranks(np.array([0.3, 0.1, 0.3, 0.9])).tolist() == [2.5, 1.0, 2.5, 4.0]
+    assert np.array_equal(ranks(np.array([0.3, 0.1, 0.2])), [3, 1, 2])
