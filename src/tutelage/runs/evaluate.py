@@ -46,15 +46,9 @@ class EvaluateOptions:
         *(None, "--eval_dataset"),
     )
     teacher: str | None = option("Also compare with this model: folder or Hub name.")
-    pairs: str | None = option(
-        "Sentence encoders: pairs with human ratings (columns sentence1, sentence2, score); rank correlation."
-    )
-    retrieval: str | None = option(
-        "Sentence encoders: queries and the document that answers each (columns query, document); recall and MRR."
-    )
-    measure_speed: bool = option(
-        "Also measure sequences per second on one CPU thread, on the first 256 sequences or fewer.", False
-    )
+    pairs: str | None = option("Sentence encoders: rated pairs (columns sentence1, sentence2, score).")
+    retrieval: str | None = option("Sentence encoders: queries and answers (columns query, document).")
+    measure_speed: bool = option("Also measure sequences per second on one CPU thread.", False)
     task: str | None = option("Task of the model; default: found from its class.")
     dataset_split: str | None = option("Split of the dataset.")
     text_column: str = option("Column that holds the text.", "text")
