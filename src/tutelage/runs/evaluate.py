@@ -128,17 +128,16 @@ def _load(options: EvaluateOptions, model: str, task: Task, on_dataset: bool) ->
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
     if tokenizer is None:
         raise UserError(f"model {model!r} has no tokenizer in its folder: save one there")
-    tokenizers = {"": tokenizer}
+    named = {"": (model, "model", tokenizer)}
     if options.teacher is not None:
         theirs = load_tokenizer(options.teacher, trust_remote_code=trust)
         if on_dataset:  # the models are compared on the same tokens
             check_tokenizers(tokenizer, theirs)
-        tokenizers["teacher_"] = theirs or tokenizer
+        named["teacher_"] = (options.teacher, "teacher", theirs or tokenizer)
     elif on_dataset and not task.learns_from_labels:
         raise UserError("an embedding model is measured against its teacher: name one with --teacher")
     loaded = {}
-    for prefix, own in tokenizers.items():
-        path, what = (options.teacher, "teacher") if prefix and options.teacher else (model, "model")
+    for prefix, (path, what, own) in named.items():
         network = task.load(path, what=what, trust_remote_code=trust).to(device)
         collator = task.collator(own, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
         loaded[prefix] = _Loaded(path, network, own, collator)
