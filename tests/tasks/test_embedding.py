@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from transformers import BertModel
 from tests.conftest import bert_config, make_tokenizer, sentences
 from tutelage.core.blocks import find_blocks
 from tutelage.core.errors import UserError
-from tutelage.tasks.embedding import EmbeddingModel, _ranks, load_embedding_model
+from tutelage.tasks.embedding import EmbeddingModel, load_embedding_model
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -197,9 +196,3 @@ def test_a_t5_encoder_is_loaded_without_its_decoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     EmbeddingModel(T5EncoderModel(config)).save_pretrained(tmp_path)
     assert type(load_embedding_model(str(tmp_path)).encoder) is T5EncoderModel
-
-
-def test_equal_similarities_share_their_rank() -> None:
-    """Repeated sentences have equal similarities, whose order in the file says nothing."""
-    assert _ranks(np.array([0.3, 0.1, 0.3, 0.9])).tolist() == [2.5, 1.0, 2.5, 4.0]
-    assert np.array_equal(_ranks(np.array([0.3, 0.1, 0.2])), [3, 1, 2])

@@ -106,11 +106,13 @@ def _evaluate(options: EvaluateOptions, output: PrintOptions) -> None:
     if output.json:
         print(result.to_json())
         return
-    named = {"model": result.model, "dataset": result.dataset, "teacher": result.teacher or "none"}
-    for name, value in {**named, "sequences": result.sequences}.items():
-        print(f"{name:<22}{value}")
+    tests = {"pairs": result.pairs, "retrieval": result.retrieval}
+    named = {"model": result.model, "dataset": result.dataset, **tests, "teacher": result.teacher or "none"}
+    for name, value in {**named, "sequences": result.sequences if result.dataset else None}.items():
+        if value is not None:
+            print(f"{name:<30}{value}")
     for name, metric in result.metrics.items():
-        print(f"{name:<22}{metric:.4f}")
+        print(f"{name:<30}{f'{metric:,}' if isinstance(metric, int) else f'{metric:.4f}'}")
 
 
 _SCREEN = "teacher_model_name_or_path student dataset eval_dataset max_length max_steps"
@@ -149,9 +151,11 @@ _COMMANDS = {
     "evaluate": CommandHelp(
         _evaluate,
         (EvaluateOptions, PrintOptions),
-        "Measures a model on held-out data, alone or against a teacher. Without options: the embedded teacher and text.",
+        "Measures a model on held-out data, alone or against a teacher; a sentence encoder also on rated pairs and on "
+        "retrieval. Without options: the embedded teacher and text.",
         "--model student --dataset held-out.txt --teacher T",
-        "model dataset teacher max_length max_samples mlm_probability batch_size task text_column json",
+        "model dataset teacher pairs retrieval max_length max_samples mlm_probability batch_size measure_speed task "
+        "text_column json",
     ),
 }
 # imported when it is asked for: the commands above work without the reproduction

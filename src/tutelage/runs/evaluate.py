@@ -4,11 +4,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
+from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.errors import UserError, check_range
 from tutelage.core.records import Record
+from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, check_data_numbers, first_rows, sequence_length
+from tutelage.runs.sentences import (
+    compared,
+    distinct_texts,
+    encode,
+    held_out_part,
+    read_tests,
+    run_tests,
+    sentence_rows,
+)
+from tutelage.runs.speed import SPEED_ROWS, measure_speed, model_size
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
 from tutelage.tasks.base import EvaluationTools, Task
@@ -32,6 +46,9 @@ class EvaluateOptions:
         *(None, "--eval_dataset"),
     )
     teacher: str | None = option("Also compare with this model: folder or Hub name.")
+    pairs: str | None = option("Sentence encoders: rated pairs (columns sentence1, sentence2, score).")
+    retrieval: str | None = option("Sentence encoders: queries and answers (columns query, document).")
+    measure_speed: bool = option("Also measure sequences per second on one CPU thread.", False)
     task: str | None = option("Task of the model; default: found from its class.")
     dataset_split: str | None = option("Split of the dataset.")
     text_column: str = option("Column that holds the text.", "text")
@@ -49,51 +66,110 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class EvaluationResult(Record):
-    """Metrics of a model on a dataset."""
+    """Metrics of a model on a dataset, on tests of sentence encoders, or on both."""
 
     model: str
-    dataset: str
+    dataset: str | None
     teacher: str | None
-    sequences: int
+    sequences: int  # of the dataset
     metrics: dict[str, float]
+    pairs: str | None = None
+    retrieval: str | None = None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model with what turns texts into its batches."""
+
+    path: str
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    collator: Any
 
 
 def evaluate(options: EvaluateOptions = EvaluateOptions()) -> EvaluationResult:
-    """Metrics of a saved model on a dataset (see `evaluate` of its task); UserError for options that cannot work."""
+    """The size of a saved model and its metrics on a dataset (see `evaluate` of its task), on rated pairs and on queries; for
+    sizes, pairs, queries and speed also the teacher's (`teacher_*`). UserError for options that cannot work."""
     model = options.model or DEFAULT_TEACHER
     dataset = options.dataset or (DEFAULT_EVAL_TEXT if model == DEFAULT_TEACHER else None)
-    if dataset is None:
+    if dataset is None and options.pairs is None and options.retrieval is None:
         raise UserError("no dataset was given: name one, e.g. --dataset held-out.txt")
+    quiet_unless_terminal()
     trust = options.trust_remote_code
     config = load_config(model, what="model", trust_remote_code=trust)
     task = get_task(options.task) if options.task else detect_task(model, trust)
+    tests = read_tests(options.pairs, options.retrieval, task)
+    models = _load(options, model, task, dataset is not None)
+    rows, sentences = {}, {}
+    if dataset is not None:
+        rows = dict.fromkeys(models, _rows(options, dataset, models[""].tokenizer, task, config))
+    if tests:
+        texts = distinct_texts(tests)
+        for prefix, one in models.items():
+            sentences[prefix] = sentence_rows(texts, one.model, one.tokenizer, task, options.max_length)
+    metrics = {} if dataset is None else _on_dataset(options, models, task, rows[""])
+    if tests:
+        found = []
+        for prefix, one in models.items():
+            embeddings = encode(one.model, sentences[prefix], task, one.collator, options.batch_size)
+            found.append(run_tests(tests, texts, embeddings))
+        metrics |= compared(*found)
+    for prefix, one in models.items():
+        metrics |= {f"{prefix}{name}": value for name, value in model_size(one.model, one.path).items()}
+    if options.measure_speed:
+        metrics |= _speed(options, models, task, rows or sentences)
+    sequences = len(rows[""]) if rows else 0
+    return EvaluationResult(model, dataset, options.teacher, sequences, metrics, options.pairs, options.retrieval)
+
+
+def _load(options: EvaluateOptions, model: str, task: Task, on_dataset: bool) -> dict[str, _Loaded]:
+    """The model and, if there is one, the teacher, by the prefix of their metrics."""
+    trust, device = options.trust_remote_code, "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
     if tokenizer is None:
         raise UserError(f"model {model!r} has no tokenizer in its folder: save one there")
+    named = {"": (model, "model", tokenizer)}
     if options.teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(options.teacher, trust_remote_code=trust))
-    elif not task.learns_from_labels:
+        theirs = load_tokenizer(options.teacher, trust_remote_code=trust)
+        if on_dataset:  # the models are compared on the same tokens
+            check_tokenizers(tokenizer, theirs)
+        named["teacher_"] = (options.teacher, "teacher", theirs or tokenizer)
+    elif on_dataset and not task.learns_from_labels:
         raise UserError("an embedding model is measured against its teacher: name one with --teacher")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = task.load(model, what="model", trust_remote_code=trust).to(device)
-    source: TargetSource = NoTargets(task)
-    if options.teacher is not None:
-        teacher = task.load(options.teacher, trust_remote_code=trust).to(device)
-        source = LiveTargets(teacher, task, options.blocks)
-    rows = _rows(options, dataset, tokenizer, task, config)
-    source.outputs = shared_outputs(student, source, tokenizer)
-    check_dataset(rows, [student, *source.models], task, "evaluation")
-    collator = task.collator(tokenizer, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
-    loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=collator)
-    batches = ({key: value.to(device) for key, value in batch.items()} for batch in loader)
-    metrics = task.evaluate(student, batches, source.output, EvaluationTools(source.outputs))
-    return EvaluationResult(model, dataset, options.teacher, len(rows), metrics)
+    loaded = {}
+    for prefix, (path, what, own) in named.items():
+        network = task.load(path, what=what, trust_remote_code=trust).to(device)
+        collator = task.collator(own, options.mlm_probability or DEFAULT_MLM_PROBABILITY)
+        loaded[prefix] = _Loaded(path, network, own, collator)
+    return loaded
 
 
 def _rows(options: EvaluateOptions, dataset: str, tokenizer: Any, task: Task, config: Any) -> Any:
-    data = read_dataset(dataset, options.dataset_split)
-    if isinstance(data, dict):
-        held_out = [data[name] for name in ("test", "validation", "eval") if name in data]
-        data = (held_out or list(data.values()))[0]
+    data = held_out_part(read_dataset(dataset, options.dataset_split))
     length = sequence_length(options.max_length, [config], tokenizer, data)
     return first_rows(tokenize(data, tokenizer, task, length, options.text_column), options.max_samples)
+
+
+def _on_dataset(options: EvaluateOptions, models: dict[str, _Loaded], task: Task, rows: Any) -> dict[str, float]:
+    """Metrics of the task."""
+    student = models[""]
+    source: TargetSource = NoTargets(task)
+    if "teacher_" in models:
+        source = LiveTargets(models["teacher_"].model, task, options.blocks)
+    source.outputs = shared_outputs(student.model, source, student.tokenizer)
+    check_dataset(rows, [student.model, *source.models], task, "evaluation")
+    device = next(student.model.parameters()).device
+    loader = DataLoader(rows, batch_size=options.batch_size, collate_fn=student.collator)
+    batches = ({key: value.to(device) for key, value in batch.items()} for batch in loader)
+    return task.evaluate(student.model, batches, source.output, EvaluationTools(source.outputs))
+
+
+def _speed(
+    options: EvaluateOptions, models: dict[str, _Loaded], task: Task, rows: dict[str, Dataset]
+) -> dict[str, float]:
+    """Speed on the first rows."""
+    batches = {}
+    for prefix, one in models.items():
+        some = first_rows(rows[prefix], min(SPEED_ROWS, options.max_samples or SPEED_ROWS))
+        batches[prefix] = list(DataLoader(some, batch_size=options.batch_size, collate_fn=one.collator))
+    return measure_speed({prefix: one.model for prefix, one in models.items()}, batches, task)

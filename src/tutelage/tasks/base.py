@@ -91,6 +91,7 @@ class Task(ABC):
     causal: ClassVar[bool] = False  # whether position t predicts token t + 1
     pools_final: ClassVar[bool] = False  # whether a hidden stage at `final` compares only the last token's state
     splits_head: ClassVar[bool] = False  # whether the head runs over final states in chunks, or whole outputs compare
+    embeds: ClassVar[bool] = False  # whether the output is one vector per text, to be compared by cosine similarity
     learns_from_labels: ClassVar[bool] = True  # whether the task can be trained on labels without a teacher
     warm_start: ClassVar[str] = "none"  # default of the `warm_start` setting for extraction
     metric: ClassVar[str] = "loss"  # the metric by which runs are compared

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 
+from tutelage.core.correlation import pearson, spearman
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import first_token, model_inputs, text_config, usable_positions
@@ -33,6 +33,7 @@ class SentenceEmbedding(Task):
 
     name = "embedding"
     suffixes = ("SentenceTransformer",)
+    embeds = True
     learns_from_labels = False
     warm_start = "head"
     metric, better = "cosine", "higher"
@@ -94,15 +95,9 @@ class SentenceEmbedding(Task):
             upper = torch.triu_indices(count, count, offset=1)
             units = [F.normalize(embeddings[:count], dim=-1) for embeddings in (student_BE, teacher_BE)]
             similarities = [(unit @ unit.T)[upper[0], upper[1]].double().numpy() for unit in units]
-            for name, pair in (("pearson", similarities), ("spearman", [_ranks(values) for values in similarities])):
-                metrics[f"similarity_{name}"] = float(np.corrcoef(np.stack(pair))[0, 1])
+            metrics["similarity_pearson"] = pearson(*similarities)
+            metrics["similarity_spearman"] = spearman(*similarities)
         return metrics
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
 class EmbeddingModel(nn.Module):

@@ -2,6 +2,7 @@
 
 Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,25 @@ def find_file(path: str, name: str) -> Path | None:
 def has_weights(folder: Path) -> bool:
     """Whether a local folder contains weights in any format, including pickles."""
     return bool(_find(folder, (*_SAFE, *_PICKLES)))
+
+
+def stored_bytes(path: str) -> int | None:
+    """Size of the weight files that a model is loaded from, those of the modules of sentence-transformers included; None
+    if `path` is no local folder or its weights have a different format."""
+    folder = Path(path)
+    modules = folder / "modules.json"
+    parts = [entry["path"] for entry in json.loads(modules.read_text("utf-8"))] if modules.is_file() else []
+    root = _weight_files(folder)
+    rest = [file for part in parts if part for file in _weight_files(folder / part)]
+    return sum(file.stat().st_size for file in (*root, *rest)) if root else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that `from_pretrained` reads: one, or the shards that an index names."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.is_file() or not index.is_file():
+        return [one] if one.is_file() else []
+    return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
 
 
 def _find(folder: Path, patterns: Iterable[str]) -> list[str]:
