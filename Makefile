@@ -45,7 +45,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-assets: .venv/.installed-dev  ## download real teachers and texts (about 180 MB) and convert them
+assets: .venv/.installed-dev  ## download real teachers and texts (about 250 MB) and convert them
 	$(BIN)/python scripts/fetch_assets.py --dir "$(ASSETS)"
 	$(BIN)/python scripts/convert_smollm2.py --dir "$(ASSETS)"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import runpy
 import sys
 from argparse import Namespace
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig
 
 import tutelage
-from tests.conftest import POSITIONS, save_llama
+from tests.conftest import POSITIONS, save_llama, sentences
+from tutelage.tasks.embedding import load_embedding_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = [
@@ -93,6 +96,33 @@ def test_the_benchmark_of_stored_targets_compares_students(tmp_path: Path, causa
     system["truncates"] = False
     runs = [{"live": 1.0, "stored": 1.1}, stored.pair(system, 0, tmp_path)]
     assert stored.interval(runs, "stored", "live")["mean"] != 0
+
+
+@pytest.mark.parametrize(("layers", "width"), [([0, 1, 2, 3], None), ([1, 3], 16)])
+def test_the_recipe_of_sentence_transformers_trains_a_student(
+    tmp_path: Path, embedding_teacher: Path, corpus: Path, layers: list[int], width: int | None
+) -> None:
+    recipe: Any = importlib.import_module("sentence_transformers_recipe")
+    text = str(corpus / "text.jsonl")
+    sizes = {"tokens": 400, "every": 200, "rate": 1e-3, "batch": 8, "max_length": 16, "seed": 0}
+    data = {"teacher": str(embedding_teacher), "dataset": [text, text], "heldout": text, "output": tmp_path}
+    points = recipe.run(Namespace(layers=layers, width=width, **sizes, **data))["curve"]
+    assert [point["tokens"] // 200 for point in points] == [0, 1, 2]
+    assert (points[0]["cosine"] == 1) is (width is None)  # with all its blocks the student begins as the teacher
+    student = load_embedding_model(str(tmp_path))
+    assert student.embedding_size == 32 and len(tutelage.find_blocks(student.encoder)) == len(layers)
+
+
+def test_the_classifier_of_reviews_is_fine_tuned(tmp_path: Path, embedding_teacher: Path) -> None:
+    classifier: Any = importlib.import_module("train_reviews_classifier")
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "minilm").symlink_to(embedding_teacher)
+    rows = [json.dumps({"text": text, "label": label}) + "\n" for label, text in enumerate(sentences(2))] * 16
+    for name in ("train", "heldout"):
+        (tmp_path / "reviews" / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    assert classifier.train(tmp_path, epochs=6, rate=1e-2, seed=0) == 1
+    config = BertConfig.from_pretrained(tmp_path / "reviews-classifier")
+    assert config.id2label == {0: "fresh", 1: "rotten"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

@@ -134,3 +134,37 @@ def test_evaluate_smollm2_against_itself(assets: Path, tmp_path: Path, capsys: p
     assert metrics["kl"] == pytest.approx(0, abs=1e-5)
     assert metrics["agreement"] == 1
     assert 2 < metrics["loss"] < 4.5
+
+
+@pytest.mark.parametrize(
+    ("file", "count", "columns"),
+    [
+        ("lee/pairs.jsonl", 1225, {"sentence1", "sentence2", "score"}),
+        ("wikipedia/retrieval-title.jsonl", 10_033, {"query", "document"}),
+        ("wikipedia/retrieval-sentence.jsonl", 10_033, {"query", "document"}),
+        ("articles/train.jsonl", 3279, {"title", "text"}),
+        ("reviews/train.jsonl", 11_478, {"text", "label"}),
+        ("reviews/heldout.jsonl", 1274, {"text", "label"}),
+        ("brown/heldout.jsonl", 8905, {"text", "source"}),
+    ],
+)
+def test_texts_have_all_their_rows(assets: Path, file: str, count: int, columns: set[str]) -> None:
+    if not (assets / file).is_file() and file.startswith("brown"):
+        pytest.skip("the Brown corpus needs npm")
+    rows = [json.loads(line) for line in (assets / file).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == count
+    assert all(row.keys() == columns for row in rows)
+
+
+def test_real_queries_and_documents(assets: Path) -> None:
+    def read(file: str) -> list[dict[str, str]]:
+        return [json.loads(line) for line in (assets / file).read_text(encoding="utf-8").splitlines()]
+
+    pairs = read("lee/pairs.jsonl")
+    assert len({pair[side] for pair in pairs for side in ("sentence1", "sentence2")}) == 50
+    titles, sentences = read("wikipedia/retrieval-title.jsonl"), read("wikipedia/retrieval-sentence.jsonl")
+    heldout = read("wikipedia/heldout.jsonl")
+    assert [row["query"] for row in titles if row["query"]] == [row["title"] for row in heldout]
+    assert [i for i, row in enumerate(titles) if row["query"]] == list(range(9, 10_033, 10))
+    assert sum(bool(row["query"]) for row in sentences) == 925
+    assert len({row["document"] for row in sentences}) == 10_033
