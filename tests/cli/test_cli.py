@@ -84,6 +84,14 @@ def test_plan_predicts_what_distill_counts(runs: dict[str, Path], causal_teacher
     assert counted["student_flops"] + counted["teacher_flops"] == planned["flops"] - heads
 
 
+@pytest.mark.parametrize(("preset", "normalize"), [("paper", "none"), ("default", "standardize")])
+def test_a_preset_gives_the_settings_that_are_left_out(causal_teacher: Path, preset: str, normalize: str) -> None:
+    flags = ("--preset", preset, "--projection=pca", "--json")
+    curriculum = json.loads(run("plan", "--teacher", causal_teacher, "--student", STUDENT, *flags))["curriculum"]
+    assert (curriculum["projection"], curriculum["normalize"]) == ("pca", normalize)
+    assert curriculum["warm_start"] == ("none" if preset == "paper" else "head")
+
+
 @pytest.mark.parametrize("kind", ["mlm", "classifier", "embedding"])
 def test_plan_of_the_other_tasks(kind: str, request: pytest.FixtureRequest) -> None:
     teacher = request.getfixturevalue(f"{kind}_teacher")
@@ -214,6 +222,8 @@ def test_result_and_card(runs: dict[str, Path], method: str, causal_teacher: Pat
     for words in (f"method `{method}`", "text.txt", f"{STEPS} steps, {STEPS * BATCH} samples, 512 tokens"):
         assert words in card
     assert f"{result['student']['metrics']['loss']:.4g}" in card
+    differing = [f"method={method}"] * (method != "extraction") + ["calibration_samples=8", "warm_start=none"]
+    assert f"| Preset | default; deviations: {', '.join(differing)} |" in card
     if method != "scratch":
         assert causal_teacher.name in card
         assert {"kl", "agreement"} <= result["student"]["metrics"].keys()

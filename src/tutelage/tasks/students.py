@@ -121,7 +121,7 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     if rope and int(size * (rope.get("partial_rotary_factor") or 1)) % 2:
         raise UserError(
             f"student preset {text!r}: each head has {size} values, but rotary position embeddings need an even number: change "
-            "hidden_size or heads"
+            "hidden_size, heads or head_dim"
         )
     return _untrained(config)
 

@@ -13,7 +13,8 @@ from transformers.quantizers import AutoQuantizationConfig
 from tutelage.core.curriculum import METHODS
 from tutelage.core.errors import UserError, as_user_error, check_positive, check_range
 
-DEFAULTS: dict[str, Any] = {
+_DEFAULT: dict[str, Any] = {
+    "method": "extraction",
     "per_device_train_batch_size": 16,
     "num_train_epochs": 3.0,
     "stage_fraction": 0.5,
@@ -22,6 +23,19 @@ DEFAULTS: dict[str, Any] = {
     "normalize": "standardize",
     "calibration_samples": 64,
     "temperature": 1.0,
+}
+# Values of the options that are not given: ours, and those of arXiv:2503.17494, with a stage for each block of the student.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": _DEFAULT,
+    "paper": {
+        **_DEFAULT,
+        "method": "extraction",
+        "stage_fraction": 0.5,
+        "projection": "gaussian",
+        "normalize": "none",
+        "warm_start": "none",
+        "temperature": 1.0,
+    },
 }
 
 # names of settings, and the smallest and largest value that they may have
@@ -46,7 +60,7 @@ class CurriculumConfig(TrainingArguments):
     `max_steps` (or `num_train_epochs`) is the budget of the *whole* curriculum. Warm-up and decay are counted within each
     stage: `warmup_steps` below 1 is a fraction of the stage's steps.
 
-    None means *not given*: the extracted curriculum decides where there is one, otherwise `DEFAULTS`."""
+    None means *not given*: the extracted curriculum decides where there is one, otherwise the preset."""
 
     # Other defaults than transformers', for small students trained from a random start.
     output_dir: str | None = option("Folder the run is written to.", "tutelage-output")
@@ -59,7 +73,10 @@ class CurriculumConfig(TrainingArguments):
     logging_steps: float = option("Optimiser steps between logs.", 10)
     save_total_limit: int | None = option("Checkpoints kept.", 2)
 
-    method: str = option(f"One of {', '.join(METHODS)}.", "extraction")
+    preset: str = option(
+        "Values of what is not given: default, or paper for the method of arXiv:2503.17494.", "default"
+    )
+    method: str | None = option(f"One of {', '.join(METHODS)}; default: extraction.")
     task: str | None = option("causal_lm, masked_lm, sequence_classification or embedding; default: the teacher's.")
     teacher_model_name_or_path: str | None = option(
         "Teacher: folder or Hub name; default: the embedded one.", None, "--teacher"
@@ -89,7 +106,7 @@ class CurriculumConfig(TrainingArguments):
     stage_learning_rate: float | None = option("Peak learning rate of hidden stages; default: learning_rate.")
     projection: str | None = option("gaussian (the paper, default), orthogonal, rademacher, pca or logits.")
     projection_seed: int | None = option("Seed of the random projections; default: 0.")
-    normalize: str | None = option("standardize (default), or none as in the paper.")
+    normalize: str | None = option("standardize (default), or none (the paper).")
     warm_start: str | None = option(
         "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
         "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
@@ -107,6 +124,9 @@ class CurriculumConfig(TrainingArguments):
     overwrite_output_dir: bool = option("Replace the run in output_dir.", False)
 
     def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UserError(f"unknown preset {self.preset!r}: use one of {', '.join(PRESETS)}")
+        self.method = self.value("method")
         for names, least, most in _RANGES:
             for name in names:
                 check_range(name, getattr(self, name), least, most)
@@ -144,9 +164,9 @@ class CurriculumConfig(TrainingArguments):
         return self.data_seed if self.data_seed is not None else self.seed
 
     def value(self, name: str) -> Any:
-        """A setting as given, or its default."""
+        """A setting as given, or that of the preset."""
         given = getattr(self, name)
-        return DEFAULTS.get(name) if given is None else given
+        return PRESETS[self.preset].get(name) if given is None else given
 
     def step_examples(self, devices: int) -> int:
         """Examples per optimiser step, over all micro-batches of `devices` devices."""
