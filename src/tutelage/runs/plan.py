@@ -19,9 +19,11 @@ from tutelage.tasks.loading import count_parameters, load_config
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import language_config, student_config
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.costs import StageCost, measure_stage
+from tutelage.training.costs import StageCost
+from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
 from tutelage.training.resolution import build_curriculum
+from tutelage.training.transition import StageTransition
 
 _ASSUMED_STEPS = 1000  # where the number of steps would follow from data, which a plan does not read
 
@@ -143,7 +145,7 @@ def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, A
     assert isinstance(source, LiveTargets)
     source.attach(curriculum, objective.student, source.outputs)
     source.draw_maps()
-    return [measure_stage(objective, index, batch) for index in range(len(curriculum.stages))]
+    return StageTransition(objective).measure_all(StageFeed(source, [batch], lambda rows: batch, 1, 1))
 
 
 def _model_plan(name: str, backbone: torch.nn.Module, model: torch.nn.Module, blocks: Blocks) -> ModelPlan:

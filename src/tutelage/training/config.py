@@ -18,6 +18,7 @@ _DEFAULT: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "num_train_epochs": 3.0,
     "stage_fraction": 0.5,
+    "stage_trains": "up_to",
     "projection": "gaussian",
     "projection_seed": 0,
     "normalize": "standardize",
@@ -31,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_DEFAULT,
         "method": "extraction",
         "stage_fraction": 0.5,
+        "stage_trains": "up_to",
         "projection": "gaussian",
         "normalize": "none",
         "warm_start": "none",
@@ -104,6 +106,9 @@ class CurriculumConfig(TrainingArguments):
         "Steps of every hidden stage (one number) or of each; replaces stage_fraction."
     )
     stage_learning_rate: float | None = option("Peak learning rate of hidden stages; default: learning_rate.")
+    stage_trains: str | None = option(
+        "Hidden stages train everything up_to their block (default), or only what is new since the stage before."
+    )
     projection: str | None = option("gaussian (the paper, default), orthogonal, rademacher, pca or logits.")
     projection_seed: int | None = option("Seed of the random projections; default: 0.")
     normalize: str | None = option("standardize (default), or none (the paper).")

@@ -26,7 +26,7 @@ _SHARED = ("projection", "projection_seed", "normalize", "temperature", "top_k")
 _OF_THE_RUN = ("per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")  # which are not of a method
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
-    **dict.fromkeys(["layer_map", "num_stages", "stage_steps", "stage_learning_rate"], ("extraction",)),
+    **dict.fromkeys(["layer_map", "num_stages", "stage_steps", "stage_learning_rate", "stage_trains"], ("extraction",)),
     **dict.fromkeys(["projection", "warm_start"], ("extraction",)),
     "teacher_checkpoints": ("progressive",),
     "label_weight": ("extraction", "one_shot", "progressive"),
@@ -184,6 +184,7 @@ def build_curriculum(
         stage_steps=_stage_steps(args, fixed, chosen),
         stage_learning_rate=args.stage_learning_rate,
         label_weight=args.label_weight,
+        stage_trains=args.stage_trains or fixed.stage_trains or args.value("stage_trains"),
         **{**settings, "warm_start": warm_start},
     )
 
