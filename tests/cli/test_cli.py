@@ -39,10 +39,12 @@ def test_plan_prints_blocks_stages_and_costs(causal_teacher: Path) -> None:
     assert lines[0] == "task: causal_lm"
     assert re.match(rf"teacher: {causal_teacher} \(LlamaForCausalLM, [\d,]+ parameters, width 32, 4 blocks", lines[1])
     assert re.match(rf"student: {STUDENT} \(LlamaForCausalLM, [\d,]+ parameters, width 16, 2 blocks", lines[2])
-    assert [line.split()[:3] for line in lines[5:8]] == [
+    shape = "2 of 4 blocks, 2 of 4 heads, 1 of 2 key/value heads, 32 of 64 neurons; 0.0 of 0.2 MB on disk in float32"
+    assert re.fullmatch(rf"student of teacher: {shape}; predicted speed [\d.]+x \(.*\)", lines[3])
+    assert [line.split()[:3] for line in lines[6:9]] == [
         ["hidden", "1:2", "25"],
         ["hidden", "2:4", "25"],
-        ["output", "50", lines[7].split()[2]],
+        ["output", "50", lines[8].split()[2]],
     ]
     assert lines[-1].endswith("Nothing was trained.")
 
