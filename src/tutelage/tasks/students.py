@@ -170,9 +170,8 @@ def _set_heads(config: PreTrainedConfig, settings: dict[str, Any], width: int, n
     has_size = not {"head_dim", "d_kv"}.isdisjoint(config.to_dict())
     if "num_attention_heads" not in settings:
         new_heads = max(1, heads * new_width // width if has_size else new_width // head_dim)
-        while (
-            not has_size and new_heads > 1 and new_width % (2 * new_heads)
-        ):  # rotary embeddings need an even head size
+        # without a size of their own, heads share the width, and rotary embeddings need an even size
+        while not has_size and new_heads > 1 and new_width % (2 * new_heads):
             new_heads -= 1
         if given := settings.get("num_key_value_heads"):
             new_heads = max(1, new_heads // given) * given
