@@ -64,7 +64,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("distill", {"eval_fraction": 5}, "eval_fraction must be a number from 0 to 1, got 5"),
     ("extract", {"eval_fraction": "nan"}, "eval_fraction must be a number from 0 to 1, got nan"),
     ("plan", {"student": "layers=0"}, "num_hidden_layers must be a positive whole number, got 0"),
-    ("plan", {"student": "layers=2,hidden_size=7"}, "each head has 7 values, but rotary position embeddings need"),
+    ("plan", {"student": "layers=2,head_dim=7"}, "each head has 7 values, but rotary position embeddings need"),
     ("plan", {"student": "layers=2,hidden_size=["}, "cannot read 'hidden_size=['"),
     ("plan", {"student": "layers=2,vocab_size=x"}, "vocab_size=x cannot be used|could not build the llama student"),
     ("distill", {"student": "{files}/unknown.json"}, "cannot be used: Unrecognized model identifier"),

@@ -39,10 +39,12 @@ def test_plan_prints_blocks_stages_and_costs(causal_teacher: Path) -> None:
     assert lines[0] == "task: causal_lm"
     assert re.match(rf"teacher: {causal_teacher} \(LlamaForCausalLM, [\d,]+ parameters, width 32, 4 blocks", lines[1])
     assert re.match(rf"student: {STUDENT} \(LlamaForCausalLM, [\d,]+ parameters, width 16, 2 blocks", lines[2])
-    assert [line.split()[:3] for line in lines[5:8]] == [
+    shape = "2 of 4 blocks, 2 of 4 heads, 1 of 2 key/value heads, 32 of 64 neurons; 0.0 of 0.2 MB on disk in float32"
+    assert re.fullmatch(rf"student of teacher: {shape}; predicted speed [\d.]+x \(.*\)", lines[3])
+    assert [line.split()[:3] for line in lines[6:9]] == [
         ["hidden", "1:2", "25"],
         ["hidden", "2:4", "25"],
-        ["output", "50", lines[7].split()[2]],
+        ["output", "50", lines[8].split()[2]],
     ]
     assert lines[-1].endswith("Nothing was trained.")
 
@@ -82,6 +84,14 @@ def test_plan_predicts_what_distill_counts(runs: dict[str, Path], causal_teacher
     # a plan has no labels, so it also counts the heads at each sequence's last position, where nothing is predicted
     heads = STEPS * BATCH * VOCAB * (3 * 2 * 16 + 2 * 32)
     assert counted["student_flops"] + counted["teacher_flops"] == planned["flops"] - heads
+
+
+@pytest.mark.parametrize(("preset", "normalize"), [("paper", "none"), ("default", "standardize")])
+def test_a_preset_gives_the_settings_that_are_left_out(causal_teacher: Path, preset: str, normalize: str) -> None:
+    flags = ("--preset", preset, "--projection=pca", "--json")
+    curriculum = json.loads(run("plan", "--teacher", causal_teacher, "--student", STUDENT, *flags))["curriculum"]
+    assert (curriculum["projection"], curriculum["normalize"]) == ("pca", normalize)
+    assert curriculum["warm_start"] == ("none" if preset == "paper" else "head")
 
 
 @pytest.mark.parametrize("kind", ["mlm", "classifier", "embedding"])
@@ -214,6 +224,8 @@ def test_result_and_card(runs: dict[str, Path], method: str, causal_teacher: Pat
     for words in (f"method `{method}`", "text.txt", f"{STEPS} steps, {STEPS * BATCH} samples, 512 tokens"):
         assert words in card
     assert f"{result['student']['metrics']['loss']:.4g}" in card
+    differing = [f"method={method}"] * (method != "extraction") + ["calibration_samples=8", "warm_start=none"]
+    assert f"| Preset | default; deviations: {', '.join(differing)} |" in card
     if method != "scratch":
         assert causal_teacher.name in card
         assert {"kl", "agreement"} <= result["student"]["metrics"].keys()

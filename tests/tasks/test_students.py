@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     BertConfig,
+    BloomConfig,
     DistilBertConfig,
     Gemma2Config,
     GPT2Config,
@@ -20,17 +21,19 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
     T5Config,
     T5EncoderModel,
 )
 
 from tests.conftest import bert_config, llama_config
+from tutelage.core.curriculum import uniform_layer_map
 from tutelage.core.errors import UserError
 from tutelage.tasks import students
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.parity import ParityMLPConfig
 from tutelage.tasks.registry import TASKS
-from tutelage.tasks.students import is_preset, make_student, student_config
+from tutelage.tasks.students import feed_forward_width, is_preset, make_student, student_config
 
 CAUSAL = TASKS["causal_lm"]
 
@@ -100,12 +103,13 @@ def test_heads_and_feed_forward_follow_the_width(teacher: PreTrainedConfig, foll
 
 
 @pytest.mark.parametrize("config_class", [Qwen2Config, Gemma2Config, ModernBertConfig])
-def test_layer_types_are_those_of_the_teacher_layers_stood_for(config_class: type[PreTrainedConfig]) -> None:
-    kinds = ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+def test_each_block_has_the_attention_type_of_the_block_it_is_paired_with(config_class: type[PreTrainedConfig]) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
     teacher = config_class(**{**SMALL, "num_key_value_heads": 2, "num_hidden_layers": 5}, layer_types=kinds)
-    assert student_config("layers=5", teacher).layer_types == kinds
-    assert student_config("layers=2", teacher).layer_types == ["full_attention", "sliding_attention"]
-    assert student_config("layers=1", teacher).layer_types == ["full_attention"]
+    for layers, blocks in ((1, [5]), (2, [2, 5]), (3, [2, 3, 5]), (4, [1, 2, 4, 5]), (5, [1, 2, 3, 4, 5])):
+        assert [block for _, block in uniform_layer_map(layers, 5)] == blocks
+        assert student_config(f"layers={layers}", teacher).layer_types == [kinds[block - 1] for block in blocks]
+    assert student_config("layers=12", teacher).layer_types[0] == kinds[0]  # deeper than its teacher
 
 
 def test_what_is_given_does_not_follow() -> None:
@@ -117,15 +121,63 @@ def test_what_is_given_does_not_follow() -> None:
 def test_key_value_heads_follow_heads_that_are_given() -> None:
     student = student_config("heads=2", llama_config())
     assert (student.hidden_size, student.num_attention_heads, student.num_key_value_heads) == (32, 2, 1)
-    assert student.head_dim == 16
+    assert (student.head_dim, student.intermediate_size) == (8, llama_config().intermediate_size)
     assert _forward(student).shape == (1, 5, 32)
 
 
+@pytest.mark.parametrize("preset", ["kv_heads=2", "num_key_value_heads=2"])
+def test_heads_follow_key_value_heads_that_are_given(preset: str) -> None:
+    teacher = LlamaConfig(vocab_size=50, hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    student = student_config(f"layers=1,{preset}", teacher)
+    assert (student.num_attention_heads, student.num_key_value_heads, student.head_dim) == (8, 2, 8)
+    assert _forward(student).shape == (1, 5, 72)
+    assert student_config("kv_heads=1", teacher).num_attention_heads == 9
+    assert student_config("kv_heads=6,hidden_size=40", teacher).num_attention_heads == 6
+
+
+def test_the_head_size_stays_the_teachers_where_the_configuration_has_one() -> None:
+    teacher = LlamaConfig(vocab_size=50, hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+    student = student_config("layers=1,hidden_size=360", teacher)
+    assert (student.num_attention_heads, student.head_dim) == (5, 64)
+    assert _forward(student).shape == (1, 5, 360)
+    assert student_config("heads=3", teacher).head_dim == 64
+    assert student_config("hidden_size=360,head_dim=72", teacher).head_dim == 72
+
+
+def test_heads_follow_the_width_where_they_are_wider_than_it_together() -> None:
+    teacher = Qwen3Config(**GROUPED, head_dim=32)
+    student = student_config("layers=1,hidden_size=32", teacher)
+    assert (student.num_attention_heads, student.num_key_value_heads, student.head_dim) == (2, 1, 32)
+    assert _forward(student).shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        (GPT2Config(**SMALL), "n_inner"),
+        (OPTConfig(**SMALL, ffn_dim=160, word_embed_proj_dim=64), "ffn_dim"),
+        (DistilBertConfig(vocab_size=50, n_layers=6, dim=64, n_heads=4, hidden_dim=160), "hidden_dim"),
+        (T5Config(vocab_size=50, d_model=64, d_kv=16, d_ff=160, num_layers=6, num_heads=4), "d_ff"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_intermediate_size_is_the_feed_forward_width_of_every_family(teacher: PreTrainedConfig, name: str) -> None:
+    student = student_config("layers=1,hidden_size=32,intermediate_size=56", teacher)
+    assert getattr(student, name) == feed_forward_width(student) == 56
+    assert _forward(student).shape == (1, 5, 32)
+
+
+def test_a_feed_forward_width_that_the_configuration_leaves_open_is_four_times_the_hidden_size() -> None:
+    assert feed_forward_width(GPT2Config(**SMALL)) == 256
+    assert feed_forward_width(BloomConfig(n_layer=1)) is None
+
+
 def test_a_width_that_the_head_size_does_not_divide_gets_fewer_heads() -> None:
-    # 3 heads of the teacher's 8 would have to be 26 / 3; 2 would be odd (13), which rotary positions cannot be
     student = student_config("hidden_size=26", llama_config())
-    assert (student.num_attention_heads, student.head_dim) == (1, 26)
+    assert (student.num_attention_heads, student.head_dim) == (3, 8)
     assert _forward(student).shape == (1, 5, 26)
+    # without a head size of its own: 3 heads would have to be 26 / 3; 2 would be odd (13), as rotary positions cannot be
+    assert student_config("hidden_size=26", bert_config()).num_attention_heads == 1
 
 
 def test_an_architectures_own_names_work() -> None:
@@ -151,12 +203,20 @@ def test_the_teachers_name_and_quantization_do_not_stick() -> None:
         ("layers=true", "num_hidden_layers must be a positive whole number, got True"),
         ("heads=0", "num_attention_heads must be a positive whole number, got 0"),
         ("intermediate_size=", "intermediate_size must be a positive whole number, got None"),
+        ("kv_heads=0", "num_key_value_heads must be a positive whole number, got 0"),
         ("heads=4,num_key_value_heads=3", "4 heads are not divisible by 3 key/value heads"),
     ],
 )
 def test_bad_presets(preset: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         student_config(preset, llama_config())
+
+
+def test_sizes_that_a_family_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="BertConfig has no field 'num_key_value_heads'"):
+        student_config("kv_heads=2", bert_config())
+    with pytest.raises(ValueError, match="BloomConfig has no field 'intermediate_size'"):
+        student_config("intermediate_size=64", BloomConfig(n_layer=1))
 
 
 def test_width_not_divisible_by_heads() -> None:
@@ -246,6 +306,6 @@ def test_a_configuration_that_a_preset_cannot_read_is_refused(monkeypatch: pytes
     def fail(*args: object) -> None:
         raise RuntimeError("'head_dim' may vary across layers")
 
-    monkeypatch.setattr(students, "_scale_width", fail)
+    monkeypatch.setattr(students, "_set_heads", fail)
     with pytest.raises(UserError, match=r"preset 'width=16' cannot be made from a llama teacher: 'head_dim' may vary"):
         student_config("width=16", llama_config())

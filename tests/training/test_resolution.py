@@ -21,11 +21,12 @@ from tutelage.core.curriculum import Curriculum, HiddenStage
 from tutelage.core.errors import UserError
 from tutelage.runs.distill import distill
 from tutelage.runs.inputs import RunOptions
+from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.tasks.language import CausalCollator
-from tutelage.training.config import DEFAULTS
-from tutelage.training.resolution import resolve
+from tutelage.training.config import PRESETS
+from tutelage.training.resolution import deviations, resolve
 
 Make = Callable[..., CurriculumTrainer]
 
@@ -58,6 +59,68 @@ def test_epochs_give_the_steps_that_transformers_gives(
 def test_settings_that_a_method_does_not_read_are_named(make_trainer: Make) -> None:
     with pytest.warns(UserWarning, match="method 'one_shot' does not read num_stages, projection"):
         make_trainer(method="one_shot", num_stages=1, projection="pca")
+
+
+# ---- Presets ----
+
+PAPER = {"projection": "gaussian", "normalize": "none", "warm_start": "none", "temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected", "places"),
+    [
+        ({"preset": "paper"}, PAPER, [1, 2]),
+        ({"preset": "paper", "num_stages": 1}, PAPER, [2]),
+        ({"preset": "paper", "normalize": "standardize"}, {**PAPER, "normalize": "standardize"}, [1, 2]),
+        ({"preset": "paper", "warm_start": "head"}, {**PAPER, "warm_start": "head"}, [FINAL]),
+        ({"preset": "default"}, {**PAPER, "normalize": "standardize", "warm_start": "head"}, [FINAL]),
+        ({}, {**PAPER, "normalize": "standardize", "warm_start": "head"}, [FINAL]),
+        ({"projection": "pca", "num_stages": 2}, {**PAPER, "projection": "pca", "normalize": "standardize"}, [1, 2]),
+    ],
+)
+def test_what_is_not_given_is_as_in_the_preset(fields: dict[str, Any], expected: dict[str, Any], places: Any) -> None:
+    args = CurriculumConfig(use_cpu=True, max_steps=8, **fields)
+    run = resolve(args, (2, 4), FixedSettings(), None, "head")
+    assert {name: getattr(run.curriculum, name) for name in expected} == expected
+    assert run.curriculum.method == args.method == "extraction"
+    assert run.curriculum.places("student") == places
+    assert sum(stage.steps for stage in run.curriculum.hidden_stages) == 4
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown preset 'papers': use one of default, paper"):
+        CurriculumConfig(use_cpu=True, preset="papers")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"projection": "gaussian", "temperature": 1, "per_device_train_batch_size": 4}, {}),
+        ({"projection": "pca", "label_weight": 0.5}, {"projection": "pca", "label_weight": 0.5}),
+        ({"warm_start": "none"}, {"warm_start": "none"}),
+        ({"method": "one_shot", "top_k": 3}, {"method": "one_shot", "top_k": 3}),
+        ({"preset": "paper"}, {}),
+        ({"preset": "paper", "warm_start": "none", "stage_fraction": 0.5}, {}),
+        ({"preset": "paper", "layer_map": "1:3"}, {"layer_map": "1:3"}),
+        ({"preset": "paper", "normalize": "standardize"}, {"normalize": "standardize"}),
+    ],
+)
+def test_deviations_are_the_settings_that_differ_from_the_preset(
+    fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    args = CurriculumConfig(use_cpu=True, max_steps=8, **fields)
+    assert deviations(args, resolve(args, (2, 4), FixedSettings(), None, "head").curriculum) == expected
+
+
+def test_an_extracted_curriculum_goes_before_the_preset(extracted: Path) -> None:
+    made = ExtractedCurriculum(extracted)
+    fixed = ExtractedTargets(made).fixed_settings(2)
+    args = CurriculumConfig(use_cpu=True, preset="paper", max_steps=8)
+    curriculum = resolve(args, (2, 4), fixed, None, "none").curriculum
+    assert made.curriculum.warm_start == curriculum.warm_start == "head"
+    expected = {"projection": "rademacher", "projection_seed": 5, "temperature": 2.0, "warm_start": "head", "top_k": 64}
+    assert deviations(args, curriculum) == expected
 
 
 def test_classifiers_get_the_papers_stages_by_default(classifier_teacher: Path, tmp_path: Path) -> None:
@@ -112,7 +175,7 @@ def test_a_default_given_explicitly_is_refused_where_the_extracted_curriculum_di
 ) -> None:
     args = settings(tmp_path / "run", curriculum_dir=str(extracted), **setting)
     name, value = next(iter(setting.items()))
-    assert name == "top_k" or value == DEFAULTS[name]
+    assert name == "top_k" or value == PRESETS["default"][name]
     message = re.escape(f"was made with {name}={made_with}, but {name}={value} was given: leave {name} out")
     with pytest.raises(UserError, match=message):
         distill(None, args)

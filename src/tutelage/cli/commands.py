@@ -122,7 +122,7 @@ _COMMANDS = {
         (RunOptions, CurriculumConfig),
         "Trains a student from a teacher. Without options: the teacher, student and text that come with tutelage.",
         "--teacher T --student layers=3,hidden_size=192 --dataset corpus.txt --max_steps 2000",
-        f"{_SCREEN} method learning_rate output_dir curriculum_dir config",
+        f"{_SCREEN} preset method learning_rate output_dir curriculum_dir config",
     ),
     "extract": CommandHelp(
         _extract,

@@ -20,6 +20,7 @@ WARM_STARTS = ("none", "head", "embedding", "head+embedding")
 STUDENT_INITS = ("random", "teacher")
 RESIDUAL = "residual"  # the projection by the basis through which the student was initialised
 PROJECTIONS = (*KINDS, RESIDUAL)
+STAGE_TRAINS = ("up_to", "new")
 
 LayerMap = Sequence[tuple[Place, Place]]
 
@@ -109,6 +110,7 @@ class Curriculum(Record):
     residual_basis: str | None = None  # one of `tutelage.core.residual.BASES`; None: identity of equal widths, else pca
     temperature: float = 1.0  # softmax temperature of the output loss
     top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
+    stage_trains: str = "up_to"  # hidden stages train all `up_to` their place, or what is `new` since the stage before
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -125,6 +127,7 @@ class Curriculum(Record):
             )
         _check_choice("normalize", self.normalize, NORMALIZE)
         _check_choice("warm_start", self.warm_start, WARM_STARTS)
+        _check_choice("stage_trains", self.stage_trains, STAGE_TRAINS)
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -204,7 +207,8 @@ def extraction(
             `steps` that the hidden stages get together, split evenly.
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
-        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k` of `Curriculum`."""
+        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k`, `stage_trains` of
+            `Curriculum`."""
     pairs = layer_map
     if pairs is None or isinstance(pairs, int):
         pairs = uniform_layer_map(student_blocks, teacher_blocks, pairs)

@@ -46,7 +46,7 @@ def distill(options: RunOptions | None = None, args: CurriculumConfig | None = N
         source = f"{Path(result.names['teacher']).name} to " if trainer.source.parameters is not None else ""
         title = f"{result.method}: {source}{result.names['student']}"
         plot_run(trainer.metrics_file.read(), folder / "loss.png", title)
-        write_card(folder, result, trainer.curriculum)
+        write_card(folder, result, trainer.curriculum, trainer.args)
     if args.push_to_hub:
         trainer.push_to_hub()
     return result

@@ -7,10 +7,14 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.io.files import write_atomically
 from tutelage.runs.results import RunResult
 from tutelage.tasks.registry import get_task
+from tutelage.training.config import CurriculumConfig
+from tutelage.training.resolution import deviations
 
 
-def write_card(folder: Path, result: RunResult, curriculum: Curriculum) -> None:
+def write_card(folder: Path, result: RunResult, curriculum: Curriculum, args: CurriculumConfig) -> None:
     """Write README.md: teacher, data, method, budget and metrics."""
+    differing = ", ".join(f"{name}={value}" for name, value in deviations(args, curriculum).items())
+    preset = f"{args.preset}; deviations: {differing}" if differing else args.preset
     budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
     stages = "\n".join(f"| {n} | {stage.name} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1))
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
@@ -35,6 +39,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 | Student | `{result.names["student"]}` |
 | Data | {Path(result.names["dataset"]).name} |
 | Method | {curriculum.method} |
+| Preset | {preset} |
 | Hidden stages | projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
 | Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |
 | FLOPs | {budget.student_flops:.3g} student + {budget.teacher_flops:.3g} teacher |

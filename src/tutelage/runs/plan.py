@@ -7,21 +7,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.core.blocks import Blocks
-from tutelage.core.curriculum import Curriculum, HiddenStage, one_shot
+from tutelage.core.curriculum import Curriculum, HiddenStage, Stage, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config, usable_positions
 from tutelage.core.records import Record
 from tutelage.runs.inputs import DEFAULT_LENGTH, DEFAULT_STEPS, NO_LIMIT, RunOptions, check_length
 from tutelage.runs.plan_extraction import ExtractionPlan
 from tutelage.targets.live import LiveTargets
+from tutelage.tasks.base import Task
 from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.tasks.loading import count_parameters, load_config
 from tutelage.tasks.registry import detect_task, get_task
-from tutelage.tasks.students import language_config, student_config
+from tutelage.tasks.students import feed_forward_width, language_config, student_config
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.costs import StageCost, measure_stage
+from tutelage.training.costs import FlopCounter, StageCost
+from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
 from tutelage.training.resolution import build_curriculum
+from tutelage.training.transition import StageTransition
 
 _ASSUMED_STEPS = 1000  # where the number of steps would follow from data, which a plan does not read
 
@@ -35,6 +38,11 @@ class ModelPlan(Record):
     parameters: int
     hidden_size: int
     blocks: tuple[str, ...]  # dotted names
+    heads: int | None  # attention heads of a block; None where the configuration does not say
+    key_value_heads: int | None  # the same of keys and values
+    neurons: int | None  # the same of the feed-forward layer
+    megabytes: float  # on disk, in float32
+    forward_flops_per_token: float  # of the whole model, its output at every token included
 
 
 @dataclass(frozen=True)
@@ -101,25 +109,17 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         curriculum = build_curriculum(args, (len(objective.blocks), source.blocks), steps, task.warm_start)
         baseline = _costs(objective, one_shot(1), task.example(length))[0]
         costs = _costs(objective, curriculum, task.example(length))
+        student_plan = _model_plan(student, student_model, objective.blocks, task, length)
+        teacher_plan = _model_plan(teacher, teacher_model, source.block_names, task, length)
     tokens_per_step = args.step_examples(args.world_size) * length
     priced = list(zip(curriculum.stages, costs, strict=True))
     return Plan(
         task=task.name,
-        teacher=_model_plan(teacher, source.backbone, teacher_model, source.block_names),
-        student=_model_plan(student, task.backbone(student_model), student_model, objective.blocks),
+        teacher=teacher_plan,
+        student=student_plan,
         curriculum=curriculum,
         steps_assumed=assumed,
-        stages=tuple(
-            StagePlan(
-                stage.name,
-                isinstance(stage, HiddenStage),
-                stage.steps,
-                cost.student_flops,
-                cost.teacher_flops,
-                baseline.flops / cost.flops,
-            )
-            for stage, cost in priced
-        ),
+        stages=tuple(_stage_plan(stage, cost, baseline) for stage, cost in priced),
         tokens=curriculum.total_steps * tokens_per_step,
         flops=sum(stage.steps * cost.flops for stage, cost in priced) * tokens_per_step,
         one_shot_flops=baseline.flops * curriculum.total_steps * tokens_per_step,
@@ -143,12 +143,49 @@ def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, A
     assert isinstance(source, LiveTargets)
     source.attach(curriculum, objective.student, source.outputs)
     source.draw_maps()
-    return [measure_stage(objective, index, batch) for index in range(len(curriculum.stages))]
+    return StageTransition(objective).measure_all(StageFeed(source, [batch], lambda rows: batch, 1, 1))
 
 
-def _model_plan(name: str, backbone: torch.nn.Module, model: torch.nn.Module, blocks: Blocks) -> ModelPlan:
+def _stage_plan(stage: Stage, cost: StageCost, baseline: StageCost) -> StagePlan:
+    flops, ratio = (cost.student_flops, cost.teacher_flops), baseline.flops / cost.flops
+    return StagePlan(stage.name, isinstance(stage, HiddenStage), stage.steps, *flops, ratio)
+
+
+def _model_plan(name: str, model: torch.nn.Module, blocks: Blocks, task: Task, length: int) -> ModelPlan:
+    backbone, parameters = task.backbone(model), count_parameters(model)
     config: Any = text_config(backbone.config)
-    return ModelPlan(name, type(backbone).__name__, count_parameters(model), int(config.hidden_size), blocks.names)
+    batch = {key: value for key, value in task.example(length).items() if key != "labels"}
+    with FlopCounter() as counter, torch.no_grad():
+        task.whole_output(model, batch)
+    return ModelPlan(
+        name=name,
+        class_name=type(backbone).__name__,
+        parameters=parameters,
+        hidden_size=int(config.hidden_size),
+        blocks=blocks.names,
+        heads=_number(getattr(config, "num_attention_heads", None)),
+        key_value_heads=_number(getattr(config, "num_key_value_heads", None)),
+        neurons=_number(feed_forward_width(config)),
+        megabytes=4 * parameters / 1e6,
+        forward_flops_per_token=counter.total / length,
+    )
+
+
+def _number(value: Any) -> int | None:
+    """A size that all blocks have; None where it differs between them."""
+    return value if isinstance(value, int) else None
+
+
+def _compared(student: ModelPlan, teacher: ModelPlan) -> str:
+    """What the student has of the teacher's shape and size, and its speed by FLOPs."""
+    rows = [("blocks", len(student.blocks), len(teacher.blocks)), ("heads", student.heads, teacher.heads)]
+    if (student.heads, teacher.heads) != (student.key_value_heads, teacher.key_value_heads):
+        rows.append(("key/value heads", student.key_value_heads, teacher.key_value_heads))
+    rows.append(("neurons", student.neurons, teacher.neurons))
+    shape = ", ".join(f"{mine} of {theirs} {what}" for what, mine, theirs in rows if None not in (mine, theirs))
+    disk = f"{student.megabytes:,.1f} of {teacher.megabytes:,.1f} MB on disk in float32"
+    speed = teacher.forward_flops_per_token / student.forward_flops_per_token
+    return f"student of teacher: {shape}; {disk}; predicted speed {speed:.1f}x (teacher's forward FLOPs/student's)"
 
 
 def describe_plan(planned: Plan) -> str:
@@ -159,6 +196,7 @@ def describe_plan(planned: Plan) -> str:
             f"{who}: {model.name} ({model.class_name}, {model.parameters:,} parameters, width {model.hidden_size}, "
             f"{len(model.blocks)} blocks {model.blocks[0]} to {model.blocks[-1]})"
         )
+    lines.append(_compared(planned.student, planned.teacher))
     heads = f"{'steps':>8}{'student FLOPs/token':>22}{'teacher FLOPs/token':>22}{'one-shot/stage':>17}"
     lines += ["", f"{'stage':<24}{heads}"]
     for stage in planned.stages:

@@ -46,6 +46,7 @@ class ExtractedTargets(TargetSource):
             hidden_steps={stage.teacher_place: stage.steps for stage in hidden},
             output_steps=curriculum.total_steps - sum(stage.steps for stage in hidden),
             warm_start=curriculum.warm_start,
+            stage_trains=curriculum.stage_trains if hidden else None,
             step_examples=identity.step_examples,
             rows=identity.data.rows,
         )

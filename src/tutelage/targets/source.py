@@ -50,6 +50,7 @@ class FixedSettings:
     hidden_steps: dict[Any, int] = field(default_factory=dict)  # steps of the hidden stages by teacher place
     output_steps: int | None = None  # steps of the output stages; None leaves the budget to the run
     warm_start: str | None = None  # the `warm_start` that the source was made for
+    stage_trains: str | None = None  # the `stage_trains` that the source was made for
     step_examples: int | None = None  # examples of an optimiser step that the source was made for
     rows: int | None = None  # training examples; None where the run brings its own
 

@@ -17,9 +17,14 @@ from tutelage.tasks.base import Task
 from tutelage.tasks.loading import has_class, has_weights, load_config
 
 UNTRAINED = "_tutelage_untrained"  # where a model keeps whether its weights are random
-_ALIASES = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
-# names of the feed-forward width, by architecture family
-_FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
+_ALIASES = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+}
+# names of the feed-forward width, by architecture family; a preset may say intermediate_size for each
+_FEED_FORWARD = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner", "hidden_dim", "d_ff", "dff")
 _HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 _SIZES = {"num_hidden_layers", "hidden_size", *_HEADS, *_FEED_FORWARD}
 
@@ -28,9 +33,9 @@ def student_config(student: str, teacher: PreTrainedConfig, task: Task | None = 
     """The configuration of a student.
 
     `student` is a model folder, a `config.json`, or a preset such as `layers=3,hidden_size=192`: comma-separated settings that
-    replace those of the teacher. Heads and feed-forward width follow the hidden size unless they are given; every other field
-    (vocabulary, positions, activation...) is that of the teacher. Of a teacher with an image or sound encoder, a preset changes
-    the language model; if `task` has a model of it alone, that is the student.
+    replace those of the teacher. The number of heads and the feed-forward width follow the hidden size unless they are given;
+    every other field (head size, vocabulary, positions, activation...) is that of the teacher. Of a teacher with an image or
+    sound encoder, a preset changes the language model; if `task` has a model of it alone, that is the student.
     Raises UserError: not a folder, file or preset; an unknown field; a width that does not fit the heads."""
     if is_preset(student):
         whole = copy.deepcopy(language_config(teacher, task))
@@ -83,38 +88,31 @@ def make_student(
     return model
 
 
+def feed_forward_width(config: PreTrainedConfig) -> int | None:
+    """Neurons of a feed-forward layer; None where the configuration does not say."""
+    if name := _feed_forward_name(config):
+        return getattr(config, name) or 4 * config.hidden_size  # as GPT-2 reads None
+    return None
+
+
+def _feed_forward_name(config: PreTrainedConfig) -> str | None:
+    return next((name for name in _FEED_FORWARD if name in config.to_dict()), None)
+
+
 def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
-    settings: dict[str, Any] = {}
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        if "=" not in part or not key.strip():
-            raise UserError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
-        with as_user_error(f"student preset {text!r}: cannot read {part!r}", yaml.YAMLError):
-            settings[_ALIASES.get(key.strip(), key.strip())] = yaml.safe_load(value)
     config = copy.deepcopy(teacher)
-    for needed in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-        if getattr(config, needed, None) is None:
-            raise UserError(
-                f"student preset {text!r} needs a teacher whose configuration has {needed}, but {type(config).__name__} has "
-                "none: give a folder or a config.json as the student"
-            )
-    common = {own: name for name, own in config.attribute_map.items()}  # GPT-2's n_embd is hidden_size
-    settings = {common.get(key, key): value for key, value in settings.items()}
-    known = {*config.to_dict(), *config.attribute_map}
-    if unknown := [key for key in settings if key not in known]:
-        raise UserError(f"student preset {text!r}: {type(config).__name__} has no field {unknown[0]!r}")
-    for key, value in settings.items():
-        if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"student preset {text!r}: {key} must be a positive whole number, got {value!r}")
+    settings = _settings(text, config)
     depth, width = config.num_hidden_layers, config.hidden_size
     new_depth = settings.setdefault("num_hidden_layers", depth)
     new_width = settings.setdefault("hidden_size", width)
     if new_width != width or not settings.keys().isdisjoint(_HEADS):
+        _set_heads(config, settings, width, new_width)
+    if new_width != width:
         _scale_width(config, settings, width, new_width)
     if getattr(config, "layer_types", None):
-        # keep the mixture of attention types: student layer i has the type of the teacher layer that it corresponds to
+        # keep the mixture of attention types: each block has the type of the one that the uniform layer map pairs it with
         kinds = config.layer_types
-        config.layer_types = [kinds[min(depth - 1, i * depth // new_depth)] for i in range(new_depth)]
+        config.layer_types = [kinds[max(1, round(s * depth / new_depth)) - 1] for s in range(1, new_depth + 1)]
     for key, value in settings.items():
         with as_user_error(f"student preset {text!r}: {key}={value} cannot be used"):
             setattr(config, key, value)
@@ -127,9 +125,37 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
     if rope and int(size * (rope.get("partial_rotary_factor") or 1)) % 2:
         raise UserError(
             f"student preset {text!r}: each head has {size} values, but rotary position embeddings need an even number: change "
-            "hidden_size or heads"
+            "hidden_size, heads or head_dim"
         )
     return _untrained(config)
+
+
+def _settings(text: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that a preset sets, by their usual names."""
+    settings: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if "=" not in part or not key.strip():
+            raise UserError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
+        with as_user_error(f"student preset {text!r}: cannot read {part!r}", yaml.YAMLError):
+            settings[_ALIASES.get(key.strip(), key.strip())] = yaml.safe_load(value)
+    for needed in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if getattr(config, needed, None) is None:
+            raise UserError(
+                f"student preset {text!r} needs a teacher whose configuration has {needed}, but {type(config).__name__} has "
+                "none: give a folder or a config.json as the student"
+            )
+    common = {own: name for name, own in config.attribute_map.items()}  # GPT-2's n_embd is hidden_size
+    settings = {common.get(key, key): value for key, value in settings.items()}
+    if "intermediate_size" in settings and (own := _feed_forward_name(config)):
+        settings[own] = settings.pop("intermediate_size")
+    known = {*config.to_dict(), *config.attribute_map}
+    if unknown := [key for key in settings if key not in known]:
+        raise UserError(f"student preset {text!r}: {type(config).__name__} has no field {unknown[0]!r}")
+    for key, value in settings.items():
+        if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"student preset {text!r}: {key} must be a positive whole number, got {value!r}")
+    return settings
 
 
 def _untrained(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -141,23 +167,31 @@ def _untrained(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int, new_width: int) -> None:
-    """Set heads (of the teacher's head size) and feed-forward width for the hidden size, unless they are given."""
-    heads = config.num_attention_heads
+def _set_heads(config: PreTrainedConfig, settings: dict[str, Any], width: int, new_width: int) -> None:
+    """Set what is not given of the heads: their number follows the hidden size, their own size is the teacher's."""
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or width // heads
+    has_size = not {"head_dim", "d_kv"}.isdisjoint(config.to_dict())
     if "num_attention_heads" not in settings:
-        new_heads = max(1, new_width // head_dim)
-        while new_heads > 1 and new_width % (2 * new_heads):  # rotary embeddings need an even head size
+        new_heads = max(1, heads * new_width // width if has_size else new_width // head_dim)
+        # without a size of their own, heads share the width, and rotary embeddings need an even size
+        while not has_size and new_heads > 1 and new_width % (2 * new_heads):
             new_heads -= 1
+        if given := settings.get("num_key_value_heads"):
+            new_heads = max(1, new_heads // given) * given
         settings["num_attention_heads"] = new_heads
-    new_heads, groups = settings["num_attention_heads"], getattr(config, "num_key_value_heads", None)
+    new_heads = settings["num_attention_heads"]
     if groups and "num_key_value_heads" not in settings:
         new_groups = max(1, round(new_heads * groups / heads))
         while new_heads % new_groups:
             new_groups -= 1
         settings["num_key_value_heads"] = new_groups
-    if "head_dim" in config.to_dict() and "head_dim" not in settings and new_width % new_heads == 0:
-        settings["head_dim"] = new_width // new_heads
+    if "head_dim" in config.to_dict():
+        settings.setdefault("head_dim", head_dim)
+
+
+def _scale_width(config: PreTrainedConfig, settings: dict[str, Any], width: int, new_width: int) -> None:
+    """Set the feed-forward and embedding widths for the hidden size, unless they are given."""
     for name in _FEED_FORWARD:
         if getattr(config, name, None) and name not in settings:
             settings[name] = max(8, round(getattr(config, name) * new_width / width / 8) * 8)

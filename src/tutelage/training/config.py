@@ -13,16 +13,33 @@ from transformers.quantizers import AutoQuantizationConfig
 from tutelage.core.curriculum import METHODS
 from tutelage.core.errors import UserError, as_user_error, check_positive, check_range
 
-DEFAULTS: dict[str, Any] = {
+_DEFAULT: dict[str, Any] = {
+    "method": "extraction",
     "per_device_train_batch_size": 16,
     "num_train_epochs": 3.0,
     "stage_fraction": 0.5,
+    "stage_trains": "up_to",
     "projection": "gaussian",
     "projection_seed": 0,
-    "student_init": "random",
+    "student_init": "teacher",
     "normalize": "standardize",
     "calibration_samples": 64,
     "temperature": 1.0,
+}
+# Values of the options that are not given: ours, and those of arXiv:2503.17494, with a stage for each block of the student.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": _DEFAULT,
+    "paper": {
+        **_DEFAULT,
+        "method": "extraction",
+        "stage_fraction": 0.5,
+        "stage_trains": "up_to",
+        "projection": "gaussian",
+        "normalize": "none",
+        "warm_start": "none",
+        "student_init": "random",
+        "temperature": 1.0,
+    },
 }
 
 # names of settings, and the smallest and largest value that they may have
@@ -47,7 +64,7 @@ class CurriculumConfig(TrainingArguments):
     `max_steps` (or `num_train_epochs`) is the budget of the *whole* curriculum. Warm-up and decay are counted within each
     stage: `warmup_steps` below 1 is a fraction of the stage's steps.
 
-    None means *not given*: the extracted curriculum decides where there is one, otherwise `DEFAULTS`."""
+    None means *not given*: the extracted curriculum decides where there is one, otherwise the preset."""
 
     # Other defaults than transformers', for small students trained from a random start.
     output_dir: str | None = option("Folder the run is written to.", "tutelage-output")
@@ -60,7 +77,10 @@ class CurriculumConfig(TrainingArguments):
     logging_steps: float = option("Optimiser steps between logs.", 10)
     save_total_limit: int | None = option("Checkpoints kept.", 2)
 
-    method: str = option(f"One of {', '.join(METHODS)}.", "extraction")
+    preset: str = option(
+        "Values of what is not given: default, or paper for the method of arXiv:2503.17494.", "default"
+    )
+    method: str | None = option(f"One of {', '.join(METHODS)}; default: extraction.")
     task: str | None = option("causal_lm, masked_lm, sequence_classification or embedding; default: the teacher's.")
     teacher_model_name_or_path: str | None = option(
         "Teacher: folder or Hub name; default: the embedded one.", None, "--teacher"
@@ -88,12 +108,15 @@ class CurriculumConfig(TrainingArguments):
         "Steps of every hidden stage (one number) or of each; replaces stage_fraction."
     )
     stage_learning_rate: float | None = option("Peak learning rate of hidden stages; default: learning_rate.")
+    stage_trains: str | None = option(
+        "Hidden stages train everything up_to their block (default), or only what is new since the stage before."
+    )
     projection: str | None = option(
         "gaussian (the paper), orthogonal, rademacher, pca, logits, or residual (the basis of student_init=teacher); default: "
         "residual after student_init=teacher, otherwise gaussian."
     )
     projection_seed: int | None = option("Seed of the random projections; default: 0.")
-    normalize: str | None = option("standardize (default), or none as in the paper.")
+    normalize: str | None = option("standardize (default), or none (the paper).")
     warm_start: str | None = option(
         "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
         "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
@@ -118,6 +141,9 @@ class CurriculumConfig(TrainingArguments):
     overwrite_output_dir: bool = option("Replace the run in output_dir.", False)
 
     def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UserError(f"unknown preset {self.preset!r}: use one of {', '.join(PRESETS)}")
+        self.method = self.value("method")
         for names, least, most in _RANGES:
             for name in names:
                 check_range(name, getattr(self, name), least, most)
@@ -155,9 +181,9 @@ class CurriculumConfig(TrainingArguments):
         return self.data_seed if self.data_seed is not None else self.seed
 
     def value(self, name: str) -> Any:
-        """A setting as given, or its default."""
+        """A setting as given, or that of the preset."""
         given = getattr(self, name)
-        return DEFAULTS.get(name) if given is None else given
+        return PRESETS[self.preset].get(name) if given is None else given
 
     def step_examples(self, devices: int) -> int:
         """Examples per optimiser step, over all micro-batches of `devices` devices."""

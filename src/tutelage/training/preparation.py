@@ -107,7 +107,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
 def _student_init(args: CurriculumConfig, student: nn.Module, named: bool, source: TargetSource) -> str | None:
     """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them."""
     untrained = False if named else student.__dict__.get(UNTRAINED)
-    if not isinstance(source, LiveTargets) or args.student_init == "random":
+    if not isinstance(source, LiveTargets) or args.value("student_init") == "random":
         return args.student_init
     if args.student_init == "teacher":
         if untrained is False:

@@ -21,12 +21,13 @@ from tutelage.core.curriculum import (
 )
 from tutelage.core.errors import UserError
 from tutelage.targets.source import FixedSettings, Reading
-from tutelage.training.config import DEFAULTS, CurriculumConfig
+from tutelage.training.config import PRESETS, CurriculumConfig
 
-_SHARED = ("projection_seed", "normalize", "student_init", "residual_basis", "temperature", "top_k")
+_SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top_k")
+_OF_THE_RUN = ("per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")  # which are not of a method
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
-    **dict.fromkeys(["layer_map", "num_stages", "stage_steps", "stage_learning_rate"], ("extraction",)),
+    **dict.fromkeys(["layer_map", "num_stages", "stage_steps", "stage_learning_rate", "stage_trains"], ("extraction",)),
     **dict.fromkeys(["projection", "warm_start"], ("extraction",)),
     "teacher_checkpoints": ("progressive",),
     "label_weight": ("extraction", "one_shot", "progressive"),
@@ -92,6 +93,19 @@ def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
             raise UserError(f"{what}: leave {name} out, or extract again")
 
 
+def deviations(args: CurriculumConfig, curriculum: Curriculum) -> dict[str, Any]:
+    """Settings of the method in which a run differs from its preset: given, or decided by an extracted curriculum."""
+    preset, found = PRESETS[args.preset], {}
+    for name in dict.fromkeys([*preset, *_READERS, *_SHARED]):
+        value = getattr(args, name)
+        if name != "warm_start" or name in preset:  # which a preset may leave to the layer map
+            value = getattr(curriculum, name, value)
+        expected = preset.get(name, getattr(CurriculumConfig, name))
+        if name not in _OF_THE_RUN and value not in (None, expected):
+            found[name] = value
+    return found
+
+
 def _reading(args: CurriculumConfig, fixed: FixedSettings, devices: int) -> Reading:
     """Batch size, devices and data order."""
     micro_batches = args.gradient_accumulation_steps * devices
@@ -139,15 +153,16 @@ def build_curriculum(
     unread = [
         name
         for name, methods in _READERS.items()
-        if args.method not in methods and getattr(args, name) not in (None, 0.0, "none", DEFAULTS.get(name))
+        if args.method not in methods and getattr(args, name) not in (None, 0.0, "none", PRESETS[args.preset].get(name))
     ]
     if unread:
         warnings.warn(f"method {args.method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=2)
     student_blocks, teacher_blocks = blocks
     settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
+    settings["student_init"] = fixed.values.get("student_init", args.student_init or "random")
     starts_there = settings["student_init"] == "teacher"
     default_warm_start = "none" if starts_there else default_warm_start
-    projection = args.projection or (RESIDUAL if starts_there else DEFAULTS["projection"])
+    projection = args.projection or (RESIDUAL if starts_there else PRESETS[args.preset]["projection"])
     settings["projection"] = fixed.values.get("projection", projection)
     if args.method == "scratch":
         return scratch(steps, **settings)
@@ -175,6 +190,7 @@ def build_curriculum(
         stage_steps=_stage_steps(args, fixed, chosen),
         stage_learning_rate=args.stage_learning_rate,
         label_weight=args.label_weight,
+        stage_trains=args.stage_trains or fixed.stage_trains or args.value("stage_trains"),
         **{**settings, "warm_start": warm_start},
     )
 
@@ -187,6 +203,8 @@ def _warm_start(
     if fixed.warm_start is not None:
         ends_at_final = bool(layer_map) and tuple(layer_map[-1]) == (FINAL, FINAL)  # type: ignore[index]
         return fixed.warm_start if ends_at_final else "none"
+    if (chosen := args.value("warm_start")) is not None:
+        return chosen
     chosen_blocks = args.num_stages is not None or (layer_map is not None and (FINAL, FINAL) not in layer_map)
     return "none" if chosen_blocks else default_warm_start
 

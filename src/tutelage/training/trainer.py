@@ -170,8 +170,8 @@ class CurriculumTrainer(Trainer):
         file = StatisticsFile(self.folder / records.TARGETS_FILE, read=resuming, write=writes, shared=True)
         with self.accelerator.autocast():
             self.transition.prepare(file, self.feed, self.args.device, fresh=not resuming)
-            for index in range(len(self.curriculum.stages) if self.is_fsdp_enabled else 0):  # while it is whole
-                self.transition.measure(index, self.feed)
+            if self.is_fsdp_enabled or self.curriculum.stage_trains == "new":  # while it is whole; finds empty stages
+                self.transition.measure_all(self.feed)
         self._move_to_stage(self.state.global_step)
         student = self.model
         # every parameter must be trainable while DDP looks at it; a stage's frozen set is applied after

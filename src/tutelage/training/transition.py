@@ -1,10 +1,12 @@
 """Changing from one stage to the next: teacher weights, warm start, and the parameters that train."""
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage, OutputStage
+from tutelage.core.errors import UserError
 from tutelage.targets.source import StatisticsFile
 from tutelage.training import warm_start
 from tutelage.training.costs import StageCost, measure_stage
@@ -22,6 +24,7 @@ class StageTransition:
         self.all = frozenset(name for name, p in objective.student.named_parameters() if p.requires_grad)
         self.trainable: frozenset[str] = self.all  # parameters that train in the current stage
         self.costs: dict[int, StageCost] = {}  # measured cost of the stages entered so far, by index
+        self.full_costs: dict[int, StageCost] = {}  # the same where everything that the stage reaches trains
         self.entered: int | None = None  # index of the current stage; None before training
         # the stage from which a head was transplanted on entering the current one, and the positions compared for it
         self.transplanted: tuple[int, int] | None = None
@@ -61,11 +64,22 @@ class StageTransition:
         self.objective.source.prepare(file, feed.calibration, device)
 
     def measure(self, index: int, feed: StageFeed) -> StageCost:
-        """Cost and reach of a stage, measured once."""
+        """Cost and reach of a stage, measured once, while `all` train; UserError where none would train in it."""
         if index not in self.costs:
             self.objective.student.train()
-            self.costs[index] = measure_stage(self.objective, index, feed.example(index))
+            batch, before = feed.example(index), self._stage_before(index)
+            self.full_costs[index] = self.costs[index] = measure_stage(self.objective, index, batch)
+            if before is not None:
+                self.measure(before, feed)
+                self.set_trainable(self._parameters(index))
+                cost = measure_stage(self.objective, index, batch)
+                self.costs[index] = dataclasses.replace(cost, reached=self.full_costs[index].reached)
+                self.set_trainable(self.all)
         return self.costs[index]
+
+    def measure_all(self, feed: StageFeed) -> list[StageCost]:
+        """Cost and reach of every stage; errors as in `measure`."""
+        return [self.measure(index, feed) for index in range(len(self.objective.curriculum.stages))]
 
     def setup_flops(self, feed: StageFeed, begins: bool) -> tuple[float, float]:
         """FLOPs of student and teacher before the first step of the current stage: the calibration pass, where training
@@ -76,7 +90,8 @@ class StageTransition:
                 teacher += self.measure(index, feed).teacher_flops * positions
         if self.transplanted is not None:
             index, positions = self.transplanted
-            cost = self.measure(index, feed)
+            self.measure(index, feed)
+            cost = self.full_costs[index]
             teacher += cost.teacher_flops * positions
             student += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
         return student, teacher
@@ -87,15 +102,16 @@ class StageTransition:
             parameter.requires_grad_(name in names)
 
     def _parameters(self, index: int) -> frozenset[str]:
-        """Parameters that train in a stage: those it reaches, less a tied head that must not move.
+        """Parameters that train in a stage: those it reaches, less a tied head that must not move, and less those that the
+        hidden stage before it reaches too where each trains what is new.
 
         Inside the blocks the block number decides: a part that one example leaves out (an expert) may serve another."""
         objective = self.objective
         student, stage, blocks = objective.student, objective.curriculum.stages[index], objective.blocks
         backbone = objective.task.backbone(student)
         prefix = next((f"{name}." for name, module in student.named_modules() if module is backbone and name), "")
-        place = stage.student_place if isinstance(stage, HiddenStage) else None
-        depth = place if isinstance(place, int) else len(blocks)
+        before, depth = self._stage_before(index), self._depth(index)
+        start, earlier = (0, frozenset()) if before is None else (self._depth(before), self.costs[before].reached)
         frozen: set[str] = set()
         if isinstance(stage, HiddenStage) and warm_start.keeps_embedding_fixed(objective.curriculum, student):
             embedding = student.get_input_embeddings().weight  # type: ignore[operator]
@@ -104,7 +120,26 @@ class StageTransition:
         def reached(name: str) -> bool:
             for number, block in enumerate(blocks.names, 1):
                 if name.startswith(f"{prefix}{block}."):
-                    return number <= depth
-            return name in self.costs[index].reached
+                    return start < number <= depth
+            return name in self.costs[index].reached - earlier
 
-        return frozenset(name for name in self.all if reached(name) and name not in frozen)
+        names = frozenset(name for name in self.all if reached(name) and name not in frozen)
+        if before is not None and not names:
+            found = (
+                f"stage {index + 1} ({stage.name}) would train nothing: the stage before it trains all that it reaches"
+            )
+            raise UserError(f"{found}. Leave this stage out of layer_map, or use stage_trains='up_to'")
+        return names
+
+    def _stage_before(self, index: int) -> int | None:
+        """The hidden stage before this one, whose parameters do not train in it; None where there is none."""
+        curriculum = self.objective.curriculum
+        if curriculum.stage_trains == "up_to" or not isinstance(curriculum.stages[index], HiddenStage):
+            return None
+        hidden = (number for number in reversed(range(index)) if isinstance(curriculum.stages[number], HiddenStage))
+        return next(hidden, None)
+
+    def _depth(self, index: int) -> int:
+        """Blocks of the student that a stage runs."""
+        place = getattr(self.objective.curriculum.stages[index], "student_place", FINAL)
+        return place if isinstance(place, int) else len(self.objective.blocks)

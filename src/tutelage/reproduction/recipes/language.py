@@ -80,13 +80,13 @@ class LanguageRecipe(PaperRecipe):
 
     def arguments(self) -> dict[str, Any]:
         optimizer = {"optim": "adamw_torch", "adam_beta2": 0.95, "weight_decay": 0.0}
-        return {**optimizer, "lr_scheduler_type": "cosine", "warmup_steps": 0.06, "per_device_eval_batch_size": 64}
+        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.06}
+        return {**optimizer, **schedule, "per_device_eval_batch_size": 64, "preset": "paper"}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
         if method != "extraction":
             return {}
-        stages = {"num_stages": self.num_stages, "stage_fraction": self.stage_fraction}
-        return {**stages, "normalize": "none", "warm_start": "none"}  # as in the paper
+        return {"num_stages": self.num_stages, "stage_fraction": self.stage_fraction}
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)

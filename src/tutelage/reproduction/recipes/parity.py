@@ -70,7 +70,7 @@ class ParityRecipe(PaperRecipe):
 
     def arguments(self) -> dict[str, Any]:
         constant_rate = {"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0}
-        return {**constant_rate, "per_device_eval_batch_size": 1024, "normalize": "none"}  # as in the paper
+        return {**constant_rate, "per_device_eval_batch_size": 1024, "preset": "paper"}
 
     def _stages(self) -> dict[str, Any]:
         steps = max(1, self.stage_samples // self.batch_size)
@@ -228,7 +228,7 @@ class ParityTransformerRecipe(ParityRecipe):
         return {"support": list(self.coordinates)}
 
     def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "optim": "adamw_torch", "max_grad_norm": 1.0, "warm_start": "none"}
+        return {**super().arguments(), "optim": "adamw_torch", "max_grad_norm": 1.0}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
         return {"num_stages": self.layers, **self._stages()} if method == "extraction" else {}

@@ -114,7 +114,9 @@ class Uses:
             self.sums[part.name] = sums = Sums()
             kind, size = self._kind(part), self.layout.teacher_heads.size
 
-            def hook(given: torch.Tensor, made: torch.Tensor, sums: Sums = sums, kind: Any = kind, size: int = size) -> None:
+            def hook(
+                given: torch.Tensor, made: torch.Tensor, sums: Sums = sums, kind: Any = kind, size: int = size
+            ) -> None:
                 if kind == EXPERTS:
                     sums.add(len(made), load=made.float().softmax(-1).sum(0))
                 elif kind == QUERIES:

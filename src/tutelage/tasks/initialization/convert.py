@@ -14,13 +14,7 @@ from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
 from tutelage.core.probe import evaluating
 from tutelage.core.residual import kept_variance, residual_basis
-from tutelage.tasks.initialization.calibration import (
-    NormFit,
-    Uses,
-    is_transposed,
-    observe_modules,
-    state_moments,
-)
+from tutelage.tasks.initialization.calibration import NormFit, Uses, is_transposed, observe_modules, state_moments
 from tutelage.tasks.initialization.families import (
     EXPERTS,
     HEADS,
@@ -283,7 +277,9 @@ class _Conversion:
         lengths = [(a, b) for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
         only = [space == SAME for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
         if not all(only) or len(lengths) != 1:
-            found = f"{name} is {tuple(mine.shape)} in the student, but {tuple(value.shape)} would come from the teacher"
+            found = (
+                f"{name} is {tuple(mine.shape)} in the student, but {tuple(value.shape)} would come from the teacher"
+            )
             raise UserError(f"student_init='teacher': {found}: change the student's sizes")
         result = mine.detach().double().cpu().clone()
         rows = tuple(slice(0, min(a, b)) for a, b in zip(mine.shape, value.shape, strict=True))

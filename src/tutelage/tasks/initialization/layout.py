@@ -16,7 +16,14 @@ from tutelage.core.inputs import text_config
 from tutelage.tasks.initialization.families import Family, Linear, Norm, Rule, families_of
 
 # fields of a configuration that decide what the weights mean
-_EQUAL = ("hidden_act", "hidden_activation", "activation_function", "activation", "partial_rotary_factor", "num_experts_per_tok")
+_EQUAL = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "activation",
+    "partial_rotary_factor",
+    "num_experts_per_tok",
+)
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,9 @@ def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[
     Raises UserError for a student that is deeper than its teacher."""
     if student_blocks > teacher_blocks:
         found = f"the student has {student_blocks} blocks, the teacher {teacher_blocks}"
-        raise UserError(f"{found}: student_init='teacher' needs a student that is not deeper; use student_init='random'")
+        raise UserError(
+            f"{found}: student_init='teacher' needs a student that is not deeper; use student_init='random'"
+        )
     known = {0: 0, student_blocks: teacher_blocks}
     known |= {mine: theirs for mine, theirs in pairs if isinstance(mine, int) and isinstance(theirs, int)}
     found_blocks = []
