@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.core.blocks import Blocks
-from tutelage.core.curriculum import Curriculum, HiddenStage, one_shot
+from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config, usable_positions
 from tutelage.core.records import Record
@@ -42,7 +42,8 @@ class StagePlan(Record):
     """A stage and what it costs."""
 
     name: str
-    hidden: bool
+    targets: int  # hidden states of the teacher that it matches at a position
+    output: bool  # whether it matches the teacher's output
     steps: int
     student_flops_per_token: float
     teacher_flops_per_token: float
@@ -112,7 +113,8 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         stages=tuple(
             StagePlan(
                 stage.name,
-                isinstance(stage, HiddenStage),
+                len(stage.pairs),
+                stage.output is not None,
                 stage.steps,
                 cost.student_flops,
                 cost.teacher_flops,

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tutelage.core.blocks import find_blocks
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
+from tutelage.core.curriculum import Curriculum, HiddenStage, JointStage, OutputStage, Stage
 from tutelage.core.losses import OutputSettings, hidden_loss
 from tutelage.targets.source import TargetSource
+from tutelage.tasks.base import OutputTarget
 
 Result = TypeVar("Result")
 
@@ -57,16 +58,23 @@ class StageObjective(nn.Module):
         return self.curriculum.stages[self.stage_index]
 
     def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
-        """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences."""
-        return self.task.count_items(self.stage, batch)
+        """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences. Of a
+        joint stage: what its output loss and each of its hidden losses are means over, (1 + pairs,)."""
+        if not isinstance(self.stage, JointStage):
+            return self.task.count_items(self.stage, batch)
+        parts = (self.stage.output, *self.stage.pairs)
+        return torch.stack([self.task.count_items(part, batch) for part in parts])
 
     def forward(self, num_items: torch.Tensor | int | None = None, **batch: Any) -> dict[str, torch.Tensor]:
         """Loss of the current stage over `batch`, as a sum divided by `num_items` (default: this batch's own count)."""
-        if isinstance(self.stage, OutputStage):
-            loss = self._output_loss(self.stage, batch)
+        count, stage = self.count_items(batch) if num_items is None else num_items, self.stage
+        if isinstance(stage, JointStage):
+            output, *hidden = self._joint_losses(stage, batch) / count
+            return {"loss": output + stage.hidden_weight * torch.stack(hidden).mean()}
+        if isinstance(stage, OutputStage):
+            loss = self._output_loss(stage, self.source.output(batch) if stage.needs_teacher else None, batch)
         else:
             loss = hidden_loss(*self.hidden_states(self.stage_index, batch))
-        count = self.count_items(batch) if num_items is None else num_items
         return {"loss": loss / count}
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
@@ -81,7 +89,22 @@ class StageObjective(nn.Module):
         state = self.task.state_at(self.student, stage.student_place, batch, self.blocks)
         return self.task.stage_state(stage, state, batch), target, keep
 
-    def _output_loss(self, stage: OutputStage, batch: dict[str, Any]) -> torch.Tensor:
+    @torch.compiler.disable  # hooks inside
+    def _joint_losses(self, stage: JointStage, batch: dict[str, Any]) -> torch.Tensor:
+        """The output loss and the hidden losses, each a sum, from one forward of the student, (1 + pairs,)."""
+        targets, output = self.source.joint(self.stage_index, batch)
+        if not stage.output.needs_teacher:
+            output = None
+        with self.task.watched(self.student, [pair.student_place for pair in stage.pairs], self.blocks) as states:
+            losses = [self._output_loss(stage, output, batch)]
+        for pair, target in zip(stage.pairs, targets, strict=True):
+            state = self.task.stage_state(pair, states[pair.student_place], batch)
+            losses.append(hidden_loss(state, *target))
+        return torch.stack(losses)
+
+    def _output_loss(
+        self, stage: OutputStage | JointStage, target: OutputTarget | None, batch: dict[str, Any]
+    ) -> torch.Tensor:
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""
         temperature, top_k = self.curriculum.temperature, self.curriculum.top_k
         settings = OutputSettings(
@@ -93,5 +116,4 @@ class StageObjective(nn.Module):
             self.source.outputs,
             self.router_coefficient,
         )
-        target = self.source.output(batch) if stage.needs_teacher else None
         return self.task.output_loss(self.student, batch, target, settings)

@@ -70,7 +70,7 @@ class CurriculumTrainer(Trainer):
         curriculum: Curriculum | None = None,
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
-        args = CurriculumConfig() if args is None else args
+        args = args or CurriculumConfig()
         if args.n_gpu > 1:
             warnings.warn(f"using 1 of {args.n_gpu} GPUs: `accelerate launch -m tutelage ...` uses all", stacklevel=2)
         if optimizers != (None, None):
@@ -81,7 +81,8 @@ class CurriculumTrainer(Trainer):
         run, self.task, self.curriculum = prepared.run, self.source.task, prepared.run.curriculum
         self.transition = StageTransition(self.objective)
         resolved = run.arguments(args)
-        if args.world_size > 1 and self.curriculum.hidden_stages:  # which leave the parameters above their block unused
+        hidden = any(stage.output is None for stage in self.curriculum.stages)
+        if args.world_size > 1 and hidden:  # a hidden stage leaves the parameters above its block unused
             if args.ddp_find_unused_parameters is False:
                 raise UserError("ddp_find_unused_parameters=False cannot work: hidden stages leave parameters unused")
             resolved.ddp_find_unused_parameters = True
@@ -113,7 +114,7 @@ class CurriculumTrainer(Trainer):
         return self.meter.progress
 
     def _sum_over_devices(self, count: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(count.to(self.args.device)).sum() if self.args.world_size > 1 else count
+        return self.accelerator.gather(count.to(self.args.device)[None]).sum(0) if self.args.world_size > 1 else count
 
     # ---- Stages ----
 

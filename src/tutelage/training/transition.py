@@ -5,7 +5,7 @@ from collections.abc import Collection
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import HiddenStage, OutputStage
 from tutelage.training import warm_start
-from tutelage.training.costs import StageCost, measure_stage
+from tutelage.training.costs import StageCost, measure_stage, measure_states
 from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
 
@@ -62,9 +62,11 @@ class StageTransition:
         """FLOPs of student and teacher before the first step of the current stage: the calibration pass, where training
         `begins`, and the pass that compares states and targets before a head is transplanted."""
         student = teacher = 0.0
-        for index, positions in self.objective.source.calibrated.items() if begins else ():
-            if positions:
-                teacher += self.measure(index, feed).teacher_flops * positions
+        source = self.objective.source
+        for index, numbers in enumerate(source.pair_numbers if begins else ()):
+            for number, pair in zip(numbers, source.stage(index).pairs, strict=True):
+                if positions := source.calibrated.get(number, 0):
+                    teacher += measure_states(source, pair, feed.example(index)) * positions
         if self.transplanted is not None:
             index, positions = self.transplanted
             cost = self.measure(index, feed)
