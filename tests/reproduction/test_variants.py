@@ -124,7 +124,7 @@ def test_what_is_no_variant_is_refused_by_name(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("extract", "unknown method 'extract': use one of extraction, one_shot, progressive, scratch"),
+        ("extract", "unknown method 'extract': use one of extraction, joint, one_shot, progressive, scratch"),
         ("", "unknown method ''"),
         (
             "extraction:projection=logits",

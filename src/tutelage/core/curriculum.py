@@ -13,7 +13,7 @@ from tutelage.core.errors import UserError
 from tutelage.core.projection import KINDS
 from tutelage.core.records import Record
 
-METHODS = ("extraction", "one_shot", "joint", "progressive", "scratch")
+METHODS = ("extraction", "joint", "one_shot", "progressive", "scratch")
 NORMALIZE = ("standardize", "none")
 WARM_STARTS = ("none", "head", "embedding", "head+embedding")
 

@@ -31,7 +31,7 @@ class StageTransition:
         if fresh and any(stage.needs_teacher for stage in stages):
             if index == 0:
                 warm_start.apply_before_training(objective)
-            elif isinstance(stages[index], OutputStage) and isinstance(stages[index - 1], HiddenStage):
+            elif stages[index].output is not None and stages[index - 1].output is None:
                 self.transplanted = warm_start.apply_before_output(objective, feed.calibration)
         stage = stages[index]
         objective.source.use_checkpoint(stage.teacher_checkpoint if isinstance(stage, OutputStage) else None)
