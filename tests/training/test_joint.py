@@ -225,3 +225,24 @@ def test_settings_of_stages_are_not_read_by_joint(make_trainer: Make) -> None:
         make_trainer(method="one_shot", hidden_weight=2.0)
     with pytest.raises(ValueError, match="hidden_weight must be a number from 0 up"):
         make_trainer(method="joint", hidden_weight=-1.0)
+
+
+def test_a_compiled_joint_step_has_the_loss_and_gradients_of_the_plain_one() -> None:
+    batch = CausalCollator()(list(token_rows(2)))
+    objective = objective_of(llama(2, 16, seed=2), llama(4, 24, seed=1), batch)
+    torch._dynamo.reset()
+    found = []
+    for run in (objective, torch.compile(objective, backend="eager")):
+        objective.zero_grad(set_to_none=True)
+        loss = run(**batch)["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in objective.parameters())])
+    torch.testing.assert_close(*found)
+
+
+def test_a_joint_stage_learns_from_labels_and_hidden_states_alone(make_trainer: Make) -> None:
+    trainer = make_trainer(method="joint", label_weight=1.0, max_steps=2)
+    trainer.train()
+    plain = make_trainer("plain", method="joint", label_weight=0.5, max_steps=2)
+    plain.train()
+    assert trainer.transition.costs[0].teacher_flops < plain.transition.costs[0].teacher_flops

@@ -70,7 +70,7 @@ class CurriculumTrainer(Trainer):
         curriculum: Curriculum | None = None,
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
-        args = args or CurriculumConfig()
+        args = CurriculumConfig() if args is None else args
         if args.n_gpu > 1:
             warnings.warn(f"using 1 of {args.n_gpu} GPUs: `accelerate launch -m tutelage ...` uses all", stacklevel=2)
         if optimizers != (None, None):
@@ -81,8 +81,7 @@ class CurriculumTrainer(Trainer):
         run, self.task, self.curriculum = prepared.run, self.source.task, prepared.run.curriculum
         self.transition = StageTransition(self.objective)
         resolved = run.arguments(args)
-        hidden = any(stage.output is None for stage in self.curriculum.stages)
-        if args.world_size > 1 and hidden:  # a hidden stage leaves the parameters above its block unused
+        if args.world_size > 1 and any(stage.output is None for stage in self.curriculum.stages):  # leave some unused
             if args.ddp_find_unused_parameters is False:
                 raise UserError("ddp_find_unused_parameters=False cannot work: hidden stages leave parameters unused")
             resolved.ddp_find_unused_parameters = True

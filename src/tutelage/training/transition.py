@@ -64,9 +64,16 @@ class StageTransition:
         student = teacher = 0.0
         source = self.objective.source
         for index, numbers in enumerate(source.pair_numbers if begins else ()):
-            for number, pair in zip(numbers, source.stage(index).pairs, strict=True):
+            stage = source.stage(index)
+            for number, pair in zip(numbers, stage.pairs, strict=True):
                 if positions := source.calibrated.get(number, 0):
-                    teacher += measure_states(source, pair, feed.example(index)) * positions
+                    whole = stage.output is None  # a step of the stage runs the teacher as its calibration did
+                    cost = (
+                        self.measure(index, feed).teacher_flops
+                        if whole
+                        else measure_states(source, pair, feed.example(index))
+                    )
+                    teacher += cost * positions
         if self.transplanted is not None:
             index, positions = self.transplanted
             cost = self.measure(index, feed)

@@ -38,8 +38,9 @@ def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:
     if args.method not in ("extraction", "joint", "one_shot"):
         how = "extract with extraction, joint or one_shot"
         raise UserError(f"method {args.method!r} reads no finished teacher's states: {how}")
-    if args.label_weight:
-        raise UserError("label_weight is chosen when a student is trained: leave it out of the extraction")
+    for name in ("label_weight", "hidden_weight"):
+        if getattr(args, name):
+            raise UserError(f"{name} is chosen when a student is trained: leave it out of the extraction")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"an extraction follows a random or sequential order, not {args.train_sampling_strategy!r}")
     for name in ("shard_tokens", "devices", "projection_dim"):
