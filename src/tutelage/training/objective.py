@@ -69,8 +69,7 @@ class StageObjective(nn.Module):
         """Loss of the current stage over `batch`, as a sum divided by `num_items` (default: this batch's own count)."""
         count, stage = self.count_items(batch) if num_items is None else num_items, self.stage
         if isinstance(stage, JointStage):
-            output, *hidden = self._joint_losses(stage, batch) / count
-            return {"loss": output + stage.hidden_weight * torch.stack(hidden).mean()}
+            return {"loss": self._joint_loss(stage, batch, count)}
         if isinstance(stage, OutputStage):
             loss = self._output_loss(stage, self.source.output(batch) if stage.needs_teacher else None, batch)
         else:
@@ -90,8 +89,8 @@ class StageObjective(nn.Module):
         return self.task.stage_state(stage, state, batch), target, keep
 
     @torch.compiler.disable  # hooks inside
-    def _joint_losses(self, stage: JointStage, batch: dict[str, Any]) -> torch.Tensor:
-        """The output loss and the hidden losses, each a sum, from one forward of the student, (1 + pairs,)."""
+    def _joint_loss(self, stage: JointStage, batch: dict[str, Any], count: torch.Tensor | int) -> torch.Tensor:
+        """Output loss and mean hidden loss, each divided by its own count, from one forward of the student."""
         targets, output = self.source.joint(self.stage_index, batch)
         if not stage.output.needs_teacher:
             output = None
@@ -100,7 +99,8 @@ class StageObjective(nn.Module):
         for pair, target in zip(stage.pairs, targets, strict=True):
             state = self.task.stage_state(pair, states[pair.student_place], batch)
             losses.append(hidden_loss(state, *target))
-        return torch.stack(losses)
+        output_mean, *hidden_means = torch.stack(losses) / count
+        return output_mean + stage.hidden_weight * torch.stack(hidden_means).mean()
 
     def _output_loss(
         self, stage: OutputStage | JointStage, target: OutputTarget | None, batch: dict[str, Any]

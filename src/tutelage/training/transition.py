@@ -62,24 +62,29 @@ class StageTransition:
         """FLOPs of student and teacher before the first step of the current stage: the calibration pass, where training
         `begins`, and the pass that compares states and targets before a head is transplanted."""
         student = teacher = 0.0
-        source = self.objective.source
-        for index, numbers in enumerate(source.pair_numbers if begins else ()):
-            stage = source.stage(index)
-            for number, pair in zip(numbers, stage.pairs, strict=True):
-                if positions := source.calibrated.get(number, 0):
-                    whole = stage.output is None  # a step of the stage runs the teacher as its calibration did
-                    cost = (
-                        self.measure(index, feed).teacher_flops
-                        if whole
-                        else measure_states(source, pair, feed.example(index))
-                    )
-                    teacher += cost * positions
+        if begins:
+            teacher += sum(
+                self._calibration_flops(index, feed) for index in range(len(self.objective.curriculum.stages))
+            )
         if self.transplanted is not None:
             index, positions = self.transplanted
             cost = self.measure(index, feed)
             teacher += cost.teacher_flops * positions
             student += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
         return student, teacher
+
+    def _calibration_flops(self, index: int, feed: StageFeed) -> float:
+        """FLOPs of the teacher in the calibration of a stage."""
+        source, total = self.objective.source, 0.0
+        stage = source.stage(index)
+        for number, pair in zip(source.pair_numbers[index], stage.pairs, strict=True):
+            if (positions := source.calibrated.get(number, 0)) == 0:
+                continue
+            if stage.output is None:  # a step of the stage runs the teacher as far as its calibration did
+                total += self.measure(index, feed).teacher_flops * positions
+            else:
+                total += measure_states(source, pair, feed.example(index)) * positions
+        return total
 
     def set_trainable(self, names: Collection[str]) -> None:
         """Let exactly `names` require gradients."""
