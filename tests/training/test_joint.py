@@ -227,6 +227,7 @@ def test_settings_of_stages_are_not_read_by_joint(make_trainer: Make) -> None:
         make_trainer(method="joint", hidden_weight=-1.0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks
 def test_a_compiled_joint_step_has_the_loss_and_gradients_of_the_plain_one() -> None:
     batch = CausalCollator()(list(token_rows(2)))
     objective = objective_of(llama(2, 16, seed=2), llama(4, 24, seed=1), batch)
