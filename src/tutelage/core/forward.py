@@ -65,7 +65,7 @@ def watched(
         if place != FINAL:
             watch(place, (blocks or find_blocks(model)).module(model, int(place) or 1), place == 0)
             continue
-        end = head or head_module(model)
+        end = head_module(model) if head is None else head
         if (view := views.view_of(model, FINAL, end)) is not None:
             watch(place, view, False)
         watch(place, *((model, False) if end is None else (end, True)))
