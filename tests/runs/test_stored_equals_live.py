@@ -133,6 +133,17 @@ def test_a_joint_curriculum_serves_subsets_narrow_students_and_one_shot(
         train(tmp_path / "other", folder, method="joint", layer_map="1:2", max_steps=3)
 
 
+def test_places_of_a_joint_curriculum_can_be_chosen_before_a_student_is(
+    extracted: Callable[..., Path], tmp_path: Path
+) -> None:
+    stored = {"stages": ["1", "3", "final"], "projection_dim": 16, "run": {"student": None}}
+    folder = extracted(method="joint", **stored)
+    result = train(tmp_path / "student", folder, method="joint", max_steps=3)
+    made = Curriculum.from_json((tmp_path / "student" / "curriculum.json").read_text())
+    assert made.stages[0].name == "joint 1:1,2:3,final:final"
+    assert result.budget.teacher_flops == 0
+
+
 def test_a_curriculum_of_hidden_stages_does_not_serve_joint(extracted: Callable[..., Path], tmp_path: Path) -> None:
     folder = extracted(layer_map="1:1,2:2")
     with pytest.raises(ValueError, match="does not hold the stage 'joint 1:2,2:4': it has teacher places 1, 2, output"):
