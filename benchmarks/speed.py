@@ -151,13 +151,9 @@ def hidden_stages(sizes: Sizes, compiles: bool = False) -> list[Figure]:
     source = objective.source
     assert isinstance(source, LiveTargets)
     for index, stage in enumerate(objective.curriculum.stages):
-        target_map = source.maps[index]
-        if (
-            not isinstance(stage, HiddenStage)
-            or target_map is None
-            or (compiles and index not in sizes.compiled_stages)
-        ):
+        if not isinstance(stage, HiddenStage) or (compiles and index not in sizes.compiled_stages):
             continue
+        target_map = source.maps[source.pair_numbers[index][0]]
         enter(objective, transition, index, batch)
         student, teacher = cast(LlamaForCausalLM, objective.student), cast(LlamaForCausalLM, source.model)
         plain = plain_step(student, teacher, stage, target_map, batch, compiles)

@@ -98,7 +98,10 @@ def test_the_sound_run_trains(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method": "osmosis"}, "unknown method 'osmosis': use one of extraction, one_shot, progressive, scratch"),
+        (
+            {"method": "osmosis"},
+            "unknown method 'osmosis': use one of extraction, joint, one_shot, progressive, scratch",
+        ),
         (
             {"blocks": "model.layer"},
             r"'model.layer' is not a list of blocks of LlamaForCausalLM; candidates: model.layers \(4 x LlamaDecoderLayer\)",

@@ -19,7 +19,7 @@ from tutelage.cli import main
 from tutelage.tasks.embedding import load_embedding_model
 
 STUDENT = "layers=2,hidden_size=16"
-METHODS = ("extraction", "one_shot", "progressive", "scratch")
+METHODS = ("extraction", "joint", "one_shot", "progressive", "scratch")
 STUDENT_FILES = {
     "config.json",
     "generation_config.json",
@@ -155,7 +155,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_folder_holds_a_plain_student_and_records(runs: dict[str, Path], method: str) -> None:
-    statistics = {"target_stats.safetensors"} if method == "extraction" else set()  # what a resumed run needs
+    statistics = (
+        {"target_stats.safetensors"} if method in ("extraction", "joint") else set()
+    )  # what a resumed run needs
     assert {file.name for file in runs[method].iterdir()} == STUDENT_FILES | RECORD_FILES | statistics
 
 
@@ -177,6 +179,7 @@ def test_the_student_loads_with_transformers(runs: dict[str, Path], method: str)
     ("method", "stages"),
     [
         ("extraction", [("hidden 1:2", 2), ("hidden 2:4", 2), ("output", 4)]),
+        ("joint", [("joint 1:2,2:4", 8)]),
         ("one_shot", [("output", 8)]),
         ("progressive", [("output {early}", 4), ("output", 4)]),
         ("scratch", [("labels", 8)]),

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tutelage import Curriculum, HiddenStage, OutputStage, Standardizer, extraction, one_shot, progressive, scratch
+from tutelage import (
+    Curriculum,
+    HiddenStage,
+    JointStage,
+    OutputStage,
+    Standardizer,
+    extraction,
+    joint,
+    one_shot,
+    progressive,
+    scratch,
+)
 from tutelage.core.curriculum import parse_layer_map, uniform_layer_map
 from tutelage.core.inputs import label_positions, last_token
 
@@ -32,6 +43,18 @@ def test_builders_divide_the_budget() -> None:
     assert progressive(10, ["a"]).stages[0].name == "output a"
     assert not scratch(5).stages[0].needs_teacher
     assert one_shot(5).total_steps == made.total_steps - 95 == 5
+
+
+def test_a_joint_stage_has_all_pairs_and_the_output() -> None:
+    made = joint(2, 4, 10, hidden_weight=0.5, label_weight=0.25)
+    assert made.stages == (JointStage(10, ((1, 2), (2, 4)), hidden_weight=0.5, label_weight=0.25),)
+    assert made.stages[0].name == "joint 1:2,2:4"
+    assert made.stages[0].output == OutputStage(10, label_weight=0.25)
+    assert (made.places("student"), made.places("teacher")) == ([1, 2], [2, 4])
+    own = Curriculum("own", (OutputStage(1), HiddenStage(2, 1, 1), made.stages[0]))
+    assert own.hidden_stages == [HiddenStage(2, 1, 1), HiddenStage(10, 1, 2), HiddenStage(10, 2, 4)]
+    assert own.pair_numbers == [[], [0], [1, 2]]
+    assert joint(2, 4, 10, layer_map=1).places("teacher") == [4]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +104,11 @@ def test_steps_belong_to_stages_and_values_survive_json() -> None:
         (lambda: one_shot(10, temperature=0.0), "temperature must be positive"),
         (lambda: one_shot(10, label_weight=2.0), "label_weight must be a fraction"),
         (lambda: one_shot(10, label_weight=-0.1), "label_weight must be a fraction"),
+        (lambda: joint(2, 4, 10, layer_map=[(3, 3)]), "the student has blocks 1 to 2"),
+        (lambda: joint(2, 4, 10, layer_map=[]), "layer_map is empty"),
+        (lambda: joint(2, 4, 10, label_weight=2.0), "label_weight must be a fraction"),
+        (lambda: Curriculum("mine", (JointStage(5, [(1, 2), (2, 2)]),)), "1:2,2:2 is not strictly increasing"),
+        (lambda: joint(2, 4, 10, hidden_weight=-0.5), "hidden_weight must not be negative, got -0.5"),
         (lambda: Curriculum("mine", ()), "at least one stage"),
         (
             lambda: Curriculum.from_dict({"method": "mine", "stages": [{"kind": "middle", "steps": 1}]}),

@@ -25,9 +25,11 @@ from tests.reproduction.reporting import (
     with_method,
     write,
 )
+from tutelage.core.curriculum import JointStage
 from tutelage.core.errors import UserError
 from tutelage.reproduction.display import show_number
 from tutelage.reproduction.report import write_report
+from tutelage.reproduction.report_tables import stage_words
 from tutelage.reproduction.results import MethodResult, Ratio, Trial
 from tutelage.reproduction.statistics import Estimate, PairedRatio
 from tutelage.reproduction.variants import Candidate, Variant
@@ -342,3 +344,9 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, content: str | None, messag
 )
 def test_numbers(value: float | None, text: str) -> None:
     assert show_number(value) == text
+
+
+def test_a_joint_stage_is_told_in_words() -> None:
+    stage = JointStage(10, [(1, 2), ("final", "final")], hidden_weight=0.5)
+    pairs = "student's block 1 learns teacher's block 2, student's final state learns teacher's final state"
+    assert stage_words(stage) == f"output of the teacher and (weight 0.5) {pairs}, 10 steps"

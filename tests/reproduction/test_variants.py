@@ -99,7 +99,10 @@ def test_budget_is_a_fraction_and_no_field() -> None:
         ("", "the variant '' has no settings"),
         (":normalize=none", "'' cannot name a variant: use letters"),
         ("a/b:normalize=none", "'a/b' cannot name a variant"),
-        ("mine:method=extract", "variant 'mine' has the unknown method 'extract': use one of extraction, one_shot"),
+        (
+            "mine:method=extract",
+            "variant 'mine' has the unknown method 'extract': use one of extraction, joint, one_shot",
+        ),
         ("mine:colour=red", "variant 'mine' has the unknown field 'colour'"),
         ("mine:head", "cannot read 'head' in the variant 'mine:head': write NAME:key=value"),
         ("mine:budget=0", "variant 'mine': budget is a fraction, above 0 and at most 1, got 0"),
@@ -124,7 +127,7 @@ def test_what_is_no_variant_is_refused_by_name(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("extract", "unknown method 'extract': use one of extraction, one_shot, progressive, scratch"),
+        ("extract", "unknown method 'extract': use one of extraction, joint, one_shot, progressive, scratch"),
         ("", "unknown method ''"),
         (
             "extraction:projection=logits",

@@ -109,6 +109,7 @@ def test_a_different_teacher_dataset_or_tokenizer_is_refused(
         ({"shard_tokens": 0}, "shard_tokens must be at least 1"),
         ({"method": "scratch"}, "method 'scratch' reads no finished teacher's states"),
         ({"label_weight": 0.5}, "label_weight is chosen when a student is trained"),
+        ({"hidden_weight": 0.5, "method": "joint"}, "hidden_weight is chosen when a student is trained"),
         ({"layer_map": "1:9"}, "the teacher has blocks 1 to 4"),
         ({"stages": ["1", "9"]}, "the teacher has blocks 1 to 4"),
         ({"stages": ["final", "2"]}, r"each deeper than the one before, final at most as the last.*got final 2"),

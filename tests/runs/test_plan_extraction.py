@@ -32,26 +32,27 @@ def test_text_that_is_not_a_count_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("dtype", rows.DTYPES)
 @pytest.mark.parametrize("vocabulary", [300, 70_000])
-@pytest.mark.parametrize("kind", ["states", "top_k"])
-def test_a_token_takes_what_the_plan_says(tmp_path: Path, dtype: str, vocabulary: int, kind: str) -> None:
-    form = RowFormat(dtype, vocabulary, "none", False, kind)
+@pytest.mark.parametrize(("kind", "pairs"), [("states", 1), ("top_k", 0), ("top_k", 2)])
+def test_a_token_takes_what_the_plan_says(tmp_path: Path, dtype: str, vocabulary: int, kind: str, pairs: int) -> None:
+    beside = ("states",) * pairs if kind == "top_k" else ()
+    form = RowFormat(dtype, vocabulary, "none", False, kind, beside)
     batch = {"input_ids": torch.randint(300, (8, 256))}
     columns = rows.encode_inputs(batch, range(8), form)
-    if kind == "states":
+    for number in range(pairs):
         states = torch.randn(8, 256, 48)
-        columns |= rows.encode_states(states, torch.ones(8, 256, dtype=torch.bool), [256] * 8, form)
-    else:
+        columns |= rows.encode_states(states, torch.ones(8, 256, dtype=torch.bool), [256] * 8, form, number)
+    if kind == "top_k":
         columns |= rows.encode_outputs(top_k(torch.randn(8 * 256, 300), 16), [256] * 8, form)
     shard = ShardWriter(Store(tmp_path), "stage_1", 1, form.features).write(0, [columns])
-    planned = bytes_per_token(dtype, vocabulary, 48 if kind == "states" else None, 16)
+    planned = bytes_per_token(dtype, vocabulary, [48] * pairs, 16 if kind == "top_k" else None)
     assert shard.tokens == 8 * 256
     assert shard.bytes / shard.tokens == pytest.approx(planned, rel=0.03)
 
 
 def test_a_token_takes_at_most_the_intended_bytes() -> None:
     """At r = 192 in int8 a hidden-stage token takes at most 256 bytes, an output-stage token with 64 outputs at most 320."""
-    assert bytes_per_token("int8", 49_152, 192, 64) <= 256
-    assert bytes_per_token("int8", 49_152, None, 64) <= 320
+    assert bytes_per_token("int8", 49_152, [192], None) <= 256
+    assert bytes_per_token("int8", 49_152, [], 64) <= 320
 
 
 def test_plan_with_tokens_on_the_command_line(causal_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extraction, one_shot, progressive, scratch
+from tutelage.core.curriculum import (
+    Curriculum,
+    HiddenStage,
+    OutputStage,
+    extraction,
+    joint,
+    one_shot,
+    progressive,
+    scratch,
+)
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
 from tutelage.runs.evaluate import EvaluationResult
@@ -29,6 +38,7 @@ CURRICULA = {
     "one_shot": one_shot(5, label_weight=0.25),
     "progressive": progressive(8, ["early", "late"]),
     "scratch": scratch(4),
+    "joint": joint(2, 4, 9, layer_map=[(1, 2), ("final", "final")], hidden_weight=0.5, label_weight=0.1, top_k=3),
     "own": Curriculum(
         "own",
         (HiddenStage(3, 1, 2, learning_rate=0.5), OutputStage(2, "early", 0.5, 1e-3), OutputStage(1, continues=True)),
@@ -136,7 +146,7 @@ def test_nested_values_have_their_own_types() -> None:
 def test_an_unknown_stage_is_refused() -> None:
     fields = CURRICULA["one_shot"].to_dict()
     fields["stages"][0]["kind"] = "layerwise"
-    with pytest.raises(UserError, match="unknown kind 'layerwise': expected one of hidden, output"):
+    with pytest.raises(UserError, match="unknown kind 'layerwise': expected one of hidden, output, joint"):
         Curriculum.from_dict(fields)
 
 

@@ -28,11 +28,14 @@ from tutelage.training.records import MetricsFile
         ("causal_lm", {"layer_map": "1:2,2:4", "normalize": "none", "data_seed": 5}),
         ("causal_lm", {"layer_map": "1:1,final:final", "projection": "logits", "gradient_accumulation_steps": 2}),
         ("causal_lm", {"method": "one_shot", "temperature": 2.0, "max_steps": 40}),
+        ("causal_lm", {"method": "joint", "layer_map": "1:2,final:final", "gradient_accumulation_steps": 2}),
         ("masked_lm", {}),
         ("sequence_classification", {}),
         ("sequence_classification", {"layer_map": "final:final"}),
         ("embedding", {}),
+        ("sequence_classification", {"method": "joint", "layer_map": "1:2,final:final"}),
         ("embedding", {"layer_map": "1:2,2:4"}),
+        ("embedding", {"method": "joint"}),
     ],
 )
 def test_a_student_from_disk_equals_the_student_from_the_teacher(
@@ -112,3 +115,36 @@ def test_a_different_student_reads_a_subset_of_the_stages(extracted: Callable[..
     assert shallow.budget.teacher_flops == 0
     output = train(tmp_path / "output", folder, method="one_shot", max_steps=3)
     assert output.method == "one_shot"
+
+
+def test_a_joint_curriculum_serves_subsets_narrow_students_and_one_shot(
+    extracted: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = extracted(method="joint", layer_map="1:1,2:3,final:final", projection_dim=32, dtype="int8")
+    whole = train(tmp_path / "whole", folder, method="joint", max_steps=-1)
+    assert (whole.budget.steps, whole.budget.teacher_flops) == (8, 0)
+    made = Curriculum.from_json((tmp_path / "whole" / "curriculum.json").read_text())
+    assert made.stages[0].name == "joint 1:1,2:3,final:final"
+    part = train(tmp_path / "part", folder, method="joint", layer_map="2:3,final:final", max_steps=3)
+    assert part.budget.steps == 3
+    output = train(tmp_path / "output", folder, method="one_shot", max_steps=-1)
+    assert (output.method, output.budget.steps) == ("one_shot", 8)
+    with pytest.raises(ValueError, match=r"the stage 'joint 1:2': it has teacher places 1 \+ 3 \+ final \+ output;"):
+        train(tmp_path / "other", folder, method="joint", layer_map="1:2", max_steps=3)
+
+
+def test_places_of_a_joint_curriculum_can_be_chosen_before_a_student_is(
+    extracted: Callable[..., Path], tmp_path: Path
+) -> None:
+    stored = {"stages": ["1", "3", "final"], "projection_dim": 16, "run": {"student": None}}
+    folder = extracted(method="joint", **stored)
+    result = train(tmp_path / "student", folder, method="joint", max_steps=3)
+    made = Curriculum.from_json((tmp_path / "student" / "curriculum.json").read_text())
+    assert made.stages[0].name == "joint 1:1,2:3,final:final"
+    assert result.budget.teacher_flops == 0
+
+
+def test_a_curriculum_of_hidden_stages_does_not_serve_joint(extracted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = extracted(layer_map="1:1,2:2")
+    with pytest.raises(ValueError, match="does not hold the stage 'joint 1:2,2:4': it has teacher places 1, 2, output"):
+        train(tmp_path / "student", folder, method="joint")

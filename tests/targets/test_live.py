@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
 
 from tests.conftest import VOCAB, bert_config, llama_config, save_llama
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extraction
+from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RANDOM_KINDS, RandomProjection
 from tutelage.core.standardize import SINK_FACTOR
@@ -95,13 +95,13 @@ def test_statistics_do_not_see_sinks(teacher: LiveTargets) -> None:
     for part in parts:
         part["input_ids"][part["input_ids"] == sink] = sink - 1
     curriculum = extraction(2, 4, 30, layer_map=[(1, 1)])
-    (before, _) = calibrate(teacher.stage_states, curriculum, parts, 4, Calibration(WIDTH))
+    (before,) = calibrate(teacher.stage_states, curriculum, parts, 4, Calibration(WIDTH))
     teacher.model.model.embed_tokens.weight[sink] = 1000.0
     for part in parts:  # at the end of the first row, where no other position attends to it
         part["input_ids"] = torch.cat([part["input_ids"], torch.zeros(8, 1, dtype=torch.long)], dim=1)
         part["attention_mask"] = torch.cat([part["attention_mask"], torch.zeros(8, 1, dtype=torch.long)], dim=1)
         part["input_ids"][0, -1], part["attention_mask"][0, -1] = sink, 1
-    (after, _) = calibrate(teacher.stage_states, curriculum, parts, 4, Calibration(WIDTH))
+    (after,) = calibrate(teacher.stage_states, curriculum, parts, 4, Calibration(WIDTH))
     torch.testing.assert_close(after.standardizer.mean, before.standardizer.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(after.standardizer.scale, before.standardizer.scale, rtol=1e-5, atol=1e-6)
     keep = after.standardizer.keep(teacher.states(1, parts[0]))
@@ -119,12 +119,10 @@ def test_normalize_none_leaves_states_as_they_are(teacher: LiveTargets) -> None:
 
 def test_each_place_has_its_own_random_projection(teacher: LiveTargets) -> None:
     for kind in RANDOM_KINDS:
-        curriculum, maps = maps_of(teacher, projection=kind, projection_seed=7)
-        for target_map, number in zip(maps[:2], (2, 5), strict=True):  # `final` is numbered L_T + 1
+        _, maps = maps_of(teacher, projection=kind, projection_seed=7)
+        for target_map, number in zip(maps, (2, 5), strict=True):  # `final` is numbered L_T + 1
             expected = RandomProjection(32, WIDTH, (7, number), kind).matrix()
             torch.testing.assert_close(target_map.projection.matrix(), expected, rtol=0, atol=0)
-        assert isinstance(curriculum.stages[2], OutputStage)
-        assert maps[2] is None
 
 
 def _unit_directions(target_map: TargetMap) -> torch.Tensor:
@@ -136,7 +134,7 @@ def _unit_directions(target_map: TargetMap) -> torch.Tensor:
 def test_pca_keeps_the_principal_directions(teacher: LiveTargets) -> None:
     _, maps = maps_of(teacher, projection="pca", moment=True)
     parts = [batch(seed=1), batch(seed=2)]
-    for target_map, place in zip(maps[:2], (2, FINAL), strict=True):
+    for target_map, place in zip(maps, (2, FINAL), strict=True):
         states = torch.cat([teacher.states(place, part)[part["attention_mask"].bool()] for part in parts])
         states = target_map.standardizer(states[target_map.standardizer.keep(states)]).double()
         _, _, v = torch.linalg.svd(states, full_matrices=False)
@@ -175,11 +173,8 @@ def test_stored_maps_give_the_same_targets(
     curriculum, maps = maps_of(teacher, moment=moment, projection=projection, normalize=normalize)
     save_target_maps(maps, tmp_path / "target_stats.safetensors")
     loaded = load_target_maps(tmp_path / "target_stats.safetensors", curriculum, WIDTH, 4)
-    assert len(loaded) == len(maps) == 3
-    for stage, one, two in zip(curriculum.stages, maps, loaded, strict=True):
-        if isinstance(stage, OutputStage):
-            assert one is two is None
-            continue
+    assert len(loaded) == len(maps) == 2
+    for stage, one, two in zip(curriculum.hidden_stages, maps, loaded, strict=True):
         hidden = teacher.states(stage.teacher_place, batch(seed=9))
         torch.testing.assert_close(two(hidden), one(hidden), rtol=0, atol=0)
         assert torch.equal(two.standardizer.keep(hidden), one.standardizer.keep(hidden))

@@ -149,7 +149,7 @@ def test_other_methods_train_it_too(tagger: Path, corpus: Path, tmp_path: Path, 
 def test_its_models_are_planned_and_evaluated(tagger: Path, corpus: Path, tmp_path: Path) -> None:
     planned = plan(options(corpus), settings(tmp_path / "run", tagger))
     assert (planned.task, planned.outputs) == ("tagging", TAGS)
-    assert [stage.hidden for stage in planned.stages] == [True, False]
+    assert [(stage.targets, stage.output) for stage in planned.stages] == [(1, False), (0, True)]
     assert all(stage.student_flops_per_token > 0 for stage in planned.stages)
     measured = evaluate(EvaluateOptions(str(tagger), str(corpus / "text.jsonl"), str(tagger), max_samples=8))
     assert measured.metrics["agreement"] == 1.0

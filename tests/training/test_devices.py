@@ -99,7 +99,7 @@ def test_no_stage_needs_float64_or_a_tensor_on_the_cpu(settings: dict[str, Any])
     stages = (HIDDEN, FINAL, OUTPUT, OutputStage(1, label_weight=0.5))
     source.attach(Curriculum("extraction", stages, **settings), student)
     source.draw_maps()
-    source.maps = [None if target_map is None else target_map.to("meta") for target_map in source.maps]
+    source.maps = [target_map.to("meta") for target_map in source.maps]
     objective = StageObjective(student, source)
     with NoFloat64():
         for index in range(len(stages)):

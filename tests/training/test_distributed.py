@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
+from tutelage.core.curriculum import Curriculum, HiddenStage, JointStage, OutputStage
 from tutelage.core.errors import UserError
 from tutelage.core.processes import Group
 from tutelage.tasks.language import CausalCollator
@@ -21,7 +22,6 @@ from tutelage.training.records import MetricsFile
 def train(output: Path, batch: int, checkpointing: bool) -> None:
     args = CurriculumConfig(
         output_dir=str(output),
-        max_steps=7,
         per_device_train_batch_size=batch,
         learning_rate=1e-2,
         logging_steps=1,
@@ -30,14 +30,14 @@ def train(output: Path, batch: int, checkpointing: bool) -> None:
         use_cpu=True,
         calibration_samples=16,
         eval_with_teacher=True,
-        layer_map="1:2,final:final",
-        stage_steps=[2, 2],
-        warm_start="head",
         optim="sgd",
         max_grad_norm=0.5,
         gradient_checkpointing=checkpointing,
     )
+    hidden = (HiddenStage(2, 1, 2), HiddenStage(2, "final", "final"))
+    stages = (*hidden, JointStage(2, [(1, 2), (2, 3)]), OutputStage(3))
     trainer = CurriculumTrainer(
+        curriculum=Curriculum("own", stages, warm_start="head"),
         model=llama(2, 16, seed=2),
         teacher_model=llama(4, 24, seed=1),
         args=args,
@@ -67,9 +67,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     two = trained(tmp_path / "two", 2, 4)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    # two stages, twice over 16 examples each
+    # two stages and two pairs of a joint stage, twice over 16 examples each
     assert [(tmp_path / name).read_text() for name in ("one/forwards-0", "two/forwards-0", "two/forwards-1")] == [
-        "8"
+        "16"
     ] * 3
     left, right = (MetricsFile(tmp_path / name / "metrics.jsonl").read() for name in ("one", "two"))
     assert len(left) == len(right)

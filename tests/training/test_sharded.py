@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum, HiddenStage, JointStage, OutputStage
 from tutelage.core.errors import UserError
 from tutelage.core.views import view_of
 from tutelage.targets.live import LiveTargets
@@ -38,7 +38,8 @@ from tutelage.training.transition import StageTransition
 STAGES = (
     HiddenStage(steps=2, student_place=1, teacher_place=2),  # block 2 and the head are frozen
     HiddenStage(steps=2, student_place="final", teacher_place="final"),
-    OutputStage(steps=3),  # begins with a transplanted head, unless embeddings are tied
+    OutputStage(steps=2),  # begins with a transplanted head, unless embeddings are tied
+    JointStage(steps=1, layer_map=[(1, 2), ("final", "final")]),
 )
 STEPS, STOP = 7, 5
 is_old = Version(transformers.__version__) < Version("5.24")

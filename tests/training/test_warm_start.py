@@ -58,7 +58,7 @@ def objective_of(
     outputs: int | None = None,
 ) -> StageObjective:
     teacher.attach(curriculum, student, outputs)
-    teacher.maps = [target_map, None]
+    teacher.maps = [target_map]
     return StageObjective(student, teacher)
 
 

@@ -14,7 +14,7 @@ from tutelage.core.projection import KINDS
 from tutelage.core.records import Record
 from tutelage.core.residual import BASES
 
-METHODS = ("extraction", "one_shot", "progressive", "scratch")
+METHODS = ("extraction", "joint", "one_shot", "progressive", "scratch")
 NORMALIZE = ("standardize", "none")
 WARM_STARTS = ("none", "head", "embedding", "head+embedding")
 STUDENT_INITS = ("random", "teacher")
@@ -48,12 +48,22 @@ class Stage(Record, ABC):
         """Peak learning rate; None uses that of the run."""
         return None
 
+    @property
+    def pairs(self) -> tuple["HiddenStage", ...]:
+        """The pairs of places whose hidden states this stage matches, each as a hidden stage."""
+        return ()
+
+    @property
+    def output(self) -> "OutputStage | None":
+        """What this stage does with the output, as an output stage; None where no output head runs."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **super().to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Any:
-        values, kinds = dict(fields), {stage.kind: stage for stage in (HiddenStage, OutputStage)}
+        values, kinds = dict(fields), {stage.kind: stage for stage in (HiddenStage, OutputStage, JointStage)}
         kind = values.pop("kind")
         if kind not in kinds:
             raise UserError(f"a stage has the unknown kind {kind!r}: expected one of {', '.join(kinds)}")
@@ -73,6 +83,10 @@ class HiddenStage(Stage):
     @property
     def name(self) -> str:
         return f"hidden {self.student_place}:{self.teacher_place}"
+
+    @property
+    def pairs(self) -> tuple["HiddenStage", ...]:
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,39 @@ class OutputStage(Stage):
     @property
     def needs_teacher(self) -> bool:
         return self.label_weight < 1
+
+    @property
+    def output(self) -> "OutputStage":
+        return self
+
+
+@dataclass(frozen=True)
+class JointStage(Stage):
+    """The student matches hidden states of the teacher at several places and its output, all in one step.
+
+    The loss is that of the output stage plus `hidden_weight` times the mean of the losses of the hidden stages."""
+
+    kind = "joint"
+    needs_teacher = True
+    layer_map: LayerMap  # pairs (student place, teacher place), both strictly increasing
+    hidden_weight: float = 1.0  # weight of the mean hidden loss; the output loss has weight 1
+    label_weight: float = 0.0  # fraction of the output loss that is label loss
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_map", tuple(map(tuple, self.layer_map)))
+
+    @property
+    def name(self) -> str:
+        return f"joint {_shown(self.layer_map)}"
+
+    @property
+    def pairs(self) -> tuple[HiddenStage, ...]:
+        return tuple(HiddenStage(self.steps, *places) for places in self.layer_map)
+
+    @property
+    def output(self) -> OutputStage:
+        return OutputStage(self.steps, label_weight=self.label_weight)
 
 
 @dataclass(frozen=True)
@@ -157,7 +204,14 @@ class Curriculum(Record):
 
     @property
     def hidden_stages(self) -> list[HiddenStage]:
-        return [stage for stage in self.stages if isinstance(stage, HiddenStage)]
+        """The pairs of places of all stages, in order; a target map belongs to each."""
+        return [pair for stage in self.stages for pair in stage.pairs]
+
+    @property
+    def pair_numbers(self) -> list[list[int]]:
+        """For each stage, where its pairs are in `hidden_stages`."""
+        count = itertools.count()
+        return [[next(count) for _ in stage.pairs] for stage in self.stages]
 
     def places(self, side: str) -> list[Place]:
         """Places of the hidden stages in one of the models, `student` or `teacher`."""
@@ -182,8 +236,12 @@ def _check_stage(number: int, stage: Stage, before: Stage | None) -> None:
         raise UserError(f"{found}; raise max_steps, or lower stage_fraction, stage_steps or num_stages")
     if stage.continues and not isinstance(before, OutputStage):
         raise UserError(f"stage {number} cannot continue the stage before it: both must be output stages")
-    if isinstance(stage, OutputStage) and not 0 <= stage.label_weight <= 1:
-        raise UserError(f"label_weight must be a fraction from 0 to 1, got {stage.label_weight}")
+    if stage.output is not None and not 0 <= stage.output.label_weight <= 1:
+        raise UserError(f"label_weight must be a fraction from 0 to 1, got {stage.output.label_weight}")
+    if isinstance(stage, JointStage):
+        _check_increasing(stage.layer_map)
+        if stage.hidden_weight < 0:
+            raise UserError(f"hidden_weight must not be negative, got {stage.hidden_weight}")
 
 
 def extraction(
@@ -209,10 +267,7 @@ def extraction(
         label_weight: fraction of label loss in the output stage.
         settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k`, `stage_trains` of
             `Curriculum`."""
-    pairs = layer_map
-    if pairs is None or isinstance(pairs, int):
-        pairs = uniform_layer_map(student_blocks, teacher_blocks, pairs)
-    _check_layer_map(pairs, student_blocks, teacher_blocks)
+    pairs = _layer_map(layer_map, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]
     output = OutputStage(steps - sum(counts), label_weight=label_weight)
@@ -233,6 +288,27 @@ def _hidden_steps(stage_steps: float | int | Sequence[int], stages: int, steps: 
     counts = [round(steps * stage_steps) // stages] * stages
     counts[-1] += round(steps * stage_steps) - sum(counts)
     return counts
+
+
+def joint(
+    student_blocks: int,
+    teacher_blocks: int,
+    steps: int,
+    *,
+    layer_map: LayerMap | int | None = None,
+    hidden_weight: float = 1.0,
+    label_weight: float = 0.0,
+    **settings: Any,
+) -> Curriculum:
+    """Projected hidden layers and the output together, from the first step to the last.
+
+    Args:
+        layer_map, settings: as in `extraction`; there is no head transplant, which needs a stage of its own.
+        hidden_weight: weight of the mean of the hidden losses; the output loss has weight 1.
+        label_weight: fraction of label loss in the output loss."""
+    pairs = _layer_map(layer_map, student_blocks, teacher_blocks)
+    stage = JointStage(steps, pairs, hidden_weight=hidden_weight, label_weight=label_weight)
+    return Curriculum("joint", (stage,), **settings)
 
 
 def one_shot(steps: int, *, label_weight: float = 0.0, **settings: Any) -> Curriculum:
@@ -295,17 +371,29 @@ def parse_layer_map(text: str) -> list[tuple[Place, Place]]:
     return pairs
 
 
-def _check_layer_map(pairs: LayerMap, student_blocks: int, teacher_blocks: int) -> None:
-    if not pairs:
-        raise UserError("layer_map is empty: give pairs such as '1:2,final:final', or None for the uniform map")
+def _layer_map(given: LayerMap | int | None, student_blocks: int, teacher_blocks: int) -> LayerMap:
+    """The pairs given, or the uniform map; UserError for places that the models do not have."""
+    pairs = given
+    if pairs is None or isinstance(pairs, int):
+        pairs = uniform_layer_map(student_blocks, teacher_blocks, pairs)
     for pair in pairs:
         for who, place, last in zip(("student", "teacher"), pair, (student_blocks, teacher_blocks), strict=True):
             if place != FINAL and not (isinstance(place, int) and 1 <= place <= last):
                 raise UserError(f"layer_map: the {who} has blocks 1 to {last} and {FINAL!r}, not {place!r}")
+    _check_increasing(pairs)
+    return pairs
+
+
+def _check_increasing(pairs: LayerMap) -> None:
+    if not pairs:
+        raise UserError("layer_map is empty: give pairs such as '1:2,final:final', or None for the uniform map")
     ranks = [[float("inf") if place == FINAL else int(place) for place in pair] for pair in pairs]
     if any(s1 <= s0 or t1 <= t0 for (s0, t0), (s1, t1) in itertools.pairwise(ranks)):
-        shown = ",".join(f"{s}:{t}" for s, t in pairs)
-        raise UserError(f"layer_map {shown} is not strictly increasing in both student and teacher")
+        raise UserError(f"layer_map {_shown(pairs)} is not strictly increasing in both student and teacher")
+
+
+def _shown(pairs: LayerMap) -> str:
+    return ",".join(f"{student}:{teacher}" for student, teacher in pairs)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Run a network only up to a place (`tutelage.core.blocks`)."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,37 @@ def forward_to(
         raise UserError(f"no place {place!r} in {type(model).__name__}: use a block number or {FINAL!r}")
     module = (blocks or find_blocks(model)).module(model, place or 1)
     return _run_until(model, module, place == 0, args, inputs)
+
+
+@contextmanager
+def watched(
+    model: nn.Module, places: Iterable[Place], blocks: Blocks | None = None, head: nn.Module | None = None
+) -> Iterator[dict[Place, torch.Tensor]]:
+    """Gives a mapping that a forward inside, of the whole `model` or of `forward_to(model, FINAL)`, fills with the states at
+    `places`; arguments and states as in `forward_to`. Gradients flow through them."""
+    states: dict[Place, torch.Tensor] = {}
+    undo: list[Callable[[], Any]] = []
+
+    def watch(place: Place, module: nn.Module, before: bool) -> None:
+        def keep(state: torch.Tensor) -> None:
+            if place not in states:  # of its first run, where `forward_to` stops
+                states[place] = state.clone()  # what runs later may write into it
+
+        undo.append(_watch(module, before, keep))
+
+    for place in places:
+        if place != FINAL:
+            watch(place, (blocks or find_blocks(model)).module(model, int(place) or 1), place == 0)
+            continue
+        end = head_module(model) if head is None else head
+        if (view := views.view_of(model, FINAL, end)) is not None:
+            watch(place, view, False)
+        watch(place, *((model, False) if end is None else (end, True)))
+    try:
+        yield states
+    finally:
+        for remove in reversed(undo):
+            remove()
 
 
 @dataclass(frozen=True)
@@ -174,23 +205,10 @@ class _Reached(Exception):  # carries the hidden state out of a forward that is 
 def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inputs: Any) -> torch.Tensor:
     """Run `model` and stop before or after `module`; the input or output of the module there."""
 
-    def stop_before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(_first(args if args else tuple(kwargs.values())))
+    def stop(state: torch.Tensor) -> None:
+        raise _Reached(state)
 
-    def stop_after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        raise _Reached(_first(output))
-
-    layer: Any = module
-    recomputable = "GradientCheckpointingLayer" in (cls.__name__ for cls in type(module).__mro__)
-    if before:
-        undo = module.register_forward_pre_hook(stop_before, with_kwargs=True).remove
-    elif recomputable and layer.gradient_checkpointing and layer.training:
-        # Before transformers 5.23 a block's hooks run inside the recomputed function, where states may have no gradient.
-        recompute = layer._gradient_checkpointing_func
-        layer._gradient_checkpointing_func = lambda *args: stop_after(module, args, recompute(*args))
-        undo = functools.partial(setattr, layer, "_gradient_checkpointing_func", recompute)
-    else:
-        undo = module.register_forward_hook(stop_after).remove
+    undo = _watch(module, before, stop)
     try:
         model(*args, **inputs)
     except _Reached as reached:
@@ -198,6 +216,33 @@ def _run_until(model: nn.Module, module: nn.Module, before: bool, args: Any, inp
     finally:
         undo()
     raise UserError(f"the forward of {type(model).__name__} never reached {type(module).__name__} with these inputs")
+
+
+def _watch(module: nn.Module, before: bool, give: Callable[[torch.Tensor], None]) -> Callable[[], Any]:
+    """Have the next forwards give the state before or after `module`; returns what undoes it."""
+
+    def enters(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        give(_first(args if args else tuple(kwargs.values())))
+
+    def leaves(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        give(_first(output))
+
+    layer: Any = module
+    recomputable = "GradientCheckpointingLayer" in (cls.__name__ for cls in type(module).__mro__)
+    if before:
+        return module.register_forward_pre_hook(enters, with_kwargs=True).remove
+    if recomputable and layer.gradient_checkpointing and layer.training:
+        # Before transformers 5.23 a block's hooks run inside the recomputed function, where states may have no gradient.
+        recompute = layer._gradient_checkpointing_func
+
+        def recomputing(*args: Any) -> Any:
+            output = recompute(*args)
+            give(_first(output))
+            return output
+
+        layer._gradient_checkpointing_func = recomputing
+        return functools.partial(setattr, layer, "_gradient_checkpointing_func", recompute)
+    return module.register_forward_hook(leaves).remove
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
+from tutelage.core.curriculum import Curriculum, JointStage, OutputStage, Stage
 from tutelage.reproduction.display import Table, listed, show_number
 from tutelage.reproduction.report_curves import MethodCurves
 from tutelage.reproduction.results import COSTS, Comparison, MethodResult, Ratio, Trial
@@ -210,16 +210,21 @@ def _median(values: Sequence[float], with_range: bool = False) -> str:
 
 def stage_words(stage: Stage) -> str:
     """What a stage does."""
-    if isinstance(stage, HiddenStage):
-        places = (stage.student_place, stage.teacher_place)
+    matched = []
+    for pair in stage.pairs:
+        places = (pair.student_place, pair.teacher_place)
         student, teacher = ("final state" if place == FINAL else f"block {place}" for place in places)
-        words = f"student's {student} learns teacher's {teacher}"
+        matched.append(f"student's {student} learns teacher's {teacher}")
+    words = ", ".join(matched)
+    if isinstance(stage, JointStage):
+        words = f"output of the teacher and (weight {stage.hidden_weight:g}) {words}"
+        words += f", labels (weight {stage.label_weight:g})" if stage.label_weight else ""
     elif isinstance(stage, OutputStage) and stage.needs_teacher:
         words = "output of the teacher"
         if stage.teacher_checkpoint:
             words = f"output of teacher checkpoint {Path(stage.teacher_checkpoint).name}"
         words += f" and labels (weight {stage.label_weight:g})" if stage.label_weight else ""
-    else:
+    elif not matched:
         words = "labels alone"
     rate = f" at learning rate {stage.learning_rate:g}" if stage.learning_rate else ""
     return f"{words}, {stage.steps:,} steps{rate}"

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.core.blocks import Blocks
-from tutelage.core.curriculum import Curriculum, HiddenStage, Stage, one_shot
+from tutelage.core.curriculum import Curriculum, Stage, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config, usable_positions
 from tutelage.core.records import Record
@@ -50,7 +50,8 @@ class StagePlan(Record):
     """A stage and what it costs."""
 
     name: str
-    hidden: bool
+    targets: int  # hidden states of the teacher that it matches at a position
+    output: bool  # whether it matches the teacher's output
     steps: int
     student_flops_per_token: float
     teacher_flops_per_token: float
@@ -148,7 +149,7 @@ def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, A
 
 def _stage_plan(stage: Stage, cost: StageCost, baseline: StageCost) -> StagePlan:
     flops, ratio = (cost.student_flops, cost.teacher_flops), baseline.flops / cost.flops
-    return StagePlan(stage.name, isinstance(stage, HiddenStage), stage.steps, *flops, ratio)
+    return StagePlan(stage.name, len(stage.pairs), stage.output is not None, stage.steps, *flops, ratio)
 
 
 def _model_plan(name: str, model: torch.nn.Module, blocks: Blocks, task: Task, length: int) -> ModelPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,8 @@ def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan
     stages = []
     for stage in planned.stages:
         tokens = request.tokens * stage.steps / steps
-        what = (planned.vocabulary, request.width if stage.hidden else None, request.top_k, request.predicting)
+        widths, outputs = [request.width] * stage.targets, request.top_k if stage.output else None
+        what = (planned.vocabulary, widths, outputs, request.predicting)
         per_token = {dtype: bytes_per_token(dtype, *what) for dtype in DTYPES}
         hours = None
         if request.tokens_per_second is not None:
@@ -101,15 +103,17 @@ def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan
     return ExtractionPlan(request.tokens, request.width, request.top_k, request.runs, tuple(stages))
 
 
-def bytes_per_token(dtype: str, vocabulary: int, width: int | None, top_k: int, predicting: float = 1.0) -> float:
+def bytes_per_token(
+    dtype: str, vocabulary: int, widths: Sequence[int], top_k: int | None, predicting: float = 1.0
+) -> float:
     """Bytes per token on disk, with its id and without what is stored once per row.
 
-    `width` is R of a hidden stage; None is the output stage: `top_k` outputs at the fraction `predicting` of tokens."""
+    `widths` are R of the hidden targets; `top_k` outputs are stored at the fraction `predicting` of tokens, None for none."""
     form = RowFormat(dtype, vocabulary, "none", False, "states")
     ids, floats = _BYTES[form.ids], _BYTES[form.floats]
-    if width is None:
-        return ids + predicting * (top_k * (ids + floats) + floats)
-    return ids + width * _BYTES[dtype] + (4 if dtype == "int8" else 0) + 1 / 8
+    outputs = 0.0 if top_k is None else predicting * (top_k * (ids + floats) + floats)
+    per_state = (4 if dtype == "int8" else 0) + 1 / 8
+    return ids + outputs + sum(width * _BYTES[dtype] + per_state for width in widths)
 
 
 def describe_extraction_plan(found: ExtractionPlan) -> str:

@@ -5,18 +5,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
-import torch
 from torch import nn
 
 from tutelage.core.blocks import FINAL, Place
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import Curriculum, HiddenStage
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.topk import TopK
 from tutelage.targets import rows
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.maps import save_target_maps
-from tutelage.targets.source import Batches, Device, FixedSettings, Reading, StatisticsFile, TargetSource
+from tutelage.targets.source import Batches, Device, FixedSettings, HiddenTarget, Reading, StatisticsFile, TargetSource
 from tutelage.targets.stored_rows import StoredRows, collate
 from tutelage.tasks.base import Batch, OutputTarget
 from tutelage.tasks.loading import load_config
@@ -38,11 +37,11 @@ class ExtractedTargets(TargetSource):
 
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
         identity, curriculum = self.folder.identity, self.folder.curriculum
-        hidden = curriculum.hidden_stages
+        hidden = [stage for stage in curriculum.stages if isinstance(stage, HiddenStage)]
         return FixedSettings(
             where=f"the extracted curriculum in {str(self.folder.store)!r}",
             values={**self.folder.settings, "calibration_samples": identity.calibration_samples},
-            layer_map=self.folder.layer_map(student_blocks) if hidden else None,
+            layer_map=self.folder.layer_map(student_blocks) if curriculum.hidden_stages else None,
             hidden_steps={stage.teacher_place: stage.steps for stage in hidden},
             output_steps=curriculum.total_steps - sum(stage.steps for stage in hidden),
             warm_start=curriculum.warm_start,
@@ -89,8 +88,13 @@ class ExtractedTargets(TargetSource):
     def identity(self) -> dict[str, str]:
         return {"extraction": self.folder.identity.digest}
 
-    def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden(self, index: int, batch: Batch) -> HiddenTarget:
         return rows.dequantized(batch), batch[rows.KEEP]
+
+    def joint(self, index: int, batch: Batch) -> tuple[list[HiddenTarget], OutputTarget | None]:
+        numbers = range(len(self.stage(index).pairs))
+        hidden = [(rows.dequantized(batch, number), batch[rows.numbered(rows.KEEP, number)]) for number in numbers]
+        return hidden, self.output(batch)
 
     def output(self, batch: Batch) -> OutputTarget | None:
         if rows.TOP_IDS in batch:
@@ -108,7 +112,7 @@ class ExtractedTargets(TargetSource):
         maps = self.folder.target_maps(self.curriculum, self._widths if width is None else width)
         if file.write:
             save_target_maps(maps, file.path)
-        self.maps = [None if target_map is None else target_map.to(device) for target_map in maps]
+        self.maps = [target_map.to(device) for target_map in maps]
 
     def training_rows(self, dataset: Any, reading: Reading) -> StoredRows:
         assert self.curriculum is not None

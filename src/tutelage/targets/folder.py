@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, LayerMap, OutputStage, Stage
+from tutelage.core.curriculum import Curriculum, LayerMap, Stage
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.io.store import Store
 from tutelage.targets import rows
 from tutelage.targets.identity import ExtractionIdentity
 from tutelage.targets.manifest import Manifest, open_split, read_manifest, verify
-from tutelage.targets.maps import TargetMap, Widths, load_target_maps, width_at
+from tutelage.targets.maps import Maps, Widths, load_target_maps, width_at
 from tutelage.targets.rows import RowFormat
 from tutelage.tasks.loading import load_tokenizer
 
@@ -32,9 +32,9 @@ TEACHER_FOLDER, TOKENIZER_FOLDER, STUDENT_FOLDER = "teacher", "tokenizer", "stud
 STATISTICS_FILE, HEAD_FILE = "target_stats.safetensors", "head.safetensors"
 
 
-def _place(stage: Stage) -> str:
-    """What an extracted stage serves: a place of the teacher, or its output."""
-    return str(stage.teacher_place) if isinstance(stage, HiddenStage) else "output"
+def _reads(stage: Stage) -> list[str]:
+    """What the rows of a stage hold: places of the teacher, and its output."""
+    return [*(str(pair.teacher_place) for pair in stage.pairs), *(["output"] if stage.output is not None else [])]
 
 
 class ExtractedCurriculum:
@@ -57,7 +57,7 @@ class ExtractedCurriculum:
     def settings(self) -> dict[str, Any]:
         """Settings of `Curriculum` that a run from this folder must have."""
         names = ["projection", "projection_seed", "normalize"] if self.curriculum.hidden_stages else []
-        if any(isinstance(stage, OutputStage) for stage in self.curriculum.stages):
+        if any(stage.output is not None for stage in self.curriculum.stages):
             names += ["temperature", "top_k"]
         return {name: getattr(self.curriculum, name) for name in names}
 
@@ -71,25 +71,38 @@ class ExtractedCurriculum:
                     f"the extracted curriculum in {str(self.store)!r} was made with {name}={extracted}, not {asked}: leave "
                     f"{name} out, or extract again"
                 )
-        places = [_place(stage) for stage in self.curriculum.stages]
+        stored = [_reads(stage) for stage in self.curriculum.stages]
+        found = []
         for stage in curriculum.stages:
-            if _place(stage) not in places:
+            fitting = [index for index, parts in enumerate(stored) if set(_reads(stage)) <= set(parts)]
+            if not fitting:
+                has = ", ".join(" + ".join(parts) for parts in stored)
                 raise UserError(
                     f"the extracted curriculum in {str(self.store)!r} does not hold the stage {stage.name!r}: it has teacher "
-                    f"places {', '.join(places)}; choose from these with layer_map, or extract again"
+                    f"places {has}; choose from these with layer_map, or extract again"
                 )
-        return [places.index(_place(stage)) for stage in curriculum.stages]
+            found.append(fitting[0])
+        return found
 
-    def target_maps(self, curriculum: Curriculum, widths: Widths) -> list[TargetMap | None]:
-        """The map of each stage of `curriculum`, to a student of these widths."""
+    def targets(self, stage: Stage, index: int) -> list[int]:
+        """The numbers, in the rows of extracted stage `index`, of the hidden targets that `stage` reads."""
+        places = [pair.teacher_place for pair in self.curriculum.stages[index].pairs]
+        return [places.index(pair.teacher_place) for pair in stage.pairs]
+
+    def target_maps(self, curriculum: Curriculum, widths: Widths) -> Maps:
+        """The maps of `curriculum`, to a student of these widths."""
         blocks, indices = self.identity.teacher.blocks, self.stages(curriculum)
+        numbers = [
+            self.curriculum.pair_numbers[index][target]
+            for stage, index in zip(curriculum.stages, indices, strict=True)
+            for target in self.targets(stage, index)
+        ]
         as_extracted = dict.fromkeys(self.curriculum.places("student"), self.identity.width)
-        for stage, index in zip(curriculum.stages, indices, strict=True):
-            if isinstance(stage, HiddenStage):
-                extracted: Any = self.curriculum.stages[index]
-                as_extracted[extracted.student_place] = width_at(widths, stage.student_place)
-        mine = load_target_maps(self.store.fetch(STATISTICS_FILE), self.curriculum, as_extracted, blocks)
-        return [mine[index] for index in indices]
+        for pair, number in zip(curriculum.hidden_stages, numbers, strict=True):
+            extracted = self.curriculum.hidden_stages[number]
+            as_extracted[extracted.student_place] = width_at(widths, pair.student_place)
+        stored = load_target_maps(self.store.fetch(STATISTICS_FILE), self.curriculum, as_extracted, blocks)
+        return [stored[number] for number in numbers]
 
     @cached_property
     def head(self) -> OutputHead | None:
@@ -123,7 +136,7 @@ class ExtractedCurriculum:
         split, form = self.manifest.split("calibration"), self.identity.forms["calibration"]
         table = open_split(self.store, split).with_format("arrow")
         starts = range(0, split.rows, batch_size)
-        return [StoredBatch(table[start : start + batch_size], form, self, width) for start in starts]
+        return [StoredBatch(table[start : start + batch_size], form, self, ((0, width),)) for start in starts]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -152,7 +165,8 @@ class StoredBatch:
     table: pa.Table
     form: RowFormat
     source: ExtractedCurriculum
-    width: int  # r of the student
+    targets: tuple[tuple[int, int], ...]  # of each hidden target that is read: its number in the rows, r of the student
+    output: bool = False  # whether the output is read
 
     def tensors(self, pad_id: int) -> dict[str, torch.Tensor]:
         """Model inputs, labels and targets."""
@@ -162,8 +176,11 @@ class StoredBatch:
             batch["labels"] = batch["input_ids"].clone()
             if "attention_mask" in batch:
                 batch["labels"][batch["attention_mask"] == 0] = rows.IGNORED_LABEL
-        if self.form.content in ("states", "pooled"):
-            return batch | rows.decode_states(self.table, self.form, self.width, identity.width)
+        for mine, (number, width) in enumerate(self.targets):
+            found = rows.decode_states(self.table, self.form, width, identity.width, number)
+            batch |= {rows.numbered(name, mine): value for name, value in found.items()}
+        if not self.output:
+            return batch
         if self.form.content == "top_k":
             return batch | rows.decode_outputs(self.table, identity.kept)
         return batch | rows.decode_whole(self.table)

@@ -28,7 +28,7 @@ from tutelage.targets.maps import (
     save_target_maps,
     width_at,
 )
-from tutelage.targets.source import Batches, Device, StatisticsFile, TargetSource
+from tutelage.targets.source import Batches, Device, HiddenTarget, StatisticsFile, TargetSource
 from tutelage.tasks.base import Batch, OutputTarget, Task
 from tutelage.tasks.initialization.student import Initialized, check_start, start_student
 from tutelage.tasks.loading import count_parameters
@@ -93,11 +93,29 @@ class LiveTargets(TargetSource):
         """The teacher's states that a hidden stage is made from."""
         return self.task.stage_state(stage, self.states(stage.teacher_place, batch), dict(batch))
 
-    def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        stage, target_map = self.stage(index), self.maps[index]
-        assert isinstance(stage, HiddenStage) and target_map is not None, "prepare the target maps first"
+    def hidden(self, index: int, batch: Batch) -> HiddenTarget:
+        stage = self.stage(index)
+        assert isinstance(stage, HiddenStage)
         with _without_gradients():
             hidden = self.stage_states(stage, batch)
+        return self._target(self.pair_numbers[index][0], hidden, batch)
+
+    def joint(self, index: int, batch: Batch) -> tuple[list[HiddenTarget], OutputTarget]:
+        """All from one forward of the teacher."""
+        pairs = self.stage(index).pairs
+        with self.task.watched(self.model, [pair.teacher_place for pair in pairs], self.block_names) as states:
+            output = self.output(batch)
+        targets = []
+        for number, pair in zip(self.pair_numbers[index], pairs, strict=True):
+            with _without_gradients():
+                hidden = self.task.stage_state(pair, _beside(batch, states[pair.teacher_place]), batch)
+            targets.append(self._target(number, hidden, batch))
+        return targets, output
+
+    def _target(self, number: int, hidden: torch.Tensor, batch: Batch) -> HiddenTarget:
+        assert self.maps, "prepare the target maps first"
+        target_map = self.maps[number]
+        with _without_gradients():
             target = target_map(hidden)
             keep = position_mask(batch, hidden) & target_map.standardizer.keep(hidden)
         # autograd saves the mask, which it refuses for a tensor made in inference mode; the target it need not save
@@ -141,29 +159,29 @@ class LiveTargets(TargetSource):
             transplants = curriculum.transplant_stage is not None
             centers = not transplants or self.task.head_has_bias(student)
             head = self.output_head() if self.task.splits_head else None
-            self.calibrated = dict.fromkeys(range(len(curriculum.stages)), 0)
+            self.calibrated = dict.fromkeys(range(len(curriculum.hidden_stages)), 0)
             calibration = Calibration(widths, replicas, centers, transplants, head, self.started)
             maps = calibrate(self._counted_states, curriculum, batches(), blocks, calibration, group)
             self.calibrated = {index: sum(group.gather(count)) for index, count in self.calibrated.items()}
             if file.write:
                 save_target_maps(maps, file.path)
-        self.maps = [None if target_map is None else target_map.to(device) for target_map in maps]
+        self.maps = [target_map.to(device) for target_map in maps]
 
     def _counted_states(self, stage: HiddenStage, batch: Mapping[str, Any]) -> torch.Tensor:
         assert self.curriculum is not None
-        self.calibrated[self.curriculum.stages.index(stage)] += batch_positions(batch)
+        self.calibrated[self.curriculum.hidden_stages.index(stage)] += batch_positions(batch)
         return self.stage_states(stage, batch)
 
     def draw_maps(self) -> None:
         """Maps of the right shapes without a calibration pass, to count operations with."""
         assert self.curriculum is not None and self.blocks is not None and self._student is not None
         drawn = Curriculum("drawn", self.curriculum.stages)  # a gaussian projection, whatever the curriculum's
-        for index, stage in enumerate(self.curriculum.stages):
-            if isinstance(stage, HiddenStage):
-                mine = self.task.width(self.model, stage.teacher_place)
-                widths = (mine, self.task.width(self._student, stage.student_place))
-                projection = random_projection(drawn, stage, widths, self.blocks)
-                self.maps[index] = TargetMap(Standardizer.identity(mine), projection)
+        self.maps = []
+        for stage in self.curriculum.hidden_stages:
+            mine = self.task.width(self.model, stage.teacher_place)
+            widths = (mine, self.task.width(self._student, stage.student_place))
+            projection = random_projection(drawn, stage, widths, self.blocks)
+            self.maps.append(TargetMap(Standardizer.identity(mine), projection))
 
     def make_view(self, index: int, batch: Batch) -> None:
         stage = self.stage(index)

@@ -22,7 +22,7 @@ from tutelage.io.claim import claim as claim_folder
 from tutelage.io.store import Store, sha256_of
 from tutelage.targets.identity import ExtractionIdentity
 
-FORMAT = 1
+FORMAT = 2  # 1 had no joint stages; it is read too
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "extraction.json"
 

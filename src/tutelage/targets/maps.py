@@ -74,7 +74,7 @@ class Calibration:
 
 
 StatesOf = Callable[[HiddenStage, Mapping[str, Any]], torch.Tensor]
-Maps = list[TargetMap | None]  # one for each stage, None for output stages
+Maps = list[TargetMap]  # one for each of `Curriculum.hidden_stages`
 Seeds = Sequence[int] | None  # of the networks in a replicated student; None for an ordinary one
 
 
@@ -92,7 +92,7 @@ def calibrate(
     its part of the same `batches`, and all get the same maps. One batch and its states are held at a time; with attention
     sinks to be found, the teacher runs twice over each batch."""
     run = _Calibrator(states_of, curriculum, batches, teacher_blocks, calibration, group)
-    return [run.target_map(stage) if isinstance(stage, HiddenStage) else None for stage in curriculum.stages]
+    return [run.target_map(stage) for stage in curriculum.hidden_stages]
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,10 @@ def _logit_gram(head: OutputHead, standardizer: Standardizer) -> torch.Tensor:
     return weights.scatter * torch.outer(scale, scale)
 
 
-def save_target_maps(maps: Sequence[TargetMap | None], path: Path) -> None:
+def save_target_maps(maps: Sequence[TargetMap], path: Path) -> None:
     """Store statistics, data-aware projections and second moments; random projections are drawn again from their seed."""
     tensors: dict[str, torch.Tensor] = {}
     for index, target_map in enumerate(maps):
-        if target_map is None:
-            continue
         standardizer = target_map.standardizer
         tensors |= {f"{index}.mean": standardizer.mean.cpu(), f"{index}.scale": standardizer.scale.cpu()}
         tensors[f"{index}.sink_norm"] = torch.tensor(standardizer.sink_norm, dtype=torch.float64)
@@ -246,10 +244,7 @@ def load_target_maps(
     """The inverse of `save_target_maps`."""
     tensors = load_file(path)
     maps: Maps = []
-    for index, stage in enumerate(curriculum.stages):
-        if not isinstance(stage, HiddenStage):
-            maps.append(None)
-            continue
+    for index, stage in enumerate(curriculum.hidden_stages):
         mean, scale, sink_norm = (tensors[f"{index}.{name}"] for name in ("mean", "scale", "sink_norm"))
         width = width_at(widths, stage.student_place)
         standardizer = Standardizer(mean, scale, float(sink_norm), is_identity=curriculum.normalize == "none")

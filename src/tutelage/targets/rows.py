@@ -37,6 +37,7 @@ class RowFormat(Record):
     label: str  # `none` (labels follow from the ids), `tokens` (a list) or `class` (one number)
     token_types: bool  # whether rows have `token_type_ids`
     content: str  # `states`, `pooled` (one state per row), `top_k`, `whole` (one output per row) or `inputs`
+    beside: tuple[str, ...] = ()  # of a joint stage: `states` or `pooled` for each pair, beside the output
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -52,6 +53,11 @@ class RowFormat(Record):
         return "float32" if self.dtype == "float32" else "float16"
 
     @property
+    def hidden(self) -> tuple[str, ...]:
+        """`states` or `pooled` for each hidden target of a row."""
+        return (self.content,) if self.content in ("states", "pooled") else self.beside
+
+    @property
     def features(self) -> Features:
         columns: dict[str, Any] = {"example_id": Value("int64"), "content_hash": Value("uint64")}
         columns["input_ids"] = List(Value(self.ids))
@@ -59,17 +65,22 @@ class RowFormat(Record):
             columns["token_type_ids"] = List(Value("uint8"))
         if self.label != "none":
             columns["labels"] = List(Value("int32")) if self.label == "tokens" else Value("int64")
-        if self.content in ("states", "pooled"):
-            columns[STATES] = List(Value(self.dtype))
+        for number in range(len(self.hidden)):
+            columns[numbered(STATES, number)] = List(Value(self.dtype))
             if self.dtype == "int8":
-                columns[SCALE] = List(Value("float32"))
-            columns[KEEP] = List(Value("bool"))
-        elif self.content == "top_k":
+                columns[numbered(SCALE, number)] = List(Value("float32"))
+            columns[numbered(KEEP, number)] = List(Value("bool"))
+        if self.content == "top_k":
             columns[TOP_IDS] = List(Value(self.ids))
             columns |= {name: List(Value(self.floats)) for name in (LOG_PROBS, LOG_REST)}
         elif self.content == "whole":
             columns[OUTPUT] = List(Value(self.floats))
         return Features(columns)
+
+
+def numbered(column: str, number: int) -> str:
+    """The column of hidden target `number` of a row, from 0."""
+    return f"{column}_{number}" if number else column
 
 
 def lengths_of(batch: Mapping[str, Any]) -> list[int]:
@@ -109,9 +120,9 @@ def content_hash(ids: Any) -> int:
 
 
 def encode_states(
-    states: torch.Tensor, keep: torch.Tensor, lengths: Sequence[int], form: RowFormat
+    states: torch.Tensor, keep: torch.Tensor, lengths: Sequence[int], form: RowFormat, number: int = 0
 ) -> dict[str, pa.Array]:
-    """Targets (B, T, R) and which count (B, T); pooled, (B, R) and (B,)."""
+    """Targets (B, T, R) and which count (B, T); pooled, (B, R) and (B,). `number` is that of the target in its row."""
     if states.dim() == 2:
         lengths, states, keep = [1] * len(states), states[:, None], keep[:, None]
     width = states.shape[-1]
@@ -121,14 +132,14 @@ def encode_states(
     if form.dtype == "int8":
         scale_N = kept_NR.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
         kept_NR = (kept_NR / scale_N[:, None]).round().to(torch.int8)
-        columns[SCALE] = _lists(scale_N.cpu().numpy(), lengths, "float32")
+        columns[numbered(SCALE, number)] = _lists(scale_N.cpu().numpy(), lengths, "float32")
     values = kept_NR.cpu().numpy().astype(form.dtype, copy=False)
     if form.dtype == "float16" and not np.isfinite(values).all():
         raise UserError(
             "a projected state is too large for float16: use dtype int8 or float32, or normalize='standardize'"
         )
-    columns[STATES] = _lists(values.reshape(-1), [length * width for length in lengths], form.dtype)
-    columns[KEEP] = _lists(keep[inside].cpu().numpy(), lengths, "bool")
+    columns[numbered(STATES, number)] = _lists(values.reshape(-1), [length * width for length in lengths], form.dtype)
+    columns[numbered(KEEP, number)] = _lists(keep[inside].cpu().numpy(), lengths, "bool")
     return columns
 
 
@@ -171,16 +182,19 @@ def decode_inputs(table: pa.Table, form: RowFormat, pad_id: int, with_mask: bool
     return batch
 
 
-def decode_states(table: pa.Table, form: RowFormat, width: int, stored_width: int) -> dict[str, torch.Tensor]:
-    """The first `width` columns of the stored states, as they are stored, with their scales, and which positions count."""
-    values, _ = _flat(table, STATES)
-    keep, lengths = _flat(table, KEEP)
+def decode_states(
+    table: pa.Table, form: RowFormat, width: int, stored_width: int, number: int = 0
+) -> dict[str, torch.Tensor]:
+    """The first `width` columns of the stored states of hidden target `number`, as they are stored, with their scales, and
+    which positions count."""
+    values, _ = _flat(table, numbered(STATES, number))
+    keep, lengths = _flat(table, numbered(KEEP, number))
     inside = _inside(lengths)
     states = values.reshape(-1, stored_width)[:, :width]
     batch = {STATES: _padded(states, inside, 0), KEEP: _padded(keep, inside, False)}
     if form.dtype == "int8":
-        batch[SCALE] = _padded(_flat(table, SCALE)[0], inside, 0)
-    if form.content == "pooled":
+        batch[SCALE] = _padded(_flat(table, numbered(SCALE, number))[0], inside, 0)
+    if form.hidden[number] == "pooled":
         batch = {name: value[:, 0] for name, value in batch.items()}
     return batch
 
@@ -201,10 +215,10 @@ def decode_whole(table: pa.Table) -> dict[str, torch.Tensor]:
     return {OUTPUT: torch.from_numpy(values.astype(np.float32).reshape(table.num_rows, -1))}
 
 
-def dequantized(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Stored states as float32 targets, on the device they are on."""
-    states = batch[STATES].float()
-    return states * batch[SCALE].unsqueeze(-1) if SCALE in batch else states
+def dequantized(batch: Mapping[str, torch.Tensor], number: int = 0) -> torch.Tensor:
+    """Stored states of hidden target `number` as float32 targets, on the device they are on."""
+    states, scale = batch[numbered(STATES, number)].float(), numbered(SCALE, number)
+    return states * batch[scale].unsqueeze(-1) if scale in batch else states
 
 
 def _flat(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:

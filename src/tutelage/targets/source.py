@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.curriculum import Curriculum, LayerMap, Stage
+from tutelage.core.curriculum import Curriculum, HiddenStage, LayerMap, Stage
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.targets.maps import TargetMap
@@ -21,6 +21,7 @@ from tutelage.tasks.base import Batch, OutputTarget, Task
 
 Batches = Callable[[], Sequence[Batch]]
 Device = torch.device | str
+HiddenTarget = tuple[torch.Tensor, torch.Tensor]  # targets, (..., R), and which positions count, (...)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FixedSettings:
 
     where: str = ""  # the source, for messages
     values: dict[str, Any] = field(default_factory=dict)  # `CurriculumConfig` fields that must have these values
-    layer_map: LayerMap | None = None  # hidden stages where nothing is given; None leaves the choice to the run
+    layer_map: LayerMap | None = None  # pairs of places where nothing is given; None leaves the choice to the run
     hidden_steps: dict[Any, int] = field(default_factory=dict)  # steps of the hidden stages by teacher place
     output_steps: int | None = None  # steps of the output stages; None leaves the budget to the run
     warm_start: str | None = None  # the `warm_start` that the source was made for
@@ -77,9 +78,10 @@ class TargetSource:
     def __init__(self, task: Task):
         self.task = task
         self.curriculum: Curriculum | None = None
-        self.maps: list[TargetMap | None] = []
+        self.maps: list[TargetMap] = []  # one for each of `Curriculum.hidden_stages`
+        self.pair_numbers: list[list[int]] = []  # `Curriculum.pair_numbers`
         self.outputs: int | None = None
-        # positions that the teacher ran to make the maps, padding included, by stage
+        # positions that the teacher ran to make the maps, padding included, by map
         self.calibrated: dict[int, int] = {}
 
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
@@ -90,7 +92,7 @@ class TargetSource:
         """Serve `student` with the stages of `curriculum`, or raise UserError if the source cannot; `outputs` is the number
         of outputs that student and teacher share, None for all."""
         self.curriculum, self.outputs = curriculum, outputs
-        self.maps = [None] * len(curriculum.stages)
+        self.maps, self.pair_numbers = [], curriculum.pair_numbers
 
     def stage(self, index: int) -> Stage:
         assert self.curriculum is not None, "attach a curriculum first"
@@ -110,9 +112,17 @@ class TargetSource:
         """What tells this source from others, for a run that is resumed."""
         return {}
 
-    def hidden(self, index: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden(self, index: int, batch: Batch) -> HiddenTarget:
         """Targets of hidden stage `index`, (..., R), and which positions count, (...)."""
         raise AssertionError("this source has no hidden states")
+
+    def joint(self, index: int, batch: Batch) -> tuple[list[HiddenTarget], OutputTarget | None]:
+        """What `hidden` gives for each pair of joint stage `index`, and the teacher's output."""
+        raise AssertionError("this source has no hidden states")
+
+    def stage_states(self, stage: HiddenStage, batch: Batch) -> torch.Tensor:
+        """The teacher's states that a hidden stage is made from, (..., D)."""
+        raise AssertionError("this source has no teacher")
 
     def output(self, batch: Batch) -> OutputTarget | None:
         """The teacher's output; None where there is none for this batch."""

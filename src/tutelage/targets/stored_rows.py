@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.io.store import Store
 from tutelage.targets.folder import ExtractedCurriculum, StoredBatch
 from tutelage.targets.manifest import Split, check_shards_exist, open_split
@@ -29,11 +29,13 @@ class StoredRows(torch.utils.data.Dataset[Any]):
 
     def __init__(self, source: ExtractedCurriculum, curriculum: Curriculum, widths: Widths, reading: Reading):
         self.source, self.reading = source, reading
-        self.widths = [
-            width_at(widths, stage.student_place) if isinstance(stage, HiddenStage) else 0
-            for stage in curriculum.stages
-        ]
-        self.splits = [f"stage_{index + 1}" for index in source.stages(curriculum)]
+        extracted = source.stages(curriculum)
+        self.splits = [f"stage_{index + 1}" for index in extracted]
+        self.reads = []  # of each stage: the arguments `targets` and `output` of its batches
+        for stage, index in zip(curriculum.stages, extracted, strict=True):
+            mine = [width_at(widths, pair.student_place) for pair in stage.pairs]
+            targets = tuple(zip(source.targets(stage, index), mine, strict=True))
+            self.reads.append((targets, stage.output is not None))
         local = source.store.local is not None
         kind = _MappedRows if local else _FetchedRows
         self.tables = [kind(source.store, source.manifest.split(name)) for name in self.splits]
@@ -87,7 +89,7 @@ class StoredRows(torch.utils.data.Dataset[Any]):
         assert len(stages) == 1, "a batch never holds rows of two stages"
         stage = stages.pop()
         table = self.tables[stage].take([row for _, row in places])
-        return StoredBatch(table, self.source.identity.forms[self.splits[stage]], self.source, self.widths[stage])
+        return StoredBatch(table, self.source.identity.forms[self.splits[stage]], self.source, *self.reads[stage])
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {"input_ids": self.__getitems__([position]).tensors(0)["input_ids"][0]}

@@ -6,6 +6,7 @@ Shapes: B batch, T positions, D width, E teacher width, N positions that predict
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from transformers import AutoModel, DataCollatorWithPadding, PreTrainedConfig, P
 from tutelage.core.blocks import FINAL, Blocks, Place
 from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError, as_user_error
-from tutelage.core.forward import forward_to, make_view
+from tutelage.core.forward import forward_to, make_view, watched
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import (
     batch_size,
@@ -154,6 +155,13 @@ class Task(ABC):
     def output_state(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The state that a model's output head is applied to: at `final`, (B, T, D) or pooled (B, D)."""
         return self.state_at(model, FINAL, batch)
+
+    def watched(
+        self, model: nn.Module, places: Iterable[Place], blocks: Blocks | None = None
+    ) -> AbstractContextManager[dict[Place, Tensor]]:
+        """Gives the states at `places`, as of `state_at`, of the forward that is run inside for the model's output."""
+        network, head = self._network(model, FINAL)
+        return watched(network, places, blocks, head)
 
     def make_view(self, model: nn.Module, place: Place, batch: Mapping[str, Any], blocks: Blocks | None = None) -> bool:
         """Let `state_at` run without hooks from now on, where the model allows it (`tutelage.core.forward.make_view`)."""

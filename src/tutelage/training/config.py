@@ -25,6 +25,7 @@ _DEFAULT: dict[str, Any] = {
     "normalize": "standardize",
     "calibration_samples": 64,
     "temperature": 1.0,
+    "hidden_weight": 1.0,
 }
 # Values of the options that are not given: ours, and those of arXiv:2503.17494, with a stage for each block of the student.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,6 +48,7 @@ _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1, math.inf),
     (("calibration_samples", "logits_chunk_size", "top_k"), 1, math.inf),
     (("learning_rate", "stage_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), 0, math.inf),
+    (("hidden_weight",), 0, math.inf),
     (("dataloader_num_workers", "neftune_noise_alpha"), 0, math.inf),
     (("seed", "data_seed", "projection_seed"), 0, 2**32 - 1),
 )
@@ -102,7 +104,7 @@ class CurriculumConfig(TrainingArguments):
         "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final' (in Python also as pairs); default: "
         "final:final where warm_start transplants the head, otherwise uniform."
     )
-    num_stages: int | None = option("Hidden stages of the uniform layer map.")
+    num_stages: int | None = option("Hidden stages (joint: pairs of places) of the uniform layer map.")
     stage_fraction: float | None = option("Fraction of the steps that the hidden stages get together; default: 0.5.")
     stage_steps: list[int] | None = option(
         "Steps of every hidden stage (one number) or of each; replaces stage_fraction."
@@ -131,6 +133,9 @@ class CurriculumConfig(TrainingArguments):
     calibration_samples: int | None = option("Training examples that the calibration pass reads; default: 64.")
     temperature: float | None = option("Softmax temperature of the output loss; default: 1.")
     top_k: int | None = option("Keep the k most likely teacher outputs, merge the rest into one bucket; default: all.")
+    hidden_weight: float | None = option(
+        "Joint: weight of the mean of the hidden losses, where the output loss has weight 1; default: 1."
+    )
     label_weight: float = option("Fraction of label loss in output stages, 0 to 1.", 0.0)
     embedding_loss: str = option("Encoders: cosine or mse on the pooled embedding.", "cosine")
     logits_chunk_size: int | None = option(

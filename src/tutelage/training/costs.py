@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tutelage.core.curriculum import HiddenStage
+from tutelage.core.curriculum import HiddenStage, JointStage
 from tutelage.core.inputs import batch_positions
+from tutelage.targets.source import TargetSource
 from tutelage.training.objective import StageObjective
 
 
@@ -88,6 +89,17 @@ def _teacher_flops(objective: StageObjective, batch: dict[str, Any]) -> int:
     with counter, torch.no_grad():
         if isinstance(objective.stage, HiddenStage):
             source.hidden(objective.stage_index, batch)
-        elif (target := source.output(batch)) is not None:
+            return counter.total
+        joint, output = isinstance(objective.stage, JointStage), objective.stage.output
+        target = source.joint(objective.stage_index, batch)[1] if joint else source.output(batch)
+        if target is not None and output is not None and output.needs_teacher:
             source.task.teacher_outputs(target, batch)
     return counter.total
+
+
+def measure_states(source: TargetSource, stage: HiddenStage, batch: dict[str, Any]) -> float:
+    """FLOPs per position of the teacher's forward that a hidden stage is calibrated on."""
+    counter = FlopCounter()
+    with counter, torch.no_grad():
+        source.stage_states(stage, batch)
+    return counter.total / batch_positions(batch)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tutelage.core.blocks import find_blocks
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, Stage
+from tutelage.core.curriculum import Curriculum, HiddenStage, JointStage, OutputStage, Stage
 from tutelage.core.losses import OutputSettings, hidden_loss
 from tutelage.targets.source import TargetSource
+from tutelage.tasks.base import OutputTarget
 
 Result = TypeVar("Result")
 
@@ -57,16 +58,22 @@ class StageObjective(nn.Module):
         return self.curriculum.stages[self.stage_index]
 
     def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
-        """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences."""
-        return self.task.count_items(self.stage, batch)
+        """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences. Of a
+        joint stage: what its output loss and each of its hidden losses are means over, (1 + pairs,)."""
+        if not isinstance(self.stage, JointStage):
+            return self.task.count_items(self.stage, batch)
+        parts = (self.stage.output, *self.stage.pairs)
+        return torch.stack([self.task.count_items(part, batch) for part in parts])
 
     def forward(self, num_items: torch.Tensor | int | None = None, **batch: Any) -> dict[str, torch.Tensor]:
         """Loss of the current stage over `batch`, as a sum divided by `num_items` (default: this batch's own count)."""
-        if isinstance(self.stage, OutputStage):
-            loss = self._output_loss(self.stage, batch)
+        count, stage = self.count_items(batch) if num_items is None else num_items, self.stage
+        if isinstance(stage, JointStage):
+            return {"loss": self._joint_loss(stage, batch, count)}
+        if isinstance(stage, OutputStage):
+            loss = self._output_loss(stage, self.source.output(batch) if stage.needs_teacher else None, batch)
         else:
             loss = hidden_loss(*self.hidden_states(self.stage_index, batch))
-        count = self.count_items(batch) if num_items is None else num_items
         return {"loss": loss / count}
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
@@ -78,13 +85,32 @@ class StageObjective(nn.Module):
         stage = self.curriculum.stages[index]
         assert isinstance(stage, HiddenStage)
         target, keep = self.source.hidden(index, batch)
-        state = self.task.stage_state(
-            stage, self.task.state_at(self.student, stage.student_place, batch, self.blocks), batch
-        )
-        unit = 1.0 if (target_map := self.source.maps[index]) is None else target_map.unit
-        return state if unit == 1 else state / unit, target, keep
+        state = self.task.state_at(self.student, stage.student_place, batch, self.blocks)
+        return self._compared(self.curriculum.pair_numbers[index][0], state, batch), target, keep
 
-    def _output_loss(self, stage: OutputStage, batch: dict[str, Any]) -> torch.Tensor:
+    def _compared(self, number: int, state: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """What the student's state at the place of pair `number` is compared as: in the unit of its targets."""
+        state = self.task.stage_state(self.curriculum.hidden_stages[number], state, batch)
+        unit = self.source.maps[number].unit
+        return state if unit == 1 else state / unit
+
+    @torch.compiler.disable  # hooks inside
+    def _joint_loss(self, stage: JointStage, batch: dict[str, Any], count: torch.Tensor | int) -> torch.Tensor:
+        """Output loss and mean hidden loss, each divided by its own count, from one forward of the student."""
+        targets, output = self.source.joint(self.stage_index, batch)
+        if not stage.output.needs_teacher:
+            output = None
+        with self.task.watched(self.student, [pair.student_place for pair in stage.pairs], self.blocks) as states:
+            losses = [self._output_loss(stage, output, batch)]
+        numbers = self.curriculum.pair_numbers[self.stage_index]
+        for number, pair, target in zip(numbers, stage.pairs, targets, strict=True):
+            losses.append(hidden_loss(self._compared(number, states[pair.student_place], batch), *target))
+        output_mean, *hidden_means = torch.stack(losses) / count
+        return output_mean + stage.hidden_weight * torch.stack(hidden_means).mean()
+
+    def _output_loss(
+        self, stage: OutputStage | JointStage, target: OutputTarget | None, batch: dict[str, Any]
+    ) -> torch.Tensor:
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""
         temperature, top_k = self.curriculum.temperature, self.curriculum.top_k
         settings = OutputSettings(
@@ -96,5 +122,4 @@ class StageObjective(nn.Module):
             self.source.outputs,
             self.router_coefficient,
         )
-        target = self.source.output(batch) if stage.needs_teacher else None
         return self.task.output_loss(self.student, batch, target, settings)

@@ -166,9 +166,9 @@ def open_extracted(folder: str, args: CurriculumConfig) -> ExtractedTargets:
     # remote shards are compared when they are fetched, local ones by one process
     local = extracted.store.local is not None
     extracted.check(shards=args.check_curriculum and local and args.local_process_index == 0)
-    if args.method not in ("extraction", "one_shot"):
+    if args.method not in ("extraction", "joint", "one_shot"):
         what = f"method {args.method!r} does not train from an extracted curriculum"
-        raise UserError(f"{what}: leave curriculum_dir out, or choose extraction or one_shot")
+        raise UserError(f"{what}: leave curriculum_dir out, or choose extraction, joint or one_shot")
     if args.task not in (None, extracted.identity.task):
         where = f"the extracted curriculum in {str(extracted.store)!r}"
         raise UserError(f"{where} is for task {extracted.identity.task}, not {args.task}: leave task out")

@@ -13,6 +13,7 @@ from tutelage.core.curriculum import (
     Curriculum,
     LayerMap,
     extraction,
+    joint,
     one_shot,
     parse_layer_map,
     progressive,
@@ -27,10 +28,11 @@ _SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top
 _OF_THE_RUN = ("per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")  # which are not of a method
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
-    **dict.fromkeys(["layer_map", "num_stages", "stage_steps", "stage_learning_rate", "stage_trains"], ("extraction",)),
-    **dict.fromkeys(["projection", "warm_start"], ("extraction",)),
+    **dict.fromkeys(["layer_map", "num_stages", "projection"], ("extraction", "joint")),
+    **dict.fromkeys(["stage_steps", "stage_learning_rate", "stage_trains", "warm_start"], ("extraction",)),
+    "hidden_weight": ("joint",),
     "teacher_checkpoints": ("progressive",),
-    "label_weight": ("extraction", "one_shot", "progressive"),
+    "label_weight": ("extraction", "joint", "one_shot", "progressive"),
 }
 
 
@@ -121,7 +123,7 @@ def _budget(args: CurriculumConfig, fixed: FixedSettings, reading: Reading, rows
     if args.max_steps <= 0 and args.num_train_epochs is None and fixed.output_steps is not None:
         pairs = _fixed_layer_map(args, fixed)
         places = [theirs for _, theirs in pairs] if pairs else list(fixed.hidden_steps)
-        return fixed.output_steps + sum(fixed.hidden_steps[place] for place in places)
+        return fixed.output_steps + sum(fixed.hidden_steps.get(place, 0) for place in places)
     if args.max_steps > 0:
         return args.max_steps
     rows = rows if fixed.rows is None else fixed.rows
@@ -136,7 +138,9 @@ def _budget(args: CurriculumConfig, fixed: FixedSettings, reading: Reading, rows
 
 def _fixed_layer_map(args: CurriculumConfig, fixed: FixedSettings) -> LayerMap | None:
     """The source's layer map, where the run leaves the choice to it."""
-    open_choice = args.method == "extraction" and args.layer_map is None and args.num_stages is None
+    stages = bool(fixed.hidden_steps)  # whether the pairs of places are stages, or parts of a joint one
+    fits = args.method == "extraction" if stages else args.method == "joint"
+    open_choice = fits and args.layer_map is None and args.num_stages is None
     return fixed.layer_map if open_choice else None
 
 
@@ -174,10 +178,14 @@ def build_curriculum(
         return progressive(steps, args.teacher_checkpoints or [], label_weight=args.label_weight, **settings)
     chosen = _fixed_layer_map(args, fixed)
     layer_map = parse_layer_map(args.layer_map) if isinstance(args.layer_map, str) else args.layer_map or chosen
-    warm_start = _warm_start(args, layer_map, default_warm_start, fixed)
     num_stages = args.num_stages
     if layer_map is not None and num_stages is not None:
         raise UserError("layer_map and num_stages both say which hidden stages there are: give one of them")
+    if args.method == "joint":
+        weights = {"hidden_weight": args.value("hidden_weight"), "label_weight": args.label_weight}
+        pairs = num_stages if layer_map is None else layer_map
+        return joint(student_blocks, teacher_blocks, steps, layer_map=pairs, **weights, **settings)
+    warm_start = _warm_start(args, layer_map, default_warm_start, fixed)
     if layer_map is None and "head" in warm_start:
         # a transplanted head needs the stage that teaches its input; uniform stages come before it if asked for
         uniform = [] if num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, num_stages)

@@ -81,7 +81,7 @@ class CurriculumTrainer(Trainer):
         run, self.task, self.curriculum = prepared.run, self.source.task, prepared.run.curriculum
         self.transition = StageTransition(self.objective)
         resolved = run.arguments(args)
-        if args.world_size > 1 and self.curriculum.hidden_stages:  # which leave the parameters above their block unused
+        if args.world_size > 1 and any(stage.output is None for stage in self.curriculum.stages):  # leave some unused
             if args.ddp_find_unused_parameters is False:
                 raise UserError("ddp_find_unused_parameters=False cannot work: hidden stages leave parameters unused")
             resolved.ddp_find_unused_parameters = True
@@ -113,7 +113,7 @@ class CurriculumTrainer(Trainer):
         return self.meter.progress
 
     def _sum_over_devices(self, count: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(count.to(self.args.device)).sum() if self.args.world_size > 1 else count
+        return self.accelerator.gather(count.to(self.args.device)[None]).sum(0) if self.args.world_size > 1 else count
 
     # ---- Stages ----
 

@@ -9,7 +9,7 @@ from tutelage.core.curriculum import HiddenStage, OutputStage
 from tutelage.core.errors import UserError
 from tutelage.targets.source import StatisticsFile
 from tutelage.training import warm_start
-from tutelage.training.costs import StageCost, measure_stage
+from tutelage.training.costs import StageCost, measure_stage, measure_states
 from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
 
@@ -36,7 +36,7 @@ class StageTransition:
         if fresh and any(stage.needs_teacher for stage in stages):
             if index == 0:
                 warm_start.apply_before_training(objective)
-            elif isinstance(stages[index], OutputStage) and isinstance(stages[index - 1], HiddenStage):
+            elif stages[index].output is not None and stages[index - 1].output is None:
                 self.transplanted = warm_start.apply_before_output(objective, feed.calibration)
         stage = stages[index]
         objective.source.use_checkpoint(stage.teacher_checkpoint if isinstance(stage, OutputStage) else None)
@@ -85,9 +85,10 @@ class StageTransition:
         """FLOPs of student and teacher before the first step of the current stage: the calibration pass, where training
         `begins`, and the pass that compares states and targets before a head is transplanted."""
         student = teacher = 0.0
-        for index, positions in self.objective.source.calibrated.items() if begins else ():
-            if positions:
-                teacher += self.measure(index, feed).teacher_flops * positions
+        if begins:
+            teacher += sum(
+                self._calibration_flops(index, feed) for index in range(len(self.objective.curriculum.stages))
+            )
         if self.transplanted is not None:
             index, positions = self.transplanted
             self.measure(index, feed)
@@ -95,6 +96,19 @@ class StageTransition:
             teacher += cost.teacher_flops * positions
             student += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
         return student, teacher
+
+    def _calibration_flops(self, index: int, feed: StageFeed) -> float:
+        """FLOPs of the teacher in the calibration of a stage."""
+        source, total = self.objective.source, 0.0
+        stage = source.stage(index)
+        for number, pair in zip(source.pair_numbers[index], stage.pairs, strict=True):
+            if (positions := source.calibrated.get(number, 0)) == 0:
+                continue
+            if stage.output is None:  # a step of the stage runs the teacher as far as its calibration did
+                total += self.measure(index, feed).teacher_flops * positions
+            else:
+                total += measure_states(source, pair, feed.example(index)) * positions
+        return total
 
     def set_trainable(self, names: Collection[str]) -> None:
         """Let exactly `names` require gradients."""

@@ -157,8 +157,8 @@ def _transplant(objective: StageObjective, max_gain: float | None) -> None:
     """Compose the teacher's head with the way back, whose noise stays below `max_gain` (`Projection.decoder`)."""
     source, index = objective.source, objective.curriculum.transplant_stage
     assert index is not None
-    target_map = source.maps[index]
-    assert target_map is not None and target_map.moment is not None, "the final stage was calibrated without its moment"
+    target_map = source.maps[source.pair_numbers[index][0]]
+    assert target_map.moment is not None, "the final stage was calibrated without its moment"
     projection, moment = target_map.projection, target_map.moment
     decoder = _group(objective).first(lambda: projection.decoder(moment, max_gain))
     target = objective.task.output_head(objective.student, source.outputs)

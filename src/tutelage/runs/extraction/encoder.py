@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from tutelage.core.chunked import chunk_positions
-from tutelage.core.curriculum import HiddenStage, Stage
+from tutelage.core.curriculum import Stage
 from tutelage.core.topk import TopK, top_k
 from tutelage.runs.extraction.schedule import Batches
 from tutelage.targets import rows
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.rows import RowFormat
+from tutelage.targets.source import HiddenTarget
 from tutelage.tasks.base import HeadTask, OutputTarget
 
 Columns = dict[str, Any]
@@ -45,10 +46,11 @@ class Encoder:
         label, task = "none", self.source.task
         if "labels" in example and not (task.causal and "labels" not in self.data.column_names):
             label = "tokens" if example["labels"].dim() == 2 else "class"
+        hidden = tuple("pooled" if task.pools(pair) else "states" for pair in stage.pairs)
         content = "top_k" if task.splits_head else "whole"
-        if isinstance(stage, HiddenStage):
-            content = "pooled" if task.pools(stage) else "states"
-        return RowFormat(self.dtype, self.vocabulary, label, "token_type_ids" in example, content)
+        if stage.output is None:
+            (content,), hidden = hidden, ()
+        return RowFormat(self.dtype, self.vocabulary, label, "token_type_ids" in example, content, hidden)
 
     def evaluation_form(self, form: RowFormat) -> RowFormat:
         """How the evaluation rows are stored, after the form of a stage."""
@@ -56,19 +58,25 @@ class Encoder:
         if "labels" in self.evaluation.column_names:
             label = "tokens" if isinstance(self.evaluation[0]["labels"], list) else "class"
         content = "inputs" if self.source.task.learns_from_labels else "whole"
-        return dataclasses.replace(form, label=label, token_types=False, content=content)
+        return dataclasses.replace(form, label=label, token_types=False, content=content, beside=())
 
     def stage_columns(self, index: int, form: RowFormat, batches: Batches) -> Iterator[Columns]:
         """Rows of stage `index`, batch by batch."""
         for examples in batches:
             batch = self.batch(examples)
             columns = rows.encode_inputs(batch, examples, form)
-            if isinstance(self.source.stage(index), HiddenStage):
-                states, keep = self.source.hidden(index, batch)
-                columns |= rows.encode_states(states, keep, rows.lengths_of(batch), form)
-            else:
-                columns |= self._output_columns(self.source.output(batch), batch, form)
+            hidden, output = self._targets(index, batch)
+            for number, (states, keep) in enumerate(hidden):
+                columns |= rows.encode_states(states, keep, rows.lengths_of(batch), form, number)
+            if output is not None:
+                columns |= self._output_columns(output, batch, form)
             yield columns
+
+    def _targets(self, index: int, batch: dict[str, Any]) -> tuple[list[HiddenTarget], OutputTarget | None]:
+        stage = self.source.stage(index)
+        if stage.output is None:
+            return [self.source.hidden(index, batch)], None
+        return self.source.joint(index, batch) if stage.pairs else ([], self.source.output(batch))
 
     def evaluation_columns(self, form: RowFormat, batches: Batches) -> Iterator[Columns]:
         """Evaluation rows, one by one."""

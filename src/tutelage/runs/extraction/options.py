@@ -35,11 +35,12 @@ def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:
     """Raise UserError for settings that no extraction can have."""
     if args.curriculum_dir is not None:
         raise UserError("an extraction runs the teacher: leave curriculum_dir out")
-    if args.method not in ("extraction", "one_shot"):
-        how = "extract with extraction or one_shot"
+    if args.method not in ("extraction", "joint", "one_shot"):
+        how = "extract with extraction, joint or one_shot"
         raise UserError(f"method {args.method!r} reads no finished teacher's states: {how}")
-    if args.label_weight:
-        raise UserError("label_weight is chosen when a student is trained: leave it out of the extraction")
+    for name in ("label_weight", "hidden_weight"):
+        if getattr(args, name):
+            raise UserError(f"{name} is chosen when a student is trained: leave it out of the extraction")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"an extraction follows a random or sequential order, not {args.train_sampling_strategy!r}")
     for name in ("shard_tokens", "devices", "projection_dim"):
@@ -61,7 +62,7 @@ def choose_stages(
     if width is None:
         what = "the hidden size of the widest student that you plan to train"
         raise UserError(f"`--stages` needs `--projection_dim`: {what}")
-    if args.method != "extraction":
+    if args.method == "one_shot":
         raise UserError(f"method {args.method!r} has no hidden stages: leave stages out")
     blocks = [stage for stage in stages if stage != FINAL]
     numbers = [int(block) if block.isdecimal() else 0 for block in blocks]
