@@ -71,20 +71,24 @@ def is_preset(student: str) -> bool:
     return "=" in student and not Path(student).exists()
 
 
+def is_untrained(student: str) -> bool:
+    """Whether `student` names a shape without weights: a preset, a configuration, or a folder with one alone."""
+    path = Path(student)
+    return is_preset(student) or path.is_file() or (path.is_dir() and not has_weights(path))
+
+
 def make_student(
     student: str, task: Task, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None
 ) -> nn.Module:
     """The student model: loaded if `student` is a folder or Hub name with weights, else randomly initialised.
 
     `config` is the result of `student_config`, `shape` is `Task.teacher_shape` of the teacher."""
-    path = Path(student)
-    untrained = is_preset(student) or path.is_file() or (path.is_dir() and not has_weights(path))
-    if untrained:
+    if is_untrained(student):
         model = task.build(config, shape)
     else:
         model = task.load(student, what="student")
         task.fit_to_teacher(model, shape)
-    model.__dict__[UNTRAINED] = untrained
+    model.__dict__[UNTRAINED] = is_untrained(student)
     return model
 
 

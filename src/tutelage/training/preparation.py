@@ -85,7 +85,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     checks.check_dataset(given.train_dataset, models, task, "training")
     checks.check_dataset(eval_dataset, models, task, "evaluation")
     args = copy.copy(args)
-    args.student_init = _student_init(args, student, isinstance(given.model, str), source)
+    args.student_init = decide_student_init(args, student, source, isinstance(given.model, str))
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))
     rows = len(given.train_dataset) if hasattr(given.train_dataset, "__len__") else None
     blocks, fixed = (student_blocks, source.blocks), source.fixed_settings(student_blocks)
@@ -104,8 +104,11 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     return Prepared(run, objective, train_dataset, eval_dataset, tokenizer)
 
 
-def _student_init(args: CurriculumConfig, student: nn.Module, named: bool, source: TargetSource) -> str | None:
-    """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them."""
+def decide_student_init(
+    args: CurriculumConfig, student: nn.Module, source: TargetSource, named: bool = False
+) -> str | None:
+    """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them; `named` is one
+    that was loaded by name."""
     untrained = False if named else student.__dict__.get(UNTRAINED)
     if not isinstance(source, LiveTargets) or args.value("student_init") == "random":
         return args.student_init

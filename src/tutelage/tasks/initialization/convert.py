@@ -27,7 +27,7 @@ from tutelage.tasks.initialization.families import (
     Norm,
     Tensor,
 )
-from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, gain_of
+from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of
 from tutelage.tasks.initialization.selection import WHAT, Kept, kept_entries, kept_heads
 
 
