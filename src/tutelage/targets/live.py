@@ -113,7 +113,7 @@ class LiveTargets(TargetSource):
         return targets, output
 
     def _target(self, number: int, hidden: torch.Tensor, batch: Batch) -> HiddenTarget:
-        assert self.maps, "prepare the target maps first"
+        assert number < len(self.maps), "prepare the target maps first"
         target_map = self.maps[number]
         with _without_gradients():
             target = target_map(hidden)
