@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "stage_trains": "new",
     },
     "joint-teacher": {"method": "joint", "student_init": "teacher"},
+    "joint-0.1-teacher": {"method": "joint", "student_init": "teacher", "hidden_weight": 0.1},
     "joint": {"method": "joint", "student_init": "random"},
 }
 
@@ -122,6 +123,7 @@ def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -
         max_steps=total,
         per_device_train_batch_size=settings["batch"],
         warmup_steps=0.1,
+        train_sampling_strategy="group_by_length",
         bf16=True,
         use_cpu=True,
         save_strategy="no",
@@ -156,6 +158,9 @@ def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -
             measured = evaluate(EvaluateOptions(model=str(folder), max_length=length, batch_size=64, **files))
             found["evaluations"][key] = measured.metrics
     found["wall_seconds"] = round(time.perf_counter() - started, 1)
+    if steps:  # tried out, not kept
+        print(name, result.student.metrics, f"{found['wall_seconds']} s", flush=True)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(found, indent=1) + "\n")
     shutil.rmtree(folder)

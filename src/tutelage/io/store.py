@@ -134,8 +134,11 @@ class Store:
 
     def fetch_folder(self, folder: str) -> Path:
         """Path of a small folder on this machine: the folder itself, or a copy."""
-        paths = [self.fetch(name) for name in self.files(folder)]
-        return paths[0].parent if paths else Path(self.root) / folder
+        names = self.files(folder)
+        paths = [self.fetch(name) for name in names]
+        if not paths:
+            return Path(self.root) / folder
+        return paths[0].parents[len(Path(names[0]).relative_to(folder).parts) - 1]
 
     def sha256(self, name: str) -> str:
         with self._reaching(), self.fs.open(self._path(name), "rb") as handle:

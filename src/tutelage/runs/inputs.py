@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -12,13 +13,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from tutelage.core.errors import UserError, check_positive, check_range
 from tutelage.core.inputs import usable_positions
+from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
 from tutelage.tasks.base import Task
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_STUDENT, DEFAULT_TEACHER, DEFAULT_TEXT
 from tutelage.tasks.loading import check_weights, load_config, load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
-from tutelage.tasks.students import is_preset, make_student, student_config
+from tutelage.tasks.students import WEIGHTS, is_preset, is_untrained, make_student, student_config
 from tutelage.tasks.text import keep_rows, read_dataset, split_dataset, stream_dataset, tokenize
 from tutelage.training.checks import check_not_read, check_tokenizers
 from tutelage.training.config import CurriculumConfig, option
@@ -209,8 +211,9 @@ def _from_disk(options: RunOptions, args: CurriculumConfig, folder: str) -> RunI
     if task.per_position:
         made["max_length"] = identity.longest
     check_made(f"the extracted curriculum in {str(source.folder.store)!r}", made, options)
-    student = options.student or str(source.folder.student_config)
-    config = student_config(student, load_config(str(source.folder.teacher_config)), task)
+    student = options.student or str(source.folder.student)
+    base = load_config(str(source.folder.teacher_config))
+    config = student_config(student, base, task)
     length = options.max_length or identity.longest
 
     def encode(part: Any) -> Any:
@@ -222,11 +225,32 @@ def _from_disk(options: RunOptions, args: CurriculumConfig, folder: str) -> RunI
     stored = source.folder.evaluation
     evaluation = _held_out(options, encode) if options.eval_dataset else first_rows(stored, options.max_samples)
     set_seed(args.seed)
-    model = make_student(student, task, config, identity.teacher.shape)
+    model = _stored_student(args, source, student, config)
     named = options.student or identity.student
     names = {"teacher": identity.teacher.name, "student": named, "dataset": identity.data.name}
     collator = task.collator(tokenizer, identity.mlm_probability or DEFAULT_MLM_PROBABILITY)
     return RunInputs(source, model, tokenizer, None, evaluation, collator, names)
+
+
+def _stored_student(
+    args: CurriculumConfig, source: ExtractedTargets, student: str, config: PreTrainedConfig
+) -> nn.Module:
+    """The student of a run from disk: with the weights that the extraction gave it, where it has the same shape."""
+    folder, task, shape = source.folder.student, source.task, source.folder.identity.teacher.shape
+    same = Path(student) == folder or (
+        is_untrained(student) and load_config(str(folder), what="student").to_diff_dict() == config.to_diff_dict()
+    )
+    stored = same and source.folder.curriculum.student_init == "teacher"
+    if stored and args.value("student_init") == "teacher":
+        model = make_student(str(folder), task, config, shape)
+        model.__dict__[WEIGHTS] = "teacher"
+        return model
+    if args.student_init == "teacher":
+        raise UserError(
+            f"the extracted curriculum in {str(source.folder.store)!r} has no weights from the teacher for this student: "
+            "extract with --student_init teacher and this student, or train with --student_init random"
+        )
+    return make_student(str(folder / "config.json") if stored else student, task, config, shape)
 
 
 def sequence_length(

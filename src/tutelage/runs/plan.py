@@ -19,7 +19,7 @@ from tutelage.tasks.base import Task
 from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.tasks.loading import count_parameters, load_config
 from tutelage.tasks.registry import detect_task, get_task
-from tutelage.tasks.students import UNTRAINED, feed_forward_width, is_untrained, language_config, student_config
+from tutelage.tasks.students import WEIGHTS, feed_forward_width, is_untrained, language_config, student_config
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.costs import FlopCounter, StageCost
 from tutelage.training.feed import StageFeed
@@ -109,7 +109,7 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         counts = [count for count in map(task.output_count, (student_model, teacher_model)) if count is not None]
         source.attach(one_shot(1), student_model, min(counts, default=None))
         objective = StageObjective(student_model, source, container=args.blocks)
-        args, student_model.__dict__[UNTRAINED] = copy.copy(args), is_untrained(student)
+        args, student_model.__dict__[WEIGHTS] = copy.copy(args), "random" if is_untrained(student) else "own"
         args.student_init = decide_student_init(args, student_model, source)
         curriculum = build_curriculum(args, (len(objective.blocks), source.blocks), steps, task.warm_start)
         baseline = _costs(objective, one_shot(1), task.example(length))[0]

@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import nn
 
 from tutelage.core.blocks import FINAL, Place
-from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.curriculum import RESIDUAL, Curriculum, HiddenStage
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.topk import TopK
@@ -57,6 +57,12 @@ class ExtractedTargets(TargetSource):
             raise UserError(
                 f"the extracted curriculum in {str(self.folder.store)!r} has projections of width {extracted}, but the student "
                 f"has width {width}: extract again with --projection_dim {width}, or choose a narrower student"
+            )
+        residual = curriculum.projection == RESIDUAL and bool(curriculum.hidden_stages)
+        if residual and set(widths.values()) != {extracted}:
+            raise UserError(
+                f"the extracted curriculum in {str(self.folder.store)!r} was made for a student of width {extracted} that "
+                f"starts from its teacher, but the student has width {width}: leave the student out, or extract again for this one"
             )
         transplants = curriculum.transplant_stage is not None
         if transplants and self.folder.identity.head is None:

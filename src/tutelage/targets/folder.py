@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.curriculum import Curriculum, LayerMap, Stage
+from tutelage.core.curriculum import RESIDUAL, Curriculum, LayerMap, Stage
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.io.store import Store
@@ -57,6 +57,8 @@ class ExtractedCurriculum:
     def settings(self) -> dict[str, Any]:
         """Settings of `Curriculum` that a run from this folder must have."""
         names = ["projection", "projection_seed", "normalize"] if self.curriculum.hidden_stages else []
+        if self.curriculum.projection == RESIDUAL:
+            names += ["student_init", "residual_basis"]
         if any(stage.output is not None for stage in self.curriculum.stages):
             names += ["temperature", "top_k"]
         return {name: getattr(self.curriculum, name) for name in names}
@@ -149,8 +151,8 @@ class ExtractedCurriculum:
         return self.store.fetch_folder(TEACHER_FOLDER)
 
     @property
-    def student_config(self) -> Path:
-        """Folder with the config of the student that was extracted for."""
+    def student(self) -> Path:
+        """Folder with the student that was extracted for: its config, and its weights where they come from the teacher."""
         return self.store.fetch_folder(STUDENT_FOLDER)
 
     @cached_property

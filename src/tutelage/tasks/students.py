@@ -16,7 +16,7 @@ from tutelage.core.inputs import text_config
 from tutelage.tasks.base import Task
 from tutelage.tasks.loading import has_class, has_weights, load_config
 
-UNTRAINED = "_tutelage_untrained"  # where a model keeps whether its weights are random
+WEIGHTS = "_tutelage_weights"  # where a model keeps what its weights are: `random`, `own` or `teacher` (initialised)
 _ALIASES = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
@@ -88,7 +88,7 @@ def make_student(
     else:
         model = task.load(student, what="student")
         task.fit_to_teacher(model, shape)
-    model.__dict__[UNTRAINED] = is_untrained(student)
+    model.__dict__[WEIGHTS] = "random" if is_untrained(student) else "own"
     return model
 
 

@@ -20,7 +20,7 @@ from tutelage.targets.source import NoTargets, TargetSource
 from tutelage.tasks.initialization.student import check_start
 from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
-from tutelage.tasks.students import UNTRAINED
+from tutelage.tasks.students import WEIGHTS
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
@@ -109,14 +109,16 @@ def decide_student_init(
 ) -> str | None:
     """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them; `named` is one
     that was loaded by name."""
-    untrained = False if named else student.__dict__.get(UNTRAINED)
+    weights = "own" if named else student.__dict__.get(WEIGHTS)
+    if weights == "teacher":  # by an extraction
+        return "teacher"
     if not isinstance(source, LiveTargets) or args.value("student_init") == "random":
         return args.student_init
     if args.student_init == "teacher":
-        if untrained is False:
+        if weights == "own":
             warnings.warn("the student brings its own weights: student_init='teacher' leaves it alone", stacklevel=3)
-        return "random" if untrained is False else "teacher"
-    if not untrained:
+        return "random" if weights == "own" else "teacher"
+    if weights != "random":
         return "random"
     try:
         check_start(student, source.model, source.task, one_shot(1), args.blocks)

@@ -194,7 +194,8 @@ class ExtractionJob:
         """Write this process's part of the missing shards; the first process also what all of them need."""
         with tempfile.TemporaryDirectory() as folder:
             statistics = Path(folder) / STATISTICS_FILE
-            if rank == 0 and not store.exists(STATISTICS_FILE):
+            if rank == 0 and not self._begun(store):
+                self._start_student(store)
                 self._prepare_maps(StatisticsFile(statistics, read=False, write=True))
                 if statistics.exists():
                     with store.writing(STATISTICS_FILE) as path:
@@ -222,6 +223,24 @@ class ExtractionJob:
             pace = f"{tokens:,} tokens at {tokens / (time.perf_counter() - start):,.0f} per second"
             log(f"{len(numbered)} shards in {store}" + (f" ({len(mine)} here, {pace})" if mine else ""))
 
+    def _begun(self, store: Store) -> bool:
+        """Whether what every shard depends on is there: the initialised student and the statistics."""
+        parts = [STATISTICS_FILE] if self.curriculum.hidden_stages else []
+        return all(map(store.exists, [*parts, f"{STUDENT_FOLDER}/config.json"]))
+
+    def _start_student(self, store: Store) -> None:
+        """Write the student's configuration and, where they come from the teacher, its first weights."""
+        task, student = self.source.task, self.inputs.student
+        with tempfile.TemporaryDirectory() as folder:
+            if self.curriculum.student_init == "teacher":
+                self.source.start(student, self._calibration_batches)
+                task.save(student, Path(folder))
+            config: Any = task.backbone(student).config
+            config.save_pretrained(folder)
+            for file in sorted(Path(folder).rglob("*.*"), key=lambda path: path.name == "config.json"):
+                with store.writing(f"{STUDENT_FOLDER}/{file.relative_to(folder).as_posix()}") as path:
+                    shutil.copyfile(file, path)
+
     def _prepare_maps(self, file: StatisticsFile) -> None:
         self.source.prepare(file, self._calibration_batches, self.device, self.width)
 
@@ -233,8 +252,6 @@ class ExtractionJob:
         with tempfile.TemporaryDirectory() as folder:
             config: Any = self.source.backbone.config
             config.save_pretrained(Path(folder) / TEACHER_FOLDER)
-            student: Any = self.source.task.backbone(self.inputs.student).config
-            student.save_pretrained(Path(folder) / STUDENT_FOLDER)
             self.inputs.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
             for file in Path(folder).rglob("*.*"):
                 with store.writing(file.relative_to(folder).as_posix()) as path:
