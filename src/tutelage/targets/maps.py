@@ -229,7 +229,7 @@ def save_target_maps(maps: Sequence[TargetMap], path: Path) -> None:
         tensors |= {f"{index}.mean": standardizer.mean.cpu(), f"{index}.scale": standardizer.scale.cpu()}
         tensors[f"{index}.sink_norm"] = torch.tensor(standardizer.sink_norm, dtype=torch.float64)
         if isinstance(target_map.projection, DataProjection):
-            tensors[f"{index}.projection"] = target_map.projection.matrix()
+            tensors[f"{index}.projection"] = target_map.projection.matrix().clone()  # some share it
         if target_map.moment is not None:
             tensors[f"{index}.moment"] = target_map.moment
         if target_map.unit != 1:

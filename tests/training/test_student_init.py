@@ -1,0 +1,172 @@
+"""`student_init=teacher`: the student's first weights, its hidden targets, and who gets them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from tests.training.conftest import VOCAB, llama, token_rows
+from tutelage import CurriculumTrainer
+from tutelage.core.curriculum import Curriculum, OutputStage, one_shot
+from tutelage.core.errors import UserError
+from tutelage.targets.live import LiveTargets
+from tutelage.tasks.embedding import EmbeddingModel
+from tutelage.tasks.registry import get_task
+from tutelage.tasks.students import WEIGHTS
+
+Make = Callable[..., CurriculumTrainer]
+STILL = {"learning_rate": 0.0, "max_steps": 8, "student_init": "teacher"}  # trains nothing
+
+
+def fresh(layers: int = 2, width: int = 16, **fields: Any) -> nn.Module:
+    """A student whose attention heads have the size of the teacher's."""
+    return llama(layers, width, seed=2, head_dim=12, **fields)
+
+
+def ids(count: int = 4) -> torch.Tensor:
+    return torch.tensor(token_rows(count, seed=5)["input_ids"])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids()).logits
+
+
+@pytest.mark.parametrize("method", ["one_shot", "extraction", "joint"])
+def test_every_method_starts_from_the_teacher(make_trainer: Make, method: str) -> None:
+    teacher = llama(4, 24, seed=1)
+    trainer = make_trainer(method=method, student=llama(4, 24, seed=2), teacher_model=copy.deepcopy(teacher), **STILL)
+    assert trainer.curriculum.student_init == "teacher"
+    trainer.train()
+    torch.testing.assert_close(logits(trainer.model), logits(teacher))
+
+
+def test_progressive_starts_from_the_finished_teacher(make_trainer: Make, tmp_path: Path) -> None:
+    teacher = llama(4, 24, seed=1)
+    llama(4, 24, seed=3).save_pretrained(tmp_path / "early")
+    settings = {"method": "progressive", "teacher_checkpoints": [str(tmp_path / "early")], **STILL}
+    trainer = make_trainer(student=llama(4, 24, seed=2), teacher_model=copy.deepcopy(teacher), **settings)
+    trainer.train()
+    torch.testing.assert_close(logits(trainer.model), logits(teacher))
+
+
+def test_hidden_targets_are_what_the_initialised_student_gives(make_trainer: Make) -> None:
+    """A square rotation: the student's states are the teacher's in other coordinates, so that every hidden loss is zero."""
+    settings = {"method": "extraction", "layer_map": "2:2,4:4,final:final", "residual_basis": "pca", **STILL}
+    trainer = make_trainer(student=llama(4, 24, seed=2), **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert max(losses[:3]) < 1e-8
+    units = [target_map.unit for target_map in trainer.source.maps]
+    assert len(set(units)) == 3
+    batch = {"input_ids": ids()}
+    hidden = trainer.source.states(2, batch)
+    target, _ = trainer.source.hidden(0, batch)
+    basis = trainer.source.started.basis_DR
+    torch.testing.assert_close(target * units[0], hidden @ basis, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(target.square().mean().sqrt(), torch.tensor(1.0), rtol=0.1, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["extraction", "joint"])
+def test_a_resumed_run_keeps_basis_and_weights(make_trainer: Make, method: str) -> None:
+    settings = {"method": method, "student_init": "teacher", "save_strategy": "steps", "save_steps": 3, "save_total_limit": 5}
+    whole = make_trainer("whole", student=fresh(), **settings)
+    whole.train()
+    part = make_trainer("part", student=fresh(), **settings)
+    part.train()
+    resumed = make_trainer("part", student=fresh(), **settings)
+    resumed.train(resume_from_checkpoint=str(Path(part.args.output_dir or "") / "checkpoint-3"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_sentence_encoder_starts_with_a_head_to_the_teachers_width() -> None:
+    sizes = {"vocab_size": VOCAB, "num_attention_heads": 2, "max_position_embeddings": 32, "intermediate_size": 32}
+    torch.manual_seed(0)
+    teacher = EmbeddingModel(BertModel(BertConfig(hidden_size=16, num_hidden_layers=4, **sizes)).eval())
+    config = BertConfig(hidden_size=8, num_hidden_layers=2, **{**sizes, "num_attention_heads": 1})
+    student = EmbeddingModel(BertModel(config).eval(), 16)
+    source = LiveTargets(teacher, get_task("embedding"))
+    source.attach(one_shot(1, student_init="teacher"), student)
+    batch = {"input_ids": ids()}
+    source.start(student, lambda: [batch])
+    assert source.started is not None and student.head is not None
+    torch.testing.assert_close(student.head.weight, source.started.basis_DR)
+    assert not student.head.bias.detach().any()
+    with torch.no_grad():
+        state = student.encoder(ids()).last_hidden_state.mean(1)
+        expected = torch.nn.functional.normalize(state @ source.started.basis_DR.T, dim=-1)
+        torch.testing.assert_close(student(ids()), expected)
+
+
+# ---- Who is initialised ----
+
+
+def test_a_model_that_is_passed_is_left_alone_unless_asked(make_trainer: Make) -> None:
+    assert make_trainer(student=fresh()).curriculum.student_init == "random"
+    assert make_trainer(student=fresh(), student_init="teacher").curriculum.student_init == "teacher"
+
+
+def test_a_student_of_a_preset_starts_from_the_teacher_by_default(make_trainer: Make) -> None:
+    student = fresh()
+    student.__dict__[WEIGHTS] = "random"
+    trainer = make_trainer(student=student)
+    assert (trainer.curriculum.student_init, trainer.curriculum.projection) == ("teacher", "residual")
+    assert make_trainer(student=student, preset="paper").curriculum.student_init == "random"
+    assert make_trainer(student=student, student_init="random").curriculum.projection == "gaussian"
+
+
+def test_a_student_with_weights_of_its_own_keeps_them(make_trainer: Make, tmp_path: Path) -> None:
+    fresh().save_pretrained(tmp_path / "own")
+    with pytest.warns(UserWarning, match="brings its own weights: student_init='teacher' leaves it alone"):
+        trainer = make_trainer(student=str(tmp_path / "own"), method="one_shot", **STILL)
+    before = fresh().state_dict()
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_student_that_cannot_be_initialised_falls_back_by_default_and_is_refused_if_asked(make_trainer: Make) -> None:
+    student = llama(2, 16, seed=2)  # its heads have 8 values, the teacher's 12
+    with pytest.raises(UserError, match="attention heads have 8 values, the teacher's 12"):
+        make_trainer(student=student, student_init="teacher")
+    student.__dict__[WEIGHTS] = "random"
+    with pytest.warns(UserWarning, match="starts from random weights: .*attention heads have 8 values"):
+        trainer = make_trainer(student=student)
+    assert trainer.curriculum.student_init == "random"
+
+
+def test_a_curriculum_of_ones_own_may_start_from_the_teacher(make_trainer: Make) -> None:
+    stages = (OutputStage(4),)
+    trainer = make_trainer(
+        student=llama(4, 24, seed=2), curriculum=Curriculum("mine", stages, student_init="teacher"), learning_rate=0.0, max_steps=4
+    )
+    trainer.train()
+    torch.testing.assert_close(logits(trainer.model), logits(llama(4, 24, seed=1)))
+
+
+def test_residual_targets_need_a_student_that_starts_from_the_teacher() -> None:
+    with pytest.raises(UserError, match="projection='residual' needs a student that was initialised through it"):
+        Curriculum("mine", (OutputStage(1),), projection="residual")
+    with pytest.raises(UserError, match="unknown student_init 'both': use one of random, teacher"):
+        Curriculum("mine", (OutputStage(1),), student_init="both")
+    with pytest.raises(UserError, match="unknown residual_basis 'svd'"):
+        Curriculum("mine", (OutputStage(1),), residual_basis="svd")
+
+
+def test_the_first_weights_do_not_depend_on_the_students_seed(make_trainer: Make) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = []
+        for seed in (2, 7):
+            trainer = make_trainer(f"seed-{seed}", student=llama(2, 16, seed=seed, head_dim=12), method="one_shot", **STILL)
+            trainer.train()
+            found.append(trainer.model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
