@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from tutelage.core.blocks import find_blocks
@@ -21,6 +22,7 @@ from tutelage.tasks.registry import get_task
 from tutelage.training import warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
+from tutelage.training.preparation import decide_student_init
 from tutelage.training.trainer import CurriculumTrainer
 
 
@@ -64,8 +66,7 @@ class RunBuilder:
     def check(self, variants: Sequence[Variant]) -> None:
         """Raise UserError where a variant has no curriculum on this recipe, before anything is run."""
         for variant in variants:
-            student = self.recipe.make_student(self.recipe.seeds[:1])
-            source = LiveTargets(self.teacher.model, get_task(self.recipe.task))
+            student, source = self._models
             for candidate in candidates(variant, self.recipe.learning_rates):
                 source.attach(self.curriculum(variant, candidate, self.steps()), student)
                 warm_start.check(StageObjective(student, source))
@@ -77,14 +78,22 @@ class RunBuilder:
     def curriculum(self, variant: Variant, candidate: Candidate, steps: int) -> Curriculum:
         """Curriculum of a run of `steps` optimiser steps."""
         args = self.arguments(variant, candidate, self.root, 0)
+        args.student_init = decide_student_init(args, *self._models)
         fraction = min(1.0, steps / self.steps())
         return build_curriculum(args, candidate, self._blocks, self.teacher, steps, self.recipe.batch_size, fraction)
 
     @functools.cached_property
     def _blocks(self) -> tuple[int, int]:
         """Numbers of blocks of student and teacher."""
-        backbone, student = get_task(self.recipe.task).backbone, self.recipe.make_student(self.recipe.seeds[:1])
-        return len(find_blocks(backbone(student))), len(find_blocks(backbone(self.teacher.model)))
+        student, source = self._models
+        return len(find_blocks(source.task.backbone(student))), len(source.block_names)
+
+    @functools.cached_property
+    def _models(self) -> tuple[nn.Module, LiveTargets]:
+        """A student, and its teacher."""
+        return self.recipe.make_student(self.recipe.seeds[:1]), LiveTargets(
+            self.teacher.model, get_task(self.recipe.task)
+        )
 
     def trainer(
         self,

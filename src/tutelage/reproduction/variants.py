@@ -191,7 +191,8 @@ def build_curriculum(
         OutputStage(count, teacher_checkpoint=folder, label_weight=args.label_weight, continues=number > 0)
         for number, (count, folder) in enumerate([*uses, (left, None)])
     )
-    settings = {"normalize": args.value("normalize"), "temperature": args.value("temperature"), "top_k": args.top_k}
+    settings = {name: args.value(name) for name in ("normalize", "residual_basis", "temperature", "top_k")}
+    settings["student_init"] = args.student_init or "random"
     return Curriculum("progressive", stages, **settings)
 
 

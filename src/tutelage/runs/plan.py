@@ -14,6 +14,7 @@ from tutelage.core.inputs import text_config, usable_positions
 from tutelage.core.records import Record
 from tutelage.runs.inputs import DEFAULT_LENGTH, DEFAULT_STEPS, NO_LIMIT, RunOptions, check_length
 from tutelage.runs.plan_extraction import ExtractionPlan
+from tutelage.runs.plan_start import StartPlan, plan_start
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.base import Task
 from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
@@ -76,13 +77,15 @@ class Plan(Record):
     teacher_forward_flops_per_token: float
     vocabulary: int
     outputs: int  # at a position that predicts
+    start: StartPlan | None = None  # of a student that starts from its teacher
     extraction: ExtractionPlan | None = None  # where one was planned too
 
 
 def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None) -> Plan:
     """Blocks, stage map, parameters and predicted FLOPs; both models exist as fake tensors only, without memory.
 
-    Of `options`, `student` and `max_length` are read, and no data. What is not given is as in `distill`; where its steps would
+    Of `options`, `student` and `max_length` are read, and no data; with a `dataset`, the teacher is loaded too and runs over
+    the calibration text, to measure what a student that starts from it keeps. What is not given is as in `distill`; where its steps would
     follow from the data, 1,000 are assumed. Raises UserError for options that cannot work."""
     options, args = options or RunOptions(), args or CurriculumConfig()
     if args.curriculum_dir is not None:
@@ -111,7 +114,8 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         objective = StageObjective(student_model, source, container=args.blocks)
         args, student_model.__dict__[WEIGHTS] = copy.copy(args), "random" if is_untrained(student) else "own"
         args.student_init = decide_student_init(args, student_model, source)
-        curriculum = build_curriculum(args, (len(objective.blocks), source.blocks), steps, task.warm_start)
+        blocks = len(objective.blocks), len(source.block_names)
+        curriculum = build_curriculum(args, blocks, steps, task.warm_start)
         baseline = _costs(objective, one_shot(1), task.example(length))[0]
         costs = _costs(objective, curriculum, task.example(length))
         student_plan = _model_plan(student, student_model, objective.blocks, task, length)
@@ -131,6 +135,7 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         teacher_forward_flops_per_token=baseline.teacher_flops,
         vocabulary=int(text_config(base).vocab_size),
         outputs=task.output_count(teacher_model) or task.width(teacher_model),
+        start=plan_start(curriculum, blocks, options, args) if curriculum.student_init == "teacher" else None,
     )
 
 
@@ -202,6 +207,7 @@ def describe_plan(planned: Plan) -> str:
             f"{len(model.blocks)} blocks {model.blocks[0]} to {model.blocks[-1]})"
         )
     lines.append(_compared(planned.student, planned.teacher))
+    lines += [] if planned.start is None else [planned.start.words]
     heads = f"{'steps':>8}{'student FLOPs/token':>22}{'teacher FLOPs/token':>22}{'one-shot/stage':>17}"
     lines += ["", f"{'stage':<24}{heads}"]
     for stage in planned.stages:

@@ -135,11 +135,12 @@ class LiveTargets(TargetSource):
         weight: torch.Tensor = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
         return weight
 
-    def start(self, student: nn.Module, batches: Batches) -> None:
+    def start(self, student: nn.Module, batches: Batches) -> Initialized | None:
         curriculum = self.curriculum
         assert curriculum is not None
         if curriculum.student_init == "teacher":
             self.started = start_student(student, self.model, self.task, batches(), curriculum, self.container)
+        return self.started
 
     def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         curriculum, student = self.curriculum, self._student

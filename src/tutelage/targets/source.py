@@ -18,6 +18,7 @@ from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.targets.maps import TargetMap
 from tutelage.tasks.base import Batch, OutputTarget, Task
+from tutelage.tasks.initialization.student import Initialized
 
 Batches = Callable[[], Sequence[Batch]]
 Device = torch.device | str
@@ -136,8 +137,9 @@ class TargetSource:
         """The teacher's token embedding, (V, D)."""
         raise AssertionError("this source has no token embedding")
 
-    def start(self, student: nn.Module, batches: Batches) -> None:
+    def start(self, student: nn.Module, batches: Batches) -> Initialized | None:
         """Give a student its first weights, where the curriculum starts it from the teacher; `batches` as in `prepare`."""
+        return None
 
     def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         """Make the target maps of the hidden stages, on `device`; `file` keeps their statistics, `batches` gives the
@@ -196,4 +198,6 @@ class NoTargets(TargetSource):
         if not self.task.learns_from_labels:
             found = f"task {self.task.name!r} has no labels to learn from, so method 'scratch' needs a different task"
             raise UserError(f"{found}: pass a teacher and choose a method that uses it")
+        if curriculum.student_init == "teacher":
+            raise UserError("student_init='teacher' needs a teacher: pass one, or use student_init='random'")
         super().attach(curriculum, student, outputs)

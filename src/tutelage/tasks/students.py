@@ -177,7 +177,10 @@ def _set_heads(config: PreTrainedConfig, settings: dict[str, Any], width: int, n
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or width // heads
     has_size = not {"head_dim", "d_kv"}.isdisjoint(config.to_dict())
     if "num_attention_heads" not in settings:
-        new_heads = max(1, heads * new_width // width if has_size else new_width // head_dim)
+        size = heads // (groups or heads)  # whole groups, so that a student can start from the teacher's
+        new_heads = (
+            max(1, round(heads / size * new_width / width)) * size if has_size else max(1, new_width // head_dim)
+        )
         # without a size of their own, heads share the width, and rotary embeddings need an even size
         while not has_size and new_heads > 1 and new_width % (2 * new_heads):
             new_heads -= 1

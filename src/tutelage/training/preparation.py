@@ -112,7 +112,7 @@ def decide_student_init(
     weights = "own" if named else student.__dict__.get(WEIGHTS)
     if weights == "teacher":  # by an extraction
         return "teacher"
-    if not isinstance(source, LiveTargets) or args.value("student_init") == "random":
+    if not isinstance(source, LiveTargets) or args.method == "scratch" or args.value("student_init") == "random":
         return args.student_init
     if args.student_init == "teacher":
         if weights == "own":

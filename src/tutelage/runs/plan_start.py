@@ -1,0 +1,47 @@
+"""What a planned student would take from its teacher."""
+
+from dataclasses import dataclass
+
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.records import Record
+from tutelage.runs.inputs import RunOptions, load_inputs, with_defaults
+from tutelage.tasks.initialization.layout import block_pairs
+from tutelage.training.config import CurriculumConfig
+from tutelage.training.feed import StageFeed
+from tutelage.training.preparation import Given, prepare
+
+
+@dataclass(frozen=True)
+class StartPlan(Record):
+    """The start of a student from its teacher."""
+
+    blocks: tuple[int, ...]  # the teacher's block of each of the student's
+    variance: float | None  # fraction of the states' mean square that the basis keeps; None where no data were given
+
+    @property
+    def words(self) -> str:
+        """For the terminal."""
+        kept = "give --dataset to measure what its residual basis keeps"
+        if self.variance is not None:
+            kept = f"its residual basis keeps {self.variance:.1%} of the mean square of the teacher's states"
+        return f"the student starts from blocks {', '.join(map(str, self.blocks))} of the teacher; {kept}"
+
+
+def plan_start(
+    curriculum: Curriculum, blocks: tuple[int, int], options: RunOptions, args: CurriculumConfig
+) -> StartPlan:
+    """The start of a student with `blocks` L_S under a teacher with L_T; with a dataset the teacher runs over its calibration
+    text to measure the residual basis."""
+    pairs = [(stage.student_place, stage.teacher_place) for stage in curriculum.hidden_stages]
+    variance = None if options.dataset is None else _variance(options, args)
+    return StartPlan(tuple(block_pairs(*blocks, pairs)), variance)
+
+
+def _variance(options: RunOptions, args: CurriculumConfig) -> float | None:
+    inputs = load_inputs(*with_defaults(options, args))
+    given = Given(inputs.student, inputs.source, inputs.train_dataset, inputs.eval_dataset, inputs.tokenizer, None)
+    prepared = prepare(given, args)
+    size, samples = prepared.run.reading.batch_size, prepared.run.calibration_samples
+    feed = StageFeed(inputs.source, prepared.train_dataset, inputs.collator, samples, size)
+    started = inputs.source.start(inputs.student, feed.calibration)
+    return None if started is None else started.variance
