@@ -135,10 +135,10 @@ def test_heads_follow_key_value_heads_that_are_given(preset: str) -> None:
     assert student_config("kv_heads=6,hidden_size=40", teacher).num_attention_heads == 6
 
 
-def test_the_head_size_stays_the_teachers_where_the_configuration_has_one() -> None:
+def test_the_head_size_stays_the_teachers_and_key_value_groups_stay_whole() -> None:
     teacher = LlamaConfig(vocab_size=50, hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
     student = student_config("layers=1,hidden_size=360", teacher)
-    assert (student.num_attention_heads, student.head_dim) == (5, 64)
+    assert (student.num_attention_heads, student.head_dim) == (6, 64)
     assert _forward(student).shape == (1, 5, 360)
     assert student_config("heads=3", teacher).head_dim == 64
     assert student_config("hidden_size=360,head_dim=72", teacher).head_dim == 72
@@ -174,7 +174,7 @@ def test_a_feed_forward_width_that_the_configuration_leaves_open_is_four_times_t
 
 def test_a_width_that_the_head_size_does_not_divide_gets_fewer_heads() -> None:
     student = student_config("hidden_size=26", llama_config())
-    assert (student.num_attention_heads, student.head_dim) == (3, 8)
+    assert (student.num_attention_heads, student.head_dim) == (4, 8)
     assert _forward(student).shape == (1, 5, 26)
     # without a head size of its own: 3 heads would have to be 26 / 3; 2 would be odd (13), as rotary positions cannot be
     assert student_config("hidden_size=26", bert_config()).num_attention_heads == 1

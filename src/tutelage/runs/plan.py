@@ -84,9 +84,9 @@ class Plan(Record):
 def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None) -> Plan:
     """Blocks, stage map, parameters and predicted FLOPs; both models exist as fake tensors only, without memory.
 
-    Of `options`, `student` and `max_length` are read, and no data; with a `dataset`, the teacher is loaded too and runs over
-    the calibration text, to measure what a student that starts from it keeps. What is not given is as in `distill`; where its steps would
-    follow from the data, 1,000 are assumed. Raises UserError for options that cannot work."""
+    Of `options`, `student` and `max_length` are read, and no data. With a `dataset` the teacher is loaded too and runs over the
+    calibration text, to measure what a student that starts from it keeps. What is not given is as in `distill`; where its
+    steps would follow from the data, 1,000 are assumed. Raises UserError for options that cannot work."""
     options, args = options or RunOptions(), args or CurriculumConfig()
     if args.curriculum_dir is not None:
         raise UserError("a plan is of a live teacher: give teacher and student in place of curriculum_dir")

@@ -62,7 +62,8 @@ class ExtractedTargets(TargetSource):
         if residual and set(widths.values()) != {extracted}:
             raise UserError(
                 f"the extracted curriculum in {str(self.folder.store)!r} was made for a student of width {extracted} that "
-                f"starts from its teacher, but the student has width {width}: leave the student out, or extract again for this one"
+                f"starts from its teacher, but the student has width {width}: leave the student out, or extract "
+                "again for this one"
             )
         transplants = curriculum.transplant_stage is not None
         if transplants and self.folder.identity.head is None:
