@@ -116,7 +116,8 @@ class Uses:
 
             def hook(given: torch.Tensor, made: torch.Tensor, sums: Sums = sums, kind: Any = kind, size: int = size) -> None:
                 if kind == EXPERTS:
-                    sums.add(len(made), load=made.float().softmax(-1).sum(0))
+                    chosen = made.topk(self.layout.teacher_config.num_experts_per_tok).indices
+                    sums.add(len(made), load=chosen.flatten().bincount(minlength=made.shape[-1]))
                 elif kind == QUERIES:
                     heads_NHS = given.float().unflatten(-1, (-1, size))
                     sums.add(len(given), gram=torch.einsum("nhs,nht->hst", heads_NHS, heads_NHS))

@@ -33,7 +33,7 @@ from tutelage.tasks.initialization.families import (
     Norm,
     Tensor,
 )
-from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, gain_of
+from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, gain_of, shared_parameters
 from tutelage.tasks.initialization.selection import WHAT, Kept, kept_entries, kept_heads
 
 
@@ -84,6 +84,7 @@ class _Conversion:
         self.basis = residual_basis(choice.kind, *widths, moment, keeps_mean=keeps_mean, seed=choice.seed)
         self.variance = None if moment is None else kept_variance(moment, self.basis)
         self.final = self.basis
+        self._check_tied()
         self.kept: dict[int | None, Kept] = {}
         self.written: set[int] = set()  # of the student's parameters, by id
         # what readers are multiplied by before they are rotated, and the bias that they take over, by name
@@ -157,6 +158,9 @@ class _Conversion:
         if fit.absent:
             return
         gain_R, bias_R = fit.fitted()
+        if self.layout.feeds_tied(part):  # the head has the embeddings' factor
+            gain_R, bias_R = gain_R / self._embedding_scale(), bias_R / self._embedding_scale()
+            self.final = self.basis / self._embedding_scale()
         self._set(part.student.weight, gain_R - self.layout.family.gain_offset)
         if getattr(part.student, "bias", None) is not None:
             self._set(part.student.bias, bias_R if bias is None else bias_R + bias)
@@ -239,7 +243,7 @@ class _Conversion:
     def _write(self, part: Part) -> None:
         for name, dimensions in self._dimensions(part).items():
             mine, theirs = getattr(part.student, name, None), getattr(part.teacher, name, None)
-            if mine is None:
+            if mine is None or id(mine) in self.written:  # tied
                 continue
             whole = part.name if isinstance(part.rule, Linear) else f"{part.name}.{name}"
             if theirs is None:
@@ -250,7 +254,8 @@ class _Conversion:
             value = self._converted(part, whole, value, dimensions)
             if tuple(value.shape) != tuple(mine.shape):
                 value = self._fitting(whole, value, mine, dimensions)
-            self._set(mine, value * self._embedding_scale(part))
+            embeds = part.block is None and isinstance(part.student, nn.Embedding)
+            self._set(mine, value * self._embedding_scale() if embeds else value)
 
     def _converted(self, part: Part, name: str, value: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
         """A parameter of the teacher in the student's coordinates."""
@@ -290,11 +295,28 @@ class _Conversion:
         result[rows] = value[rows]
         return result
 
-    @staticmethod
-    def _embedding_scale(part: Part) -> float:
-        """What undoes the difference of the factors by which both models multiply their embeddings (Gemma)."""
-        scales = [float(getattr(module, "embed_scale", 1.0)) for module in (part.teacher, part.student)]
-        return scales[0] / scales[1]
+    def _embedding_scale(self) -> float:
+        """What undoes the difference of the factors by which both models multiply their embeddings."""
+        widths = self.basis.shape
+        return (widths[0] / widths[1]) ** 0.5 if self.layout.family.scaled_embeddings else 1.0
+
+    def _check_tied(self) -> None:
+        """UserError where one parameter of the student would have to stand for two of the teacher's, or in two spaces."""
+        spaces: dict[int, tuple[str, ...]] = {}
+        shared = [shared_parameters(model) for model in (self.layout.student, self.layout.teacher)]
+        for part in self.layout.parts:
+            if isinstance(part.rule, Norm):
+                continue
+            for name, dimensions in self._dimensions(part).items():
+                mine, theirs = id(getattr(part.student, name, None)), id(getattr(part.teacher, name, None))
+                if mine not in shared[0]:
+                    continue
+                whole = f"student_init='teacher': {part.name}.{name} of the student shares its values with another module"
+                if theirs not in shared[1]:
+                    raise UserError(f"{whole}, the teacher's does not: set tie_word_embeddings=false for the student")
+                if not self.same and spaces.setdefault(mine, dimensions) != dimensions:
+                    found = "which are in the coordinates of the residual basis, unlike what the output head reads"
+                    raise UserError(f"{whole} (tied embeddings), {found}: set tie_word_embeddings=false for the student")
 
     def _set(self, parameter: Any, value: torch.Tensor) -> None:
         parameter.copy_(value.to(parameter))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Layout:
             found = f"the student's attention heads have {self.student_heads.size} values, the teacher's"
             how = f"set num_attention_heads (or head_dim) so that a head has {self.teacher_heads.size}"
             raise UserError(f"student_init='teacher': {found} {self.teacher_heads.size}: {how}")
+        self.parts = self._parts()
 
     @classmethod
     def of(
@@ -86,16 +87,18 @@ class Layout:
         return cls(student, teacher, block_pairs(counts[0], counts[1], layer_map), container)
 
     def _family(self, model_type: str) -> Family:
-        families = families_of(model_type)
         unknown = ""
-        for family in families:
-            missing = [name for name, rule, *_ in self._walk(family, self.student, self.student_blocks) if rule is None]
+        for family in families_of(model_type):
+            missing = []
+            for model, blocks in ((self.student, self.student_blocks), (self.teacher, self.teacher_blocks)):
+                names = [name for name, rule, *_ in self._walk(family, model, blocks) if rule is None]
+                missing += [f"{name} of a {type(model).__name__}" for name in names]
             if not missing:
                 return family
             unknown = unknown or missing[0]
         raise UserError(
-            f"student_init='teacher' does not know what {unknown} of a {type(self.student).__name__} reads and writes: use "
-            "student_init='random', or describe it with tutelage.register_family (docs/initialization.md)"
+            f"student_init='teacher' does not know what {unknown} reads and writes: use "
+            f"student_init='random', or describe it: register_family({model_type!r}, Family(...)), see {Family.__module__}"
         )
 
     @staticmethod
@@ -116,8 +119,7 @@ class Layout:
                 inner = max(fitting, key=len, default="")
                 yield name, family.outside.get(inner), None, inner
 
-    @cached_property
-    def parts(self) -> list[Part]:
+    def _parts(self) -> list[Part]:
         """Every module of the student that is written."""
         found = []
         for name, rule, block, inner in self._walk(self.family, self.student, self.student_blocks):
@@ -126,7 +128,12 @@ class Layout:
             try:
                 module = self.teacher.get_submodule(theirs)
             except AttributeError:
-                raise UserError(f"student_init='teacher': the teacher has no {theirs}, the student {name}") from None
+                found_names = f"the student has {name}, the teacher no {theirs}"
+                raise UserError(f"student_init='teacher': {found_names}: use a student of the teacher's class") from None
+            weight = getattr(module, "weight", None)
+            if isinstance(rule, Linear) and not (weight is not None and weight.is_floating_point() and weight.itemsize > 1):
+                how = "load the teacher without quantization"
+                raise UserError(f"student_init='teacher': {theirs} of the teacher has no floating-point weight: {how}")
             found.append(Part(name, rule, self.student.get_submodule(name), module, block, inner))
         return found
 
@@ -143,17 +150,27 @@ class Layout:
         if norm.block is not None:
             prefix = self.student_blocks.names[norm.block - 1]
             return [f"{prefix}.{name}" for name in norm.rule.readers]
-        named = dict(self.student.named_parameters(remove_duplicate=False))
-        owners: dict[int, int] = {}
-        for parameter in named.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        found = [part.name for part in self.parts if part.block is None and part.inner in norm.rule.readers]
-        tied = any(owners[id(named[f"{name}.weight"])] > 1 for name in found)
-        return [] if tied else found
+        found = [part for part in self.parts if part.block is None and part.inner in norm.rule.readers]
+        return [] if any(map(self.is_tied, found)) else [part.name for part in found]
+
+    def feeds_tied(self, norm: Part) -> bool:
+        """Whether what reads a norm's output shares its weight with the embeddings."""
+        assert isinstance(norm.rule, Norm)
+        return any(part.block is None and part.inner in norm.rule.readers and self.is_tied(part) for part in self.parts)
+
+    def is_tied(self, part: Part) -> bool:
+        """Whether a map of the student shares its weight with another module."""
+        return id(part.student.weight) in shared_parameters(self.student)
 
     def in_block(self, block: int, reads: str) -> list[Part]:
         """The maps of a block that read a space."""
         return [p for p in self.parts if p.block == block and isinstance(p.rule, Linear) and p.rule.reads == reads]
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Parameters that have several names, by id."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in names.items() if count > 1}
 
 
 def gain_of(norm: nn.Module, family: Family) -> torch.Tensor:
