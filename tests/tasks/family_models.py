@@ -32,11 +32,19 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "gemma2": ("Gemma2", _GEMMA, "ForCausalLM ForSequenceClassification"),
     "gemma3_text": ("Gemma3", _GEMMA, "ForCausalLM"),
     "mixtral": ("Mixtral", {**_MOE, "num_local_experts": 4}, "ForCausalLM ForSequenceClassification"),
-    "qwen3_moe": ("Qwen3Moe", {**_MOE, "num_experts": 4, "moe_intermediate_size": 24}, "ForCausalLM ForSequenceClassification"),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**_MOE, "num_experts": 4, "moe_intermediate_size": 24},
+        "ForCausalLM ForSequenceClassification",
+    ),
     "bert": ("Bert", _ENCODER, "ForSequenceClassification ForMaskedLM"),
     "roberta": ("Roberta", _ENCODER, "ForSequenceClassification ForMaskedLM"),
     "xlm-roberta": ("XLMRoberta", _ENCODER, "ForSequenceClassification ForMaskedLM"),
-    "distilbert": ("DistilBert", {**_DISTILBERT, "max_position_embeddings": POSITIONS}, "ForSequenceClassification ForMaskedLM"),
+    "distilbert": (
+        "DistilBert",
+        {**_DISTILBERT, "max_position_embeddings": POSITIONS},
+        "ForSequenceClassification ForMaskedLM",
+    ),
     "mpnet": ("MPNet", _ENCODER, "ForSequenceClassification ForMaskedLM"),
     "electra": ("Electra", {**_ENCODER, "embedding_size": 32}, "ForSequenceClassification ForMaskedLM"),
     "electra, projected": ("Electra", {**_ENCODER, "embedding_size": 16}, "ForSequenceClassification ForMaskedLM"),
@@ -47,7 +55,6 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
 }
 RMS = list(FAMILIES)[:11]
 POST_NORM = ["bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra", "electra, projected"]
-PRE_LAYER_NORM = ["modernbert", "gpt2", "gpt_neox", "vit"]
 CASES = [(name, head) for name, (_, _, heads) in FAMILIES.items() for head in ("Model", *heads.split())]
 
 
@@ -70,7 +77,11 @@ def make(family: str, head: str = "Model", seed: int = 0, **sizes: Any) -> nn.Mo
     return model
 
 
-_ALIASES = {"hidden_size": "dim n_embd", "num_hidden_layers": "n_layers n_layer", "num_attention_heads": "n_heads n_head"}
+_ALIASES = {
+    "hidden_size": "dim n_embd",
+    "num_hidden_layers": "n_layers n_layer",
+    "num_attention_heads": "n_heads n_head",
+}
 _ALIASES |= {"intermediate_size": "hidden_dim n_inner"}
 
 

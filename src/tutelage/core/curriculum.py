@@ -120,7 +120,9 @@ class Curriculum(Record):
         if self.residual_basis is not None:
             _check_choice("residual_basis", self.residual_basis, BASES)
         if self.projection == RESIDUAL and self.student_init != "teacher":
-            raise UserError("projection='residual' needs a student that was initialised through it: student_init='teacher'")
+            raise UserError(
+                "projection='residual' needs a student that was initialised through it: student_init='teacher'"
+            )
         _check_choice("normalize", self.normalize, NORMALIZE)
         _check_choice("warm_start", self.warm_start, WARM_STARTS)
         if self.temperature <= 0:

@@ -35,7 +35,9 @@ def residual_basis(
         raise UserError(f"{found}: student_init='teacher' needs a student that is not wider; use student_init='random'")
     if kind == "identity":
         if width != teacher_width:
-            found = f"residual_basis='identity' needs equal widths, but the teacher is {teacher_width} wide and the student"
+            found = (
+                f"residual_basis='identity' needs equal widths, but the teacher is {teacher_width} wide and the student"
+            )
             raise UserError(f"{found} {width}: use 'pca'")
         return torch.eye(width)
     count = width - 1 if keeps_mean else width

@@ -114,7 +114,9 @@ class Uses:
             self.sums[part.name] = sums = Sums()
             kind, size = self._kind(part), self.layout.teacher_heads.size
 
-            def hook(given: torch.Tensor, made: torch.Tensor, sums: Sums = sums, kind: Any = kind, size: int = size) -> None:
+            def hook(
+                given: torch.Tensor, made: torch.Tensor, sums: Sums = sums, kind: Any = kind, size: int = size
+            ) -> None:
                 if kind == EXPERTS:
                     chosen = made.topk(self.layout.teacher_config.num_experts_per_tok).indices
                     sums.add(len(made), load=chosen.flatten().bincount(minlength=made.shape[-1]))

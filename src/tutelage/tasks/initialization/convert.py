@@ -14,13 +14,7 @@ from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
 from tutelage.core.probe import evaluating
 from tutelage.core.residual import kept_variance, residual_basis
-from tutelage.tasks.initialization.calibration import (
-    NormFit,
-    Uses,
-    is_transposed,
-    observe_modules,
-    state_moments,
-)
+from tutelage.tasks.initialization.calibration import NormFit, Uses, is_transposed, observe_modules, state_moments
 from tutelage.tasks.initialization.families import (
     EXPERTS,
     HEADS,
@@ -288,7 +282,9 @@ class _Conversion:
         lengths = [(a, b) for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
         only = [space == SAME for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
         if not all(only) or len(lengths) != 1:
-            found = f"{name} is {tuple(mine.shape)} in the student, but {tuple(value.shape)} would come from the teacher"
+            found = (
+                f"{name} is {tuple(mine.shape)} in the student, but {tuple(value.shape)} would come from the teacher"
+            )
             raise UserError(f"student_init='teacher': {found}: change the student's sizes")
         result = mine.detach().double().cpu().clone()
         rows = tuple(slice(0, min(a, b)) for a, b in zip(mine.shape, value.shape, strict=True))
@@ -311,12 +307,16 @@ class _Conversion:
                 mine, theirs = id(getattr(part.student, name, None)), id(getattr(part.teacher, name, None))
                 if mine not in shared[0]:
                     continue
-                whole = f"student_init='teacher': {part.name}.{name} of the student shares its values with another module"
+                whole = (
+                    f"student_init='teacher': {part.name}.{name} of the student shares its values with another module"
+                )
                 if theirs not in shared[1]:
                     raise UserError(f"{whole}, the teacher's does not: set tie_word_embeddings=false for the student")
                 if not self.same and spaces.setdefault(mine, dimensions) != dimensions:
                     found = "which are in the coordinates of the residual basis, unlike what the output head reads"
-                    raise UserError(f"{whole} (tied embeddings), {found}: set tie_word_embeddings=false for the student")
+                    raise UserError(
+                        f"{whole} (tied embeddings), {found}: set tie_word_embeddings=false for the student"
+                    )
 
     def _set(self, parameter: Any, value: torch.Tensor) -> None:
         parameter.copy_(value.to(parameter))

@@ -138,7 +138,9 @@ _MIXTURE = replace(
         "mlp.experts": Tensor(
             {"gate_up_proj": (EXPERTS, f"{NEURONS}+{NEURONS}", STREAM), "down_proj": (EXPERTS, STREAM, NEURONS)}
         ),
-        "post_attention_layernorm": Norm(readers=("mlp.gate", "mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj")),
+        "post_attention_layernorm": Norm(
+            readers=("mlp.gate", "mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj")
+        ),
     },
 )
 _BERT = Family(
@@ -282,7 +284,9 @@ _VIT = Family(
 _VIT_5_3 = replace(  # the names of transformers 5.3
     _VIT,
     block={
-        **_attention("attention.attention.query attention.attention.key attention.attention.value attention.output.dense"),
+        **_attention(
+            "attention.attention.query attention.attention.key attention.attention.value attention.output.dense"
+        ),
         **_feed_forward("intermediate.dense output.dense"),
         "layernorm_before": Norm(readers=tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))),
         "layernorm_after": Norm(readers=("intermediate.dense",)),

@@ -16,7 +16,14 @@ from tutelage.core.inputs import text_config
 from tutelage.tasks.initialization.families import Family, Linear, Norm, Rule, families_of
 
 # fields of a configuration that decide what the weights mean
-_EQUAL = ("hidden_act", "hidden_activation", "activation_function", "activation", "partial_rotary_factor", "num_experts_per_tok")
+_EQUAL = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "activation",
+    "partial_rotary_factor",
+    "num_experts_per_tok",
+)
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,13 @@ class Layout:
                 module = self.teacher.get_submodule(theirs)
             except AttributeError:
                 found_names = f"the student has {name}, the teacher no {theirs}"
-                raise UserError(f"student_init='teacher': {found_names}: use a student of the teacher's class") from None
+                raise UserError(
+                    f"student_init='teacher': {found_names}: use a student of the teacher's class"
+                ) from None
             weight = getattr(module, "weight", None)
-            if isinstance(rule, Linear) and not (weight is not None and weight.is_floating_point() and weight.itemsize > 1):
+            if isinstance(rule, Linear) and not (
+                weight is not None and weight.is_floating_point() and weight.itemsize > 1
+            ):
                 how = "load the teacher without quantization"
                 raise UserError(f"student_init='teacher': {theirs} of the teacher has no floating-point weight: {how}")
             found.append(Part(name, rule, self.student.get_submodule(name), module, block, inner))
@@ -199,14 +210,16 @@ def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[
     Raises UserError for a student that is deeper than its teacher."""
     if student_blocks > teacher_blocks:
         found = f"the student has {student_blocks} blocks, the teacher {teacher_blocks}"
-        raise UserError(f"{found}: student_init='teacher' needs a student that is not deeper; use student_init='random'")
+        raise UserError(
+            f"{found}: student_init='teacher' needs a student that is not deeper; use student_init='random'"
+        )
     known = {0: 0, student_blocks: teacher_blocks}
     known |= {mine: theirs for mine, theirs in pairs if isinstance(mine, int) and isinstance(theirs, int)}
     found_blocks = []
     for block in range(1, student_blocks + 1):
         below, above = max(p for p in known if p < block), min(p for p in known if p >= block)
         part = (block - below) / (above - below)
-        found_blocks.append(round(known[below] + part * (known[above] - known[below])))
+        found_blocks.append(max(1, round(known[below] + part * (known[above] - known[below]))))
     return found_blocks
 
 
