@@ -51,7 +51,7 @@ def residual_basis(
         moment = moment_DD.double()
         if keeps_mean:
             moment = _centred(_centred(moment).T)
-        found_DR = fastest(lambda each: torch.linalg.eigh(each)[1][:, -count:].flip(1), moment)
+        found_DR = fastest(lambda each: torch.linalg.eigh(each)[1].flip(1)[:, :count], moment)
     if keeps_mean:
         found_DR = torch.cat([found_DR, torch.full((teacher_width, 1), teacher_width**-0.5).double()], dim=1)
         found_DR = found_DR @ _last_to_mean(width)

@@ -14,7 +14,14 @@ from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
 from tutelage.core.probe import evaluating
 from tutelage.core.residual import kept_variance, residual_basis
-from tutelage.tasks.initialization.calibration import NormFit, Uses, is_transposed, observe_modules, state_moments
+from tutelage.tasks.initialization.calibration import (
+    NormFit,
+    Uses,
+    is_transposed,
+    matrix_of,
+    observe_modules,
+    state_moments,
+)
 from tutelage.tasks.initialization.families import (
     EXPERTS,
     HEADS,
@@ -27,7 +34,7 @@ from tutelage.tasks.initialization.families import (
     Norm,
     Tensor,
 )
-from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, gain_of, shared_parameters
+from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, shared_parameters
 from tutelage.tasks.initialization.selection import WHAT, Kept, kept_entries, kept_heads
 
 
@@ -123,41 +130,45 @@ class _Conversion:
 
     def _write_norm(self, part: Part, fit: NormFit | None) -> None:
         assert isinstance(part.rule, Norm)
+        absent = isinstance(part.student, nn.Identity)
+        if isinstance(part.teacher, nn.Identity):
+            if absent:
+                return
+            raise UserError(
+                f"student_init='teacher': the student has a norm {part.name}, the teacher none: change the layer map"
+            )
         if fit is None:  # equal widths: the teacher's own
-            if not isinstance(part.student, nn.Identity):
-                for name, parameter in part.student.named_parameters():
-                    self._set(parameter, getattr(part.teacher, name))
+            for name, parameter in part.student.named_parameters():
+                self._set(parameter, self._theirs(part, name))
             return
-        teacher_bias, readers = bias_of(part.teacher), self.layout.readers(part) if part.rule.readers else []
-        scale = 1.0
-        if fit.absent:
-            scale = fit.scale()
-        elif isinstance(part.teacher, nn.Identity):
-            raise UserError(f"student_init='teacher': the teacher has no norm {part.name}, the student has")
+        extra_R = None
         if fit.branch:
             self.writer_gains[self._beside(part, str(part.rule.writer))] = fit.teacher_gain
         elif fit.folded:
-            for name in readers:
-                self.gains[name] = fit.teacher_gain * scale
-        bias = None
-        if fit.folded and not fit.branch and teacher_bias is not None:
-            modules = [self._module(name) for name in readers]
-            if all(getattr(module, "bias", None) is not None for module in modules):
-                self.shifts |= dict.fromkeys(readers, teacher_bias)
-            else:
-                bias = self._encoded(torch.where(fit.teacher_gain == 0, 0.0, teacher_bias / fit.teacher_gain))
-        if part.block is None and fit.folded and not fit.branch:
-            gain = torch.where(fit.teacher_gain.abs() < 1e-12, torch.inf, fit.teacher_gain)
-            self.final = (self.basis.double() / gain[:, None]).float()
-        if fit.absent:
+            extra_R = self._fold(part, fit, fit.scale() if absent else 1.0)
+        if absent:
             return
         gain_R, bias_R = fit.fitted()
         if self.layout.feeds_tied(part):  # the head has the embeddings' factor
             gain_R, bias_R = gain_R / self._embedding_scale(), bias_R / self._embedding_scale()
             self.final = self.basis / self._embedding_scale()
         self._set(part.student.weight, gain_R - self.layout.family.gain_offset)
-        if getattr(part.student, "bias", None) is not None:
-            self._set(part.student.bias, bias_R if bias is None else bias_R + bias)
+        if bias_of(part.student) is not None:
+            self._set(part.student.bias, bias_R if extra_R is None else bias_R + extra_R)
+
+    def _fold(self, part: Part, fit: NormFit, scale: float) -> torch.Tensor | None:
+        """Leave a norm's gain and bias to its readers; what its bias gets where one of them has none, (R,)."""
+        readers = self.layout.readers(part)
+        self.gains |= dict.fromkeys(readers, fit.teacher_gain * scale)
+        if part.block is None:
+            gain = torch.where(fit.teacher_gain.abs() < 1e-12, torch.inf, fit.teacher_gain)
+            self.final = (self.basis.double() / gain[:, None]).float()
+        if (bias_D := bias_of(part.teacher)) is None:
+            return None
+        if all(bias_of(self._module(name)) is not None for name in readers):
+            self.shifts |= dict.fromkeys(readers, bias_D)
+            return None
+        return self._encoded(torch.where(fit.teacher_gain == 0, 0.0, bias_D / fit.teacher_gain))
 
     def _beside(self, part: Part, name: str) -> str:
         assert part.block is not None
@@ -236,13 +247,11 @@ class _Conversion:
 
     def _write(self, part: Part) -> None:
         for name, dimensions in self._dimensions(part).items():
-            mine, theirs = getattr(part.student, name, None), getattr(part.teacher, name, None)
+            mine = getattr(part.student, name, None)
             if mine is None or id(mine) in self.written:  # tied
                 continue
             whole = part.name if isinstance(part.rule, Linear) else f"{part.name}.{name}"
-            if theirs is None:
-                raise UserError(f"student_init='teacher': the teacher has no {whole}, the student has")
-            value = theirs.detach().double().cpu()
+            value = self._theirs(part, name)
             if name == "bias" and part.name in self.shifts:
                 value = value + self._shift(part)
             value = self._converted(part, whole, value, dimensions)
@@ -250,6 +259,15 @@ class _Conversion:
                 value = self._fitting(whole, value, mine, dimensions)
             embeds = part.block is None and isinstance(part.student, nn.Embedding)
             self._set(mine, value * self._embedding_scale() if embeds else value)
+
+    @staticmethod
+    def _theirs(part: Part, name: str) -> torch.Tensor:
+        """A parameter of the teacher, float64 on the CPU."""
+        value = getattr(part.teacher, name, None)
+        if value is None:
+            found = f"the student has a {name} in {part.name}, the teacher none"
+            raise UserError(f"student_init='teacher': {found}: use a student with the configuration of its teacher")
+        return value.detach().double().cpu()
 
     def _converted(self, part: Part, name: str, value: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
         """A parameter of the teacher in the student's coordinates."""
@@ -272,9 +290,7 @@ class _Conversion:
 
     def _shift(self, part: Part) -> torch.Tensor:
         """What the bias of a folded norm adds to a reader's own."""
-        weight: Any = part.teacher.weight
-        weight = weight.detach().double().cpu()
-        return self.shifts[part.name] @ (weight if is_transposed(part.teacher) else weight.T)
+        return matrix_of(part.teacher) @ self.shifts[part.name]
 
     @staticmethod
     def _fitting(name: str, value: torch.Tensor, mine: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:

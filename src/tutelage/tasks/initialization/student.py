@@ -11,7 +11,7 @@ from tutelage.core.moments import Moments
 from tutelage.tasks.base import Task
 from tutelage.tasks.initialization.convert import BasisChoice, Initialized, initialize
 from tutelage.tasks.initialization.families import STREAM, Linear, Norm
-from tutelage.tasks.initialization.layout import Batches, Layout, block_pairs, gain_of
+from tutelage.tasks.initialization.layout import Batches, Layout, gain_of
 
 __all__ = ["Initialized", "check_start", "start_student"]
 _ROWS = 4096  # of an output head, that are multiplied at a time
