@@ -219,6 +219,32 @@ def test_experts_that_the_router_never_chooses_are_dropped(family: str) -> None:
     assert started.kept["experts"] == (3, 4)
 
 
+def test_an_expert_that_only_padding_chooses_is_dropped() -> None:
+    teacher, student = make("mixtral", "ForCausalLM"), make("mixtral", "ForCausalLM", 1, num_local_experts=3)
+    embeddings = teacher.get_parameter("model.embed_tokens.weight")
+    with torch.no_grad():
+        embeddings.add_(5.0)[0] -= 10.0
+        for block in (0, 1):
+            teacher.get_parameter(f"model.layers.{block}.mlp.gate.weight")[1] = -100.0
+    batch = inputs("mixtral", count=8)
+    batch["attention_mask"][:, 2:] = 0
+    batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
+    initialize(Layout.of(student, teacher), [batch], BasisChoice("identity"))
+    torch.testing.assert_close(outputs(student, "mixtral"), outputs(teacher, "mixtral"), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_neurons_of_experts_without_effect_are_dropped(family: str) -> None:
+    size = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
+    teacher, student = make(family, "ForCausalLM", **{size: 48}), make(family, "ForCausalLM", 1, **{size: 32})
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if name.endswith("experts.down_proj"):
+                parameter[..., ::3] = 0.0
+    start(student, teacher, family, "identity")
+    torch.testing.assert_close(outputs(student, family), outputs(teacher, family), rtol=0, atol=1e-9)
+
+
 # ---- Tied embeddings, tables of other lengths, layer maps ----
 
 

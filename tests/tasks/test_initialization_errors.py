@@ -119,6 +119,23 @@ def test_a_quantized_teacher_is_refused() -> None:
         start(make("llama"), teacher)
 
 
+def test_an_offloaded_teacher_is_refused() -> None:
+    teacher = make("llama")
+    teacher.get_submodule("layers.0.mlp").to("meta")
+    with pytest.raises(
+        UserError, match=r"mlp.gate_proj of the teacher is offloaded or sharded: load the whole model on one"
+    ):
+        start(make("llama"), teacher)
+
+
+def test_adapters_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), make("llama"))
+    for models in ((make("llama"), adapted), (adapted, make("llama"))):
+        with pytest.raises(UserError, match=r"does not know what layers.0.self_attn.q_proj.base_layer of a LlamaModel"):
+            start(*models)
+
+
 def test_a_module_that_no_table_describes_is_named() -> None:
     for models in ((make("llama"), make("llama")), (make("llama"), make("llama"))[::-1]):
         models[0].get_submodule("layers.1.mlp").adapter = nn.Linear(2, 2)

@@ -72,20 +72,19 @@ def initialize(layout: Layout, batches: Batches, choice: BasisChoice) -> Initial
 class _Conversion:
     def __init__(self, layout: Layout, batches: Batches, choice: BasisChoice):
         self.layout, self.batches, self.choice = layout, batches, choice
-        widths = [int(config.hidden_size) for config in (layout.teacher_config, layout.student_config)]
         self.same = choice.kind == "identity"
-        places: list[Place] = [0, *layout.pairs]
+        self._check_tied()
         moment = None
         if choice.kind in ("pca", "logits"):
-            moments = state_moments(layout, batches, places)
+            moments = state_moments(layout, batches, [0, *layout.pairs])
             if choice.gram_DD is not None:
                 moments[-1] = _weighed(moments[-1], choice.gram_DD)
             moment = torch.stack(moments).sum(0)
+        theirs, mine = int(layout.teacher_config.hidden_size), int(layout.student_config.hidden_size)
         keeps_mean = not layout.family.rms
-        self.basis = residual_basis(choice.kind, *widths, moment, keeps_mean=keeps_mean, seed=choice.seed)
+        self.basis = residual_basis(choice.kind, theirs, mine, moment, keeps_mean=keeps_mean, seed=choice.seed)
         self.variance = None if moment is None else kept_variance(moment, self.basis)
         self.final = self.basis
-        self._check_tied()
         self.kept: dict[int | None, Kept] = {}
         self.written: set[int] = set()  # of the student's parameters, by id
         # what readers are multiplied by before they are rotated, and the bias that they take over, by name
@@ -124,7 +123,7 @@ class _Conversion:
             if absent and isinstance(part.teacher, nn.Identity):
                 continue
             if not self.same or absent:
-                folded = part.rule.writer is not None or bool(part.rule.readers and self.layout.readers(part))
+                folded = part.rule.writer is not None or bool(self.layout.readers(part))
                 found[part.name] = NormFit(part, self.layout, self.basis, folded)
         return found
 
@@ -200,11 +199,9 @@ class _Conversion:
         if layout.family.same_heads:
             outside.entries[HEADS] = self.kept[1].entries[HEADS]
         self._choose_entries(outside, POOLED, None, uses)
-        pooled = [p for p in layout.parts if p.block is None and isinstance(p.rule, Linear) and p.rule.reads == POOLED]
-        if pooled and len(pooled[-1].student.weight.shape) == 2:
-            entries = outside.entries[POOLED]
-            width = pooled[-1].teacher.weight.shape[1]
-            self.final = torch.eye(int(width))[:, entries]
+        if any(isinstance(part.rule, Linear) and part.rule.reads == POOLED for part in layout.parts):
+            _, width = self._sizes(POOLED, None) or (0, 0)
+            self.final = torch.eye(width)[:, outside.entries[POOLED]]  # the head reads a hidden layer of its own
 
     def _choose_entries(self, kept: Kept, space: str, block: int | None, uses: Uses) -> None:
         sizes = self._sizes(space, block)

@@ -139,13 +139,10 @@ class Layout:
                 raise UserError(
                     f"student_init='teacher': {found_names}: use a student of the teacher's class"
                 ) from None
-            weight = getattr(module, "weight", None)
-            if isinstance(rule, Linear) and not (
-                weight is not None and weight.is_floating_point() and weight.itemsize > 1
-            ):
-                how = "load the teacher without quantization"
-                raise UserError(f"student_init='teacher': {theirs} of the teacher has no floating-point weight: {how}")
-            found.append(Part(name, rule, self.student.get_submodule(name), module, block, inner))
+            mine = self.student.get_submodule(name)
+            _check_weights(mine, rule, f"{name} of the student")
+            _check_weights(module, rule, f"{theirs} of the teacher")
+            found.append(Part(name, rule, mine, module, block, inner))
         return found
 
     def teacher_name(self, name: str, block: int | None) -> str:
@@ -161,21 +158,29 @@ class Layout:
         if norm.block is not None:
             prefix = self.student_blocks.names[norm.block - 1]
             return [f"{prefix}.{name}" for name in norm.rule.readers]
-        found = [part for part in self.parts if part.block is None and part.inner in norm.rule.readers]
-        return [] if any(map(self.is_tied, found)) else [part.name for part in found]
+        return [] if self.feeds_tied(norm) else [part.name for part in self._heads(norm)]
 
     def feeds_tied(self, norm: Part) -> bool:
         """Whether what reads a norm's output shares its weight with the embeddings."""
+        shared = shared_parameters(self.student)
+        return any(id(part.student.weight) in shared for part in self._heads(norm))
+
+    def _heads(self, norm: Part) -> list[Part]:
+        """The output heads that read a norm."""
         assert isinstance(norm.rule, Norm)
-        return any(part.block is None and part.inner in norm.rule.readers and self.is_tied(part) for part in self.parts)
+        outside = [part for part in self.parts if part.block is None]
+        return [part for part in outside if norm.block is None and part.inner in norm.rule.readers]
 
-    def is_tied(self, part: Part) -> bool:
-        """Whether a map of the student shares its weight with another module."""
-        return id(part.student.weight) in shared_parameters(self.student)
 
-    def in_block(self, block: int, reads: str) -> list[Part]:
-        """The maps of a block that read a space."""
-        return [p for p in self.parts if p.block == block and isinstance(p.rule, Linear) and p.rule.reads == reads]
+def _check_weights(module: nn.Module, rule: Rule, name: str) -> None:
+    """UserError for parameters that are not floating-point numbers in this process's memory."""
+    parameters = list(module.parameters(recurse=False))
+    lacking = isinstance(rule, Linear) and not isinstance(getattr(module, "weight", None), nn.Parameter)
+    if lacking or any(not p.is_floating_point() or p.itemsize == 1 for p in parameters):
+        how = "load the model without quantization, and merge adapters"
+        raise UserError(f"student_init='teacher': {name} has no floating-point weight: {how}")
+    if any(p.is_meta or hasattr(p, "device_mesh") for p in parameters):
+        raise UserError(f"student_init='teacher': {name} is offloaded or sharded: load the whole model on one device")
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
@@ -198,7 +203,7 @@ def bias_of(module: nn.Module) -> torch.Tensor | None:
 
 def normalized(hidden: torch.Tensor, norm: nn.Module, family: Family) -> torch.Tensor:
     """What `norm` makes of states (N, D) before its gain and bias."""
-    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
+    eps: Any = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
     if not family.rms:
         hidden = hidden - hidden.mean(-1, keepdim=True)
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
