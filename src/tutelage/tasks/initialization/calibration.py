@@ -187,8 +187,7 @@ class NormFit:
         self.part, self.family, self.folded = part, layout.family, folded
         self.basis_DR, self.sums = basis_DR, Sums()
         self.absent = isinstance(part.student, nn.Identity)  # a norm that only the teacher has
-        known = not isinstance(part.teacher, nn.Identity)
-        self.teacher_gain = gain_of(part.teacher, self.family) if known else torch.ones(len(basis_DR)).double()
+        self.teacher_gain = gain_of(part.teacher, self.family)
         self.branch = part.rule.writer is not None
 
     def hook(self, given_ND: torch.Tensor, made_ND: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
 from tutelage.core.probe import evaluating
-from tutelage.core.residual import kept_variance, residual_basis
+from tutelage.core.residual import check_basis, kept_variance, residual_basis
 from tutelage.tasks.initialization.calibration import (
     NormFit,
     Uses,
@@ -62,44 +62,52 @@ class Initialized:
         return self.final_DR if place == FINAL else self.basis_DR
 
 
+def check_sizes(layout: Layout, basis: str) -> None:
+    """UserError for a student that cannot be written from its teacher through a basis of this kind."""
+    _Conversion(layout, BasisChoice(basis))
+
+
 @torch.no_grad()
 def initialize(layout: Layout, batches: Batches, choice: BasisChoice) -> Initialized:
     """Write the student's weights from the teacher's, which runs over calibration batches (model inputs) twice."""
     with evaluating(layout.teacher):
-        return _Conversion(layout, batches, choice).run()
+        return _Conversion(layout, choice).run(batches)
 
 
 class _Conversion:
-    def __init__(self, layout: Layout, batches: Batches, choice: BasisChoice):
-        self.layout, self.batches, self.choice = layout, batches, choice
+    basis: torch.Tensor  # (D, R), as `final`
+    final: torch.Tensor
+
+    def __init__(self, layout: Layout, choice: BasisChoice):
+        self.layout, self.choice = layout, choice
         self.same = choice.kind == "identity"
-        self._check_tied()
-        moment = None
-        if choice.kind in ("pca", "logits"):
-            moments = state_moments(layout, batches, [0, *layout.pairs])
-            if choice.gram_DD is not None:
-                moments[-1] = _weighed(moments[-1], choice.gram_DD)
-            moment = torch.stack(moments).sum(0)
-        theirs, mine = int(layout.teacher_config.hidden_size), int(layout.student_config.hidden_size)
-        keeps_mean = not layout.family.rms
-        self.basis = residual_basis(choice.kind, theirs, mine, moment, keeps_mean=keeps_mean, seed=choice.seed)
-        self.variance = None if moment is None else kept_variance(moment, self.basis)
-        self.final = self.basis
+        self.widths = int(layout.teacher_config.hidden_size), int(layout.student_config.hidden_size)
         self.kept: dict[int | None, Kept] = {}
         self.written: set[int] = set()  # of the student's parameters, by id
         # what readers are multiplied by before they are rotated, and the bias that they take over, by name
         self.gains: dict[str, torch.Tensor] = {}
         self.shifts: dict[str, torch.Tensor] = {}
         self.writer_gains: dict[str, torch.Tensor] = {}
+        check_basis(choice.kind, *self.widths)
+        self._check_tied()
+        self._choose(None)  # of any use: whether there are as many as the student has
 
-    def run(self) -> Initialized:
-        layout = self.layout
+    def run(self, batches: Batches) -> Initialized:
+        layout, choice = self.layout, self.choice
+        moment = None
+        if choice.kind in ("pca", "logits"):
+            moments = state_moments(layout, batches, [0, *layout.pairs])
+            if choice.gram_DD is not None:
+                moments[-1] = _weighed(moments[-1], choice.gram_DD)
+            moment = torch.stack(moments).sum(0)
+        keeps_mean = not layout.family.rms
+        self.basis = residual_basis(choice.kind, *self.widths, moment, keeps_mean=keeps_mean, seed=choice.seed)
+        self.final = self.basis
         uses, fits = Uses(layout, self.basis), self._norm_fits()
         hooks = uses.hooks()
         for fit in fits.values():
-            if not isinstance(fit.part.teacher, nn.Identity):
-                hooks.setdefault(fit.part.teacher, []).append(fit.hook)
-        observe_modules(layout, self.batches, hooks)
+            hooks.setdefault(fit.part.teacher, []).append(fit.hook)
+        observe_modules(layout, batches, hooks)
         self._choose(uses)
         for part in layout.parts:
             if isinstance(part.rule, Norm):
@@ -109,7 +117,8 @@ class _Conversion:
                 self._write(part)
         left = [name for name, p in layout.student.named_parameters() if id(p) not in self.written]
         assert not left, f"{left[0]} was not written"
-        return Initialized(self.basis, self.final, layout.pairs, self.variance, self._counts())
+        variance = None if moment is None else kept_variance(moment, self.basis)
+        return Initialized(self.basis, self.final, layout.pairs, variance, self._counts())
 
     # ---- Norms ----
 
@@ -119,10 +128,9 @@ class _Conversion:
         for part in self.layout.parts:
             if not isinstance(part.rule, Norm):
                 continue
-            absent = isinstance(part.student, nn.Identity)
-            if absent and isinstance(part.teacher, nn.Identity):
+            if isinstance(part.teacher, nn.Identity):
                 continue
-            if not self.same or absent:
+            if not self.same or isinstance(part.student, nn.Identity):
                 folded = part.rule.writer is not None or bool(self.layout.readers(part))
                 found[part.name] = NormFit(part, self.layout, self.basis, folded)
         return found
@@ -181,18 +189,18 @@ class _Conversion:
 
     # ---- Choice of heads, neurons, experts ----
 
-    def _choose(self, uses: Uses) -> None:
+    def _choose(self, uses: Uses | None) -> None:
         layout = self.layout
         sizes = layout.teacher_heads, layout.student_heads
         numbers = range(1, len(layout.student_blocks) + 1)
-        heads = {block: uses.of(QUERIES, block) for block in numbers}
+        heads = {block: torch.ones(sizes[0].heads) for block in numbers}
+        if uses is not None:
+            heads |= {block: use for block in numbers if (use := uses.of(QUERIES, block)) is not None}
         if layout.family.same_heads:
-            total = torch.stack([use for use in heads.values() if use is not None]).sum(0)
-            heads = dict.fromkeys(numbers, total)
+            heads = dict.fromkeys(numbers, torch.stack(list(heads.values())).sum(0))
         for block in numbers:
             kept = self.kept[block] = Kept(sizes)
-            use = heads[block]
-            kept.set_heads(*kept_heads(torch.ones(sizes[0].heads) if use is None else use, *sizes))
+            kept.set_heads(*kept_heads(heads[block], *sizes))
             for space in (NEURONS, EXPERTS):
                 self._choose_entries(kept, space, block, uses)
         outside = self.kept[None] = Kept(sizes)
@@ -203,10 +211,11 @@ class _Conversion:
             _, width = self._sizes(POOLED, None) or (0, 0)
             self.final = torch.eye(width)[:, outside.entries[POOLED]]  # the head reads a hidden layer of its own
 
-    def _choose_entries(self, kept: Kept, space: str, block: int | None, uses: Uses) -> None:
+    def _choose_entries(self, kept: Kept, space: str, block: int | None, uses: Uses | None) -> None:
         sizes = self._sizes(space, block)
         if sizes is not None:
-            kept.entries[space] = kept_entries(uses.of(space, block), *sizes, WHAT[space])
+            use = None if uses is None else uses.of(space, block)
+            kept.entries[space] = kept_entries(use, *sizes, WHAT[space])
 
     def _sizes(self, space: str, block: int | None) -> tuple[int, int] | None:
         """Entries of a space in the student and in the teacher, from the shapes of the weights that have it."""
@@ -306,8 +315,8 @@ class _Conversion:
 
     def _embedding_scale(self) -> float:
         """What undoes the difference of the factors by which both models multiply their embeddings."""
-        widths = self.basis.shape
-        return (widths[0] / widths[1]) ** 0.5 if self.layout.family.scaled_embeddings else 1.0
+        theirs, mine = self.widths
+        return (theirs / mine) ** 0.5 if self.layout.family.scaled_embeddings else 1.0
 
     def _check_tied(self) -> None:
         """UserError where one parameter of the student would have to stand for two of the teacher's, or in two spaces."""

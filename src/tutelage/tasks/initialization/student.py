@@ -9,7 +9,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.moments import Moments
 from tutelage.tasks.base import Task
-from tutelage.tasks.initialization.convert import BasisChoice, Initialized, initialize
+from tutelage.tasks.initialization.convert import BasisChoice, Initialized, check_sizes, initialize
 from tutelage.tasks.initialization.families import STREAM, Linear, Norm
 from tutelage.tasks.initialization.layout import Batches, Layout, gain_of
 
@@ -21,8 +21,15 @@ def check_start(
     student: nn.Module, teacher: nn.Module, task: Task, curriculum: Curriculum, container: str | None = None
 ) -> Layout:
     """How the weights of teacher and student correspond; UserError for a pair that cannot be initialised so."""
-    mine, theirs = task.backbone(student), task.backbone(teacher)
-    return Layout.of(mine, theirs, [(s.student_place, s.teacher_place) for s in curriculum.hidden_stages], container)
+    pairs = [(s.student_place, s.teacher_place) for s in curriculum.hidden_stages]
+    layout = Layout.of(task.backbone(student), task.backbone(teacher), pairs, container)
+    check_sizes(layout, _basis(layout, curriculum))
+    return layout
+
+
+def _basis(layout: Layout, curriculum: Curriculum) -> str:
+    same = layout.student_config.hidden_size == layout.teacher_config.hidden_size
+    return curriculum.residual_basis or ("identity" if same else "pca")
 
 
 def start_student(
@@ -35,8 +42,7 @@ def start_student(
 ) -> Initialized:
     """Write all weights of `student` from those of `teacher`; `batches` are calibration batches on the teacher's device."""
     layout = check_start(student, teacher, task, curriculum, container)
-    same = layout.student_config.hidden_size == layout.teacher_config.hidden_size
-    kind = curriculum.residual_basis or ("identity" if same else "pca")
+    kind = _basis(layout, curriculum)
     gram = _gram(layout, task.output_head(teacher)) if kind == "logits" else None
     started = initialize(layout, batches, BasisChoice(kind, curriculum.projection_seed, gram))
     if not task.splits_head and (head := task.output_head(student)) is not None:
