@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.tasks.family_models import CASES, FAMILIES, POST_NORM, RMS, inputs, make, outputs
-from tutelage.core.blocks import FINAL, find_blocks
+from tutelage.core.blocks import FINAL, find_blocks, head_module
 from tutelage.core.forward import observe
 from tutelage.tasks.initialization.convert import BasisChoice, Initialized, initialize
 from tutelage.tasks.initialization.layout import Layout, block_pairs
@@ -39,9 +39,9 @@ def narrower(family: str) -> dict[str, Any]:
 def block_states(model: nn.Module, family: str, places: list[Any]) -> list[torch.Tensor]:
     """States at places, (N, D), at non-padding positions."""
     batch = inputs(family, seed=2)
-    states = observe(model, places, batch).states
+    states = observe(model, places, batch, head=head_module(model)).states
     mask = batch.get("attention_mask")
-    return [states[place].flatten(0, 1) if mask is None else states[place][mask.bool()] for place in places]
+    return [s[mask.bool()] if mask is not None and s.dim() == 3 else s.flatten(0, -2) for s in map(states.get, places)]
 
 
 def make_commuting(model: nn.Module, family: str) -> None:
@@ -80,9 +80,10 @@ def test_a_square_rotation_of_the_residual_stream_changes_no_output(family: str,
     started = start(student, teacher, family, basis)
     expected = outputs(teacher, family)
     torch.testing.assert_close(outputs(student, family), expected, rtol=0, atol=2e-5 * float(expected.std()))
-    places = list(range(len(started.blocks) + 1))
-    for hidden_ND, mine_ND in zip(*(block_states(model, family, places) for model in (teacher, student)), strict=True):
-        expected = hidden_ND @ started.basis_DR.double()
+    places = [0, 1, 2, FINAL]
+    states = (block_states(model, family, places) for model in (teacher, student))
+    for place, hidden_ND, mine_ND in zip(places, *states, strict=True):
+        expected = hidden_ND @ started.matrix(place).double()
         torch.testing.assert_close(mine_ND, expected, rtol=0, atol=3e-5 * float(expected.std()))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.core.blocks import FINAL, Place
+from tutelage.core.blocks import FINAL, Place, head_module
 from tutelage.core.errors import UserError
 from tutelage.core.probe import evaluating
 from tutelage.core.residual import check_basis, kept_variance, residual_basis
@@ -75,8 +75,7 @@ def initialize(layout: Layout, batches: Batches, choice: BasisChoice) -> Initial
 
 
 class _Conversion:
-    basis: torch.Tensor  # (D, R), as `final`
-    final: torch.Tensor
+    basis: torch.Tensor  # Q, (D, R)
 
     def __init__(self, layout: Layout, choice: BasisChoice):
         self.layout, self.choice = layout, choice
@@ -88,6 +87,9 @@ class _Conversion:
         self.gains: dict[str, torch.Tensor] = {}
         self.shifts: dict[str, torch.Tensor] = {}
         self.writer_gains: dict[str, torch.Tensor] = {}
+        self.head_gain = torch.ones(
+            self.widths[0]
+        ).double()  # what the head reads is the teacher's after Q, divided by this
         check_basis(choice.kind, *self.widths)
         self._check_tied()
         self._choose(None)  # of any use: whether there are as many as the student has
@@ -102,7 +104,6 @@ class _Conversion:
             moment = torch.stack(moments).sum(0)
         keeps_mean = not layout.family.rms
         self.basis = residual_basis(choice.kind, *self.widths, moment, keeps_mean=keeps_mean, seed=choice.seed)
-        self.final = self.basis
         uses, fits = Uses(layout, self.basis), self._norm_fits()
         hooks = uses.hooks()
         for fit in fits.values():
@@ -118,7 +119,19 @@ class _Conversion:
         left = [name for name, p in layout.student.named_parameters() if id(p) not in self.written]
         assert not left, f"{left[0]} was not written"
         variance = None if moment is None else kept_variance(moment, self.basis)
-        return Initialized(self.basis, self.final, layout.pairs, variance, self._counts())
+        return Initialized(self.basis, self._final(), layout.pairs, variance, self._counts())
+
+    def _final(self) -> torch.Tensor:
+        """What maps the state that enters the teacher's output head to the student's, (width, width)."""
+        head = head_module(self.layout.student)
+        part = next((part for part in self.layout.parts if part.student is head), None)
+        if (
+            part is not None and isinstance(part.rule, Linear) and part.rule.reads != STREAM
+        ):  # a hidden layer of its own
+            reads = part.rule.reads
+            width = matrix_of(part.teacher).shape[1]
+            return torch.eye(width) if reads == SAME else torch.eye(width)[:, self.kept[None].entries[reads]]
+        return (self.basis.double() / self.head_gain[:, None]).float()
 
     # ---- Norms ----
 
@@ -158,7 +171,7 @@ class _Conversion:
         gain_R, bias_R = fit.fitted()
         if self.layout.feeds_tied(part):  # the head has the embeddings' factor
             gain_R, bias_R = gain_R / self._embedding_scale(), bias_R / self._embedding_scale()
-            self.final = self.basis / self._embedding_scale()
+            self.head_gain *= self._embedding_scale()
         self._set(part.student.weight, gain_R - self.layout.family.gain_offset)
         if bias_of(part.student) is not None:
             self._set(part.student.bias, bias_R if extra_R is None else bias_R + extra_R)
@@ -168,11 +181,10 @@ class _Conversion:
         readers = self.layout.readers(part)
         self.gains |= dict.fromkeys(readers, fit.teacher_gain * scale)
         if part.block is None:
-            gain = torch.where(fit.teacher_gain.abs() < 1e-12, torch.inf, fit.teacher_gain)
-            self.final = (self.basis.double() / gain[:, None]).float()
+            self.head_gain = torch.where(fit.teacher_gain.abs() < 1e-12, torch.inf, fit.teacher_gain)
         if (bias_D := bias_of(part.teacher)) is None:
             return None
-        if all(bias_of(self._module(name)) is not None for name in readers):
+        if part.block is not None and all(bias_of(self._module(name)) is not None for name in readers):
             self.shifts |= dict.fromkeys(readers, bias_D)
             return None
         return self._encoded(torch.where(fit.teacher_gain == 0, 0.0, bias_D / fit.teacher_gain))
@@ -207,9 +219,6 @@ class _Conversion:
         if layout.family.same_heads:
             outside.entries[HEADS] = self.kept[1].entries[HEADS]
         self._choose_entries(outside, POOLED, None, uses)
-        if any(isinstance(part.rule, Linear) and part.rule.reads == POOLED for part in layout.parts):
-            _, width = self._sizes(POOLED, None) or (0, 0)
-            self.final = torch.eye(width)[:, outside.entries[POOLED]]  # the head reads a hidden layer of its own
 
     def _choose_entries(self, kept: Kept, space: str, block: int | None, uses: Uses | None) -> None:
         sizes = self._sizes(space, block)
