@@ -40,6 +40,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "bert": ("Bert", _ENCODER, "ForSequenceClassification ForMaskedLM"),
     "roberta": ("Roberta", _ENCODER, "ForSequenceClassification ForMaskedLM"),
     "xlm-roberta": ("XLMRoberta", _ENCODER, "ForSequenceClassification ForMaskedLM"),
+    "camembert": ("Camembert", _ENCODER, "ForSequenceClassification"),
     "distilbert": (
         "DistilBert",
         {**_DISTILBERT, "max_position_embeddings": POSITIONS},
@@ -54,7 +55,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "vit": ("ViT", _VIT, "ForImageClassification"),
 }
 RMS = list(FAMILIES)[:11]
-POST_NORM = ["bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra", "electra, projected"]
+POST_NORM = ["bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "electra", "electra, projected"]
 CASES = [(name, head) for name, (_, _, heads) in FAMILIES.items() for head in ("Model", *heads.split())]
 
 

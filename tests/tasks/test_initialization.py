@@ -13,6 +13,8 @@ from torch import nn
 from tests.tasks.family_models import CASES, FAMILIES, POST_NORM, RMS, inputs, make, outputs
 from tutelage.core.blocks import FINAL, find_blocks, head_module
 from tutelage.core.forward import observe
+from tutelage.tasks.initialization import families
+from tutelage.tasks.initialization.calibration import state_moments
 from tutelage.tasks.initialization.convert import BasisChoice, Initialized, initialize
 from tutelage.tasks.initialization.layout import Layout, block_pairs
 
@@ -145,6 +147,20 @@ def test_every_weight_of_a_narrower_student_comes_from_its_teacher(family: str) 
         found = correlation(mine_ND, expected_NR)
         assert found > 0.4
         assert found > correlation(random_ND, expected_NR) + 0.3
+
+
+def test_every_described_family_is_tested() -> None:
+    assert set(families._FAMILIES) == {name.split(",")[0] for name in FAMILIES}
+
+
+def test_directions_that_the_output_head_reads_are_kept() -> None:
+    teacher, student = make("llama", "ForCausalLM"), make("llama", "ForCausalLM", 1, hidden_size=24)
+    read_D = torch.linalg.eigh(state_moments(Layout.of(student, teacher), [inputs("llama")], [2])[0])[1][:, 0]
+    kept = {}
+    for basis, gram_DD in (("pca", None), ("logits", 1e-9 * torch.eye(32) + torch.outer(read_D, read_D))):
+        started = initialize(Layout.of(student, teacher), [inputs("llama")], BasisChoice(basis, gram_DD=gram_DD))
+        kept[basis] = float((read_D @ started.basis_DR.double()).square().sum())
+    assert kept["logits"] > 0.99 > 0.9 > kept["pca"]
 
 
 def correlation(mine_NR: torch.Tensor, theirs_NR: torch.Tensor) -> float:

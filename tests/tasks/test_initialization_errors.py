@@ -12,7 +12,7 @@ from torch import nn
 from tests.tasks.family_models import FAMILIES, inputs, make
 from tutelage.core.errors import UserError
 from tutelage.tasks.initialization import families
-from tutelage.tasks.initialization.convert import BasisChoice, initialize
+from tutelage.tasks.initialization.convert import BasisChoice, check_sizes, initialize
 from tutelage.tasks.initialization.families import NEURONS, SAME, STREAM, Family, Linear, Norm, register_family, rows
 from tutelage.tasks.initialization.layout import Layout
 
@@ -72,6 +72,12 @@ def test_sizes_that_cannot_come_from_the_teacher_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         start(make(family, **student), make(family, **teacher), family)
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 40}, {"intermediate_size": 64}, {"num_key_value_heads": 1}])
+def test_sizes_are_checked_before_the_teacher_runs(sizes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="student_init='teacher'"):
+        check_sizes(Layout.of(make("llama", **sizes), make("llama")), "pca")
 
 
 def test_too_many_groups_for_the_teachers_are_refused() -> None:

@@ -10,7 +10,7 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.moments import Moments
 from tutelage.tasks.base import Task
 from tutelage.tasks.initialization.convert import BasisChoice, Initialized, check_sizes, initialize
-from tutelage.tasks.initialization.families import STREAM, Linear, Norm
+from tutelage.tasks.initialization.families import SAME, STREAM, Linear, Norm
 from tutelage.tasks.initialization.layout import Batches, Layout, gain_of
 
 __all__ = ["Initialized", "check_start", "start_student"]
@@ -65,8 +65,8 @@ def _write_pooled_head(student: OutputHead, teacher: OutputHead | None, started:
 def _gram(layout: Layout, head: OutputHead | None) -> torch.Tensor | None:
     """W^T W of the output head, centred over the outputs, with the gain of the norm before it, (D, D); None without a head
     that reads the residual stream."""
-    reads = [p for p in layout.parts if p.block is None and isinstance(p.rule, Linear) and p.teacher is head_of(head)]
-    if head is None or not reads or getattr(reads[0].rule, "reads", None) != STREAM:
+    parts = [part for part in layout.parts if head is not None and part.teacher is head.linear]
+    if head is None or not parts or parts[0].rule != Linear(STREAM, SAME):
         return None
     weights = Moments(full=True)
     for rows_ND in head.linear.weight[: head.outputs].detach().split(_ROWS):
@@ -74,7 +74,3 @@ def _gram(layout: Layout, head: OutputHead | None) -> torch.Tensor | None:
     norms = [part for part in layout.parts if part.block is None and isinstance(part.rule, Norm) and part.rule.readers]
     gain = gain_of(norms[-1].teacher, layout.family)
     return weights.scatter * torch.outer(gain, gain)
-
-
-def head_of(head: OutputHead | None) -> nn.Module | None:
-    return None if head is None else head.linear
