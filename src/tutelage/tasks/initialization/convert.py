@@ -87,9 +87,8 @@ class _Conversion:
         self.gains: dict[str, torch.Tensor] = {}
         self.shifts: dict[str, torch.Tensor] = {}
         self.writer_gains: dict[str, torch.Tensor] = {}
-        self.head_gain = torch.ones(
-            self.widths[0]
-        ).double()  # what the head reads is the teacher's after Q, divided by this
+        # the output head reads the teacher's state after Q, divided by this
+        self.head_gain = torch.ones(self.widths[0], dtype=torch.float64)
         check_basis(choice.kind, *self.widths)
         self._check_tied()
         self._choose(None)  # of any use: whether there are as many as the student has
@@ -124,13 +123,11 @@ class _Conversion:
     def _final(self) -> torch.Tensor:
         """What maps the state that enters the teacher's output head to the student's, (width, width)."""
         head = head_module(self.layout.student)
-        part = next((part for part in self.layout.parts if part.student is head), None)
-        if (
-            part is not None and isinstance(part.rule, Linear) and part.rule.reads != STREAM
-        ):  # a hidden layer of its own
-            reads = part.rule.reads
-            width = matrix_of(part.teacher).shape[1]
-            return torch.eye(width) if reads == SAME else torch.eye(width)[:, self.kept[None].entries[reads]]
+        maps = [part for part in self.layout.parts if part.student is head and isinstance(part.rule, Linear)]
+        for part, reads in ((part, part.rule.reads) for part in maps if isinstance(part.rule, Linear)):
+            if reads != STREAM:  # a hidden layer of the head's own
+                identity = torch.eye(matrix_of(part.teacher).shape[1])
+                return identity if reads == SAME else identity[:, self.kept[None].entries[reads]]
         return (self.basis.double() / self.head_gain[:, None]).float()
 
     # ---- Norms ----
@@ -139,9 +136,7 @@ class _Conversion:
         """Of the norms that must be fitted, by their name in the student."""
         found = {}
         for part in self.layout.parts:
-            if not isinstance(part.rule, Norm):
-                continue
-            if isinstance(part.teacher, nn.Identity):
+            if not isinstance(part.rule, Norm) or isinstance(part.teacher, nn.Identity):
                 continue
             if not self.same or isinstance(part.student, nn.Identity):
                 folded = part.rule.writer is not None or bool(self.layout.readers(part))
@@ -154,9 +149,8 @@ class _Conversion:
         if isinstance(part.teacher, nn.Identity):
             if absent:
                 return
-            raise UserError(
-                f"student_init='teacher': the student has a norm {part.name}, the teacher none: change the layer map"
-            )
+            found = f"the student has a norm {part.name}, the teacher none"
+            raise UserError(f"student_init='teacher': {found}: change the layer map")
         if fit is None:  # equal widths: the teacher's own
             for name, parameter in part.student.named_parameters():
                 self._set(parameter, self._theirs(part, name))
@@ -268,7 +262,7 @@ class _Conversion:
             whole = part.name if isinstance(part.rule, Linear) else f"{part.name}.{name}"
             value = self._theirs(part, name)
             if name == "bias" and part.name in self.shifts:
-                value = value + self._shift(part)
+                value = value + matrix_of(part.teacher) @ self.shifts[part.name]
             value = self._converted(part, whole, value, dimensions)
             if tuple(value.shape) != tuple(mine.shape):
                 value = self._fitting(whole, value, mine, dimensions)
@@ -303,19 +297,12 @@ class _Conversion:
         """(..., D) -> (..., R)."""
         return values if self.same else values @ self.basis.double()
 
-    def _shift(self, part: Part) -> torch.Tensor:
-        """What the bias of a folded norm adds to a reader's own."""
-        return matrix_of(part.teacher) @ self.shifts[part.name]
-
     @staticmethod
     def _fitting(name: str, value: torch.Tensor, mine: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
         """The first rows of a table that is longer in one of the models (positions, a padded vocabulary)."""
-        lengths = [(a, b) for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
-        only = [space == SAME for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
-        if not all(only) or len(lengths) != 1:
-            found = (
-                f"{name} is {tuple(mine.shape)} in the student, but {tuple(value.shape)} would come from the teacher"
-            )
+        differ = [space for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
+        if differ != [SAME]:
+            found = f"{name} is {tuple(mine.shape)} in the student, but would be {tuple(value.shape)} from the teacher"
             raise UserError(f"student_init='teacher': {found}: change the student's sizes")
         result = mine.detach().double().cpu().clone()
         rows = tuple(slice(0, min(a, b)) for a, b in zip(mine.shape, value.shape, strict=True))
@@ -338,16 +325,15 @@ class _Conversion:
                 mine, theirs = id(getattr(part.student, name, None)), id(getattr(part.teacher, name, None))
                 if mine not in shared[0]:
                     continue
-                whole = (
-                    f"student_init='teacher': {part.name}.{name} of the student shares its values with another module"
-                )
+                whole = f"student_init='teacher': {part.name}.{name} of the student is tied to another module"
+                how = "set tie_word_embeddings=false for the student"
                 if theirs not in shared[1]:
-                    raise UserError(f"{whole}, the teacher's does not: set tie_word_embeddings=false for the student")
+                    raise UserError(f"{whole}, the teacher's is not: {how}")
                 if not self.same and spaces.setdefault(mine, dimensions) != dimensions:
-                    found = "which are in the coordinates of the residual basis, unlike what the output head reads"
-                    raise UserError(
-                        f"{whole} (tied embeddings), {found}: set tie_word_embeddings=false for the student"
+                    found = (
+                        "the embeddings are in the coordinates of the residual basis, what the output head reads is not"
                     )
+                    raise UserError(f"{whole}, but {found}: {how}")
 
     def _set(self, parameter: Any, value: torch.Tensor) -> None:
         parameter.copy_(value.to(parameter))

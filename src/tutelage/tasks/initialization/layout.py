@@ -135,10 +135,8 @@ class Layout:
             try:
                 module = self.teacher.get_submodule(theirs)
             except AttributeError:
-                found_names = f"the student has {name}, the teacher no {theirs}"
-                raise UserError(
-                    f"student_init='teacher': {found_names}: use a student of the teacher's class"
-                ) from None
+                lacks = f"the student has {name}, the teacher no {theirs}"
+                raise UserError(f"student_init='teacher': {lacks}: use a student of the teacher's class") from None
             mine = self.student.get_submodule(name)
             _check_weights(mine, rule, f"{name} of the student")
             _check_weights(module, rule, f"{theirs} of the teacher")
