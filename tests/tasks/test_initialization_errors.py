@@ -46,7 +46,20 @@ def start(student: nn.Module, teacher: nn.Module, family: str = "", basis: str =
             "the student has 64 feed-forward neurons, the teacher only 48: lower them",
         ),
         ("mixtral", {"num_local_experts": 5}, {}, "the student has 5 experts, the teacher only 4"),
-        ("llama", {"hidden_act": "gelu"}, {}, "the student has hidden_act=gelu, the teacher silu"),
+        (
+            "llama",
+            {"hidden_act": "gelu"},
+            {},
+            "hidden_act=gelu, the teacher silu: set the teacher's in the student's con",
+        ),
+        ("gpt_neox", {"use_parallel_residual": False}, {}, "use_parallel_residual=False, the teacher True"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}},
+            {},
+            "the student has rope_parameters=",
+        ),
+        ("mixtral", {"num_experts_per_tok": 1}, {}, "the student has num_experts_per_tok=1, the teacher 2"),
         (
             "llama",
             {"attention_bias": True},

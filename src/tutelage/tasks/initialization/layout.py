@@ -22,6 +22,9 @@ _EQUAL = (
     "activation_function",
     "activation",
     "partial_rotary_factor",
+    "rope_parameters",
+    "query_pre_attn_scalar",
+    "use_parallel_residual",
     "num_experts_per_tok",
 )
 
@@ -72,7 +75,8 @@ class Layout:
         for name in _EQUAL:
             mine, theirs = (getattr(config, name, None) for config in configs)
             if mine != theirs:
-                raise UserError(f"student_init='teacher': the student has {name}={mine}, the teacher {theirs}")
+                found = f"the student has {name}={mine}, the teacher {theirs}"
+                raise UserError(f"student_init='teacher': {found}: set the teacher's in the student's configuration")
         self.family = self._family(kinds[0])
         self.student_heads, self.teacher_heads = map(HeadCounts.of, configs)
         if self.student_heads.size != self.teacher_heads.size:
