@@ -14,6 +14,18 @@ from tutelage.core.projection import RandomProjection
 BASES = ("pca", "logits", "random", "identity")
 
 
+def check_basis(kind: str, teacher_width: int, width: int) -> None:
+    """UserError: an unknown kind, a student wider than its teacher, or an identity of different widths."""
+    if kind not in BASES:
+        raise UserError(f"unknown residual_basis {kind!r}: use one of {', '.join(BASES)}")
+    if width > teacher_width:
+        found = f"the student is {width} wide, the teacher {teacher_width}"
+        raise UserError(f"{found}: student_init='teacher' needs a student that is not wider; use student_init='random'")
+    if kind == "identity" and width != teacher_width:
+        found = f"residual_basis='identity' needs equal widths, but the teacher is {teacher_width} wide and the student"
+        raise UserError(f"{found} {width}: use 'pca'")
+
+
 def residual_basis(
     kind: str, teacher_width: int, width: int, moment_DD: torch.Tensor | None, *, keeps_mean: bool, seed: int = 0
 ) -> torch.Tensor:
@@ -27,18 +39,9 @@ def residual_basis(
             subtracts the mean over the dimensions. A square Q then leaves LayerNorm's result as it is, up to the rotation.
         seed: of the random basis.
 
-    Raises UserError: an unknown kind, a student wider than its teacher, or an identity of different widths."""
-    if kind not in BASES:
-        raise UserError(f"unknown residual_basis {kind!r}: use one of {', '.join(BASES)}")
-    if width > teacher_width:
-        found = f"the student is {width} wide, the teacher {teacher_width}"
-        raise UserError(f"{found}: student_init='teacher' needs a student that is not wider; use student_init='random'")
+    Raises UserError as `check_basis`."""
+    check_basis(kind, teacher_width, width)
     if kind == "identity":
-        if width != teacher_width:
-            found = (
-                f"residual_basis='identity' needs equal widths, but the teacher is {teacher_width} wide and the student"
-            )
-            raise UserError(f"{found} {width}: use 'pca'")
         return torch.eye(width)
     count = width - 1 if keeps_mean else width
     if kind == "random":
@@ -51,7 +54,7 @@ def residual_basis(
         moment = moment_DD.double()
         if keeps_mean:
             moment = _centred(_centred(moment).T)
-        found_DR = fastest(lambda each: torch.linalg.eigh(each)[1][:, -count:].flip(1), moment)
+        found_DR = fastest(lambda each: torch.linalg.eigh(each)[1].flip(1)[:, :count], moment)
     if keeps_mean:
         found_DR = torch.cat([found_DR, torch.full((teacher_width, 1), teacher_width**-0.5).double()], dim=1)
         found_DR = found_DR @ _last_to_mean(width)

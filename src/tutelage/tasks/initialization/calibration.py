@@ -15,7 +15,7 @@ from tutelage.core.forward import observe
 from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.moments import Moments
 from tutelage.core.standardize import sink_threshold, state_norms
-from tutelage.tasks.initialization.families import EXPERTS, NEURONS, POOLED, QUERIES, Linear, Norm
+from tutelage.tasks.initialization.families import EXPERTS, NEURONS, POOLED, QUERIES, Linear, Norm, Tensor
 from tutelage.tasks.initialization.layout import Batches, Layout, Part, gain_of, normalized
 
 Hook = Callable[[torch.Tensor, torch.Tensor], None]  # of a module's input and output, (N, ...)
@@ -68,6 +68,8 @@ def observe_modules(layout: Layout, batches: Batches, hooks: dict[nn.Module, lis
     def flat(values: torch.Tensor) -> torch.Tensor:
         if mask is not None and values.shape[: mask.dim()] == mask.shape:
             return values[mask]
+        if mask is not None and len(values) == mask.numel():  # a router's, which sees positions one after the other
+            return values[mask.flatten()]
         return values.flatten(0, -2)
 
     def show(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -118,7 +120,8 @@ class Uses:
                 given: torch.Tensor, made: torch.Tensor, sums: Sums = sums, kind: Any = kind, size: int = size
             ) -> None:
                 if kind == EXPERTS:
-                    sums.add(len(made), load=made.float().softmax(-1).sum(0))
+                    chosen = made.topk(self.layout.teacher_config.num_experts_per_tok).indices
+                    sums.add(len(made), load=chosen.flatten().bincount(minlength=made.shape[-1]))
                 elif kind == QUERIES:
                     heads_NHS = given.float().unflatten(-1, (-1, size))
                     sums.add(len(given), gram=torch.einsum("nhs,nht->hst", heads_NHS, heads_NHS))
@@ -132,6 +135,9 @@ class Uses:
         """The use of each entry of a space in a student's block (heads: one value each); None where nothing reads it."""
         parts = [part for part in self.watched if part.block == block and self._kind(part) == space]
         totals = [self._use(part) for part in parts if self.sums[part.name].count]
+        if not parts:  # of experts: by the norm of the output columns alone
+            tables = [part for part in self.layout.parts if part.block == block and isinstance(part.rule, Tensor)]
+            totals = [size for part in tables if (size := _column_sizes(part, space)) is not None]
         return torch.stack(totals).sum(0) if totals else None
 
     def _use(self, part: Part) -> torch.Tensor:
@@ -145,6 +151,16 @@ class Uses:
             weight_OHS = weight_OI.unflatten(-1, (-1, self.layout.teacher_heads.size))
             return torch.einsum("ohs,hst,oht->h", weight_OHS, sums.mean("gram"), weight_OHS)
         return sums.mean("squares") * weight_OI.square().sum(0)
+
+
+def _column_sizes(part: Part, space: str) -> torch.Tensor | None:
+    """Sum of squares of a teacher's parameter for each entry of a space; None where no dimension is that space."""
+    assert isinstance(part.rule, Tensor)
+    for name, dimensions in part.rule.dimensions.items():
+        if space in dimensions:
+            weight = part.teacher.get_parameter(name).detach().double().cpu()
+            return weight.square().movedim(dimensions.index(space), -1).flatten(0, -2).sum(0)
+    return None
 
 
 def matrix_of(module: nn.Module) -> torch.Tensor:
@@ -171,8 +187,7 @@ class NormFit:
         self.part, self.family, self.folded = part, layout.family, folded
         self.basis_DR, self.sums = basis_DR, Sums()
         self.absent = isinstance(part.student, nn.Identity)  # a norm that only the teacher has
-        known = not isinstance(part.teacher, nn.Identity)
-        self.teacher_gain = gain_of(part.teacher, self.family) if known else torch.ones(len(basis_DR)).double()
+        self.teacher_gain = gain_of(part.teacher, self.family)
         self.branch = part.rule.writer is not None
 
     def hook(self, given_ND: torch.Tensor, made_ND: torch.Tensor) -> None:

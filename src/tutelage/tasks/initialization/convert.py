@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.core.blocks import FINAL, Place
+from tutelage.core.blocks import FINAL, Place, head_module
 from tutelage.core.errors import UserError
 from tutelage.core.probe import evaluating
-from tutelage.core.residual import kept_variance, residual_basis
-from tutelage.tasks.initialization.calibration import NormFit, Uses, is_transposed, observe_modules, state_moments
+from tutelage.core.residual import check_basis, kept_variance, residual_basis
+from tutelage.tasks.initialization.calibration import (
+    NormFit,
+    Uses,
+    is_transposed,
+    matrix_of,
+    observe_modules,
+    state_moments,
+)
 from tutelage.tasks.initialization.families import (
     EXPERTS,
     HEADS,
@@ -27,7 +34,7 @@ from tutelage.tasks.initialization.families import (
     Norm,
     Tensor,
 )
-from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of
+from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, shared_parameters
 from tutelage.tasks.initialization.selection import WHAT, Kept, kept_entries, kept_heads
 
 
@@ -55,44 +62,52 @@ class Initialized:
         return self.final_DR if place == FINAL else self.basis_DR
 
 
+def check_sizes(layout: Layout, basis: str) -> None:
+    """UserError for a student that cannot be written from its teacher through a basis of this kind."""
+    _Conversion(layout, BasisChoice(basis))
+
+
 @torch.no_grad()
 def initialize(layout: Layout, batches: Batches, choice: BasisChoice) -> Initialized:
     """Write the student's weights from the teacher's, which runs over calibration batches (model inputs) twice."""
     with evaluating(layout.teacher):
-        return _Conversion(layout, batches, choice).run()
+        return _Conversion(layout, choice).run(batches)
 
 
 class _Conversion:
-    def __init__(self, layout: Layout, batches: Batches, choice: BasisChoice):
-        self.layout, self.batches, self.choice = layout, batches, choice
-        widths = [int(config.hidden_size) for config in (layout.teacher_config, layout.student_config)]
+    basis: torch.Tensor  # Q, (D, R)
+
+    def __init__(self, layout: Layout, choice: BasisChoice):
+        self.layout, self.choice = layout, choice
         self.same = choice.kind == "identity"
-        places: list[Place] = [0, *layout.pairs]
-        moment = None
-        if choice.kind in ("pca", "logits"):
-            moments = state_moments(layout, batches, places)
-            if choice.gram_DD is not None:
-                moments[-1] = _weighed(moments[-1], choice.gram_DD)
-            moment = torch.stack(moments).sum(0)
-        keeps_mean = not layout.family.rms
-        self.basis = residual_basis(choice.kind, *widths, moment, keeps_mean=keeps_mean, seed=choice.seed)
-        self.variance = None if moment is None else kept_variance(moment, self.basis)
-        self.final = self.basis
+        self.widths = int(layout.teacher_config.hidden_size), int(layout.student_config.hidden_size)
         self.kept: dict[int | None, Kept] = {}
         self.written: set[int] = set()  # of the student's parameters, by id
         # what readers are multiplied by before they are rotated, and the bias that they take over, by name
         self.gains: dict[str, torch.Tensor] = {}
         self.shifts: dict[str, torch.Tensor] = {}
         self.writer_gains: dict[str, torch.Tensor] = {}
+        # the output head reads the teacher's state after Q, divided by this
+        self.head_gain = torch.ones(self.widths[0], dtype=torch.float64)
+        check_basis(choice.kind, *self.widths)
+        self._check_tied()
+        self._choose(None)  # of any use: whether there are as many as the student has
 
-    def run(self) -> Initialized:
-        layout = self.layout
+    def run(self, batches: Batches) -> Initialized:
+        layout, choice = self.layout, self.choice
+        moment = None
+        if choice.kind in ("pca", "logits"):
+            moments = state_moments(layout, batches, [0, *layout.pairs])
+            if choice.gram_DD is not None:
+                moments[-1] = _weighed(moments[-1], choice.gram_DD)
+            moment = torch.stack(moments).sum(0)
+        keeps_mean = not layout.family.rms
+        self.basis = residual_basis(choice.kind, *self.widths, moment, keeps_mean=keeps_mean, seed=choice.seed)
         uses, fits = Uses(layout, self.basis), self._norm_fits()
         hooks = uses.hooks()
         for fit in fits.values():
-            if not isinstance(fit.part.teacher, nn.Identity):
-                hooks.setdefault(fit.part.teacher, []).append(fit.hook)
-        observe_modules(layout, self.batches, hooks)
+            hooks.setdefault(fit.part.teacher, []).append(fit.hook)
+        observe_modules(layout, batches, hooks)
         self._choose(uses)
         for part in layout.parts:
             if isinstance(part.rule, Norm):
@@ -102,7 +117,18 @@ class _Conversion:
                 self._write(part)
         left = [name for name, p in layout.student.named_parameters() if id(p) not in self.written]
         assert not left, f"{left[0]} was not written"
-        return Initialized(self.basis, self.final, layout.pairs, self.variance, self._counts())
+        variance = None if moment is None else kept_variance(moment, self.basis)
+        return Initialized(self.basis, self._final(), layout.pairs, variance, self._counts())
+
+    def _final(self) -> torch.Tensor:
+        """What maps the state that enters the teacher's output head to the student's, (width, width)."""
+        head = head_module(self.layout.student)
+        maps = [part for part in self.layout.parts if part.student is head and isinstance(part.rule, Linear)]
+        for part, reads in ((part, part.rule.reads) for part in maps if isinstance(part.rule, Linear)):
+            if reads != STREAM:  # a hidden layer of the head's own
+                identity = torch.eye(matrix_of(part.teacher).shape[1])
+                return identity if reads == SAME else identity[:, self.kept[None].entries[reads]]
+        return (self.basis.double() / self.head_gain[:, None]).float()
 
     # ---- Norms ----
 
@@ -110,50 +136,52 @@ class _Conversion:
         """Of the norms that must be fitted, by their name in the student."""
         found = {}
         for part in self.layout.parts:
-            if not isinstance(part.rule, Norm):
+            if not isinstance(part.rule, Norm) or isinstance(part.teacher, nn.Identity):
                 continue
-            absent = isinstance(part.student, nn.Identity)
-            if absent and isinstance(part.teacher, nn.Identity):
-                continue
-            if not self.same or absent:
-                folded = part.rule.writer is not None or bool(part.rule.readers and self.layout.readers(part))
+            if not self.same or isinstance(part.student, nn.Identity):
+                folded = part.rule.writer is not None or bool(self.layout.readers(part))
                 found[part.name] = NormFit(part, self.layout, self.basis, folded)
         return found
 
     def _write_norm(self, part: Part, fit: NormFit | None) -> None:
         assert isinstance(part.rule, Norm)
+        absent = isinstance(part.student, nn.Identity)
+        if isinstance(part.teacher, nn.Identity):
+            if absent:
+                return
+            found = f"the student has a norm {part.name}, the teacher none"
+            raise UserError(f"student_init='teacher': {found}: change the layer map")
         if fit is None:  # equal widths: the teacher's own
-            if not isinstance(part.student, nn.Identity):
-                for name, parameter in part.student.named_parameters():
-                    self._set(parameter, getattr(part.teacher, name))
+            for name, parameter in part.student.named_parameters():
+                self._set(parameter, self._theirs(part, name))
             return
-        teacher_bias, readers = bias_of(part.teacher), self.layout.readers(part) if part.rule.readers else []
-        scale = 1.0
-        if fit.absent:
-            scale = fit.scale()
-        elif isinstance(part.teacher, nn.Identity):
-            raise UserError(f"student_init='teacher': the teacher has no norm {part.name}, the student has")
+        extra_R = None
         if fit.branch:
             self.writer_gains[self._beside(part, str(part.rule.writer))] = fit.teacher_gain
         elif fit.folded:
-            for name in readers:
-                self.gains[name] = fit.teacher_gain * scale
-        bias = None
-        if fit.folded and not fit.branch and teacher_bias is not None:
-            modules = [self._module(name) for name in readers]
-            if all(getattr(module, "bias", None) is not None for module in modules):
-                self.shifts |= dict.fromkeys(readers, teacher_bias)
-            else:
-                bias = self._encoded(torch.where(fit.teacher_gain == 0, 0.0, teacher_bias / fit.teacher_gain))
-        if part.block is None and fit.folded and not fit.branch:
-            gain = torch.where(fit.teacher_gain.abs() < 1e-12, torch.inf, fit.teacher_gain)
-            self.final = (self.basis.double() / gain[:, None]).float()
-        if fit.absent:
+            extra_R = self._fold(part, fit, fit.scale() if absent else 1.0)
+        if absent:
             return
         gain_R, bias_R = fit.fitted()
+        if self.layout.feeds_tied(part):  # the head has the embeddings' factor
+            gain_R, bias_R = gain_R / self._embedding_scale(), bias_R / self._embedding_scale()
+            self.head_gain *= self._embedding_scale()
         self._set(part.student.weight, gain_R - self.layout.family.gain_offset)
-        if getattr(part.student, "bias", None) is not None:
-            self._set(part.student.bias, bias_R if bias is None else bias_R + bias)
+        if bias_of(part.student) is not None:
+            self._set(part.student.bias, bias_R if extra_R is None else bias_R + extra_R)
+
+    def _fold(self, part: Part, fit: NormFit, scale: float) -> torch.Tensor | None:
+        """Leave a norm's gain and bias to its readers; what its bias gets where one of them has none, (R,)."""
+        readers = self.layout.readers(part)
+        self.gains |= dict.fromkeys(readers, fit.teacher_gain * scale)
+        if part.block is None:
+            self.head_gain = torch.where(fit.teacher_gain.abs() < 1e-12, torch.inf, fit.teacher_gain)
+        if (bias_D := bias_of(part.teacher)) is None:
+            return None
+        if part.block is not None and all(bias_of(self._module(name)) is not None for name in readers):
+            self.shifts |= dict.fromkeys(readers, bias_D)
+            return None
+        return self._encoded(torch.where(fit.teacher_gain == 0, 0.0, bias_D / fit.teacher_gain))
 
     def _beside(self, part: Part, name: str) -> str:
         assert part.block is not None
@@ -167,34 +195,30 @@ class _Conversion:
 
     # ---- Choice of heads, neurons, experts ----
 
-    def _choose(self, uses: Uses) -> None:
+    def _choose(self, uses: Uses | None) -> None:
         layout = self.layout
         sizes = layout.teacher_heads, layout.student_heads
         numbers = range(1, len(layout.student_blocks) + 1)
-        heads = {block: uses.of(QUERIES, block) for block in numbers}
+        heads = {block: torch.ones(sizes[0].heads) for block in numbers}
+        if uses is not None:
+            heads |= {block: use for block in numbers if (use := uses.of(QUERIES, block)) is not None}
         if layout.family.same_heads:
-            total = torch.stack([use for use in heads.values() if use is not None]).sum(0)
-            heads = dict.fromkeys(numbers, total)
+            heads = dict.fromkeys(numbers, torch.stack(list(heads.values())).sum(0))
         for block in numbers:
             kept = self.kept[block] = Kept(sizes)
-            use = heads[block]
-            kept.set_heads(*kept_heads(torch.ones(sizes[0].heads) if use is None else use, *sizes))
+            kept.set_heads(*kept_heads(heads[block], *sizes))
             for space in (NEURONS, EXPERTS):
                 self._choose_entries(kept, space, block, uses)
         outside = self.kept[None] = Kept(sizes)
         if layout.family.same_heads:
             outside.entries[HEADS] = self.kept[1].entries[HEADS]
         self._choose_entries(outside, POOLED, None, uses)
-        pooled = [p for p in layout.parts if p.block is None and isinstance(p.rule, Linear) and p.rule.reads == POOLED]
-        if pooled and len(pooled[-1].student.weight.shape) == 2:
-            entries = outside.entries[POOLED]
-            width = pooled[-1].teacher.weight.shape[1]
-            self.final = torch.eye(int(width))[:, entries]
 
-    def _choose_entries(self, kept: Kept, space: str, block: int | None, uses: Uses) -> None:
+    def _choose_entries(self, kept: Kept, space: str, block: int | None, uses: Uses | None) -> None:
         sizes = self._sizes(space, block)
         if sizes is not None:
-            kept.entries[space] = kept_entries(uses.of(space, block), *sizes, WHAT[space])
+            use = None if uses is None else uses.of(space, block)
+            kept.entries[space] = kept_entries(use, *sizes, WHAT[space])
 
     def _sizes(self, space: str, block: int | None) -> tuple[int, int] | None:
         """Entries of a space in the student and in the teacher, from the shapes of the weights that have it."""
@@ -232,19 +256,27 @@ class _Conversion:
 
     def _write(self, part: Part) -> None:
         for name, dimensions in self._dimensions(part).items():
-            mine, theirs = getattr(part.student, name, None), getattr(part.teacher, name, None)
-            if mine is None:
+            mine = getattr(part.student, name, None)
+            if mine is None or id(mine) in self.written:  # tied
                 continue
             whole = part.name if isinstance(part.rule, Linear) else f"{part.name}.{name}"
-            if theirs is None:
-                raise UserError(f"student_init='teacher': the teacher has no {whole}, the student has")
-            value = theirs.detach().double().cpu()
+            value = self._theirs(part, name)
             if name == "bias" and part.name in self.shifts:
-                value = value + self._shift(part)
+                value = value + matrix_of(part.teacher) @ self.shifts[part.name]
             value = self._converted(part, whole, value, dimensions)
             if tuple(value.shape) != tuple(mine.shape):
                 value = self._fitting(whole, value, mine, dimensions)
-            self._set(mine, value * self._embedding_scale(part))
+            embeds = part.block is None and isinstance(part.student, nn.Embedding)
+            self._set(mine, value * self._embedding_scale() if embeds else value)
+
+    @staticmethod
+    def _theirs(part: Part, name: str) -> torch.Tensor:
+        """A parameter of the teacher, float64 on the CPU."""
+        value = getattr(part.teacher, name, None)
+        if value is None:
+            found = f"the student has a {name} in {part.name}, the teacher none"
+            raise UserError(f"student_init='teacher': {found}: use a student with the configuration of its teacher")
+        return value.detach().double().cpu()
 
     def _converted(self, part: Part, name: str, value: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
         """A parameter of the teacher in the student's coordinates."""
@@ -265,32 +297,43 @@ class _Conversion:
         """(..., D) -> (..., R)."""
         return values if self.same else values @ self.basis.double()
 
-    def _shift(self, part: Part) -> torch.Tensor:
-        """What the bias of a folded norm adds to a reader's own."""
-        weight: Any = part.teacher.weight
-        weight = weight.detach().double().cpu()
-        return self.shifts[part.name] @ (weight if is_transposed(part.teacher) else weight.T)
-
     @staticmethod
     def _fitting(name: str, value: torch.Tensor, mine: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
         """The first rows of a table that is longer in one of the models (positions, a padded vocabulary)."""
-        lengths = [(a, b) for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
-        only = [space == SAME for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
-        if not all(only) or len(lengths) != 1:
-            found = (
-                f"{name} is {tuple(mine.shape)} in the student, but {tuple(value.shape)} would come from the teacher"
-            )
+        differ = [space for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
+        if differ != [SAME]:
+            found = f"{name} is {tuple(mine.shape)} in the student, but would be {tuple(value.shape)} from the teacher"
             raise UserError(f"student_init='teacher': {found}: change the student's sizes")
         result = mine.detach().double().cpu().clone()
         rows = tuple(slice(0, min(a, b)) for a, b in zip(mine.shape, value.shape, strict=True))
         result[rows] = value[rows]
         return result
 
-    @staticmethod
-    def _embedding_scale(part: Part) -> float:
-        """What undoes the difference of the factors by which both models multiply their embeddings (Gemma)."""
-        scales = [float(getattr(module, "embed_scale", 1.0)) for module in (part.teacher, part.student)]
-        return scales[0] / scales[1]
+    def _embedding_scale(self) -> float:
+        """What undoes the difference of the factors by which both models multiply their embeddings."""
+        theirs, mine = self.widths
+        return (theirs / mine) ** 0.5 if self.layout.family.scaled_embeddings else 1.0
+
+    def _check_tied(self) -> None:
+        """UserError where one parameter of the student would have to stand for two of the teacher's, or in two spaces."""
+        spaces: dict[int, tuple[str, ...]] = {}
+        shared = [shared_parameters(model) for model in (self.layout.student, self.layout.teacher)]
+        for part in self.layout.parts:
+            if isinstance(part.rule, Norm):
+                continue
+            for name, dimensions in self._dimensions(part).items():
+                mine, theirs = id(getattr(part.student, name, None)), id(getattr(part.teacher, name, None))
+                if mine not in shared[0]:
+                    continue
+                whole = f"student_init='teacher': {part.name}.{name} of the student is tied to another module"
+                how = "set tie_word_embeddings=false for the student"
+                if theirs not in shared[1]:
+                    raise UserError(f"{whole}, the teacher's is not: {how}")
+                if not self.same and spaces.setdefault(mine, dimensions) != dimensions:
+                    found = (
+                        "the embeddings are in the coordinates of the residual basis, what the output head reads is not"
+                    )
+                    raise UserError(f"{whole}, but {found}: {how}")
 
     def _set(self, parameter: Any, value: torch.Tensor) -> None:
         parameter.copy_(value.to(parameter))

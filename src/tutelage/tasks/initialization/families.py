@@ -60,6 +60,7 @@ class Family:
     outside: Mapping[str, Rule]
     rms: bool = False  # whether norms are RMSNorm, which subtracts no mean
     gain_offset: float = 0.0  # what is added to the weight of a norm to give its gain (Gemma: 1)
+    scaled_embeddings: bool = False  # whether token embeddings are multiplied by the root of the width (Gemma)
     same_heads: bool = False  # whether all blocks share something per head, so that all keep the same heads
 
 
@@ -116,6 +117,7 @@ _GEMMA = replace(
         "post_feedforward_layernorm": Norm(writer="mlp.down_proj"),
     },
     gain_offset=1.0,
+    scaled_embeddings=True,
 )
 _PHI3 = replace(
     _LLAMA,
@@ -136,7 +138,9 @@ _MIXTURE = replace(
         "mlp.experts": Tensor(
             {"gate_up_proj": (EXPERTS, f"{NEURONS}+{NEURONS}", STREAM), "down_proj": (EXPERTS, STREAM, NEURONS)}
         ),
-        "post_attention_layernorm": Norm(readers=("mlp.gate", "mlp.experts.gate_up_proj")),
+        "post_attention_layernorm": Norm(
+            readers=("mlp.gate", "mlp.experts.gate_up_proj", "mlp.gate_proj", "mlp.up_proj")
+        ),
     },
 )
 _BERT = Family(
@@ -163,6 +167,9 @@ _BERT = Family(
         "lm_head.layer_norm": selected(POOLED),
         "lm_head.decoder": Linear(POOLED, SAME),
         "lm_head": _COPIED,
+        "generator_predictions.dense": Linear(STREAM, POOLED),  # ELECTRA
+        "generator_predictions.LayerNorm": selected(POOLED),
+        "generator_lm_head": Linear(POOLED, SAME),
     },
 )
 _ELECTRA_PROJECTED = replace(
@@ -274,11 +281,22 @@ _VIT = Family(
         "classifier": Linear(STREAM, SAME),
     },
 )
+_VIT_5_3 = replace(  # the names of transformers 5.3
+    _VIT,
+    block={
+        **_attention(
+            "attention.attention.query attention.attention.key attention.attention.value attention.output.dense"
+        ),
+        **_feed_forward("intermediate.dense output.dense"),
+        "layernorm_before": Norm(readers=tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))),
+        "layernorm_after": Norm(readers=("intermediate.dense",)),
+    },
+)
 
 _FAMILIES: dict[str, tuple[Family, ...]] = {
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "smollm3"], (_LLAMA,)),
     **dict.fromkeys(["gemma2", "gemma3_text"], (_GEMMA,)),
-    "gemma": (replace(_LLAMA, gain_offset=1.0),),
+    "gemma": (replace(_LLAMA, gain_offset=1.0, scaled_embeddings=True),),
     "phi3": (_PHI3,),
     **dict.fromkeys(["mixtral", "qwen3_moe"], (_MIXTURE,)),
     **dict.fromkeys(["bert", "roberta", "xlm-roberta", "camembert"], (_BERT,)),
@@ -288,7 +306,7 @@ _FAMILIES: dict[str, tuple[Family, ...]] = {
     "modernbert": (_MODERNBERT,),
     "gpt2": (_GPT2,),
     "gpt_neox": (_NEOX,),
-    "vit": (_VIT,),
+    "vit": (_VIT, _VIT_5_3),
 }
 
 
@@ -302,6 +320,6 @@ def families_of(model_type: str) -> tuple[Family, ...]:
     if model_type not in _FAMILIES:
         raise UserError(
             f"student_init='teacher' does not know how a {model_type!r} model is built (known: {', '.join(sorted(_FAMILIES))})"
-            ": use student_init='random', or describe it with tutelage.register_family (docs/initialization.md)"
+            f": use student_init='random', or describe it: register_family({model_type!r}, Family(...)), see {__name__}"
         )
     return _FAMILIES[model_type]

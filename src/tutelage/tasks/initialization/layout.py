@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ _EQUAL = (
     "activation_function",
     "activation",
     "partial_rotary_factor",
+    "rope_parameters",
+    "query_pre_attn_scalar",
+    "use_parallel_residual",
     "num_experts_per_tok",
 )
 
@@ -72,13 +75,15 @@ class Layout:
         for name in _EQUAL:
             mine, theirs = (getattr(config, name, None) for config in configs)
             if mine != theirs:
-                raise UserError(f"student_init='teacher': the student has {name}={mine}, the teacher {theirs}")
+                found = f"the student has {name}={mine}, the teacher {theirs}"
+                raise UserError(f"student_init='teacher': {found}: set the teacher's in the student's configuration")
         self.family = self._family(kinds[0])
         self.student_heads, self.teacher_heads = map(HeadCounts.of, configs)
         if self.student_heads.size != self.teacher_heads.size:
             found = f"the student's attention heads have {self.student_heads.size} values, the teacher's"
             how = f"set num_attention_heads (or head_dim) so that a head has {self.teacher_heads.size}"
             raise UserError(f"student_init='teacher': {found} {self.teacher_heads.size}: {how}")
+        self.parts = self._parts()
 
     @classmethod
     def of(
@@ -93,16 +98,18 @@ class Layout:
         return cls(student, teacher, block_pairs(counts[0], counts[1], layer_map), container)
 
     def _family(self, model_type: str) -> Family:
-        families = families_of(model_type)
         unknown = ""
-        for family in families:
-            missing = [name for name, rule, *_ in self._walk(family, self.student, self.student_blocks) if rule is None]
+        for family in families_of(model_type):
+            missing = []
+            for model, blocks in ((self.student, self.student_blocks), (self.teacher, self.teacher_blocks)):
+                names = [name for name, rule, *_ in self._walk(family, model, blocks) if rule is None]
+                missing += [f"{name} of a {type(model).__name__}" for name in names]
             if not missing:
                 return family
             unknown = unknown or missing[0]
         raise UserError(
-            f"student_init='teacher' does not know what {unknown} of a {type(self.student).__name__} reads and writes: use "
-            "student_init='random', or describe it with tutelage.register_family (docs/initialization.md)"
+            f"student_init='teacher' does not know what {unknown} reads and writes: use "
+            f"student_init='random', or describe it: register_family({model_type!r}, Family(...)), see {Family.__module__}"
         )
 
     @staticmethod
@@ -123,8 +130,7 @@ class Layout:
                 inner = max(fitting, key=len, default="")
                 yield name, family.outside.get(inner), None, inner
 
-    @cached_property
-    def parts(self) -> list[Part]:
+    def _parts(self) -> list[Part]:
         """Every module of the student that is written."""
         found = []
         for name, rule, block, inner in self._walk(self.family, self.student, self.student_blocks):
@@ -133,8 +139,12 @@ class Layout:
             try:
                 module = self.teacher.get_submodule(theirs)
             except AttributeError:
-                raise UserError(f"student_init='teacher': the teacher has no {theirs}, the student {name}") from None
-            found.append(Part(name, rule, self.student.get_submodule(name), module, block, inner))
+                lacks = f"the student has {name}, the teacher no {theirs}"
+                raise UserError(f"student_init='teacher': {lacks}: use a student of the teacher's class") from None
+            mine = self.student.get_submodule(name)
+            _check_weights(mine, rule, f"{name} of the student")
+            _check_weights(module, rule, f"{theirs} of the teacher")
+            found.append(Part(name, rule, mine, module, block, inner))
         return found
 
     def teacher_name(self, name: str, block: int | None) -> str:
@@ -150,17 +160,35 @@ class Layout:
         if norm.block is not None:
             prefix = self.student_blocks.names[norm.block - 1]
             return [f"{prefix}.{name}" for name in norm.rule.readers]
-        named = dict(self.student.named_parameters(remove_duplicate=False))
-        owners: dict[int, int] = {}
-        for parameter in named.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        found = [part.name for part in self.parts if part.block is None and part.inner in norm.rule.readers]
-        tied = any(owners[id(named[f"{name}.weight"])] > 1 for name in found)
-        return [] if tied else found
+        return [] if self.feeds_tied(norm) else [part.name for part in self._heads(norm)]
 
-    def in_block(self, block: int, reads: str) -> list[Part]:
-        """The maps of a block that read a space."""
-        return [p for p in self.parts if p.block == block and isinstance(p.rule, Linear) and p.rule.reads == reads]
+    def feeds_tied(self, norm: Part) -> bool:
+        """Whether what reads a norm's output shares its weight with the embeddings."""
+        shared = shared_parameters(self.student)
+        return any(id(part.student.weight) in shared for part in self._heads(norm))
+
+    def _heads(self, norm: Part) -> list[Part]:
+        """The output heads that read a norm."""
+        assert isinstance(norm.rule, Norm)
+        outside = [part for part in self.parts if part.block is None]
+        return [part for part in outside if norm.block is None and part.inner in norm.rule.readers]
+
+
+def _check_weights(module: nn.Module, rule: Rule, name: str) -> None:
+    """UserError for parameters that are not floating-point numbers in this process's memory."""
+    parameters = list(module.parameters(recurse=False))
+    lacking = isinstance(rule, Linear) and not isinstance(getattr(module, "weight", None), nn.Parameter)
+    if lacking or any(not p.is_floating_point() or p.itemsize == 1 for p in parameters):
+        how = "load the model without quantization, and merge adapters"
+        raise UserError(f"student_init='teacher': {name} has no floating-point weight: {how}")
+    if any(p.is_meta or hasattr(p, "device_mesh") for p in parameters):
+        raise UserError(f"student_init='teacher': {name} is offloaded or sharded: load the whole model on one device")
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Parameters that have several names, by id."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in names.items() if count > 1}
 
 
 def gain_of(norm: nn.Module, family: Family) -> torch.Tensor:
@@ -177,7 +205,7 @@ def bias_of(module: nn.Module) -> torch.Tensor | None:
 
 def normalized(hidden: torch.Tensor, norm: nn.Module, family: Family) -> torch.Tensor:
     """What `norm` makes of states (N, D) before its gain and bias."""
-    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
+    eps: Any = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
     if not family.rms:
         hidden = hidden - hidden.mean(-1, keepdim=True)
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
@@ -198,7 +226,7 @@ def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[
     for block in range(1, student_blocks + 1):
         below, above = max(p for p in known if p < block), min(p for p in known if p >= block)
         part = (block - below) / (above - below)
-        found_blocks.append(round(known[below] + part * (known[above] - known[below])))
+        found_blocks.append(max(1, round(known[below] + part * (known[above] - known[below]))))
     return found_blocks
 
 

@@ -9,8 +9,8 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.moments import Moments
 from tutelage.tasks.base import Task
-from tutelage.tasks.initialization.convert import BasisChoice, Initialized, initialize
-from tutelage.tasks.initialization.families import STREAM, Linear, Norm
+from tutelage.tasks.initialization.convert import BasisChoice, Initialized, check_sizes, initialize
+from tutelage.tasks.initialization.families import SAME, STREAM, Linear, Norm
 from tutelage.tasks.initialization.layout import Batches, Layout, gain_of
 
 __all__ = ["Initialized", "check_start", "start_student"]
@@ -21,8 +21,15 @@ def check_start(
     student: nn.Module, teacher: nn.Module, task: Task, curriculum: Curriculum, container: str | None = None
 ) -> Layout:
     """How the weights of teacher and student correspond; UserError for a pair that cannot be initialised so."""
-    mine, theirs = task.backbone(student), task.backbone(teacher)
-    return Layout.of(mine, theirs, [(s.student_place, s.teacher_place) for s in curriculum.hidden_stages], container)
+    pairs = [(s.student_place, s.teacher_place) for s in curriculum.hidden_stages]
+    layout = Layout.of(task.backbone(student), task.backbone(teacher), pairs, container)
+    check_sizes(layout, _basis(layout, curriculum))
+    return layout
+
+
+def _basis(layout: Layout, curriculum: Curriculum) -> str:
+    same = layout.student_config.hidden_size == layout.teacher_config.hidden_size
+    return curriculum.residual_basis or ("identity" if same else "pca")
 
 
 def start_student(
@@ -35,8 +42,7 @@ def start_student(
 ) -> Initialized:
     """Write all weights of `student` from those of `teacher`; `batches` are calibration batches on the teacher's device."""
     layout = check_start(student, teacher, task, curriculum, container)
-    same = layout.student_config.hidden_size == layout.teacher_config.hidden_size
-    kind = curriculum.residual_basis or ("identity" if same else "pca")
+    kind = _basis(layout, curriculum)
     gram = _gram(layout, task.output_head(teacher)) if kind == "logits" else None
     started = initialize(layout, batches, BasisChoice(kind, curriculum.projection_seed, gram))
     if not task.splits_head and (head := task.output_head(student)) is not None:
@@ -59,8 +65,8 @@ def _write_pooled_head(student: OutputHead, teacher: OutputHead | None, started:
 def _gram(layout: Layout, head: OutputHead | None) -> torch.Tensor | None:
     """W^T W of the output head, centred over the outputs, with the gain of the norm before it, (D, D); None without a head
     that reads the residual stream."""
-    reads = [p for p in layout.parts if p.block is None and isinstance(p.rule, Linear) and p.teacher is head_of(head)]
-    if head is None or not reads or getattr(reads[0].rule, "reads", None) != STREAM:
+    parts = [part for part in layout.parts if head is not None and part.teacher is head.linear]
+    if head is None or not parts or parts[0].rule != Linear(STREAM, SAME):
         return None
     weights = Moments(full=True)
     for rows_ND in head.linear.weight[: head.outputs].detach().split(_ROWS):
@@ -68,7 +74,3 @@ def _gram(layout: Layout, head: OutputHead | None) -> torch.Tensor | None:
     norms = [part for part in layout.parts if part.block is None and isinstance(part.rule, Norm) and part.rule.readers]
     gain = gain_of(norms[-1].teacher, layout.family)
     return weights.scatter * torch.outer(gain, gain)
-
-
-def head_of(head: OutputHead | None) -> nn.Module | None:
-    return None if head is None else head.linear
