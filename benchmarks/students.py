@@ -5,9 +5,9 @@
     python benchmarks/students.py list final minilm | xargs -P 2 -L 1 python benchmarks/students.py run
     python benchmarks/students.py report minilm            # tables and curves in results/students/minilm
 
-A run writes one file under results/students and is skipped where that is there. Rates are tuned at the full budget on seed 1000;
-seeds 0 to 2 are reported. All runs train in bfloat16 autocast on one thread. `--assets` is where scripts/fetch_assets.py and
-scripts/train_reviews_classifier.py put teachers and texts.
+A run writes one file under results/students, and is skipped where that is there. Rates are tuned at the full budget on seed
+1000; seeds 0 to 2 are reported. All runs train in bfloat16 autocast on one thread. `--assets` is where scripts/fetch_assets.py
+and scripts/train_reviews_classifier.py put teachers and texts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
             "sentence": {"retrieval": "wikipedia/retrieval-sentence.jsonl"},
         },
         "metric": ("cosine", "higher"),
-    },
+    }
 }
 
 

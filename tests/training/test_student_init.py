@@ -77,7 +77,13 @@ def test_hidden_targets_are_what_the_initialised_student_gives(make_trainer: Mak
 
 @pytest.mark.parametrize("method", ["extraction", "joint"])
 def test_a_resumed_run_keeps_basis_and_weights(make_trainer: Make, method: str) -> None:
-    settings = {"method": method, "student_init": "teacher", "save_strategy": "steps", "save_steps": 3, "save_total_limit": 5}
+    settings = {
+        "method": method,
+        "student_init": "teacher",
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_total_limit": 5,
+    }
     whole = make_trainer("whole", student=fresh(), **settings)
     whole.train()
     part = make_trainer("part", student=fresh(), **settings)
@@ -146,7 +152,10 @@ def test_a_student_that_cannot_be_initialised_falls_back_by_default_and_is_refus
 def test_a_curriculum_of_ones_own_may_start_from_the_teacher(make_trainer: Make) -> None:
     stages = (OutputStage(4),)
     trainer = make_trainer(
-        student=llama(4, 24, seed=2), curriculum=Curriculum("mine", stages, student_init="teacher"), learning_rate=0.0, max_steps=4
+        student=llama(4, 24, seed=2),
+        curriculum=Curriculum("mine", stages, student_init="teacher"),
+        learning_rate=0.0,
+        max_steps=4,
     )
     trainer.train()
     torch.testing.assert_close(logits(trainer.model), logits(llama(4, 24, seed=1)))
@@ -166,7 +175,9 @@ def test_the_first_weights_do_not_depend_on_the_students_seed(make_trainer: Make
         warnings.simplefilter("error")
         found = []
         for seed in (2, 7):
-            trainer = make_trainer(f"seed-{seed}", student=llama(2, 16, seed=seed, head_dim=12), method="one_shot", **STILL)
+            trainer = make_trainer(
+                f"seed-{seed}", student=llama(2, 16, seed=seed, head_dim=12), method="one_shot", **STILL
+            )
             trainer.train()
             found.append(trainer.model.state_dict())
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
