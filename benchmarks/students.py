@@ -128,7 +128,7 @@ def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -
         use_cpu=True,
         save_strategy="no",
         eval_strategy="steps",
-        eval_steps=max(1, total // 8),
+        eval_steps=max(1, total // 4),
         logging_steps=max(1, total // 40),
         disable_tqdm=True,
         overwrite_output_dir=True,
