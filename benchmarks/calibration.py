@@ -28,9 +28,10 @@ from shrinkage import decoder_before, directions_before
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection, spectral_projection
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.core.standardize import Standardizer
 from tutelage.runs.environment import environment
 from tutelage.targets.live import LiveTargets

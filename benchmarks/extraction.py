@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import HiddenStage
 from tutelage.core.inputs import model_inputs
+from tutelage.core.stages import HiddenStage
 from tutelage.io.store import Store
 from tutelage.runs.environment import environment
 from tutelage.runs.extraction.encoder import Encoder

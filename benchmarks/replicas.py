@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.recipes import resolve
 from tutelage.runs.environment import environment
 from tutelage.targets.live import LiveTargets

@@ -57,7 +57,8 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 import tutelage
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
+from tutelage.core.curriculum import Curriculum, extraction
+from tutelage.core.stages import HiddenStage
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.maps import TargetMap
 from tutelage.tasks.language import CausalCollator

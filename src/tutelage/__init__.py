@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tutelage.core.blocks import find_blocks
-    from tutelage.core.curriculum import (
-        Curriculum,
-        HiddenStage,
-        JointStage,
-        OutputStage,
-        extraction,
-        joint,
-        one_shot,
-        progressive,
-        scratch,
-    )
+    from tutelage.core.curriculum import Curriculum, extraction, joint, one_shot, progressive, scratch
     from tutelage.core.errors import UserError
     from tutelage.core.forward import forward_to
     from tutelage.core.losses import OutputSettings, embedding_loss, hidden_loss, output_loss
     from tutelage.core.projection import RandomProjection
+    from tutelage.core.stages import HiddenStage, JointStage, OutputStage
     from tutelage.core.standardize import Standardizer
     from tutelage.reproduction.compare import compare
     from tutelage.runs.distill import distill
@@ -46,9 +37,9 @@ _MODULES = {
     "find_blocks": "core.blocks",
     "forward_to": "core.forward",
     "Curriculum": "core.curriculum",
-    "HiddenStage": "core.curriculum",
-    "JointStage": "core.curriculum",
-    "OutputStage": "core.curriculum",
+    "HiddenStage": "core.stages",
+    "JointStage": "core.stages",
+    "OutputStage": "core.stages",
     "extraction": "core.curriculum",
     "joint": "core.curriculum",
     "one_shot": "core.curriculum",

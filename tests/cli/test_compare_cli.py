@@ -15,7 +15,8 @@ import yaml
 from tests.conftest import make_tokenizer, save_llama
 from tutelage.cli import compare as compare_module
 from tutelage.cli import main
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.recipes import RECIPES
 from tutelage.reproduction.recipes.user_run import UserRecipe, user_recipe
 from tutelage.reproduction.results import Comparison

@@ -17,8 +17,8 @@ from tutelage import (
     progressive,
     scratch,
 )
-from tutelage.core.curriculum import parse_layer_map, uniform_layer_map
 from tutelage.core.inputs import label_positions, last_token
+from tutelage.core.stages import parse_layer_map, uniform_layer_map
 
 
 def test_builders_divide_the_budget() -> None:

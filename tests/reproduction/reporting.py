@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.report import write_report
 from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, Trial
 from tutelage.reproduction.statistics import Estimate, PairedRatio

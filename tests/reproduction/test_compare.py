@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from tests.reproduction.comparing import METHODS, changed, made, names, tiny
-from tutelage.core.curriculum import HiddenStage, OutputStage
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.report import write_report
 from tutelage.reproduction.results import COMPARISON_FILE, Comparison, Trial

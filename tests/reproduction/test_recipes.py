@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import save_llama
-from tutelage.core.curriculum import HiddenStage, OutputStage
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction import teachers
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipe import PaperRecipe, Recipe, change_fields

@@ -25,8 +25,8 @@ from tests.reproduction.reporting import (
     with_method,
     write,
 )
-from tutelage.core.curriculum import JointStage
 from tutelage.core.errors import UserError
+from tutelage.core.stages import JointStage
 from tutelage.reproduction.display import show_number
 from tutelage.reproduction.report import write_report
 from tutelage.reproduction.report_tables import stage_words

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tutelage.core.curriculum import HiddenStage, OutputStage
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.teachers import Checkpoint, Teacher
 from tutelage.reproduction.variants import (
     SCHEDULES,

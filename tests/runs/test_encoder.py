@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 
 from tests.conftest import VOCAB, llama_config, make_tokenizer
-from tutelage.core.curriculum import HiddenStage, extraction, one_shot
+from tutelage.core.curriculum import extraction, one_shot
 from tutelage.core.projection import RandomProjection
+from tutelage.core.stages import HiddenStage
 from tutelage.runs.extraction.encoder import Encoder
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import StatisticsFile

@@ -9,18 +9,10 @@ from typing import Any
 
 import pytest
 
-from tutelage.core.curriculum import (
-    Curriculum,
-    HiddenStage,
-    OutputStage,
-    extraction,
-    joint,
-    one_shot,
-    progressive,
-    scratch,
-)
+from tutelage.core.curriculum import Curriculum, extraction, joint, one_shot, progressive, scratch
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.runs.evaluate import EvaluationResult
 from tutelage.runs.inputs import RunOptions
 from tutelage.runs.plan import Plan, plan

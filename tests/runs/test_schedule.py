@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.runs.extraction.schedule import Schedule, plan_shards
 from tutelage.targets.source import Reading, epoch_order
 

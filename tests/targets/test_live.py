@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, BertModel, LlamaForCausalLM
 
 from tests.conftest import VOCAB, bert_config, llama_config, save_llama
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, HiddenStage, extraction
+from tutelage.core.curriculum import Curriculum, extraction
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RANDOM_KINDS, RandomProjection
+from tutelage.core.stages import HiddenStage
 from tutelage.core.standardize import SINK_FACTOR
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
 from tutelage.targets.live import LiveTargets

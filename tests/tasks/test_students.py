@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from tests.conftest import bert_config, llama_config
-from tutelage.core.curriculum import uniform_layer_map
 from tutelage.core.errors import UserError
+from tutelage.core.stages import uniform_layer_map
 from tutelage.tasks import students
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.parity import ParityMLPConfig

@@ -16,7 +16,8 @@ from tests.conftest import VOCAB as TINY_VOCAB
 from tests.training.conftest import token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.language import CausalCollator

@@ -15,7 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tutelage
 from tutelage import CurriculumTrainer, get_task
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.base import EvaluationTools
 from tutelage.training.costs import StageCost, measure_stage

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.core.curriculum import Curriculum, HiddenStage, JointStage, OutputStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.processes import Group
+from tutelage.core.stages import HiddenStage, JointStage, OutputStage
 from tutelage.tasks.language import CausalCollator
 from tutelage.training.records import MetricsFile
 

@@ -12,8 +12,9 @@ import torch
 from transformers import default_data_collator
 
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage, extraction
+from tutelage.core.curriculum import Curriculum, extraction
 from tutelage.core.projection import RandomProjection, StackedProjection
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.maps import Calibration, calibrate, load_target_maps, random_projection, save_target_maps
 from tutelage.tasks.base import EvaluationTools

@@ -17,8 +17,9 @@ from tests.conftest import bert_config
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer, extract
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
+from tutelage.core.stages import HiddenStage
 from tutelage.runs.distill import distill
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.extracted import ExtractedTargets

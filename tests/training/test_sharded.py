@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.core.curriculum import Curriculum, HiddenStage, JointStage, OutputStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
+from tutelage.core.stages import HiddenStage, JointStage, OutputStage
 from tutelage.core.views import view_of
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import StatisticsFile

@@ -15,8 +15,9 @@ from transformers import BertConfig, BertModel
 
 from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage import CurriculumTrainer
-from tutelage.core.curriculum import Curriculum, OutputStage, one_shot
+from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.errors import UserError
+from tutelage.core.stages import OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.registry import get_task

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.training.conftest import LENGTH, VOCAB, llama, token_rows
 from tutelage import CurriculumTrainer, forward_to, one_shot
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets
 from tutelage.training.checks import TrainingDiverged

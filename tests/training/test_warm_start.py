@@ -13,9 +13,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, Gemma2Config, G
 from tests.training.conftest import VOCAB, llama
 from tutelage import CurriculumTrainer, forward_to
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.projection import RandomProjection
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.maps import Calibration, TargetMap, calibrate

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.curriculum import Curriculum, OutputStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
+from tutelage.core.stages import OutputStage
 from tutelage.io.claim import Claim, claim
 from tutelage.io.store import Store
 from tutelage.reproduction.display import listed

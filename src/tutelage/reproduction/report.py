@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage
 from tutelage.io.files import write_atomically
 from tutelage.reproduction.display import Table, as_markdown, show_number
 from tutelage.reproduction.report_curves import AXES, MethodCurves, draw_curves, method_curves

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, JointStage, OutputStage, Stage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import JointStage, OutputStage, Stage
 from tutelage.reproduction.display import Table, listed, show_number
 from tutelage.reproduction.report_curves import MethodCurves
 from tutelage.reproduction.results import COSTS, Comparison, MethodResult, Ratio, Trial

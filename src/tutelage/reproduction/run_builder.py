@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from tutelage.core.blocks import find_blocks
-from tutelage.core.curriculum import Curriculum, OutputStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import OutputStage
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, build_curriculum, candidates

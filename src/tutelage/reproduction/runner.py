@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tutelage.core.curriculum import Curriculum, HiddenStage
+from tutelage.core.curriculum import Curriculum
+from tutelage.core.stages import HiddenStage
 from tutelage.io.files import write_atomically
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import CurvePoint, RunRecord

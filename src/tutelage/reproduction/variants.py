@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.core.curriculum import METHODS, Curriculum, OutputStage
+from tutelage.core.curriculum import METHODS, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
+from tutelage.core.stages import OutputStage
 from tutelage.reproduction.teachers import Teacher
 from tutelage.runs.options import read_value
 from tutelage.training.config import CurriculumConfig

@@ -8,10 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.core.blocks import Blocks
-from tutelage.core.curriculum import Curriculum, Stage, one_shot
+from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config, usable_positions
 from tutelage.core.records import Record
+from tutelage.core.stages import Stage
 from tutelage.runs.inputs import DEFAULT_LENGTH, DEFAULT_STEPS, NO_LIMIT, RunOptions, check_length
 from tutelage.runs.plan_extraction import ExtractionPlan
 from tutelage.runs.plan_start import StartPlan, plan_start

@@ -8,9 +8,10 @@ from typing import Any, final
 from torch import nn
 
 from tutelage.core.blocks import FINAL, Place
-from tutelage.core.curriculum import RESIDUAL, Curriculum, HiddenStage
+from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
+from tutelage.core.stages import HiddenStage
 from tutelage.core.topk import TopK
 from tutelage.targets import rows
 from tutelage.targets.folder import ExtractedCurriculum

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.curriculum import RESIDUAL, Curriculum, LayerMap, Stage
+from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
+from tutelage.core.stages import LayerMap, Stage
 from tutelage.io.store import Store
 from tutelage.targets import rows
 from tutelage.targets.identity import ExtractionIdentity

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from tutelage.core.blocks import FINAL, Place, find_blocks
-from tutelage.core.curriculum import Curriculum, HiddenStage, OutputStage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_positions, model_inputs, position_mask
 from tutelage.core.processes import Group
 from tutelage.core.projection import check_widening
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
 from tutelage.targets.identity import model_hash

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tutelage.core.blocks import FINAL, Place
-from tutelage.core.curriculum import RESIDUAL, Curriculum, HiddenStage
+from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
 from tutelage.core.moments import Moments, shrunk_moment
@@ -27,6 +27,7 @@ from tutelage.core.projection import (
     StackedProjection,
     spectral_projection,
 )
+from tutelage.core.stages import HiddenStage
 from tutelage.core.standardize import Standardizer, check_finite, sink_threshold, state_norms
 from tutelage.io.files import replacing
 from tutelage.tasks.base import Batch

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.curriculum import Curriculum, HiddenStage, LayerMap, Stage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
+from tutelage.core.stages import HiddenStage, LayerMap, Stage
 from tutelage.targets.maps import TargetMap
 from tutelage.tasks.base import Batch, OutputTarget, Task
 from tutelage.tasks.initialization.student import Initialized

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import AutoModel, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tutelage.core.blocks import FINAL, Blocks, Place
-from tutelage.core.curriculum import HiddenStage, Stage
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.forward import forward_to, make_view, watched
 from tutelage.core.heads import OutputHead
@@ -32,6 +31,7 @@ from tutelage.core.inputs import (
 )
 from tutelage.core.losses import METRIC_COLUMNS, OutputSettings, output_loss, output_metrics
 from tutelage.core.router import state_and_balance
+from tutelage.core.stages import HiddenStage, Stage
 from tutelage.core.topk import TopK
 from tutelage.core.views import view_of
 from tutelage.tasks.loading import load_config, load_model

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tutelage.core.curriculum import HiddenStage, JointStage
 from tutelage.core.inputs import batch_positions
+from tutelage.core.stages import HiddenStage, JointStage
 from tutelage.targets.source import TargetSource
 from tutelage.training.objective import StageObjective
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tutelage.core.blocks import find_blocks
-from tutelage.core.curriculum import Curriculum, HiddenStage, JointStage, OutputStage, Stage
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.losses import OutputSettings, hidden_loss
+from tutelage.core.stages import HiddenStage, JointStage, OutputStage, Stage
 from tutelage.targets.source import TargetSource
 from tutelage.tasks.base import OutputTarget
 

@@ -8,19 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import (
-    RESIDUAL,
-    Curriculum,
-    LayerMap,
-    extraction,
-    joint,
-    one_shot,
-    parse_layer_map,
-    progressive,
-    scratch,
-    uniform_layer_map,
-)
+from tutelage.core.curriculum import RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
 from tutelage.core.errors import UserError
+from tutelage.core.stages import LayerMap, parse_layer_map, uniform_layer_map
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import PRESETS, CurriculumConfig
 

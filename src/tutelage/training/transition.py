@@ -5,8 +5,8 @@ from collections.abc import Collection
 from typing import Any
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import HiddenStage, OutputStage
 from tutelage.core.errors import UserError
+from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.targets.source import StatisticsFile
 from tutelage.training import warm_start
 from tutelage.training.costs import StageCost, measure_stage, measure_states

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tutelage.core.chunked import chunk_positions
-from tutelage.core.curriculum import Stage
+from tutelage.core.stages import Stage
 from tutelage.core.topk import TopK, top_k
 from tutelage.runs.extraction.schedule import Batches
 from tutelage.targets import rows
