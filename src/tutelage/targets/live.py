@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tutelage.core.blocks import FINAL, Place, find_blocks
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_positions, model_inputs, position_mask
 from tutelage.core.processes import Group
@@ -41,6 +41,8 @@ class LiveTargets(TargetSource):
     """A teacher in memory; its parameters are frozen and it is put into evaluation mode.
 
     `task` None finds it from the model's class; `container` names the list of blocks where `find_blocks` finds several."""
+
+    can_start = True
 
     def __init__(self, model: nn.Module, task: Task | None = None, container: str | None = None):
         super().__init__(task or detect_task(model))
@@ -135,6 +137,9 @@ class LiveTargets(TargetSource):
     def embedding(self) -> torch.Tensor:
         weight: torch.Tensor = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
         return weight
+
+    def check_start(self, student: nn.Module) -> None:
+        check_start(student, self.model, self.task, one_shot(1), self.container)
 
     def start(self, student: nn.Module, batches: Batches) -> Initialized | None:
         curriculum = self.curriculum

@@ -74,6 +74,7 @@ class TargetSource:
     blocks: int | None = None  # L_T, the teacher's blocks; None without a teacher
     parameters: int | None = None  # parameters of a teacher in memory
     models: tuple[nn.Module, ...] = ()  # the teacher, where it is in memory
+    can_start: ClassVar[bool] = False  # whether `start` gives a student its first weights
     in_step_order: ClassVar[bool] = False  # whether training rows are in the order of the steps: not to be shuffled
     tokenizer: PreTrainedTokenizerBase | None = None  # tokenizer that comes with the targets
 
@@ -137,6 +138,9 @@ class TargetSource:
     def embedding(self) -> torch.Tensor:
         """The teacher's token embedding, (V, D)."""
         raise AssertionError("this source has no token embedding")
+
+    def check_start(self, student: nn.Module) -> None:
+        """Raise UserError for a student that cannot start from this source's teacher."""
 
     def start(self, student: nn.Module, batches: Batches) -> Initialized | None:
         """Give a student its first weights, where the curriculum starts it from the teacher; `batches` as in `prepare`."""

@@ -1,6 +1,7 @@
 """From a trainer's arguments to models, curriculum and objective; every refusal happens here, before any compute."""
 
 import copy
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.blocks import find_blocks
-from tutelage.core.curriculum import Curriculum, one_shot
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.identity import data_fingerprint, model_hash, tokenizer_hash
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
-from tutelage.tasks.initialization.student import check_start
 from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import WEIGHTS
@@ -27,6 +27,7 @@ from tutelage.training.objective import StageObjective
 from tutelage.training.resolution import ResolvedRun, resolve
 from tutelage.training.self_check import check_precision, run_probe
 
+_log = logging.getLogger(__name__)
 Teacher = nn.Module | str | TargetSource | None
 
 
@@ -112,18 +113,18 @@ def decide_student_init(
     weights = "own" if named else student.__dict__.get(WEIGHTS)
     if weights == "teacher":  # by an extraction
         return "teacher"
-    if not isinstance(source, LiveTargets) or args.method == "scratch" or args.value("student_init") == "random":
+    if not source.can_start or args.method == "scratch" or args.value("student_init") == "random":
         return args.student_init
+    if args.student_init == "teacher" and weights != "own":
+        return "teacher"
     if args.student_init == "teacher":
-        if weights == "own":
-            warnings.warn("the student brings its own weights: student_init='teacher' leaves it alone", stacklevel=3)
-        return "random" if weights == "own" else "teacher"
+        warnings.warn("the student brings its own weights: student_init='teacher' leaves it alone", stacklevel=3)
     if weights != "random":
         return "random"
     try:
-        check_start(student, source.model, source.task, one_shot(1), args.blocks)
+        source.check_start(student)
     except UserError as error:
-        warnings.warn(f"the student starts from random weights: {error}", UserWarning, stacklevel=3)
+        _log.warning("The student starts from random weights: %s", error)
         return "random"
     return "teacher"
 

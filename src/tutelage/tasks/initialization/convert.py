@@ -199,11 +199,12 @@ class _Conversion:
         layout = self.layout
         sizes = layout.teacher_heads, layout.student_heads
         numbers = range(1, len(layout.student_blocks) + 1)
-        heads = {block: torch.ones(sizes[0].heads) for block in numbers}
+        heads = {block: [1.0] * sizes[0].heads for block in numbers}  # lists: a plan's tensors have no values
         if uses is not None:
-            heads |= {block: use for block in numbers if (use := uses.of(QUERIES, block)) is not None}
+            heads |= {block: use.tolist() for block in numbers if (use := uses.of(QUERIES, block)) is not None}
         if layout.family.same_heads:
-            heads = dict.fromkeys(numbers, torch.stack(list(heads.values())).sum(0))
+            total = [sum(use) for use in zip(*heads.values(), strict=True)]
+            heads = dict.fromkeys(numbers, total)
         for block in numbers:
             kept = self.kept[block] = Kept(sizes)
             kept.set_heads(*kept_heads(heads[block], *sizes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tutelage.core.errors import UserError
@@ -9,8 +11,8 @@ from tutelage.tasks.initialization.families import EXPERTS, HEADS, KEYS, NEURONS
 from tutelage.tasks.initialization.layout import HeadCounts
 
 
-def kept_heads(use_H: torch.Tensor, teacher: HeadCounts, student: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention heads that a student keeps, and the key-value group of the teacher for each of its own groups.
+def kept_heads(use: Sequence[float], teacher: HeadCounts, student: HeadCounts) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention heads that a student keeps, by the `use` of each, and the teacher's key-value group for each of its own.
 
     The heads of a student's group come from one group of the teacher, so that they find the keys that they know. The groups
     with the greatest use are kept, in the teacher's order. Raises UserError for groups that are larger than the teacher's."""
@@ -24,9 +26,9 @@ def kept_heads(use_H: torch.Tensor, teacher: HeadCounts, student: HeadCounts) ->
     parts: list[tuple[float, int, list[int]]] = []  # use, group, heads
     for group in range(teacher.groups):
         heads = list(range(group * theirs, (group + 1) * theirs))
-        busiest = sorted(heads, key=lambda head: -float(use_H[head]))
+        busiest = sorted(heads, key=lambda head: -use[head])
         pieces = [sorted(busiest[i : i + size]) for i in range(0, theirs - size + 1, size)]
-        parts += [(float(use_H[piece].sum()), group, piece) for piece in pieces]
+        parts += [(sum(use[head] for head in piece), group, piece) for piece in pieces]
     if len(parts) < student.groups:
         raise UserError(
             f"student_init='teacher': groups of {size} heads can be taken {len(parts)} times from the teacher's "
