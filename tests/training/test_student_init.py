@@ -148,7 +148,9 @@ def test_a_student_that_cannot_be_initialised_falls_back_by_default_and_is_refus
         make_trainer(student=student, student_init="teacher")
     student.__dict__[WEIGHTS] = "random"
     trainer = make_trainer(student=student)
-    assert "starts from random weights: student_init='teacher': the student's attention heads have 8 values" in caplog.text
+    assert (
+        "starts from random weights: student_init='teacher': the student's attention heads have 8 values" in caplog.text
+    )
     assert trainer.curriculum.student_init == "random"
 
 

@@ -23,7 +23,7 @@ from tutelage.tasks.registry import get_task
 from tutelage.training import warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
-from tutelage.training.preparation import decide_student_init
+from tutelage.training.preparation import decide_start
 from tutelage.training.trainer import CurriculumTrainer
 
 
@@ -78,8 +78,7 @@ class RunBuilder:
 
     def curriculum(self, variant: Variant, candidate: Candidate, steps: int) -> Curriculum:
         """Curriculum of a run of `steps` optimiser steps."""
-        args = self.arguments(variant, candidate, self.root, 0)
-        args.student_init = decide_student_init(args, *self._models)
+        args = decide_start(self.arguments(variant, candidate, self.root, 0), *self._models)
         fraction = min(1.0, steps / self.steps())
         return build_curriculum(args, candidate, self._blocks, self.teacher, steps, self.recipe.batch_size, fraction)
 

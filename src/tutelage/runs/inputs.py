@@ -30,6 +30,7 @@ from tutelage.training.resolution import check_made
 DEFAULT_LENGTH = 256  # tokens, where nothing is given: long enough to learn from, short enough for a laptop
 DEFAULT_MLM_PROBABILITY = 0.3
 DEFAULT_STEPS = 200  # of a run that names neither teacher nor data nor budget: under two minutes on 2 cores
+DEFAULT_RATE = 1e-2  # of a run with the embedded teacher: it did best of 5e-3, 1e-2 and 2e-2
 _DEFAULT_EVAL_SAMPLES = 64
 NO_LIMIT = 10**9  # positions of a model that has no limit
 
@@ -91,6 +92,8 @@ def with_defaults(options: RunOptions, args: CurriculumConfig) -> tuple[RunOptio
         args.teacher_model_name_or_path = DEFAULT_TEACHER
     if args.teacher_model_name_or_path == DEFAULT_TEACHER or args.method == "scratch":
         options = dataclasses.replace(options, student=options.student or DEFAULT_STUDENT)
+        if not args.rate_given:
+            args.learning_rate = DEFAULT_RATE
         if options.dataset is None:
             held_out, count = options.eval_dataset or DEFAULT_EVAL_TEXT, options.max_samples or _DEFAULT_EVAL_SAMPLES
             options = dataclasses.replace(options, dataset=DEFAULT_TEXT, eval_dataset=held_out, max_samples=count)

@@ -1,6 +1,5 @@
 """What a distillation would do and cost, before anything is spent."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from tutelage.training.config import CurriculumConfig
 from tutelage.training.costs import FlopCounter, StageCost
 from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
-from tutelage.training.preparation import decide_student_init
+from tutelage.training.preparation import decide_start
 from tutelage.training.resolution import build_curriculum
 from tutelage.training.transition import StageTransition
 
@@ -113,8 +112,8 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         counts = [count for count in map(task.output_count, (student_model, teacher_model)) if count is not None]
         source.attach(one_shot(1), student_model, min(counts, default=None))
         objective = StageObjective(student_model, source, container=args.blocks)
-        args, student_model.__dict__[WEIGHTS] = copy.copy(args), "random" if is_untrained(student) else "own"
-        args.student_init = decide_student_init(args, student_model, source)
+        student_model.__dict__[WEIGHTS] = "random" if is_untrained(student) else "own"
+        args = decide_start(args, student_model, source)
         blocks = len(objective.blocks), len(source.block_names)
         curriculum = build_curriculum(args, blocks, steps, task.warm_start)
         baseline = _costs(objective, one_shot(1), task.example(length))[0]

@@ -32,7 +32,7 @@ class ExtractedTargets(TargetSource):
     def __init__(self, folder: ExtractedCurriculum):
         super().__init__(get_task(folder.identity.task))
         self.folder = folder
-        self.blocks = folder.identity.teacher.blocks
+        self.blocks, self.method = folder.identity.teacher.blocks, folder.curriculum.method
         self.tokenizer = folder.tokenizer
         self._widths: dict[Place, int] = {}
 

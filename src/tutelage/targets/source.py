@@ -73,6 +73,7 @@ class TargetSource:
 
     blocks: int | None = None  # L_T, the teacher's blocks; None without a teacher
     parameters: int | None = None  # parameters of a teacher in memory
+    method: str | None = None  # by which students are trained where none is given; None leaves the choice to the run
     models: tuple[nn.Module, ...] = ()  # the teacher, where it is in memory
     can_start: ClassVar[bool] = False  # whether `start` gives a student its first weights
     in_step_order: ClassVar[bool] = False  # whether training rows are in the order of the steps: not to be shuffled

@@ -15,6 +15,7 @@ from tutelage.core.errors import UserError, as_user_error, check_positive, check
 
 _DEFAULT: dict[str, Any] = {
     "method": "extraction",
+    "learning_rate": 2e-3,
     "per_device_train_batch_size": 16,
     "num_train_epochs": 3.0,
     "stage_fraction": 0.5,
@@ -70,9 +71,9 @@ class CurriculumConfig(TrainingArguments):
 
     # Other defaults than transformers', for small students trained from a random start.
     output_dir: str | None = option("Folder the run is written to.", "tutelage-output")
-    learning_rate: float = option("Peak learning rate of every stage.", 2e-3)
+    learning_rate: float | None = option("Peak learning rate of every stage; default: 2e-3.")  # type: ignore[assignment]
     lr_scheduler_type: str = option("Decay within each stage.", "cosine")
-    warmup_steps: float = option("Warm-up of each stage: steps, or a fraction below 1.", 0.06)
+    warmup_steps: float = option("Warm-up of each stage: steps, or a fraction below 1.", 0.1)
     per_device_train_batch_size: int | None = option("Examples per device and micro-step; default: 16.")  # type: ignore[assignment]
     num_train_epochs: float | None = option("Passes over the training data, where max_steps is not given; default: 3.")  # type: ignore[assignment]
     per_device_eval_batch_size: int = option("Examples per device in evaluation.", 16)
@@ -148,7 +149,8 @@ class CurriculumConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"unknown preset {self.preset!r}: use one of {', '.join(PRESETS)}")
-        self.method = self.value("method")
+        self.method_given, self.rate_given = self.method is not None, self.learning_rate is not None
+        self.method, self.learning_rate = self.value("method"), self.value("learning_rate")
         for names, least, most in _RANGES:
             for name in names:
                 check_range(name, getattr(self, name), least, most)

@@ -24,7 +24,7 @@ from tutelage.tasks.students import WEIGHTS
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
-from tutelage.training.resolution import ResolvedRun, resolve
+from tutelage.training.resolution import ResolvedRun, method_after_start, resolve
 from tutelage.training.self_check import check_precision, run_probe
 
 _log = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     checks.check_output_names(student, source)
     checks.check_dataset(given.train_dataset, models, task, "training")
     checks.check_dataset(eval_dataset, models, task, "evaluation")
-    args = copy.copy(args)
-    args.student_init = decide_student_init(args, student, source, isinstance(given.model, str))
+    args = decide_start(args, student, source, isinstance(given.model, str))
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))
     rows = len(given.train_dataset) if hasattr(given.train_dataset, "__len__") else None
     blocks, fixed = (student_blocks, source.blocks), source.fixed_settings(student_blocks)
@@ -105,11 +104,21 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     return Prepared(run, objective, train_dataset, eval_dataset, tokenizer)
 
 
-def decide_student_init(
+def decide_start(
     args: CurriculumConfig, student: nn.Module, source: TargetSource, named: bool = False
-) -> str | None:
-    """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them; `named` is one
-    that was loaded by name."""
+) -> CurriculumConfig:
+    """A copy of `args` that says what the student starts from and, if that was not given, by which method it is trained; a
+    student that is `named` was loaded by its name."""
+    args = copy.copy(args)
+    args.student_init = _student_init(args, student, source, named)
+    if not args.method_given:
+        started = args.student_init == "teacher" and args.preset == "default"
+        args.method = source.method or (method_after_start(args) if started else args.method)
+    return args
+
+
+def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSource, named: bool) -> str | None:
+    """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them."""
     weights = "own" if named else student.__dict__.get(WEIGHTS)
     if weights == "teacher":  # by an extraction
         return "teacher"

@@ -76,6 +76,13 @@ def resolve(
     return ResolvedRun(curriculum, reading, samples)
 
 
+def method_after_start(args: CurriculumConfig) -> str:
+    """The method for a student that starts from its teacher, where none is given: hidden states and output together did best,
+    but options that only stages have ask for stages."""
+    only = ["stage_fraction", *(name for name, methods in _READERS.items() if methods == ("extraction",))]
+    return "extraction" if any(getattr(args, name) is not None for name in only) else "joint"
+
+
 def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
     """Raise UserError where one of `settings` is given and is not what an extracted curriculum was made with."""
     for name, value in made.items():
