@@ -59,8 +59,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
         "teacher": "minilm",
         "train": "pieces/train.jsonl",
         "held_out": "wikipedia/heldout.jsonl",
-        "batch": 32,
-        "steps": 2750,  # 3 million tokens that are not padding
+        "batch": 16,
+        "steps": 4460,  # 3 million tokens that are not padding
         "students": {
             "3x384": "layers=3,hidden_size=384",
             "3x192": "layers=3,hidden_size=192",
@@ -71,32 +71,82 @@ TEACHERS: dict[str, dict[str, Any]] = {
             "title": {"retrieval": "wikipedia/retrieval-title.jsonl"},
             "sentence": {"retrieval": "wikipedia/retrieval-sentence.jsonl"},
         },
-        "metric": ("cosine", "higher"),
-    }
+    },
+    "smollm2": {
+        "run": {"max_length": 128, "max_samples": 100},
+        "teacher": "smollm2",
+        "train": "pieces/articles.jsonl",
+        "held_out": "wikipedia/heldout.jsonl",
+        "batch": 8,
+        "steps": 1000,  # 1 million tokens
+        "teacher_dtype": "bfloat16",
+        "students": {
+            "15x576": "layers=15,hidden_size=576",
+            "12x384": "layers=12,hidden_size=384",
+            "12x384-untied": "layers=12,hidden_size=384,tie_word_embeddings=false",
+        },
+        "evaluations": {"brown": {"dataset": "brown/heldout.jsonl", "max_samples": 200}},
+    },
+    "reviews": {
+        "run": {"max_length": 64},
+        "teacher": "reviews-classifier",
+        "train": "reviews/train.jsonl",
+        "held_out": "reviews/heldout.jsonl",
+        "batch": 32,
+        "steps": 1080,  # 3 epochs
+        "students": {"2x192": "layers=2,hidden_size=192"},
+        "evaluations": {},
+    },
+}
+
+# the metric that runs are compared by, and its sign: greater is better
+METRICS = {"minilm": ("cosine", 1), "smollm2": ("loss", -1), "reviews": ("accuracy", 1)}
+
+# the rates that are tried, by student and method
+TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
+    "minilm": {
+        (student, method): rates
+        for student, rates in (
+            ("3x384", ("1e-3", "5e-4", "2e-3")),
+            ("3x192", ("2e-3", "1e-3", "4e-3")),
+            ("2x128", ("2e-3", "4e-3", "8e-3")),
+        )
+        for method in ("joint-teacher", "one-shot-teacher", "stage-transplant", "one-shot")
+    },
+    "smollm2": {},
+    "reviews": {},
 }
 
 
 def pieces(assets: Path) -> None:
-    """Summaries and articles of Wikipedia in pieces of one to a few sentences, at most 48 words: `pieces/train.jsonl`."""
+    """Summaries and articles of Wikipedia: together in `pieces/articles.jsonl`, and in pieces in `pieces/train.jsonl`.
+
+    Half of the pieces have 48 words, as much as a sequence of 64 tokens takes; the others are one to a few sentences."""
     target = assets / "pieces" / "train.jsonl"
     if target.exists():
         return
     chance, found = random.Random(0), []
-    for name in ("wikipedia", "articles"):
-        for line in (assets / name / "train.jsonl").read_text(encoding="utf-8").splitlines():
-            piece: list[str] = []
-            limit = chance.randint(6, 48)
-            for sentence in re.split(r"(?<=[.!?])\s+", json.loads(line)["text"]):
-                words = sentence.split()
-                if piece and len(piece) + len(words) > limit:
-                    found.append(" ".join(piece))
-                    piece, limit = [], chance.randint(6, 48)
-                piece += words[: 48 - len(piece)]
-            found.append(" ".join(piece))
+    lines = [
+        line
+        for name in ("wikipedia", "articles")
+        for line in (assets / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    chance.shuffle(lines)
+    for line in lines:
+        sentences = [part.split() for part in re.split(r"(?<=[.!?])\s+", json.loads(line)["text"])]
+        while sentences:
+            whole, limit = chance.random() < 0.5, chance.randint(6, 48)
+            piece = sentences.pop(0)
+            while sentences and (len(piece) < 48 if whole else len(piece) + len(sentences[0]) <= limit):
+                piece += sentences.pop(0)
+            if rest := piece[48:]:
+                sentences.insert(0, rest)
+            found.append(" ".join(piece[:48]))
     chance.shuffle(found)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in found if len(text.split()) > 3]
-    write_atomically(target, "\n".join(lines) + "\n")
+    write_atomically(target.with_name("articles.jsonl"), "\n".join(lines) + "\n")
+    kept = [json.dumps({"text": text}, ensure_ascii=False) for text in found if len(text.split()) > 3]
+    write_atomically(target, "\n".join(kept) + "\n")
 
 
 def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -> None:
@@ -118,6 +168,7 @@ def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -
     args = CurriculumConfig(
         output_dir=str(folder),
         teacher_model_name_or_path=str(assets / settings["teacher"]),
+        teacher_dtype=settings.get("teacher_dtype"),
         learning_rate=float(rate),
         seed=int(seed),
         max_steps=total,
@@ -153,9 +204,9 @@ def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -
     }
     if int(seed) != TUNING_SEED:
         for key, given in settings["evaluations"].items():
-            files = {option: str(assets / file) for option, file in given.items()}
+            options_of = {name: str(assets / value) if "/" in str(value) else value for name, value in given.items()}
             length = settings["run"]["max_length"]
-            measured = evaluate(EvaluateOptions(model=str(folder), max_length=length, batch_size=64, **files))
+            measured = evaluate(EvaluateOptions(model=str(folder), max_length=length, batch_size=64, **options_of))
             found["evaluations"][key] = measured.metrics
     found["wall_seconds"] = round(time.perf_counter() - started, 1)
     if steps:  # tried out, not kept
@@ -171,14 +222,82 @@ def result_file(teacher: str, student: str, method: str, rate: str, seed: str) -
     return RESULTS / teacher / student / method / f"rate-{float(rate):g}-seed-{seed}.json"
 
 
+def read_results(teacher: str) -> list[dict[str, Any]]:
+    """Every run of a teacher that was made."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((RESULTS / teacher).rglob("rate-*.json"))]
+
+
+def metric_of(teacher: str, found: dict[str, Any]) -> float:
+    """What runs are compared by, so that greater is better."""
+    name, sign = METRICS[teacher]
+    return sign * float(found["result"]["student"]["metrics"][name])
+
+
+def best_rates(teacher: str) -> dict[tuple[str, str], tuple[str, bool]]:
+    """For each student and method the tuned rate, and whether it is the smallest or largest that was tried."""
+    tried: dict[tuple[str, str], dict[str, float]] = {}
+    for found in read_results(teacher):
+        if found["run"]["seed"] == str(TUNING_SEED):
+            key = found["run"]["student"], found["run"]["method"]
+            tried.setdefault(key, {})[found["run"]["rate"]] = metric_of(teacher, found)
+    best = {key: max(rates, key=lambda rate: rates[rate]) for key, rates in tried.items()}
+    edges = {key: (min(map(float, rates)), max(map(float, rates))) for key, rates in tried.items()}
+    return {key: (rate, float(rate) in edges[key]) for key, rate in best.items()}
+
+
+def list_runs(which: str, teacher: str) -> list[str]:
+    """The runs of tuning, or those that are reported, a line each."""
+    if which == "tune":
+        planned = [(key, rate, TUNING_SEED) for key, rates in TRIALS[teacher].items() for rate in rates]
+    else:
+        planned = [(key, rate, seed) for seed in SEEDS for key, (rate, _) in best_rates(teacher).items()]
+    return [f"{teacher} {student} {method} {rate} {seed}" for (student, method), rate, seed in planned]
+
+
+def report(teacher: str) -> str:
+    """A table of the reported runs: mean and range over seeds of every metric."""
+    rates, groups = best_rates(teacher), dict[tuple[str, str], list[dict[str, Any]]]()
+    for found in read_results(teacher):
+        if found["run"]["seed"] != str(TUNING_SEED):
+            groups.setdefault((found["run"]["student"], found["run"]["method"]), []).append(found)
+    lines = []
+    for (student, method), runs in sorted(groups.items()):
+        rate, edge = rates.get((student, method), (runs[0]["run"]["rate"], False))
+        lines += ["", f"**{student}, {method}**: {len(runs)} seeds, rate {rate}{' (edge)' * edge}", ""]
+        lines += ["| metric | mean | lowest | highest |", "|---|---|---|---|"]
+        for name, values in metrics_of(runs).items():
+            mean = sum(values) / len(values)
+            lines.append(f"| {name} | {mean:.4g} | {min(values):.4g} | {max(values):.4g} |")
+    return "\n".join(lines)
+
+
+def metrics_of(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Every metric of runs by its name."""
+    found: dict[str, list[float]] = {}
+    for each in runs:
+        budget = each["result"]["budget"]
+        flat = {**each["result"]["student"]["metrics"], "tokens": budget["tokens"], "seconds": budget["seconds"]}
+        flat["TFLOPs"] = (budget["student_flops"] + budget["teacher_flops"]) / 1e12
+        for name, metrics in each["evaluations"].items():
+            flat |= {f"{name}: {key}": value for key, value in metrics.items()}
+        for key, value in flat.items():
+            found.setdefault(key, []).append(float(value))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Small students of real teachers.")
-    parser.add_argument("action", choices=("run",))
-    parser.add_argument("names", nargs="+", metavar="TEACHER STUDENT METHOD RATE SEED")
+    parser.add_argument("action", choices=("list", "run", "report"))
+    parser.add_argument("names", nargs="+", help="list: tune or final, TEACHER; run: TEACHER STUDENT METHOD RATE SEED")
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
-    parser.add_argument("--steps", type=int, help="another budget, to try something out")
+    parser.add_argument("--steps", type=int, help="another budget, to try something out: nothing is kept")
     args = parser.parse_args()
-    run(tuple(args.names), args.assets, args.steps)
+    if args.action == "list":
+        print("\n".join(list_runs(*args.names)))
+    elif args.action == "report":
+        print(report(args.names[0]))
+    else:
+        run(tuple(args.names), args.assets, args.steps)
 
 
 if __name__ == "__main__":
