@@ -16,6 +16,11 @@ def write_card(folder: Path, result: RunResult, curriculum: Curriculum, args: Cu
     differing = ", ".join(f"{name}={value}" for name, value in deviations(args, curriculum).items())
     preset = f"{args.preset}; deviations: {differing}" if differing else args.preset
     budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
+    start = "random weights, or the student's own"
+    if curriculum.student_init == "teacher":
+        start = (
+            f"the teacher's weights, residual basis {curriculum.residual_basis or 'pca (identity for equal widths)'}"
+        )
     stages = "\n".join(f"| {n} | {stage.name} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1))
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
     rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
@@ -40,6 +45,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 | Data | {Path(result.names["dataset"]).name} |
 | Method | {curriculum.method} |
 | Preset | {preset} |
+| Start | {start} |
 | Hidden stages | projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
 | Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |
 | FLOPs | {budget.student_flops:.3g} student + {budget.teacher_flops:.3g} teacher |

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.quantizers import AutoQuantizationConfig
 
-from tutelage.core.curriculum import METHODS
+from tutelage.core.curriculum import METHODS, RESIDUAL
 from tutelage.core.errors import UserError, as_user_error, check_positive, check_range
 
 _DEFAULT: dict[str, Any] = {
@@ -43,6 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
     },
 }
+# What the default preset has for a student that starts from its teacher: hidden states and output together did best there.
+AFTER_START: dict[str, Any] = {"method": "joint", "projection": RESIDUAL}
 
 # names of settings, and the smallest and largest value that they may have
 _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
+from tutelage.core.curriculum import Curriculum, extraction, joint, one_shot, progressive, scratch
 from tutelage.core.errors import UserError
 from tutelage.core.stages import LayerMap, parse_layer_map, uniform_layer_map
 from tutelage.targets.source import FixedSettings, Reading
-from tutelage.training.config import PRESETS, CurriculumConfig
+from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
 _SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top_k")
-_OF_THE_RUN = ("per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")  # which are not of a method
+_OF_THE_RUN = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "num_train_epochs",
+    "teacher_checkpoints",
+)  # which are not of a method
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
     **dict.fromkeys(["layer_map", "num_stages", "projection"], ("extraction", "joint")),
@@ -77,10 +82,9 @@ def resolve(
 
 
 def method_after_start(args: CurriculumConfig) -> str:
-    """The method for a student that starts from its teacher, where none is given: hidden states and output together did best,
-    but options that only stages have ask for stages."""
+    """The method for a student that starts from its teacher, where none is given; options of hidden stages ask for these."""
     only = ["stage_fraction", *(name for name, methods in _READERS.items() if methods == ("extraction",))]
-    return "extraction" if any(getattr(args, name) is not None for name in only) else "joint"
+    return "extraction" if any(getattr(args, name) is not None for name in only) else AFTER_START["method"]
 
 
 def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
@@ -94,7 +98,9 @@ def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
 
 def deviations(args: CurriculumConfig, curriculum: Curriculum) -> dict[str, Any]:
     """Settings of the method in which a run differs from its preset: given, or decided by an extracted curriculum."""
-    preset, found = PRESETS[args.preset], {}
+    preset, found = dict(PRESETS[args.preset]), {}
+    if args.preset == "default" and curriculum.student_init == "teacher":
+        preset |= AFTER_START
     for name in dict.fromkeys([*preset, *_READERS, *_SHARED]):
         value = getattr(args, name)
         if name != "warm_start" or name in preset:  # which a preset may leave to the layer map
@@ -163,7 +169,7 @@ def build_curriculum(
     settings["student_init"] = fixed.values.get("student_init", args.student_init or "random")
     starts_there = settings["student_init"] == "teacher"
     default_warm_start = "none" if starts_there else default_warm_start
-    projection = args.projection or (RESIDUAL if starts_there else PRESETS[args.preset]["projection"])
+    projection = args.projection or (AFTER_START if starts_there else PRESETS[args.preset])["projection"]
     settings["projection"] = fixed.values.get("projection", projection)
     if args.method == "scratch":
         return scratch(steps, **settings)
