@@ -18,9 +18,7 @@ def write_card(folder: Path, result: RunResult, curriculum: Curriculum, args: Cu
     budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
     start = "random weights, or the student's own"
     if curriculum.student_init == "teacher":
-        start = (
-            f"the teacher's weights, residual basis {curriculum.residual_basis or 'pca (identity for equal widths)'}"
-        )
+        start = "the teacher's weights" + (f", basis {curriculum.residual_basis}" if curriculum.residual_basis else "")
     stages = "\n".join(f"| {n} | {stage.name} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1))
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
     rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
