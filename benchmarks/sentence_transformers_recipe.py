@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="texts a step; theirs is 64")
     parser.add_argument("--max_length", type=int, default=64, help="tokens per text, also for the teacher")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 warmup_steps=0.1,  # fraction
                 seed=args.seed,
                 use_cpu=True,
+                bf16=args.bf16,
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
