@@ -59,8 +59,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
         "teacher": "minilm",
         "train": "pieces/train.jsonl",
         "held_out": "wikipedia/heldout.jsonl",
-        "batch": 16,
-        "steps": 4460,  # 3 million tokens that are not padding
+        "batch": 32,
+        "steps": 1860,  # 3 million tokens that are not padding
         "students": {
             "3x384": "layers=3,hidden_size=384",
             "3x192": "layers=3,hidden_size=192",
@@ -119,19 +119,18 @@ TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
 
 
 def pieces(assets: Path) -> None:
-    """Summaries and articles of Wikipedia: together in `pieces/articles.jsonl`, and in pieces in `pieces/train.jsonl`.
+    """Texts of Wikipedia for training: whole in `pieces/articles.jsonl`; in `pieces/train.jsonl` each summary three times, and
+    summaries and articles in pieces.
 
     Half of the pieces have 48 words, as much as a sequence of 64 tokens takes; the others are one to a few sentences."""
     target = assets / "pieces" / "train.jsonl"
     if target.exists():
         return
-    chance, found = random.Random(0), []
-    lines = [
-        line
-        for name in ("wikipedia", "articles")
-        for line in (assets / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    chance.shuffle(lines)
+    chance, found, summaries = random.Random(0), list[str](), 0
+    lines = []
+    for name in ("wikipedia", "articles"):
+        lines += (assets / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        summaries = summaries or len(lines)
     for line in lines:
         sentences = [part.split() for part in re.split(r"(?<=[.!?])\s+", json.loads(line)["text"])]
         while sentences:
@@ -142,8 +141,10 @@ def pieces(assets: Path) -> None:
             if rest := piece[48:]:
                 sentences.insert(0, rest)
             found.append(" ".join(piece[:48]))
+    found += 3 * [json.loads(line)["text"] for line in lines[:summaries]]
     chance.shuffle(found)
     target.parent.mkdir(parents=True, exist_ok=True)
+    chance.shuffle(lines)
     write_atomically(target.with_name("articles.jsonl"), "\n".join(lines) + "\n")
     kept = [json.dumps({"text": text}, ensure_ascii=False) for text in found if len(text.split()) > 3]
     write_atomically(target, "\n".join(kept) + "\n")
