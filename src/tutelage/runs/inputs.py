@@ -39,7 +39,7 @@ NO_LIMIT = 10**9  # positions of a model that has no limit
 class RunOptions:
     """What is trained, on which data. None means not given."""
 
-    student: str | None = option("Folder, config.json, or preset over the teacher, e.g. layers=3,hidden_size=192.")
+    student: str | None = option("Folder, config.json, or preset over the teacher: layers=3,hidden_size=192.")
     dataset: str | None = option("Hub name, `datasets` folder, or .txt/.jsonl/.parquet file.")
     eval_dataset: str | None = option("Evaluation data; default: a split of the dataset, or its end.")
     dataset_split: str | None = option("Split of the dataset to train on.")
