@@ -11,9 +11,20 @@ from tutelage.training.config import CurriculumConfig
 from tutelage.training.resolution import deviations
 
 
-def write_card(folder: Path, result: RunResult, curriculum: Curriculum, args: CurriculumConfig) -> None:
-    """Write README.md: teacher, data, method, budget and metrics."""
-    differing = ", ".join(f"{name}={value}" for name, value in deviations(args, curriculum).items())
+_START = {"random": "random weights", "own": "its own weights", "teacher": "its teacher's weights"}
+
+
+def write_card(
+    folder: Path, result: RunResult, curriculum: Curriculum, args: CurriculumConfig, weights: str = "own"
+) -> None:
+    """Write README.md: teacher, data, method, budget and metrics; `weights` that the student came with, as in
+    `tutelage.tasks.students.WEIGHTS`."""
+    different = deviations(args, curriculum)
+    if curriculum.student_init == "teacher":
+        weights = "teacher"
+    elif weights == "own":
+        different.pop("student_init", None)
+    differing = ", ".join(f"{name}={value}" for name, value in different.items())
     preset = f"{args.preset}; deviations: {differing}" if differing else args.preset
     budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
     stages = "\n".join(f"| {n} | {stage.name} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1))
@@ -40,6 +51,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 | Data | {Path(result.names["dataset"]).name} |
 | Method | {curriculum.method} |
 | Preset | {preset} |
+| Student starts from | {_START[weights]} (student_init={curriculum.student_init}) |
 | Hidden stages | projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
 | Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |
 | FLOPs | {budget.student_flops:.3g} student + {budget.teacher_flops:.3g} teacher |

@@ -128,7 +128,7 @@ class _Conversion:
             if reads != STREAM:  # a hidden layer of the head's own
                 identity = torch.eye(matrix_of(part.teacher).shape[1])
                 return identity if reads == SAME else identity[:, self.kept[None].entries[reads]]
-        return (self.basis.double() / self.head_gain[:, None]).float()
+        return (self.basis.cpu().double() / self.head_gain[:, None]).float()
 
     # ---- Norms ----
 
@@ -277,7 +277,7 @@ class _Conversion:
         if value is None:
             found = f"the student has a {name} in {part.name}, the teacher none"
             raise UserError(f"student_init='teacher': {found}: use a student with the configuration of its teacher")
-        return value.detach().double().cpu()
+        return value.detach().cpu().double()
 
     def _converted(self, part: Part, name: str, value: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
         """A parameter of the teacher in the student's coordinates."""
@@ -296,7 +296,7 @@ class _Conversion:
 
     def _encoded(self, values: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., R)."""
-        return values if self.same else values @ self.basis.double()
+        return values if self.same else values @ self.basis.cpu().double()
 
     @staticmethod
     def _fitting(name: str, value: torch.Tensor, mine: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
@@ -305,7 +305,7 @@ class _Conversion:
         if differ != [SAME]:
             found = f"{name} is {tuple(mine.shape)} in the student, but would be {tuple(value.shape)} from the teacher"
             raise UserError(f"student_init='teacher': {found}: change the student's sizes")
-        result = mine.detach().double().cpu().clone()
+        result = mine.detach().cpu().double().clone()
         rows = tuple(slice(0, min(a, b)) for a, b in zip(mine.shape, value.shape, strict=True))
         result[rows] = value[rows]
         return result
@@ -343,7 +343,7 @@ class _Conversion:
 
 def _weighed(moment_DD: torch.Tensor, gram_DD: torch.Tensor) -> torch.Tensor:
     """M^{1/2} C M^{1/2} for the second moment C and the Gram matrix M of what reads the state, with the trace of C."""
-    values, vectors = torch.linalg.eigh(gram_DD.double())
+    values, vectors = torch.linalg.eigh(gram_DD.cpu().double())
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     found = root @ moment_DD @ root
     return found * (moment_DD.trace() / found.trace())
