@@ -47,16 +47,8 @@ def test_one_and_three_processes_write_the_same_curriculum(corpus: Path, causal_
     for processes in (1, 3):
         folder = tmp_path / f"by-{processes}"
         options = ["--teacher", str(causal_teacher), "--dataset", str(corpus / "text.jsonl"), "--student", STUDENT]
-        options += [
-            "--student_init",
-            "random",
-            "--max_length",
-            "16",
-            "--num_train_epochs",
-            "1",
-            "--per_device_train_batch_size",
-            "4",
-        ]
+        options += ["--max_length", "16", "--num_train_epochs", "1", "--per_device_train_batch_size", "4"]
+        options += ["--student_init", "random"]
         options += ["--use_cpu", "true", "--dtype", "float32", "--shard_tokens", "200", "--output_dir", str(folder)]
         launch(processes, tutelage_command, "extract", *options)
         found.append(files_of(folder))

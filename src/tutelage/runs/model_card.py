@@ -10,7 +10,6 @@ from tutelage.tasks.registry import get_task
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.resolution import deviations
 
-
 _START = {"random": "random weights", "own": "its own weights", "teacher": "its teacher's weights"}
 
 

@@ -15,12 +15,8 @@ from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import PRESETS, CurriculumConfig
 
 _SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top_k")
-_OF_THE_RUN = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "num_train_epochs",
-    "teacher_checkpoints",
-)  # which are not of a method
+# settings that are not of a method
+_OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
     **dict.fromkeys(["layer_map", "num_stages", "projection"], ("extraction", "joint")),

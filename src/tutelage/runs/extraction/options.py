@@ -77,8 +77,9 @@ def choose_stages(
 
 
 def without_start(args: CurriculumConfig, why: str) -> CurriculumConfig:
-    """A copy of the settings for students that are not known yet, and so start from random weights; UserError, which says `why`,
-    where they are to start from the teacher."""
+    """A copy of the settings for students that are not known yet, and so start from random weights.
+
+    UserError, which says `why`, where they are to start from the teacher."""
     if args.student_init == "teacher":
         found = "student_init='teacher' stores the first weights of one student"
         raise UserError(f"{found}, but {why}: leave one of them out")
