@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.cli.conftest import BATCH, LENGTH, STEPS, budget, run
@@ -87,7 +88,12 @@ def test_plan_predicts_what_distill_counts(runs: dict[str, Path], causal_teacher
     counted = json.loads((runs["one_shot"] / "result.json").read_text())["budget"]
     # a plan has no labels, so it also counts the heads at each sequence's last position, where nothing is predicted
     heads = STEPS * BATCH * VOCAB * (3 * 2 * 16 + 2 * 32)
-    assert counted["student_flops"] + counted["teacher_flops"] == planned["flops"] - heads
+    with FlopCounterMode(display=False) as counter, torch.no_grad():  # what starts the student: twice over 8 examples
+        AutoModelForCausalLM.from_pretrained(causal_teacher).model(
+            input_ids=torch.zeros(2 * 8, LENGTH, dtype=torch.long)
+        )
+    expected = planned["flops"] - heads + counter.get_total_flops()
+    assert counted["student_flops"] + counted["teacher_flops"] == expected
 
 
 @pytest.mark.parametrize(("preset", "normalize"), [("paper", "none"), ("default", "standardize")])

@@ -10,7 +10,11 @@ from tutelage.tasks.registry import get_task
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.resolution import deviations
 
-_START = {"random": "random weights", "own": "its own weights", "teacher": "its teacher's weights"}
+_START = {
+    "random": "random weights (student_init=random)",
+    "own": "its own weights",
+    "teacher": "its teacher's weights (student_init=teacher)",
+}
 
 
 def write_card(
@@ -19,10 +23,10 @@ def write_card(
     """Write README.md: teacher, data, method, budget and metrics; `weights` that the student came with, as in
     `tutelage.tasks.students.WEIGHTS`."""
     different = deviations(args, curriculum)
-    if curriculum.student_init == "teacher":
-        weights = "teacher"
-    elif weights == "own":
+    if weights == "own":
         different.pop("student_init", None)
+    else:
+        weights = curriculum.student_init
     differing = ", ".join(f"{name}={value}" for name, value in different.items())
     preset = f"{args.preset}; deviations: {differing}" if differing else args.preset
     budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
@@ -50,7 +54,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 | Data | {Path(result.names["dataset"]).name} |
 | Method | {curriculum.method} |
 | Preset | {preset} |
-| Student starts from | {_START[weights]} (student_init={curriculum.student_init}) |
+| Student starts from | {_START[weights]} |
 | Hidden stages | projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
 | Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |
 | FLOPs | {budget.student_flops:.3g} student + {budget.teacher_flops:.3g} teacher |

@@ -55,6 +55,7 @@ class Initialized:
     final_DR: torch.Tensor  # the same for the state that enters the output head
     blocks: list[int]  # the teacher's block of each of the student's
     variance: float | None  # fraction of the states' mean square that Q keeps; None where it was not measured
+    passes: tuple[int, ...] = ()  # the teacher's blocks that each pass over the calibration text ran
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)  # heads, groups, neurons: student's and teacher's
 
     def matrix(self, place: Place) -> torch.Tensor:
@@ -118,7 +119,9 @@ class _Conversion:
         left = [name for name, p in layout.student.named_parameters() if id(p) not in self.written]
         assert not left, f"{left[0]} was not written"
         variance = None if moment is None else kept_variance(moment, self.basis)
-        return Initialized(self.basis, self._final(), layout.pairs, variance, self._counts())
+        whole = len(layout.teacher_blocks)
+        passes = (whole,) if moment is None else (max(layout.pairs), whole)
+        return Initialized(self.basis, self._final(), layout.pairs, variance, passes, self._counts())
 
     def _final(self) -> torch.Tensor:
         """What maps the state that enters the teacher's output head to the student's, (width, width)."""
