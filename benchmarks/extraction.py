@@ -66,6 +66,7 @@ def settings(options: Any, folder: str, **fields: Any) -> tuple[RunOptions, Curr
         max_steps=options.steps,
         per_device_train_batch_size=options.batch,
         top_k=64,
+        student_init="random",  # one extraction for students of several widths
         use_cpu=True,
         save_strategy="no",
         report_to="none",
@@ -128,6 +129,7 @@ def step(options: Any, curriculum: Path) -> dict[str, Any]:
     student = make_student(STUDENT, task, student_config(STUDENT, load_config(str(stored.teacher_config)))).float()
     source = ExtractedTargets(stored)
     source.attach(stored.curriculum, student)
+    source.prepare(StatisticsFile(curriculum / "unused", read=False, write=False), list, "cpu")
     objective = StageObjective(student, source)
     data = StoredRows(stored, stored.curriculum, 192, Reading(options.batch, options.batch, seed=1))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
@@ -191,6 +193,7 @@ def flags(options: Any, folder: Path, student: str) -> list[str]:
         "student": student,
         "per_device_train_batch_size": options.batch,
         "max_steps": options.steps,
+        "student_init": "random",
         "use_cpu": "true",
         "save_strategy": "no",
         "overwrite_output_dir": "true",

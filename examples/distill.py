@@ -30,7 +30,7 @@ train, held_out = (
 trainer = CurriculumTrainer(
     model=student,
     teacher_model=teacher,
-    args=CurriculumConfig(output_dir=output_dir, method="extraction", max_steps=max_steps, eval_with_teacher=True),
+    args=CurriculumConfig(output_dir=output_dir, max_steps=max_steps, learning_rate=1e-2, eval_with_teacher=True),
     train_dataset=train,
     eval_dataset=held_out.select(range(64)),
     processing_class=tokenizer,

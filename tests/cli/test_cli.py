@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.cli.conftest import BATCH, LENGTH, STEPS, budget, run
@@ -41,10 +42,14 @@ def test_plan_prints_blocks_stages_and_costs(causal_teacher: Path) -> None:
     assert re.match(rf"student: {STUDENT} \(LlamaForCausalLM, [\d,]+ parameters, width 16, 2 blocks", lines[2])
     shape = "2 of 4 blocks, 2 of 4 heads, 1 of 2 key/value heads, 32 of 64 neurons; 0.0 of 0.2 MB on disk in float32"
     assert re.fullmatch(rf"student of teacher: {shape}; predicted speed [\d.]+x \(.*\)", lines[3])
-    assert [line.split()[:3] for line in lines[6:9]] == [
+    start = (
+        "the student starts from blocks 2, 4 of the teacher; give --dataset to measure what its residual basis keeps"
+    )
+    assert lines[4] == start
+    assert [line.split()[:3] for line in lines[7:10]] == [
         ["hidden", "1:2", "25"],
         ["hidden", "2:4", "25"],
-        ["output", "50", lines[8].split()[2]],
+        ["output", "50", lines[9].split()[2]],
     ]
     assert lines[-1].endswith("Nothing was trained.")
 
@@ -83,7 +88,12 @@ def test_plan_predicts_what_distill_counts(runs: dict[str, Path], causal_teacher
     counted = json.loads((runs["one_shot"] / "result.json").read_text())["budget"]
     # a plan has no labels, so it also counts the heads at each sequence's last position, where nothing is predicted
     heads = STEPS * BATCH * VOCAB * (3 * 2 * 16 + 2 * 32)
-    assert counted["student_flops"] + counted["teacher_flops"] == planned["flops"] - heads
+    with FlopCounterMode(display=False) as counter, torch.no_grad():  # what starts the student: twice over 8 examples
+        AutoModelForCausalLM.from_pretrained(causal_teacher).model(
+            input_ids=torch.zeros(2 * 8, LENGTH, dtype=torch.long)
+        )
+    expected = planned["flops"] - heads + counter.get_total_flops()
+    assert counted["student_flops"] + counted["teacher_flops"] == expected
 
 
 @pytest.mark.parametrize(("preset", "normalize"), [("paper", "none"), ("default", "standardize")])
@@ -91,7 +101,8 @@ def test_a_preset_gives_the_settings_that_are_left_out(causal_teacher: Path, pre
     flags = ("--preset", preset, "--projection=pca", "--json")
     curriculum = json.loads(run("plan", "--teacher", causal_teacher, "--student", STUDENT, *flags))["curriculum"]
     assert (curriculum["projection"], curriculum["normalize"]) == ("pca", normalize)
-    assert curriculum["warm_start"] == ("none" if preset == "paper" else "head")
+    expected = ("extraction", "random", "none") if preset == "paper" else ("joint", "teacher", "none")
+    assert (curriculum["method"], curriculum["student_init"], curriculum["warm_start"]) == expected
 
 
 @pytest.mark.parametrize("kind", ["mlm", "classifier", "embedding"])
@@ -101,10 +112,11 @@ def test_plan_of_the_other_tasks(kind: str, request: pytest.FixtureRequest) -> N
     assert [stage["name"] for stage in planned["stages"]] == ["hidden 1:2", "hidden 2:4", "output"]
 
 
-def test_plan_takes_the_config_of_a_run(causal_teacher: Path, tmp_path: Path) -> None:
+def test_plan_takes_the_config_of_a_run(causal_teacher: Path, corpus: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"teacher_model_name_or_path: {causal_teacher}\nstudent: {STUDENT}\ndataset: text.txt\nmethod: one_shot\n"
+        f"teacher_model_name_or_path: {causal_teacher}\nstudent: {STUDENT}\ndataset: {corpus / 'text.txt'}\n"
+        "method: one_shot\nmax_length: 16\n"
     )
     planned = json.loads(run("plan", "--config", config, "--warm_start=none", "--json"))
     assert [stage["name"] for stage in planned["stages"]] == ["output"]
@@ -227,8 +239,17 @@ def test_result_and_card(runs: dict[str, Path], method: str, causal_teacher: Pat
     for words in (f"method `{method}`", "text.txt", f"{STEPS} steps, {STEPS * BATCH} samples, 512 tokens"):
         assert words in card
     assert f"{result['student']['metrics']['loss']:.4g}" in card
-    differing = [f"method={method}"] * (method != "extraction") + ["calibration_samples=8", "warm_start=none"]
+    # where stages have an option of their own (warm_start), they are the default
+    differing = [f"method={method}"] * (method != "extraction")
+    differing += ["student_init=random"] * (method == "scratch") + ["calibration_samples=8"]
+    differing += ["warm_start=none"] * (method == "scratch")
     assert f"| Preset | default; deviations: {', '.join(differing)} |" in card
+    start = (
+        "random weights (student_init=random)"
+        if method == "scratch"
+        else "its teacher's weights (student_init=teacher)"
+    )
+    assert f"| Student starts from | {start} |" in card
     if method != "scratch":
         assert causal_teacher.name in card
         assert {"kl", "agreement"} <= result["student"]["metrics"].keys()

@@ -296,8 +296,8 @@ def test_own_file_with_the_embedded_teacher(
     assert names(result) == ["extraction", "one_shot", "paper"]
     assert (result.metric, result.better, result.seeds) == ("loss", "lower", (0,))
     ours, paper = (curriculum_of(result, name) for name in ("extraction", "paper"))
-    assert (ours.warm_start, ours.normalize) == ("head", "standardize")
-    assert (paper.warm_start, paper.normalize) == ("none", "none")
+    assert (ours.student_init, ours.projection, ours.normalize) == ("teacher", "residual", "standardize")
+    assert (paper.student_init, paper.warm_start, paper.normalize) == ("teacher", "none", "none")
     starts = {method.runs[0].curve[0].metrics["loss"] for method in result.methods}
     assert len(starts) == 1  # the same student, on the same text
     assert "given: " in result.teacher.description
@@ -311,6 +311,7 @@ def test_own_file_names_its_teacher_and_flags_win(
 ) -> None:
     file = own_file(tmp_path, teacher=str(causal_teacher), dataset=str(corpus / "text.jsonl"), budget_samples=8_000)
     words = ["--budget_samples", 16, "--seeds", 1, 2, "--methods", "one_shot", "--output_dir", "o"]
+    words += ["--student_init", "random"]
     succeeds("compare", file, *words)
     result = Comparison.read(Path("o"))
     assert (result.budget, result.seeds) == (16, (1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,9 @@ def test_plan_without_arguments_is_of_the_embedded_teacher(in_tmp: Path) -> None
         200,
         False,
     )  # as in distill
-    assert "1,000 steps (assumed: give --max_steps)" in run("plan", "--dataset", "corpus.txt")
+    named = run("plan", "--dataset", DEFAULT_EVAL_TEXT)
+    assert "1,000 steps (assumed: give --max_steps)" in named
+    assert re.search(r"its residual basis keeps \d\d\.\d% of the mean square of the teacher's states", named)
     assert not list(in_tmp.iterdir())
 
 

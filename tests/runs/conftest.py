@@ -23,6 +23,7 @@ TEACHERS = ("causal_lm", "masked_lm", "sequence_classification", "embedding")
 def settings(folder: Path, teacher: Path | None, **fields: Any) -> CurriculumConfig:
     defaults = {
         "max_steps": 8,
+        "student_init": "random",  # for stages, and students of several shapes from one extraction
         "per_device_train_batch_size": 4,
         "use_cpu": True,
         "save_strategy": "no",

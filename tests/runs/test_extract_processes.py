@@ -27,7 +27,7 @@ def test_extract_inspect_and_distill_on_the_command_line(
 ) -> None:
     folder, data = str(tmp_path / "C"), str(corpus / "text.jsonl")
     small = ["--max_length", "16", "--max_steps", "4", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
-    teacher = ["--teacher", str(causal_teacher), "--dataset", data, "--student", STUDENT]
+    teacher = ["--teacher", str(causal_teacher), "--dataset", data, "--student", STUDENT, "--student_init", "random"]
     assert main(["extract", *teacher, "--output_dir", folder, *small]) == 0
     assert "stage_2       output" in capsys.readouterr().out
     assert main(["inspect", folder]) == 0
@@ -48,6 +48,7 @@ def test_one_and_three_processes_write_the_same_curriculum(corpus: Path, causal_
         folder = tmp_path / f"by-{processes}"
         options = ["--teacher", str(causal_teacher), "--dataset", str(corpus / "text.jsonl"), "--student", STUDENT]
         options += ["--max_length", "16", "--num_train_epochs", "1", "--per_device_train_batch_size", "4"]
+        options += ["--student_init", "random"]
         options += ["--use_cpu", "true", "--dtype", "float32", "--shard_tokens", "200", "--output_dir", str(folder)]
         launch(processes, tutelage_command, "extract", *options)
         found.append(files_of(folder))

@@ -96,7 +96,7 @@ def test_the_command_line(
     command = [
         *("extract", f"--teacher={causal_teacher}", "--dataset=s3://bucket/text/part-*.jsonl", "--streaming=true"),
         *("--student=layers=2,hidden_size=16", "--max_length=16", "--max_steps=16", "--per_device_train_batch_size=4"),
-        *(f"--output_dir={folder}", "--shard_tokens=200", "--use_cpu=true"),
+        *(f"--output_dir={folder}", "--shard_tokens=200", "--use_cpu=true", "--student_init=random"),
     ]
     with monkeypatch.context() as killed:
         write, written = storage.ShardWriter.write, []

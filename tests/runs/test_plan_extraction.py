@@ -57,6 +57,7 @@ def test_a_token_takes_at_most_the_intended_bytes() -> None:
 
 def test_plan_with_tokens_on_the_command_line(causal_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--teacher", str(causal_teacher), "--student", "layers=2,hidden_size=16", "--use_cpu", "true"]
+    command += ["--method", "extraction"]
     assert main([*command, "--tokens", "1B"]) == 0
     assert "live teacher in 3 runs" in capsys.readouterr().out
     assert main([*command, "--tokens", "1B", "--tokens_per_second", "1000", "--runs", "5", "--json"]) == 0
@@ -91,6 +92,7 @@ def test_numbers_that_make_no_sense(
 
 def test_a_classifier_has_one_output_per_row(classifier_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--teacher", str(classifier_teacher), "--student", "layers=2,hidden_size=16", "--json"]
+    command += ["--method", "extraction"]
     assert main([*command, "--tokens", "1B", "--max_length", "16", "--use_cpu", "true"]) == 0
     found = json.loads(capsys.readouterr().out)["extraction"]
     assert found["top_k"] == 3

@@ -108,7 +108,7 @@ def test_a_record_is_read_back_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("request_fields", [None, {}, {"tokens_per_second": 1000.0}])
 def test_a_plan_is_read_back_as_it_was(causal_teacher: Path, request_fields: dict[str, Any] | None) -> None:
-    args = CurriculumConfig(teacher_model_name_or_path=str(causal_teacher), use_cpu=True)
+    args = CurriculumConfig(teacher_model_name_or_path=str(causal_teacher), use_cpu=True, method="extraction")
     planned = plan(RunOptions(student="layers=2,hidden_size=16"), args)
     if request_fields is not None:
         found = plan_extraction(planned, ExtractionRequest(10**6, width=16, top_k=8, **request_fields))

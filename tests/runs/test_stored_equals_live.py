@@ -20,6 +20,8 @@ from tutelage.runs.distill import distill
 from tutelage.runs.inputs import RunOptions
 from tutelage.training.records import MetricsFile
 
+STARTS = {"student_init": "teacher"}
+
 
 @pytest.mark.parametrize(
     ("task", "fields"),
@@ -36,6 +38,10 @@ from tutelage.training.records import MetricsFile
         ("sequence_classification", {"method": "joint", "layer_map": "1:2,final:final"}),
         ("embedding", {"layer_map": "1:2,2:4"}),
         ("embedding", {"method": "joint"}),
+        ("causal_lm", {"method": "extraction", "layer_map": "1:2,final:final", **STARTS}),
+        ("causal_lm", {"method": "joint", "normalize": "none", **STARTS}),
+        ("causal_lm", {"method": "one_shot", **STARTS}),
+        ("embedding", {"method": "joint", **STARTS}),
     ],
 )
 def test_a_student_from_disk_equals_the_student_from_the_teacher(

@@ -100,6 +100,7 @@ def options(corpus: Path, **fields: Any) -> RunOptions:
 def settings(folder: Path, teacher: Path | None, **fields: Any) -> CurriculumConfig:
     defaults = {
         "max_steps": 8,
+        "student_init": "random",
         "per_device_train_batch_size": 4,
         "calibration_samples": 16,
         "logging_steps": 1,
@@ -151,6 +152,8 @@ def test_its_models_are_planned_and_evaluated(tagger: Path, corpus: Path, tmp_pa
     assert (planned.task, planned.outputs) == ("tagging", TAGS)
     assert [(stage.targets, stage.output) for stage in planned.stages] == [(1, False), (0, True)]
     assert all(stage.student_flops_per_token > 0 for stage in planned.stages)
+    by_default = plan(options(corpus), settings(tmp_path / "run", tagger, student_init=None))
+    assert (by_default.curriculum.student_init, by_default.curriculum.method) == ("teacher", "joint")
     measured = evaluate(EvaluateOptions(str(tagger), str(corpus / "text.jsonl"), str(tagger), max_samples=8))
     assert measured.metrics["agreement"] == 1.0
     assert measured.metrics["kl"] == pytest.approx(0, abs=1e-6)

@@ -64,6 +64,7 @@ def test_settings_that_a_method_does_not_read_are_named(make_trainer: Make) -> N
 
 # ---- Presets ----
 
+RANDOM, TEACHER = {"student_init": "random"}, {"student_init": "teacher"}
 PAPER = {"projection": "gaussian", "normalize": "none", "warm_start": "none", "temperature": 1.0}
 
 
@@ -96,11 +97,19 @@ def test_an_unknown_preset_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, {}),
-        ({"projection": "gaussian", "temperature": 1, "per_device_train_batch_size": 4}, {}),
-        ({"projection": "pca", "label_weight": 0.5}, {"projection": "pca", "label_weight": 0.5}),
-        ({"warm_start": "none"}, {"warm_start": "none"}),
-        ({"method": "one_shot", "top_k": 3}, {"method": "one_shot", "top_k": 3}),
+        ({}, RANDOM),
+        ({"projection": "gaussian", "temperature": 1, "per_device_train_batch_size": 4}, RANDOM),
+        ({"projection": "pca", "label_weight": 0.5}, {"projection": "pca", "label_weight": 0.5, **RANDOM}),
+        ({"warm_start": "none"}, {"warm_start": "none", **RANDOM}),
+        ({"method": "one_shot", "top_k": 3}, {"method": "one_shot", "top_k": 3, **RANDOM}),
+        ({"method": "joint", **TEACHER}, {}),
+        ({"method": "joint", "projection": "pca", **TEACHER}, {"projection": "pca"}),
+        ({"method": "extraction", "warm_start": "head", **TEACHER}, {"warm_start": "head"}),
+        (
+            {"method": "one_shot", "residual_basis": "logits", **TEACHER},
+            {"method": "one_shot", "residual_basis": "logits"},
+        ),
+        ({"preset": "paper", **TEACHER}, {"projection": "residual", **TEACHER}),
         ({"preset": "paper"}, {}),
         ({"preset": "paper", "warm_start": "none", "stage_fraction": 0.5}, {}),
         ({"preset": "paper", "layer_map": "1:3"}, {"layer_map": "1:3"}),
@@ -141,7 +150,7 @@ def test_classifiers_get_the_papers_stages_by_default(classifier_teacher: Path, 
 def extracted(causal_teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made with settings that are not the defaults."""
     folder = tmp_path_factory.mktemp("extracted") / "curriculum"
-    fields = {"normalize": "none", "temperature": 2.0, "projection": "rademacher", "projection_seed": 5}
+    fields = {"normalize": "none", "temperature": 2.0, "projection": "rademacher", "projection_seed": 5, **RANDOM}
     args = settings(folder, teacher_model_name_or_path=str(causal_teacher), calibration_samples=8, **fields)
     options = RunOptions(student="layers=2,hidden_size=16", dataset=str(corpus / "text.jsonl"), max_length=16)
     extract(options, args, log=lambda line: None)

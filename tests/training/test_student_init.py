@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 from tests.training.conftest import VOCAB, llama, token_rows
@@ -112,6 +113,19 @@ def test_a_sentence_encoder_starts_with_a_head_to_the_teachers_width() -> None:
         state = student.encoder(ids()).last_hidden_state.mean(1)
         expected = torch.nn.functional.normalize(state @ source.started.basis_DR.T, dim=-1)
         torch.testing.assert_close(student(ids()), expected)
+
+
+@pytest.mark.parametrize(("width", "passes"), [(24, 1), (16, 2)])
+def test_the_teachers_forwards_of_the_initialisation_are_counted(make_trainer: Make, width: int, passes: int) -> None:
+    """One pass for heads, neurons and norms, and one before it where the basis is made of the states."""
+    spent = {}
+    for init in ("random", "teacher"):
+        trainer = make_trainer(init, student=fresh(width=width), method="one_shot", max_steps=1, student_init=init)
+        trainer.train()
+        spent[init] = trainer.progress.teacher_flops
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        llama(4, 24, seed=1).model(input_ids=ids(16))
+    assert spent["teacher"] - spent["random"] == pytest.approx(passes * counter.get_total_flops(), rel=1e-9)
 
 
 # ---- Who is initialised ----

@@ -108,6 +108,7 @@ CONTRACT = (
             "per_device_eval_batch_size",
             "logging_steps",
             "num_train_epochs",
+            "max_steps",
             "save_total_limit",
             "dataloader_pin_memory",
             "logging_nan_inf_filter",

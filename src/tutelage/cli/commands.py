@@ -122,14 +122,14 @@ _COMMANDS = {
         (RunOptions, CurriculumConfig),
         "Trains a student from a teacher. Without options: the teacher, student and text that come with tutelage.",
         "--teacher T --student layers=3,hidden_size=192 --dataset corpus.txt --max_steps 2000",
-        f"{_SCREEN} preset method learning_rate output_dir curriculum_dir config",
+        f"{_SCREEN} preset method student_init learning_rate output_dir curriculum_dir config",
     ),
     "extract": CommandHelp(
         _extract,
         (RunOptions, CurriculumConfig, ExtractOptions),
         "Runs the teacher once and stores what a student learns from it. Students then train without the teacher.",
         "--teacher T --dataset corpus.txt --student layers=3,hidden_size=192 --max_steps 2000",
-        f"{_SCREEN} stages projection_dim dtype output_dir config",
+        f"{_SCREEN} preset student_init stages projection_dim dtype output_dir config",
         # processes wait for the one with the most shards, however long that takes
         {"ddp_timeout": 30 * 24 * 3600, "output_dir": _EXTRACTED},
     ),
@@ -144,9 +144,11 @@ _COMMANDS = {
     "plan": CommandHelp(
         _plan,
         (RunOptions, CurriculumConfig, PlanOptions, PrintOptions),
-        "Shows blocks, stages, predicted cost and, with --tokens, what an extraction would take. Reads no data.",
+        "Shows blocks, stages, predicted cost and, with --tokens, what an extraction would take. With "
+        "--dataset also how much of the teacher's states a student keeps that starts from it.",
         "--teacher T --student layers=3,hidden_size=192 --max_steps 2000",
-        "teacher_model_name_or_path student max_length max_steps method layer_map tokens tokens_per_second json config",
+        "teacher_model_name_or_path student dataset max_length max_steps preset method student_init layer_map tokens "
+        "tokens_per_second json config",
     ),
     "evaluate": CommandHelp(
         _evaluate,

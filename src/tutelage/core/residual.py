@@ -45,18 +45,20 @@ def residual_basis(
         return torch.eye(width)
     count = width - 1 if keeps_mean else width
     if kind == "random":
-        found_DR = RandomProjection(teacher_width, width, (seed, 0), "orthogonal").matrix().double()
+        found_DR = RandomProjection(teacher_width, width, (seed, 0), "orthogonal").matrix().cpu().double()
         if keeps_mean:
             found_DR = torch.linalg.qr(_centred(found_DR))[0]
         found_DR = found_DR[:, :count]
     else:
         assert moment_DD is not None
-        moment = moment_DD.double()
+        moment = moment_DD.cpu().double()
         if keeps_mean:
             moment = _centred(_centred(moment).T)
         found_DR = fastest(lambda each: torch.linalg.eigh(each)[1].flip(1)[:, :count], moment)
     if keeps_mean:
-        found_DR = torch.cat([found_DR, torch.full((teacher_width, 1), teacher_width**-0.5).double()], dim=1)
+        found_DR = torch.cat(
+            [found_DR, torch.full((teacher_width, 1), teacher_width**-0.5, dtype=torch.float64)], dim=1
+        )
         found_DR = found_DR @ _last_to_mean(width)
     return found_DR.float()
 
@@ -76,5 +78,5 @@ def _last_to_mean(width: int) -> torch.Tensor:
 
 def kept_variance(moment_DD: torch.Tensor, basis_DR: torch.Tensor) -> float:
     """Fraction of the states' mean square that lies in the span of the basis."""
-    moment, basis = moment_DD.double(), basis_DR.double()
+    moment, basis = moment_DD.cpu().double(), basis_DR.cpu().double()
     return float((basis.T @ moment @ basis).trace() / moment.trace())

@@ -39,7 +39,7 @@ NO_LIMIT = 10**9  # positions of a model that has no limit
 class RunOptions:
     """What is trained, on which data. None means not given."""
 
-    student: str | None = option("Folder, config.json, or preset over the teacher, e.g. layers=3,hidden_size=192.")
+    student: str | None = option("Folder, config.json, or preset over the teacher: layers=3,hidden_size=192.")
     dataset: str | None = option("Hub name, `datasets` folder, or .txt/.jsonl/.parquet file.")
     eval_dataset: str | None = option("Evaluation data; default: a split of the dataset, or its end.")
     dataset_split: str | None = option("Split of the dataset to train on.")
@@ -244,15 +244,18 @@ def _stored_student(
         is_untrained(student) and load_config(str(folder), what="student").to_diff_dict() == config.to_diff_dict()
     )
     stored = same and source.folder.curriculum.student_init == "teacher"
-    if stored and args.value("student_init") == "teacher":
+    needed = source.folder.settings.get("student_init")  # where the hidden targets are residual
+    asked = args.student_init or needed
+    if stored and (asked or args.value("student_init")) == "teacher":
         model = make_student(str(folder), task, config, shape)
         model.__dict__[WEIGHTS] = "teacher"
         return model
-    if args.student_init == "teacher":
-        raise UserError(
-            f"the extracted curriculum in {str(source.folder.store)!r} has no weights from the teacher for this student: "
-            "extract with --student_init teacher and this student, or train with --student_init random"
-        )
+    if args.student_init == "teacher" or (asked == "teacher" and is_untrained(student)):
+        how = "extract with --student_init teacher and this student, or train with --student_init random"
+        if needed:
+            how = "leave the student out, or extract again for this one"
+        where = f"the extracted curriculum in {str(source.folder.store)!r}"
+        raise UserError(f"{where} has no weights from the teacher for this student: {how}")
     return make_student(str(folder / "config.json") if stored else student, task, config, shape)
 
 

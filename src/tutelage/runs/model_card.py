@@ -10,15 +10,26 @@ from tutelage.tasks.registry import get_task
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.resolution import deviations
 
+_START = {
+    "random": "random weights (student_init=random)",
+    "own": "its own weights",
+    "teacher": "its teacher's weights (student_init=teacher)",
+}
 
-def write_card(folder: Path, result: RunResult, curriculum: Curriculum, args: CurriculumConfig) -> None:
-    """Write README.md: teacher, data, method, budget and metrics."""
-    differing = ", ".join(f"{name}={value}" for name, value in deviations(args, curriculum).items())
+
+def write_card(
+    folder: Path, result: RunResult, curriculum: Curriculum, args: CurriculumConfig, weights: str = "own"
+) -> None:
+    """Write README.md: teacher, data, method, budget and metrics; `weights` that the student came with, as in
+    `tutelage.tasks.students.WEIGHTS`."""
+    different = deviations(args, curriculum)
+    if weights == "own":
+        different.pop("student_init", None)
+    else:
+        weights = curriculum.student_init
+    differing = ", ".join(f"{name}={value}" for name, value in different.items())
     preset = f"{args.preset}; deviations: {differing}" if differing else args.preset
     budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
-    start = "random weights, or the student's own"
-    if curriculum.student_init == "teacher":
-        start = "the teacher's weights" + (f", basis {curriculum.residual_basis}" if curriculum.residual_basis else "")
     stages = "\n".join(f"| {n} | {stage.name} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1))
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
     rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
@@ -43,7 +54,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 | Data | {Path(result.names["dataset"]).name} |
 | Method | {curriculum.method} |
 | Preset | {preset} |
-| Start | {start} |
+| Student starts from | {_START[weights]} |
 | Hidden stages | projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
 | Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |
 | FLOPs | {budget.student_flops:.3g} student + {budget.teacher_flops:.3g} teacher |

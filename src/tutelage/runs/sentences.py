@@ -60,7 +60,7 @@ class Pairs:
     def measure(self, embed: Embed) -> dict[str, float]:
         """`pairs_spearman`, the rank correlation of cosine similarities and ratings."""
         cosine_P = (embed(self.first) * embed(self.second)).sum(1)
-        return {"pairs_spearman": spearman(cosine_P.double().numpy(), np.array(self.scores, dtype=float))}
+        return {"pairs_spearman": spearman(cosine_P.cpu().double().numpy(), np.array(self.scores, dtype=float))}
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Retrieval:
             some = slice(start, start + _QUERIES_TOGETHER)
             similarity_QM = queries_QE[some] @ documents_ME.T
             parts.append((similarity_QM >= similarity_QM.gather(1, answers_Q[some, None])).sum(1))
-        rank_Q = torch.cat(parts).double()
-        recalls = {f"recall_at_{count}": (rank_Q <= count).double().mean().item() for count in (1, 10)}
+        rank_Q = torch.cat(parts).cpu().double()
+        recalls = {f"recall_at_{count}": (rank_Q <= count).cpu().double().mean().item() for count in (1, 10)}
         return {**recalls, "mrr": rank_Q.reciprocal().mean().item()}
 
 

@@ -58,7 +58,7 @@ class ExtractedCurriculum:
     def settings(self) -> dict[str, Any]:
         """Settings of `Curriculum` that a run from this folder must have."""
         names = ["projection", "projection_seed", "normalize"] if self.curriculum.hidden_stages else []
-        if self.curriculum.projection == RESIDUAL:
+        if names and self.curriculum.projection == RESIDUAL:
             names += ["student_init", "residual_basis"]
         if any(stage.output is not None for stage in self.curriculum.stages):
             names += ["temperature", "top_k"]

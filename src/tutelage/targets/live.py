@@ -52,7 +52,6 @@ class LiveTargets(TargetSource):
         self.blocks = len(self.block_names)
         self.parameters, self.models = count_parameters(model), (model,)
         self._student: nn.Module | None = None
-        self.started: Initialized | None = None  # what the student was initialised with
         self._checkpoint: str | None = None
         # on the CPU, while a checkpoint is in the place of the finished weights
         self._finished: dict[str, torch.Tensor] | None = None

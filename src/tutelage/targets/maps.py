@@ -248,7 +248,8 @@ def load_target_maps(
     for index, stage in enumerate(curriculum.hidden_stages):
         mean, scale, sink_norm = (tensors[f"{index}.{name}"] for name in ("mean", "scale", "sink_norm"))
         width = width_at(widths, stage.student_place)
-        standardizer = Standardizer(mean, scale, float(sink_norm), is_identity=curriculum.normalize == "none")
+        identity = curriculum.normalize == "none" and curriculum.projection != RESIDUAL  # which is in its own unit
+        standardizer = Standardizer(mean, scale, float(sink_norm), is_identity=identity)
         projection: Projection
         if (stored := tensors.get(f"{index}.projection")) is not None:
             projection = DataProjection(stored[:, :width], curriculum.projection)

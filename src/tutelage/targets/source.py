@@ -87,6 +87,7 @@ class TargetSource:
         self.outputs: int | None = None
         # positions that the teacher ran to make the maps, padding included, by map
         self.calibrated: dict[int, int] = {}
+        self.started: Initialized | None = None  # what the student was initialised with
 
     def fixed_settings(self, student_blocks: int) -> FixedSettings:
         """The settings that the source decides, for a student with `student_blocks` blocks."""

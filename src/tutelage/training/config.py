@@ -73,19 +73,22 @@ class CurriculumConfig(TrainingArguments):
 
     # Other defaults than transformers', for small students trained from a random start.
     output_dir: str | None = option("Folder the run is written to.", "tutelage-output")
-    learning_rate: float | None = option("Peak learning rate of every stage; default: 2e-3.")  # type: ignore[assignment]
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        "Peak learning rate of every stage; default: 2e-3 (embedded teacher: 1e-2)."
+    )
     lr_scheduler_type: str = option("Decay within each stage.", "cosine")
     warmup_steps: float = option("Warm-up of each stage: steps, or a fraction below 1.", 0.1)
     per_device_train_batch_size: int | None = option("Examples per device and micro-step; default: 16.")  # type: ignore[assignment]
     num_train_epochs: float | None = option("Passes over the training data, where max_steps is not given; default: 3.")  # type: ignore[assignment]
+    max_steps: int = option("Optimiser steps of the whole curriculum; replaces num_train_epochs.", -1)
     per_device_eval_batch_size: int = option("Examples per device in evaluation.", 16)
     logging_steps: float = option("Optimiser steps between logs.", 10)
     save_total_limit: int | None = option("Checkpoints kept.", 2)
 
-    preset: str = option(
-        "Values of what is not given: default, or paper for the method of arXiv:2503.17494.", "default"
+    preset: str = option("Settings that are not given: default, or paper (arXiv:2503.17494).", "default")
+    method: str | None = option(
+        f"One of {', '.join(METHODS)}; default: joint for a student that starts from its teacher, otherwise extraction."
     )
-    method: str | None = option(f"One of {', '.join(METHODS)}; default: extraction.")
     task: str | None = option("causal_lm, masked_lm, sequence_classification or embedding; default: the teacher's.")
     teacher_model_name_or_path: str | None = option(
         "Teacher: folder or Hub name; default: the embedded one.", None, "--teacher"
@@ -99,9 +102,7 @@ class CurriculumConfig(TrainingArguments):
         '\'{"quant_method": "bitsandbytes", "load_in_4bit": true}\'.'
     )
     trust_remote_code: bool = option("Run model code that comes with a checkpoint.", False)
-    curriculum_dir: str | None = option(
-        "Train from this extracted curriculum (of tutelage extract), not from a teacher."
-    )
+    curriculum_dir: str | None = option("Train from this extracted curriculum, not from a teacher.")
     check_curriculum: bool = option("Verify the checksums of a local curriculum_dir first; false skips this.", True)
     layer_map: str | None = option(
         "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final' (in Python also as pairs); default: "
@@ -127,8 +128,8 @@ class CurriculumConfig(TrainingArguments):
         "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
     )
     student_init: str | None = option(
-        "random (the paper), or teacher: start the whole student from the teacher's weights. Default: teacher for a student "
-        "without weights of its own, where its family is known."
+        "First weights of the student: random (the paper), or teacher; default: teacher for a student without weights, where "
+        "its family is known."
     )
     residual_basis: str | None = option(
         "Basis of student_init=teacher: pca, logits, random, or identity; default: identity for equal widths, else pca."

@@ -15,12 +15,8 @@ from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
 _SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top_k")
-_OF_THE_RUN = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "num_train_epochs",
-    "teacher_checkpoints",
-)  # which are not of a method
+# settings that are not of a method
+_OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
     **dict.fromkeys(["layer_map", "num_stages", "projection"], ("extraction", "joint")),
@@ -97,10 +93,10 @@ def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
 
 
 def deviations(args: CurriculumConfig, curriculum: Curriculum) -> dict[str, Any]:
-    """Settings of the method in which a run differs from its preset: given, or decided by an extracted curriculum."""
-    preset, found = dict(PRESETS[args.preset]), {}
-    if args.preset == "default" and curriculum.student_init == "teacher":
-        preset |= AFTER_START
+    """Settings of the method in which a run differs from its preset: given, or decided by teacher or extracted curriculum."""
+    preset, found = PRESETS[args.preset], {}
+    if curriculum.student_init == "teacher" == preset["student_init"]:
+        preset = {**preset, **AFTER_START, "method": method_after_start(args), "warm_start": "none"}
     for name in dict.fromkeys([*preset, *_READERS, *_SHARED]):
         value = getattr(args, name)
         if name != "warm_start" or name in preset:  # which a preset may leave to the layer map

@@ -6,6 +6,7 @@ from typing import Any
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.errors import UserError
+from tutelage.core.inputs import batch_positions
 from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.targets.source import StatisticsFile
 from tutelage.training import warm_start
@@ -82,13 +83,12 @@ class StageTransition:
         return [self.measure(index, feed) for index in range(len(self.objective.curriculum.stages))]
 
     def setup_flops(self, feed: StageFeed, begins: bool) -> tuple[float, float]:
-        """FLOPs of student and teacher before the first step of the current stage: the calibration pass, where training
-        `begins`, and the pass that compares states and targets before a head is transplanted."""
+        """FLOPs of student and teacher before the first step of the current stage: the passes that initialise the student and
+        calibrate, where training `begins`, and the pass that compares states and targets before a head is transplanted."""
         student = teacher = 0.0
         if begins:
-            teacher += sum(
-                self._calibration_flops(index, feed) for index in range(len(self.objective.curriculum.stages))
-            )
+            stages = range(len(self.objective.curriculum.stages))
+            teacher += self._start_flops(feed) + sum(self._calibration_flops(index, feed) for index in stages)
         if self.transplanted is not None:
             index, positions = self.transplanted
             self.measure(index, feed)
@@ -96,6 +96,15 @@ class StageTransition:
             teacher += cost.teacher_flops * positions
             student += cost.student_flops * positions / 3  # a forward alone: the backward is two thirds
         return student, teacher
+
+    def _start_flops(self, feed: StageFeed) -> float:
+        """FLOPs of the teacher in the passes that initialised the student, which every process makes."""
+        source = self.objective.source
+        if source.started is None:
+            return 0.0
+        depths = [HiddenStage(1, 1, blocks) for blocks in source.started.passes]
+        positions = sum(map(batch_positions, feed.calibration())) * warm_start.group_of(self.objective).size
+        return positions * sum(measure_states(source, depth, feed.example(0)) for depth in depths)
 
     def _calibration_flops(self, index: int, feed: StageFeed) -> float:
         """FLOPs of the teacher in the calibration of a stage."""

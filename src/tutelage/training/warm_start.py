@@ -135,7 +135,7 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
     index = objective.curriculum.transplant_stage
     if index is None or is_tied(objective.student):
         return None
-    group, student = _group(objective), objective.student
+    group, student = group_of(objective), objective.student
     was_training, found = student.training, batches()
     student.eval()
     sums = torch.zeros(3, dtype=torch.float64)  # squared distance, squared size, positions
@@ -160,11 +160,12 @@ def _transplant(objective: StageObjective, max_gain: float | None) -> None:
     target_map = source.maps[source.pair_numbers[index][0]]
     assert target_map.moment is not None, "the final stage was calibrated without its moment"
     projection, moment = target_map.projection, target_map.moment
-    decoder = _group(objective).first(lambda: projection.decoder(moment, max_gain))
+    decoder = group_of(objective).first(lambda: projection.decoder(moment, max_gain))
     target = objective.task.output_head(objective.student, source.outputs)
     assert target is not None
     transplant_head(target, target_map.standardizer, decoder, source.output_head())
 
 
-def _group(objective: StageObjective) -> Group:
+def group_of(objective: StageObjective) -> Group:
+    """All processes that train the student."""
     return Group.of_all(next(objective.student.parameters()).device)

@@ -19,7 +19,7 @@ from tutelage.core.inputs import text_config
 from tutelage.io.store import Store
 from tutelage.runs.environment import environment, quiet_unless_terminal
 from tutelage.runs.extraction.encoder import Columns, Encoder
-from tutelage.runs.extraction.options import DEFAULT_TOP_K, ExtractOptions, check_options, choose_stages
+from tutelage.runs.extraction.options import DEFAULT_TOP_K, ExtractOptions, check_options, choose_stages, without_start
 from tutelage.runs.extraction.schedule import Batches, Schedule, plan_shards
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
 from tutelage.targets.folder import HEAD_FILE, STATISTICS_FILE, STUDENT_FOLDER, TEACHER_FOLDER, TOKENIZER_FOLDER
@@ -92,6 +92,9 @@ class ExtractionJob:
         assert isinstance(source, LiveTargets)
         if not source.task.tokenized:
             raise UserError("an extraction needs tokens: plain networks train with the teacher itself")
+        own, width = source.task.width(inputs.student), options.projection_dim
+        if width not in (None, own):
+            args = without_start(args, f"projection_dim={width} is for students of other widths than its {own}")
         args = copy.copy(args)
         if source.task.splits_head:
             args.top_k = args.top_k or DEFAULT_TOP_K

@@ -19,8 +19,8 @@ class ExtractOptions:
     """What of a curriculum is stored, and how."""
 
     stages: list[str] | None = option(
-        "Teacher blocks whose states are stored (final: the state before the output head), not those that a student asks "
-        "for, e.g. 8 16 final; needs projection_dim."
+        "Teacher blocks whose states are stored, e.g. 8 16 final (the state before the output head), where no student is "
+        "chosen yet; needs projection_dim."
     )
     projection_dim: int | None = option(
         "Width of stored projections; default: the student's. Narrower students fit too."
@@ -71,6 +71,18 @@ def choose_stages(
         what = f"teacher blocks from 1, each deeper than the one before, {FINAL} at most as the last"
         raise UserError(f"stages must be {what}, e.g. 8 16 {FINAL}; got {' '.join(stages)}")
     pairs: list[tuple[Place, Place]] = [(index + 1, number) for index, number in enumerate(numbers)]
-    args = copy.copy(args)
+    args = without_start(args, "stages are for students of several shapes")
     args.layer_map = pairs + [(FINAL, FINAL)] * (len(stages) - len(blocks))  # type: ignore[assignment]
     return dataclasses.replace(run, student=f"layers={max(1, len(blocks))},hidden_size={width}"), args
+
+
+def without_start(args: CurriculumConfig, why: str) -> CurriculumConfig:
+    """A copy of the settings for students that are not known yet, and so start from random weights.
+
+    UserError, which says `why`, where they are to start from the teacher."""
+    if args.student_init == "teacher":
+        found = "student_init='teacher' stores the first weights of one student"
+        raise UserError(f"{found}, but {why}: leave one of them out")
+    args = copy.copy(args)
+    args.student_init = "random"
+    return args

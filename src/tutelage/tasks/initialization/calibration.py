@@ -31,7 +31,7 @@ class Sums:
     def add(self, count: int, **parts: torch.Tensor) -> None:
         self.count += count
         for name, part in parts.items():
-            part = part.double().cpu()
+            part = part.cpu().double()
             self.values[name] = part + self.values[name] if name in self.values else part
 
     def mean(self, name: str) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Uses:
     """How much the teacher uses each attention head, neuron and expert."""
 
     def __init__(self, layout: Layout, basis_DR: torch.Tensor):
-        self.layout, self.basis_DR = layout, basis_DR.double()
+        self.layout, self.basis_DR = layout, basis_DR.cpu().double()
         self.sums: dict[str, Sums] = {}
         self.watched = [part for part in layout.parts if isinstance(part.rule, Linear) and self._kind(part) is not None]
 
@@ -158,7 +158,7 @@ def _column_sizes(part: Part, space: str) -> torch.Tensor | None:
     assert isinstance(part.rule, Tensor)
     for name, dimensions in part.rule.dimensions.items():
         if space in dimensions:
-            weight = part.teacher.get_parameter(name).detach().double().cpu()
+            weight = part.teacher.get_parameter(name).detach().cpu().double()
             return weight.square().movedim(dimensions.index(space), -1).flatten(0, -2).sum(0)
     return None
 
@@ -166,7 +166,7 @@ def _column_sizes(part: Part, space: str) -> torch.Tensor | None:
 def matrix_of(module: nn.Module) -> torch.Tensor:
     """A linear map's weight as (out, in), float64 on the CPU, whichever way round it is stored."""
     weight: Any = module.weight
-    weight = weight.detach().double().cpu()
+    weight = weight.detach().cpu().double()
     return weight.T if is_transposed(module) else weight
 
 
@@ -201,7 +201,7 @@ class NormFit:
         if not self.absent:
             mine = normalized(mine, self.part.student, self.family)
         sums = {"a": mine, "b": target, "ab": mine * target, "aa": mine.square()}
-        self.sums.add(len(mine), **{name: value.double().sum(0) for name, value in sums.items()})
+        self.sums.add(len(mine), **{name: value.cpu().double().sum(0) for name, value in sums.items()})
 
     def scale(self) -> float:
         """The one number that carries the student's state to the target."""

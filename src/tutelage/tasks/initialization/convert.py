@@ -55,6 +55,7 @@ class Initialized:
     final_DR: torch.Tensor  # the same for the state that enters the output head
     blocks: list[int]  # the teacher's block of each of the student's
     variance: float | None  # fraction of the states' mean square that Q keeps; None where it was not measured
+    passes: tuple[int, ...] = ()  # the teacher's blocks that each pass over the calibration text ran
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)  # heads, groups, neurons: student's and teacher's
 
     def matrix(self, place: Place) -> torch.Tensor:
@@ -118,7 +119,9 @@ class _Conversion:
         left = [name for name, p in layout.student.named_parameters() if id(p) not in self.written]
         assert not left, f"{left[0]} was not written"
         variance = None if moment is None else kept_variance(moment, self.basis)
-        return Initialized(self.basis, self._final(), layout.pairs, variance, self._counts())
+        whole = len(layout.teacher_blocks)
+        passes = (whole,) if moment is None else (max(layout.pairs), whole)
+        return Initialized(self.basis, self._final(), layout.pairs, variance, passes, self._counts())
 
     def _final(self) -> torch.Tensor:
         """What maps the state that enters the teacher's output head to the student's, (width, width)."""
@@ -128,7 +131,7 @@ class _Conversion:
             if reads != STREAM:  # a hidden layer of the head's own
                 identity = torch.eye(matrix_of(part.teacher).shape[1])
                 return identity if reads == SAME else identity[:, self.kept[None].entries[reads]]
-        return (self.basis.double() / self.head_gain[:, None]).float()
+        return (self.basis.cpu().double() / self.head_gain[:, None]).float()
 
     # ---- Norms ----
 
@@ -277,7 +280,7 @@ class _Conversion:
         if value is None:
             found = f"the student has a {name} in {part.name}, the teacher none"
             raise UserError(f"student_init='teacher': {found}: use a student with the configuration of its teacher")
-        return value.detach().double().cpu()
+        return value.detach().cpu().double()
 
     def _converted(self, part: Part, name: str, value: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
         """A parameter of the teacher in the student's coordinates."""
@@ -296,7 +299,7 @@ class _Conversion:
 
     def _encoded(self, values: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., R)."""
-        return values if self.same else values @ self.basis.double()
+        return values if self.same else values @ self.basis.cpu().double()
 
     @staticmethod
     def _fitting(name: str, value: torch.Tensor, mine: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
@@ -305,7 +308,7 @@ class _Conversion:
         if differ != [SAME]:
             found = f"{name} is {tuple(mine.shape)} in the student, but would be {tuple(value.shape)} from the teacher"
             raise UserError(f"student_init='teacher': {found}: change the student's sizes")
-        result = mine.detach().double().cpu().clone()
+        result = mine.detach().cpu().double().clone()
         rows = tuple(slice(0, min(a, b)) for a, b in zip(mine.shape, value.shape, strict=True))
         result[rows] = value[rows]
         return result
@@ -343,7 +346,7 @@ class _Conversion:
 
 def _weighed(moment_DD: torch.Tensor, gram_DD: torch.Tensor) -> torch.Tensor:
     """M^{1/2} C M^{1/2} for the second moment C and the Gram matrix M of what reads the state, with the trace of C."""
-    values, vectors = torch.linalg.eigh(gram_DD.double())
+    values, vectors = torch.linalg.eigh(gram_DD.cpu().double())
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     found = root @ moment_DD @ root
     return found * (moment_DD.trace() / found.trace())

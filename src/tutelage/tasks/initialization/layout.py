@@ -194,13 +194,13 @@ def shared_parameters(model: nn.Module) -> set[int]:
 def gain_of(norm: nn.Module, family: Family) -> torch.Tensor:
     """A norm's gain, (D,), float64 on the CPU."""
     weight: Any = norm.weight
-    return weight.detach().double().cpu() + family.gain_offset
+    return weight.detach().cpu().double() + family.gain_offset
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
     """A norm's or map's bias, float64 on the CPU; None without one."""
     bias: Any = getattr(module, "bias", None)
-    return None if bias is None else bias.detach().double().cpu()
+    return None if bias is None else bias.detach().cpu().double()
 
 
 def normalized(hidden: torch.Tensor, norm: nn.Module, family: Family) -> torch.Tensor:

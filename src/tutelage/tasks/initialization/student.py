@@ -53,7 +53,7 @@ def start_student(
 @torch.no_grad()
 def _write_pooled_head(student: OutputHead, teacher: OutputHead | None, started: Initialized) -> None:
     """The head of a student whose pooled state is about Q^T of its teacher's: the teacher's own after Q."""
-    weight = started.final_DR.double()
+    weight = started.final_DR.cpu().double()
     if teacher is not None:
         weight = teacher.linear.weight.detach().cpu().double() @ weight
     student.linear.weight.copy_(weight)
