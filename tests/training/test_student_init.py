@@ -200,3 +200,19 @@ def test_the_first_weights_do_not_depend_on_the_students_seed(make_trainer: Make
             trainer.train()
             found.append(trainer.model.state_dict())
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_residual_targets_are_calibrated_by_one_forward_of_the_teacher(make_trainer: Make) -> None:
+    settings = {"method": "joint", "student_init": "teacher", "layer_map": "1:1,2:3,final:final", "max_steps": 1}
+    trainer = make_trainer(student=fresh(3), **settings)
+    trainer.train()
+    source, batch = trainer.source, {"input_ids": torch.tensor(token_rows()["input_ids"][:16])}  # calibration_samples
+    assert isinstance(source, LiveTargets) and source.started is not None
+    for pair, target_map in zip(trainer.curriculum.hidden_stages, source.maps, strict=True):
+        states = source.states(pair.teacher_place, batch).flatten(0, 1)
+        norms = states.norm(dim=-1)
+        kept = states[norms <= 4 * norms.median()]
+        encoded = kept @ source.started.matrix(pair.teacher_place)
+        assert target_map.unit == pytest.approx(float(encoded.square().mean().sqrt()), rel=1e-5)
+        assert target_map.standardizer.sink_norm == pytest.approx(float(4 * norms.median()), rel=1e-6)
+    assert list(source.calibrated.values()) == [0, 0, 16 * 12]

@@ -10,6 +10,7 @@ from torch import nn
 
 from tutelage.core.blocks import FINAL, Place, find_blocks
 from tutelage.core.curriculum import Curriculum, one_shot
+from tutelage.core.forward import watched
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_positions, model_inputs, position_mask
 from tutelage.core.processes import Group
@@ -166,12 +167,25 @@ class LiveTargets(TargetSource):
             centers = not transplants or self.task.head_has_bias(student)
             head = self.output_head() if self.task.splits_head else None
             self.calibrated = dict.fromkeys(range(len(curriculum.hidden_stages)), 0)
-            calibration = Calibration(widths, replicas, centers, transplants, head, self.started)
+            calibration = Calibration(widths, replicas, centers, transplants, head, self.started, self._all_states)
             maps = calibrate(self._counted_states, curriculum, batches(), blocks, calibration, group)
             self.calibrated = {index: sum(group.gather(count)) for index, count in self.calibrated.items()}
             if file.write:
                 save_target_maps(maps, file.path)
         self.maps = [target_map.to(device) for target_map in maps]
+
+    def _all_states(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The states of all hidden stages, from one forward up to the deepest place."""
+        assert self.curriculum is not None
+        stages = self.curriculum.hidden_stages
+        self.calibrated[len(stages) - 1] += batch_positions(batch)
+        *shallow, deepest = list(dict.fromkeys(stage.teacher_place for stage in stages))
+        with watched(self.backbone, shallow, self.block_names) as states:
+            last = self.states(deepest, batch)
+        states[deepest] = last
+        return [
+            self.task.stage_state(stage, _beside(batch, states[stage.teacher_place]), dict(batch)) for stage in stages
+        ]
 
     def _counted_states(self, stage: HiddenStage, batch: Mapping[str, Any]) -> torch.Tensor:
         assert self.curriculum is not None

@@ -72,6 +72,8 @@ class Calibration:
     keep_moment: bool = False  # give the map at `final` its second moment
     head: OutputHead | None = None  # the teacher's; None where the output is the state itself (sentence encoders)
     started: Initialized | None = None  # what the student was initialised with
+    # the teacher's states of all hidden stages for a batch; needed where `started` is
+    states_of_all: Callable[[Mapping[str, Any]], list[torch.Tensor]] = lambda batch: []
 
 
 StatesOf = Callable[[HiddenStage, Mapping[str, Any]], torch.Tensor]
@@ -93,6 +95,8 @@ def calibrate(
     its part of the same `batches`, and all get the same maps. One batch and its states are held at a time; with attention
     sinks to be found, the teacher runs twice over each batch."""
     run = _Calibrator(states_of, curriculum, batches, teacher_blocks, calibration, group)
+    if curriculum.projection == RESIDUAL:
+        return run.residual_maps()
     return [run.target_map(stage) for stage in curriculum.hidden_stages]
 
 
@@ -108,8 +112,6 @@ class _Calibrator:
     group: Group
 
     def target_map(self, stage: HiddenStage) -> TargetMap:
-        if self.curriculum.projection == RESIDUAL:
-            return self._residual_map(stage)
         keeps_moment = self.calibration.keep_moment and stage.teacher_place == FINAL
         full = keeps_moment or self.curriculum.projection not in RANDOM_KINDS
         if self.curriculum.normalize == "none" and not full:
@@ -136,19 +138,27 @@ class _Calibrator:
 
         return self.group.first(make)
 
-    def _residual_map(self, stage: HiddenStage) -> TargetMap:
-        """Q^T h, in the scale that the initialised student's states have, but for one number per stage."""
-        assert self.calibration.started is not None, "initialise the student first"
-        projection = DataProjection(self.calibration.started.matrix(stage.teacher_place), RESIDUAL)
-        sink_norm, squares, count = self._sink_norm(stage), 0.0, 0
-        for _, hidden, mask in self._states(stage):
-            states = hidden[mask & (state_norms(hidden) <= sink_norm)].float()
-            squares += float(projection(states).square().mean(-1).sum())
-            count += len(states)
-        unit = math.sqrt(sum(self.group.gather(squares)) / max(1, sum(self.group.gather(count)))) or 1.0
-        width = projection.in_features
-        standardizer = Standardizer(torch.zeros(width), torch.full((width,), unit), sink_norm)
-        return TargetMap(standardizer, projection, unit=unit)
+    def residual_maps(self) -> Maps:
+        """Q^T h, in the scale that the initialised student's states have, but for one number per pair of places: the root mean
+        square. Norm and mean square of every position are kept, so that the teacher runs once for all."""
+        started, stages = self.calibration.started, self.curriculum.hidden_stages
+        assert started is not None, "initialise the student first"
+        projections = [DataProjection(started.matrix(stage.teacher_place), RESIDUAL) for stage in stages]
+        found: list[list[torch.Tensor]] = [[] for _ in stages]  # norms and mean squares, (2, N)
+        for _, batch in self.group.mine(self.batches):
+            for index, hidden in enumerate(self.calibration.states_of_all(batch)):
+                states = hidden[position_mask(batch, hidden)].float()
+                both = state_norms(states), projections[index](states).square().mean(-1)
+                found[index].append(torch.stack(both).cpu())
+
+        def make(index: int, parts: list[list[torch.Tensor]]) -> TargetMap:
+            norms, squares = torch.cat([part for each in parts for part in each], dim=1)
+            sink_norm, width = sink_threshold(norms), projections[index].in_features
+            unit = float(squares[norms <= sink_norm].mean().sqrt()) or 1.0
+            standardizer = Standardizer(torch.zeros(width), torch.full((width,), unit), sink_norm)
+            return TargetMap(standardizer, projections[index], unit=unit)
+
+        return [make(index, self.group.gather(parts)) for index, parts in enumerate(found)]
 
     def _states(self, stage: HiddenStage) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Index, states and non-padding positions of this process's batches."""
