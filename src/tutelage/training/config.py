@@ -16,6 +16,7 @@ from tutelage.core.errors import UserError, as_user_error, check_positive, check
 _DEFAULT: dict[str, Any] = {
     "method": "extraction",
     "learning_rate": 2e-3,
+    "warmup_steps": 0.1,
     "per_device_train_batch_size": 16,
     "num_train_epochs": 3.0,
     "stage_fraction": 0.5,
@@ -34,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         **_DEFAULT,
         "method": "extraction",
+        "warmup_steps": 0.06,
         "stage_fraction": 0.5,
         "stage_trains": "up_to",
         "projection": "gaussian",
@@ -77,7 +79,7 @@ class CurriculumConfig(TrainingArguments):
         "Peak learning rate of every stage; default: 2e-3 (embedded teacher: 1e-2)."
     )
     lr_scheduler_type: str = option("Decay within each stage.", "cosine")
-    warmup_steps: float = option("Warm-up of each stage: steps, or a fraction below 1.", 0.1)
+    warmup_steps: float | None = option("Warm-up of each stage: steps, or a fraction below 1; default: 0.1.")  # type: ignore[assignment]
     per_device_train_batch_size: int | None = option("Examples per device and micro-step; default: 16.")  # type: ignore[assignment]
     num_train_epochs: float | None = option("Passes over the training data, where max_steps is not given; default: 3.")  # type: ignore[assignment]
     max_steps: int = option("Optimiser steps of the whole curriculum; replaces num_train_epochs.", -1)
@@ -153,7 +155,8 @@ class CurriculumConfig(TrainingArguments):
         if self.preset not in PRESETS:
             raise UserError(f"unknown preset {self.preset!r}: use one of {', '.join(PRESETS)}")
         self.method_given, self.rate_given = self.method is not None, self.learning_rate is not None
-        self.method, self.learning_rate = self.value("method"), self.value("learning_rate")
+        for name in ("method", "learning_rate", "warmup_steps"):
+            setattr(self, name, self.value(name))
         for names, least, most in _RANGES:
             for name in names:
                 check_range(name, getattr(self, name), least, most)

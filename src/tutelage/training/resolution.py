@@ -16,7 +16,13 @@ from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
 _SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top_k")
 # settings that are not of a method
-_OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
+_OF_THE_RUN = (
+    "learning_rate",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "num_train_epochs",
+    "teacher_checkpoints",
+)
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
     **dict.fromkeys(["layer_map", "num_stages", "projection"], ("extraction", "joint")),
