@@ -80,6 +80,7 @@ def pair(system: dict[str, Any], seed: int, folder: Path) -> dict[str, float]:
     def settings(name: str, **fields: Any) -> CurriculumConfig:
         return CurriculumConfig(
             output_dir=str(folder / f"{name}-{seed}"),
+            student_init="random",
             seed=seed,
             use_cpu=True,
             save_strategy="no",

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import make_tokenizer, save_llama
+from tutelage import CurriculumConfig, RunOptions, plan
 from tutelage.cli import compare as compare_module
 from tutelage.cli import main
 from tutelage.core.curriculum import Curriculum
@@ -317,6 +318,33 @@ def test_own_file_names_its_teacher_and_flags_win(
     assert (result.budget, result.seeds) == (16, (1, 2))
     first, second = result.method("one_shot").runs
     assert first.curve[0].metrics["loss"] != second.curve[0].metrics["loss"]  # the initial students differ
+
+
+def test_own_file_starts_students_as_distill_does(
+    succeeds: Callable[..., tuple[str, str]], tmp_path: Path, corpus: Path, causal_teacher: Path
+) -> None:
+    methods = {"joint": {}, "from_random": {"method": "joint", "student_init": "random"}}
+    student = "layers=2,hidden_size=16"
+    data = {"teacher": str(causal_teacher), "dataset": str(corpus / "text.jsonl"), "student": student}
+    succeeds("compare", own_file(tmp_path, methods=methods, **data), "--output_dir", "o")
+    result = Comparison.read(Path("o"))
+    args = CurriculumConfig(teacher_model_name_or_path=str(causal_teacher), max_steps=6, use_cpu=True)
+    planned = plan(RunOptions(student=student), args).curriculum  # by the default method
+    assert curriculum_of(result, "joint") == planned
+    assert (planned.student_init, planned.projection) == ("teacher", "residual")
+    random = curriculum_of(result, "from_random")
+    assert (random.student_init, random.projection) == ("random", "gaussian")
+    first = [result.method(name).runs[0].curve[0].metrics["loss"] for name in ("joint", "from_random")]
+    assert first[0] != first[1]
+
+
+def test_scratch_cannot_start_from_the_teacher(
+    error_of: Callable[..., str], tmp_path: Path, corpus: Path, causal_teacher: Path
+) -> None:
+    file = own_file(tmp_path, teacher=str(causal_teacher), dataset=str(corpus / "text.jsonl"), student_init="teacher")
+    message = error_of("compare", file, "--methods", "one_shot", "scratch", "--output_dir", "o")
+    assert "student_init='teacher' needs a teacher, but method 'scratch' has none: use student_init='random'" in message
+    assert not Path("o", "runs").exists()
 
 
 def test_own_teacher_by_flag(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
@@ -53,6 +54,17 @@ def train(output: Path, batch: int, checkpointing: bool) -> None:
     (output / f"forwards-{args.process_index}").write_text(str(len(forwards)))
     trainer.evaluate()
     trainer.save_model()
+    started = CurriculumTrainer(
+        model=llama(2, 16, seed=2 + args.process_index, head_dim=12),
+        teacher_model=llama(4, 24, seed=1),
+        args=dataclasses.replace(
+            args, output_dir=str(output / "started"), student_init="teacher", method="joint", max_steps=2
+        ),
+        train_dataset=token_rows(),
+        data_collator=CausalCollator(),
+    )
+    started.train()
+    save_model(started.model, str(output / f"started-{args.process_index}.safetensors"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -68,6 +80,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     two = trained(tmp_path / "two", 2, 4)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    started = [
+        load_file(tmp_path / f"{name}.safetensors") for name in ("one/started-0", "two/started-0", "two/started-1")
+    ]
+    for name, value in started[0].items():
+        torch.testing.assert_close(started[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(started[1][name], started[2][name]), name
     # two stages and two pairs of a joint stage, twice over 16 examples each
     assert [(tmp_path / name).read_text() for name in ("one/forwards-0", "two/forwards-0", "two/forwards-1")] == [
         "16"

@@ -104,7 +104,7 @@ def test_an_unknown_preset_is_refused() -> None:
         ({"method": "one_shot", "top_k": 3}, {"method": "one_shot", "top_k": 3, **RANDOM}),
         ({"method": "joint", **TEACHER}, {}),
         ({"method": "joint", "projection": "pca", **TEACHER}, {"projection": "pca"}),
-        ({"method": "extraction", "warm_start": "head", **TEACHER}, {"warm_start": "head"}),
+        ({"method": "extraction", "warm_start": "none", **TEACHER}, {}),
         (
             {"method": "one_shot", "residual_basis": "logits", **TEACHER},
             {"method": "one_shot", "residual_basis": "logits"},

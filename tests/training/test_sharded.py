@@ -129,7 +129,14 @@ def test_a_sharded_curriculum_equals_one_process_and_resumes_in_new_processes(tm
             assert_same(load_file(two / str(tied) / "plain/model.safetensors"), expected[tied])
 
 
-def trainer(folder: Path, batch: int, on_gpus: bool = False, **settings: Any) -> CurriculumTrainer:
+def trainer(
+    folder: Path,
+    batch: int,
+    on_gpus: bool = False,
+    head_dim: int | None = None,
+    warm_start: str = "head",
+    **settings: Any,
+) -> CurriculumTrainer:
     args = CurriculumConfig(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -143,7 +150,7 @@ def trainer(folder: Path, batch: int, on_gpus: bool = False, **settings: Any) ->
         calibration_samples=16,
         layer_map="1:2,final:final",
         stage_steps=[2, 2],
-        warm_start="head",
+        warm_start=warm_start,
         save_strategy="steps",
         save_steps=2,
         save_total_limit=10,
@@ -157,7 +164,7 @@ def trainer(folder: Path, batch: int, on_gpus: bool = False, **settings: Any) ->
     if args.world_size > 1:
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU if on_gpus else DistributedType.MULTI_CPU
     return CurriculumTrainer(
-        model=llama(2, 16, seed=2 + args.process_index),  # the first process's is trained
+        model=llama(2, 16, seed=2 + args.process_index, head_dim=head_dim),  # the first process's is trained
         teacher_model=llama(4, 24, seed=1),
         args=args,
         train_dataset=token_rows(ragged=True),
@@ -180,9 +187,11 @@ def train_through_accelerate(folder: Path) -> None:
     with pytest.raises(UserError, match="was created with a different sharding"):
         trainer(folder, 2).train(resume_from_checkpoint=True)
     for name, settings in (("ddp", {}), ("fsdp", {"on_gpus": True, **fsdp})):
-        run = trainer(folder / name, 2, bf16=True, **settings)
-        run.train()
-        run.save_model()
+        starts = {"student_init": "teacher", "warm_start": "none", "head_dim": 12}
+        for what, fields in (("", {"bf16": True}), ("-started", starts)):
+            run = trainer(folder / f"{name}{what}", 2, **fields, **settings)
+            run.train()
+            run.save_model()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -198,7 +207,9 @@ def test_the_trainer_shards_through_accelerate(tmp_path: Path) -> None:
     for resumed in ("False", "checkpoint-2", "checkpoint-6", "True"):  # not, twice within, and at the end
         assert_same(load_file(two / f"resumed-{resumed}/model.safetensors"), expected)
     assert torch.load(two / "metrics-0.pt")["eval_kl"] == pytest.approx(metrics["eval_kl"], rel=1e-5)
-    assert_same(load_file(two / "fsdp/model.safetensors"), load_file(two / "ddp/model.safetensors"))
+    for what in ("", "-started"):
+        sharded, replicated = (load_file(two / f"{name}{what}/model.safetensors") for name in ("fsdp", "ddp"))
+        assert_same(sharded, replicated)
 
 
 @needs_fsdp2

@@ -185,6 +185,8 @@ def test_residual_targets_need_a_student_that_starts_from_the_teacher() -> None:
         Curriculum("mine", (OutputStage(1),), projection="residual")
     with pytest.raises(UserError, match="unknown student_init 'both': use one of random, teacher"):
         Curriculum("mine", (OutputStage(1),), student_init="both")
+    with pytest.raises(UserError, match="warm_start='head' would write over weights that student_init='teacher' gave"):
+        Curriculum("mine", (OutputStage(1),), "residual", warm_start="head", student_init="teacher")
     with pytest.raises(UserError, match="unknown residual_basis 'svd'"):
         Curriculum("mine", (OutputStage(1),), residual_basis="svd")
 

@@ -54,6 +54,11 @@ class Curriculum(Record):
             )
         _check_choice("normalize", self.normalize, NORMALIZE)
         _check_choice("warm_start", self.warm_start, WARM_STARTS)
+        if self.projection == RESIDUAL and self.warm_start != "none":
+            found = (
+                f"warm_start={self.warm_start!r} would write over weights that student_init='teacher' gave the student"
+            )
+            raise UserError(f"{found}: use warm_start='none', or student_init='random'")
         _check_choice("stage_trains", self.stage_trains, STAGE_TRAINS)
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}")

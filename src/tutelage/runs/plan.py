@@ -121,6 +121,7 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         student_plan = _model_plan(student, student_model, objective.blocks, task, length)
         teacher_plan = _model_plan(teacher, teacher_model, source.block_names, task, length)
     tokens_per_step = args.step_examples(args.world_size) * length
+    starts = curriculum.student_init == "teacher"
     priced = list(zip(curriculum.stages, costs, strict=True))
     return Plan(
         task=task.name,
@@ -135,7 +136,7 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         teacher_forward_flops_per_token=baseline.teacher_flops,
         vocabulary=int(text_config(base).vocab_size),
         outputs=task.output_count(teacher_model) or task.width(teacher_model),
-        start=plan_start(curriculum, blocks, options, args) if curriculum.student_init == "teacher" else None,
+        start=plan_start(curriculum, student_plan, teacher_plan, options, args) if starts else None,
     )
 
 

@@ -173,6 +173,9 @@ def build_curriculum(
     default_warm_start = "none" if starts_there else default_warm_start
     projection = args.projection or (AFTER_START if starts_there else PRESETS[args.preset])["projection"]
     settings["projection"] = fixed.values.get("projection", projection)
+    if args.method == "scratch" and starts_there:
+        found = "student_init='teacher' needs a teacher, but method 'scratch' has none"
+        raise UserError(f"{found}: use student_init='random', or another method")
     if args.method == "scratch":
         return scratch(steps, **settings)
     if teacher_blocks is None:

@@ -13,7 +13,7 @@ from tutelage.tasks.initialization.convert import BasisChoice, Initialized, chec
 from tutelage.tasks.initialization.families import SAME, STREAM, Linear, Norm
 from tutelage.tasks.initialization.layout import Batches, Layout, gain_of
 
-__all__ = ["Initialized", "check_start", "start_student"]
+__all__ = ["Initialized", "basis_kind", "check_start", "start_student"]
 _ROWS = 4096  # of an output head, that are multiplied at a time
 
 
@@ -27,9 +27,13 @@ def check_start(
     return layout
 
 
+def basis_kind(curriculum: Curriculum, student_width: int, teacher_width: int) -> str:
+    """The kind of residual basis that a curriculum starts a student with."""
+    return curriculum.residual_basis or ("identity" if student_width == teacher_width else "pca")
+
+
 def _basis(layout: Layout, curriculum: Curriculum) -> str:
-    same = layout.student_config.hidden_size == layout.teacher_config.hidden_size
-    return curriculum.residual_basis or ("identity" if same else "pca")
+    return basis_kind(curriculum, layout.student_config.hidden_size, layout.teacher_config.hidden_size)
 
 
 def start_student(

@@ -1,0 +1,89 @@
+"""What a student starts from and by which method it is trained, where the settings leave it open."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+from tests.training.conftest import llama
+from tutelage import CurriculumConfig
+from tutelage.targets.live import LiveTargets
+from tutelage.targets.source import TargetSource
+from tutelage.tasks.registry import get_task
+from tutelage.tasks.students import WEIGHTS
+from tutelage.training.preparation import decide_start
+
+RANDOM, OWN, PASSED, STORED = "random", "own", None, "teacher"  # weights that a student comes with
+
+
+def decided(weights: str | None, source: TargetSource, head_dim: int = 12, **fields: Any) -> tuple[str | None, str]:
+    student = llama(2, 16, seed=2, head_dim=head_dim)
+    if weights is not None:
+        student.__dict__[WEIGHTS] = weights
+    given = CurriculumConfig(use_cpu=True, **fields)
+    before = (given.student_init, given.method)
+    args = decide_start(given, student, source)
+    assert (given.student_init, given.method) == before
+    assert args.method is not None
+    return args.student_init, args.method
+
+
+@pytest.mark.parametrize(
+    ("weights", "fields", "expected"),
+    [
+        (RANDOM, {}, ("teacher", "joint")),
+        *((RANDOM, {"method": method}, ("teacher", method)) for method in ("extraction", "joint", "one_shot")),
+        (RANDOM, {"method": "scratch"}, (None, "scratch")),
+        *((RANDOM, {name: 0.25}, ("teacher", "extraction")) for name in ("stage_fraction", "stage_learning_rate")),
+        (RANDOM, {"stage_steps": [3]}, ("teacher", "extraction")),
+        (RANDOM, {"stage_trains": "new"}, ("teacher", "extraction")),
+        (RANDOM, {"warm_start": "head"}, ("teacher", "extraction")),
+        (RANDOM, {"layer_map": "1:2"}, ("teacher", "joint")),
+        (RANDOM, {"num_stages": 1}, ("teacher", "joint")),
+        (RANDOM, {"student_init": "random"}, ("random", "extraction")),
+        (RANDOM, {"preset": "paper"}, (None, "extraction")),
+        (RANDOM, {"preset": "paper", "student_init": "teacher"}, ("teacher", "extraction")),
+        (OWN, {}, ("random", "extraction")),
+        (PASSED, {}, ("random", "extraction")),
+        (PASSED, {"student_init": "teacher"}, ("teacher", "joint")),
+    ],
+)
+def test_start_and_method_under_a_live_teacher(
+    weights: str | None, fields: dict[str, Any], expected: tuple[str | None, str]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decided(weights, LiveTargets(llama(4, 24, seed=1)), **fields) == expected
+
+
+def test_weights_of_its_own_stay_with_a_warning_where_others_are_asked_for() -> None:
+    with pytest.warns(UserWarning, match="the student brings its own weights: student_init='teacher' leaves it alone"):
+        assert decided(OWN, LiveTargets(llama(4, 24, seed=1)), student_init="teacher") == ("random", "extraction")
+
+
+def test_a_student_that_does_not_fit_falls_back_with_a_message(caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decided(RANDOM, LiveTargets(llama(4, 24, seed=1)), head_dim=8) == ("random", "extraction")
+    assert "The student starts from random weights" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "fields", "expected"),
+    [
+        (RANDOM, {}, (None, "joint")),  # the extracted curriculum decides
+        (RANDOM, {"student_init": "random", "method": "one_shot"}, ("random", "one_shot")),
+        (RANDOM, {"stage_fraction": 0.25}, (None, "joint")),
+        (STORED, {}, ("teacher", "joint")),
+        (STORED, {"method": "extraction"}, ("teacher", "extraction")),
+        (OWN, {"student_init": "teacher"}, ("teacher", "joint")),
+    ],
+)
+def test_start_and_method_from_disk(
+    weights: str | None, fields: dict[str, Any], expected: tuple[str | None, str]
+) -> None:
+    source = TargetSource(get_task("causal_lm"))
+    source.method = "joint"
+    assert decided(weights, source, **fields) == expected
