@@ -104,7 +104,7 @@ def test_the_recipe_of_sentence_transformers_trains_a_student(
 ) -> None:
     recipe: Any = importlib.import_module("sentence_transformers_recipe")
     text = str(corpus / "text.jsonl")
-    sizes = {"tokens": 400, "every": 200, "rate": 1e-3, "batch": 8, "max_length": 16, "seed": 0}
+    sizes = {"tokens": 400, "every": 200, "rate": 1e-3, "batch": 8, "max_length": 16, "seed": 0, "bf16": False}
     data = {"teacher": str(embedding_teacher), "dataset": [text, text], "heldout": text, "output": tmp_path}
     points = recipe.run(Namespace(layers=layers, width=width, **sizes, **data))["curve"]
     assert [point["tokens"] // 200 for point in points] == [0, 1, 2]
