@@ -150,7 +150,9 @@ def pieces(assets: Path) -> None:
     write_atomically(target, "\n".join(kept) + "\n")
 
 
-def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -> None:
+def run(
+    name: tuple[str, str, str, str, str], assets: Path, steps: int | None = None, tried: dict[str, Any] | None = None
+) -> None:
     """Train one student and write what came of it."""
     teacher, student, method, rate, seed = name
     settings, target = TEACHERS[teacher], result_file(*name)
@@ -166,26 +168,25 @@ def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -
         **settings["run"],
     )
     total = steps or settings["steps"]
-    args = CurriculumConfig(
-        output_dir=str(folder),
-        teacher_model_name_or_path=str(assets / settings["teacher"]),
-        teacher_dtype=settings.get("teacher_dtype"),
-        learning_rate=float(rate),
-        seed=int(seed),
-        max_steps=total,
-        per_device_train_batch_size=settings["batch"],
-        warmup_steps=0.1,
-        train_sampling_strategy="group_by_length",
-        bf16=True,
-        use_cpu=True,
-        save_strategy="no",
-        eval_strategy="steps",
-        eval_steps=max(1, total // 4),
-        logging_steps=max(1, total // 40),
-        disable_tqdm=True,
-        overwrite_output_dir=True,
-        **METHODS[method],
-    )
+    fields: dict[str, Any] = {
+        "output_dir": str(folder),
+        "teacher_model_name_or_path": str(assets / settings["teacher"]),
+        "teacher_dtype": settings.get("teacher_dtype"),
+        "learning_rate": float(rate),
+        "seed": int(seed),
+        "max_steps": total,
+        "per_device_train_batch_size": settings["batch"],
+        "train_sampling_strategy": "group_by_length",
+        "bf16": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": max(1, total // 4),
+        "logging_steps": max(1, total // 40),
+        "disable_tqdm": True,
+        "overwrite_output_dir": True,
+    }
+    args = CurriculumConfig(**{**fields, **METHODS[method], **(tried or {})})
     started = time.perf_counter()
     result = distill(options, args)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -211,7 +212,7 @@ def run(name: tuple[str, str, str, str, str], assets: Path, steps: int | None) -
             found["evaluations"][key] = measured.metrics
     found["wall_seconds"] = round(time.perf_counter() - started, 1)
     if steps:  # tried out, not kept
-        print(name, result.student.metrics, f"{found['wall_seconds']} s", flush=True)
+        print(name, tried, result.student.metrics, f"{found['wall_seconds']} s", flush=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(found, indent=1) + "\n")
@@ -292,13 +293,14 @@ def main() -> None:
     parser.add_argument("names", nargs="+", help="list: tune or final, TEACHER; run: TEACHER STUDENT METHOD RATE SEED")
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--steps", type=int, help="another budget, to try something out: nothing is kept")
+    parser.add_argument("--options", default="{}", help="options of tutelage distill as JSON, to try something out")
     args = parser.parse_args()
     if args.action == "list":
         print("\n".join(list_runs(*args.names)))
     elif args.action == "report":
         print(report(args.names[0]))
     else:
-        run(tuple(args.names), args.assets, args.steps)
+        run(tuple(args.names), args.assets, args.steps, json.loads(args.options))
 
 
 if __name__ == "__main__":
