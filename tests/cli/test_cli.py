@@ -88,11 +88,10 @@ def test_plan_predicts_what_distill_counts(runs: dict[str, Path], causal_teacher
     counted = json.loads((runs["one_shot"] / "result.json").read_text())["budget"]
     # a plan has no labels, so it also counts the heads at each sequence's last position, where nothing is predicted
     heads = STEPS * BATCH * VOCAB * (3 * 2 * 16 + 2 * 32)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():  # what starts the student: twice over 8 examples
-        AutoModelForCausalLM.from_pretrained(causal_teacher).model(
-            input_ids=torch.zeros(2 * 8, LENGTH, dtype=torch.long)
-        )
-    expected = planned["flops"] - heads + counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        AutoModelForCausalLM.from_pretrained(causal_teacher).model(input_ids=torch.zeros(1, LENGTH, dtype=torch.long))
+    start = 2 * 8 * counter.get_total_flops()  # the teacher runs twice over 8 examples to start the student
+    expected = planned["flops"] - heads + start
     assert counted["student_flops"] + counted["teacher_flops"] == expected
 
 
