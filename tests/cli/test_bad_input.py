@@ -129,7 +129,7 @@ def test_the_sound_run_trains(
         ({"normalize": "layer"}, "unknown normalize 'layer': use one of standardize, none"),
         ({"warm_start": "all"}, "unknown warm_start 'all': use one of none, head, embedding, head\\+embedding"),
         (
-            {"warm_start": "head", "layer_map": "1:2"},
+            {"warm_start": "head", "layer_map": "1:2", "student_init": "random"},
             "warm_start='head' needs a stage that pairs the places before the two output heads",
         ),
         ({"temperature": 0}, "temperature must be positive and finite, got 0"),
@@ -168,6 +168,7 @@ def test_a_warm_start_that_cannot_be_made(
         student="layers=1,final_logit_softcapping=20.0",
         layer_map="final:final",
         warm_start="head",
+        student_init="random",
     )
     assert "the teacher soft-caps its logits at 30.0, the student at 20.0: a head transplant needs both alike" in line
 
