@@ -1,6 +1,7 @@
 """Targets from a live, frozen teacher.
 Shapes: B batch, T positions, D teacher width, E embedding width, V outputs."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
@@ -179,7 +180,8 @@ class LiveTargets(TargetSource):
         assert self.curriculum is not None
         stages = self.curriculum.hidden_stages
         self.calibrated[len(stages) - 1] += batch_positions(batch)
-        *shallow, deepest = list(dict.fromkeys(stage.teacher_place for stage in stages))
+        places = {stage.teacher_place for stage in stages}
+        *shallow, deepest = sorted(places, key=lambda place: math.inf if place == FINAL else place)
         with watched(self.backbone, shallow, self.block_names) as states:
             last = self.states(deepest, batch)
         states[deepest] = last

@@ -66,7 +66,7 @@ def observe_modules(layout: Layout, batches: Batches, hooks: dict[nn.Module, lis
     mask: torch.Tensor | None = None
 
     def flat(values: torch.Tensor) -> torch.Tensor:
-        if mask is not None and values.shape[: mask.dim()] == mask.shape:
+        if mask is not None and values.dim() > mask.dim() and values.shape[: mask.dim()] == mask.shape:
             return values[mask]
         if mask is not None and len(values) == mask.numel():  # a router's, which sees positions one after the other
             return values[mask.flatten()]
