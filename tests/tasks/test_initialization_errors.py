@@ -83,14 +83,9 @@ def start(student: nn.Module, teacher: nn.Module, family: str = "", basis: str =
 def test_sizes_that_cannot_come_from_the_teacher_are_refused(
     family: str, student: dict[str, Any], teacher: dict[str, Any], message: str
 ) -> None:
+    """Before the teacher runs, so that a plan knows it and the default can fall back to random weights."""
     with pytest.raises(UserError, match=message):
-        start(make(family, **student), make(family, **teacher), family)
-
-
-@pytest.mark.parametrize("sizes", [{"hidden_size": 40}, {"intermediate_size": 64}, {"num_key_value_heads": 1}])
-def test_sizes_are_checked_before_the_teacher_runs(sizes: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="student_init='teacher'"):
-        check_sizes(Layout.of(make("llama", **sizes), make("llama")), "pca")
+        check_sizes(Layout.of(make(family, **student), make(family, **teacher)), "pca")
 
 
 def test_too_many_groups_for_the_teachers_are_refused() -> None:
@@ -166,11 +161,19 @@ def test_a_module_that_no_table_describes_is_named() -> None:
 
 def test_a_block_whose_teacher_lacks_its_norm_is_refused() -> None:
     """ModernBERT's first block has no first norm."""
-    layout = Layout(make("modernbert"), make("modernbert"), [1, 1])
-    with pytest.raises(
-        UserError, match=r"the student has a norm layers.1.attn_norm, the teacher none: change the layer map"
-    ):
-        initialize(layout, [inputs("modernbert")], BasisChoice("identity"))
+    models = [make("modernbert", layer_types=["full_attention"] * 2) for _ in range(2)]
+    for basis in ("identity", "pca"):
+        with pytest.raises(
+            UserError, match=r"the student has a norm layers.1.attn_norm, the teacher none: change the layer map"
+        ):
+            check_sizes(Layout(*models, [1, 1]), basis)
+
+
+def test_a_norms_bias_that_the_teacher_lacks_is_refused_where_norms_are_copied() -> None:
+    models = [make("modernbert", norm_bias=biased) for biased in (True, False)]
+    with pytest.raises(UserError, match=r"the student has a bias in embeddings.norm, the teacher none"):
+        check_sizes(Layout.of(*models), "identity")
+    check_sizes(Layout.of(*models), "pca")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,6 @@ def test_no_stage_needs_float64_or_a_tensor_on_the_cpu(settings: dict[str, Any])
 ON_THE_CPU = {
     "shrunk_moment": "gets moments, which are on the CPU, and statistics made of them",
     "decoder": "draws and decomposes on the CPU",
-    "_logit_gram": "statistics are made on the CPU and move to the device at the end",
     "planted_teacher": "a teacher of parities is made on the CPU",
     "summarize": "gets what `Task.evaluate` has moved to the CPU",
 }

@@ -16,9 +16,10 @@ from transformers import BertConfig, BertModel
 
 from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage import CurriculumTrainer
+from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.errors import UserError
-from tutelage.core.stages import OutputStage
+from tutelage.core.stages import HiddenStage, JointStage, OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.registry import get_task
@@ -96,13 +97,16 @@ def test_a_resumed_run_keeps_basis_and_weights(make_trainer: Make, method: str) 
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+def encoder(layers: int, width: int, seed: int, embedding: int | None = None) -> EmbeddingModel:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB, "num_attention_heads": width // 8, "max_position_embeddings": 32}
+    config = BertConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=32, **sizes)
+    return EmbeddingModel(BertModel(config).eval(), embedding)
+
+
 def test_a_sentence_encoder_starts_with_a_head_to_the_teachers_width() -> None:
-    sizes = {"vocab_size": VOCAB, "num_attention_heads": 2, "max_position_embeddings": 32, "intermediate_size": 32}
-    torch.manual_seed(0)
-    teacher = EmbeddingModel(BertModel(BertConfig(hidden_size=16, num_hidden_layers=4, **sizes)).eval())
-    config = BertConfig(hidden_size=8, num_hidden_layers=2, **{**sizes, "num_attention_heads": 1})
-    student = EmbeddingModel(BertModel(config).eval(), 16)
-    source = LiveTargets(teacher, get_task("embedding"))
+    student = encoder(2, 8, seed=1, embedding=16)
+    source = LiveTargets(encoder(4, 16, seed=0), get_task("embedding"))
     source.attach(one_shot(1, student_init="teacher"), student)
     batch = {"input_ids": ids()}
     source.start(student, lambda: [batch])
@@ -113,6 +117,14 @@ def test_a_sentence_encoder_starts_with_a_head_to_the_teachers_width() -> None:
         state = student.encoder(ids()).last_hidden_state.mean(1)
         expected = torch.nn.functional.normalize(state @ source.started.basis_DR.T, dim=-1)
         torch.testing.assert_close(student(ids()), expected)
+
+
+@pytest.mark.parametrize("basis", ["pca", "random", "logits"])
+def test_an_embedding_without_a_head_may_not_be_rotated(basis: str) -> None:
+    source = LiveTargets(encoder(4, 16, seed=0), get_task("embedding"))
+    with pytest.raises(UserError, match=f"residual_basis='{basis}' would rotate it .*: use residual_basis='identity'"):
+        source.attach(one_shot(1, student_init="teacher", residual_basis=basis), encoder(2, 16, seed=1))
+    source.attach(one_shot(1, student_init="teacher"), encoder(2, 16, seed=1))
 
 
 @pytest.mark.parametrize(("width", "passes"), [(24, 1), (16, 2)])
@@ -178,6 +190,21 @@ def test_a_curriculum_of_ones_own_may_start_from_the_teacher(make_trainer: Make)
     )
     trainer.train()
     torch.testing.assert_close(logits(trainer.model), logits(llama(4, 24, seed=1)))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (HiddenStage(2, 2, 4), HiddenStage(2, 1, 2), OutputStage(1)),
+        (HiddenStage(2, FINAL, FINAL), JointStage(3, ((1, 2), (FINAL, FINAL)))),
+    ],
+)
+def test_the_stages_of_a_curriculum_of_ones_own_may_come_in_any_order(make_trainer: Make, stages: Any) -> None:
+    curriculum = Curriculum("mine", stages, student_init="teacher", projection="residual")
+    trainer = make_trainer(student=fresh(), curriculum=curriculum, max_steps=5)
+    trainer.train()
+    for number, stage in enumerate(curriculum.hidden_stages):
+        assert trainer.source.maps[number].unit > 0, stage
 
 
 def test_residual_targets_need_a_student_that_starts_from_the_teacher() -> None:

@@ -14,7 +14,10 @@ from torch import nn
 from tutelage.core.blocks import head_module
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import last_token, model_inputs, output_tensor, text_config
+from tutelage.core.moments import Moments
 from tutelage.core.probe import evaluating, has_no_values, probe_ids
+
+_ROWS = 4096  # that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ class OutputHead:
         if plain is not None:
             return plain(hidden)
         return _finished(self.linear(hidden)[..., : self.outputs], self.softcap, self.scale)
+
+    def gram(self, scale_D: torch.Tensor) -> torch.Tensor:
+        """W^T W for the weight W of the outputs in use, centred over them, where the state is multiplied by `scale_D` before
+        it; (D, D), float64 on the CPU."""
+        weights = Moments(full=True)
+        for rows_ND in self.linear.weight[: self.outputs].detach().split(_ROWS):
+            weights.add(rows_ND)
+        scale_D = scale_D.cpu().double()
+        return weights.scatter * torch.outer(scale_D, scale_D)
 
 
 @dataclass(frozen=True)

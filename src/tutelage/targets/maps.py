@@ -34,7 +34,6 @@ from tutelage.tasks.base import Batch
 from tutelage.tasks.initialization.student import Initialized
 
 ENOUGH = 4  # positions per dimension below which a second moment gets a warning
-_ROWS = 4096  # of an output head, that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class _Calibrator:
         # too; an embedding model's output *is* its pooled state, with no head to look through.
         if kind == "pca" or stage.teacher_place != FINAL or head is None:
             return spectral_projection(moment, width)
-        return spectral_projection(moment, width, _logit_gram(head, standardizer))
+        return spectral_projection(moment, width, head.gram(standardizer.scale))
 
 
 def _check_count(moments: Moments, stage: HiddenStage) -> None:
@@ -222,14 +221,6 @@ def random_projection(
     if replicas is None:
         return RandomProjection(*widths, seed, kind)
     return StackedProjection([RandomProjection(*widths, (*seed, own), kind) for own in replicas])
-
-
-def _logit_gram(head: OutputHead, standardizer: Standardizer) -> torch.Tensor:
-    """W^T W of the head's weight, centred over the outputs, in standardised coordinates, (D, D)."""
-    weights, scale = Moments(full=True), standardizer.scale.double()
-    for rows_ND in head.linear.weight[: head.outputs].detach().split(_ROWS):
-        weights.add(rows_ND)
-    return weights.scatter * torch.outer(scale, scale)
 
 
 def save_target_maps(maps: Sequence[TargetMap], path: Path) -> None:

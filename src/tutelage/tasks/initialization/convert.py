@@ -93,6 +93,8 @@ class _Conversion:
         check_basis(choice.kind, *self.widths)
         self._check_tied()
         self._choose(None)  # of any use: whether there are as many as the student has
+        for part in layout.parts:
+            self._check_norm(part) if isinstance(part.rule, Norm) else self._check_shapes(part)
 
     def run(self, batches: Batches) -> Initialized:
         layout, choice = self.layout, self.choice
@@ -150,10 +152,7 @@ class _Conversion:
         assert isinstance(part.rule, Norm)
         absent = isinstance(part.student, nn.Identity)
         if isinstance(part.teacher, nn.Identity):
-            if absent:
-                return
-            found = f"the student has a norm {part.name}, the teacher none"
-            raise UserError(f"student_init='teacher': {found}: change the layer map")
+            return
         if fit is None:  # equal widths: the teacher's own
             for name, parameter in part.student.named_parameters():
                 self._set(parameter, self._theirs(part, name))
@@ -258,6 +257,32 @@ class _Conversion:
         names = [name for name, _ in part.student.named_parameters(recurse=False)]
         return {name: rule.dimensions.get(name, rule.dimensions.get("", ())) for name in names}
 
+    def _check_norm(self, part: Part) -> None:
+        if isinstance(part.student, nn.Identity):
+            return
+        if isinstance(part.teacher, nn.Identity):
+            found = f"the student has a norm {part.name}, the teacher none"
+            raise UserError(f"student_init='teacher': {found}: change the layer map")
+        if self.same:
+            for name, _ in part.student.named_parameters():
+                self._counterpart(part, name)
+
+    def _check_shapes(self, part: Part) -> None:
+        for name, dimensions in self._dimensions(part).items():
+            if (mine := getattr(part.student, name, None)) is None:
+                continue
+            shape, kept = list(self._counterpart(part, name).shape), self.kept[part.block]
+            for dimension, space in enumerate(dimensions):
+                if space == STREAM:
+                    shape[dimension] = self.widths[1]
+                elif space != SAME:
+                    shape[dimension] = len(kept.index(space, shape[dimension]))
+            differ = [space for a, b, space in zip(mine.shape, shape, dimensions, strict=True) if a != b]
+            if differ not in ([], [SAME]):
+                whole = part.name if isinstance(part.rule, Linear) else f"{part.name}.{name}"
+                found = f"{whole} is {tuple(mine.shape)} in the student, but would be {tuple(shape)} from the teacher"
+                raise UserError(f"student_init='teacher': {found}: change the student's sizes")
+
     def _write(self, part: Part) -> None:
         for name, dimensions in self._dimensions(part).items():
             mine = getattr(part.student, name, None)
@@ -269,18 +294,22 @@ class _Conversion:
                 value = value + matrix_of(part.teacher) @ self.shifts[part.name]
             value = self._converted(part, whole, value, dimensions)
             if tuple(value.shape) != tuple(mine.shape):
-                value = self._fitting(whole, value, mine, dimensions)
+                value = self._fitting(value, mine)
             embeds = part.block is None and isinstance(part.student, nn.Embedding)
             self._set(mine, value * self._embedding_scale() if embeds else value)
 
     @staticmethod
-    def _theirs(part: Part, name: str) -> torch.Tensor:
-        """A parameter of the teacher, float64 on the CPU."""
-        value = getattr(part.teacher, name, None)
+    def _counterpart(part: Part, name: str) -> torch.Tensor:
+        """A parameter of the teacher."""
+        value: torch.Tensor | None = getattr(part.teacher, name, None)
         if value is None:
             found = f"the student has a {name} in {part.name}, the teacher none"
             raise UserError(f"student_init='teacher': {found}: use a student with the configuration of its teacher")
-        return value.detach().cpu().double()
+        return value
+
+    def _theirs(self, part: Part, name: str) -> torch.Tensor:
+        """The same, float64 on the CPU."""
+        return self._counterpart(part, name).detach().cpu().double()
 
     def _converted(self, part: Part, name: str, value: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
         """A parameter of the teacher in the student's coordinates."""
@@ -302,12 +331,8 @@ class _Conversion:
         return values if self.same else values @ self.basis.cpu().double()
 
     @staticmethod
-    def _fitting(name: str, value: torch.Tensor, mine: torch.Tensor, dimensions: Sequence[str]) -> torch.Tensor:
+    def _fitting(value: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
         """The first rows of a table that is longer in one of the models (positions, a padded vocabulary)."""
-        differ = [space for a, b, space in zip(mine.shape, value.shape, dimensions, strict=True) if a != b]
-        if differ != [SAME]:
-            found = f"{name} is {tuple(mine.shape)} in the student, but would be {tuple(value.shape)} from the teacher"
-            raise UserError(f"student_init='teacher': {found}: change the student's sizes")
         result = mine.detach().cpu().double().clone()
         rows = tuple(slice(0, min(a, b)) for a, b in zip(mine.shape, value.shape, strict=True))
         result[rows] = value[rows]

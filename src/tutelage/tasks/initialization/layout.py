@@ -15,6 +15,8 @@ from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config
 from tutelage.tasks.initialization.families import Family, Linear, Norm, Rule, families_of
 
+Batches = Sequence[Mapping[str, Any]]  # model inputs
+
 # fields of a configuration that decide what the weights mean
 _EQUAL = (
     "hidden_act",
@@ -228,6 +230,3 @@ def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[
         part = (block - below) / (above - below)
         found_blocks.append(max(1, round(known[below] + part * (known[above] - known[below]))))
     return found_blocks
-
-
-Batches = Sequence[Mapping[str, Any]]

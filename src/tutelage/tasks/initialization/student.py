@@ -6,15 +6,14 @@ import torch
 from torch import nn
 
 from tutelage.core.curriculum import Curriculum
+from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
-from tutelage.core.moments import Moments
 from tutelage.tasks.base import Task
 from tutelage.tasks.initialization.convert import BasisChoice, Initialized, check_sizes, initialize
 from tutelage.tasks.initialization.families import SAME, STREAM, Linear, Norm
 from tutelage.tasks.initialization.layout import Batches, Layout, gain_of
 
 __all__ = ["Initialized", "basis_kind", "check_start", "start_student"]
-_ROWS = 4096  # of an output head, that are multiplied at a time
 
 
 def check_start(
@@ -23,7 +22,11 @@ def check_start(
     """How the weights of teacher and student correspond; UserError for a pair that cannot be initialised so."""
     pairs = [(s.student_place, s.teacher_place) for s in curriculum.hidden_stages]
     layout = Layout.of(task.backbone(student), task.backbone(teacher), pairs, container)
-    check_sizes(layout, _basis(layout, curriculum))
+    kind = _basis(layout, curriculum)
+    check_sizes(layout, kind)
+    if task.embeds and kind != "identity" and task.output_head(student) is None and task.output_head(teacher) is None:
+        found = f"the student's embedding is its pooled state, and residual_basis={kind!r} would rotate it"
+        raise UserError(f"student_init='teacher': {found} against the teacher's: use residual_basis='identity'")
     return layout
 
 
@@ -67,14 +70,9 @@ def _write_pooled_head(student: OutputHead, teacher: OutputHead | None, started:
 
 
 def _gram(layout: Layout, head: OutputHead | None) -> torch.Tensor | None:
-    """W^T W of the output head, centred over the outputs, with the gain of the norm before it, (D, D); None without a head
-    that reads the residual stream."""
+    """`OutputHead.gram` with the gain of the norm before it, (D, D); None without a head that reads the residual stream."""
     parts = [part for part in layout.parts if head is not None and part.teacher is head.linear]
     if head is None or not parts or parts[0].rule != Linear(STREAM, SAME):
         return None
-    weights = Moments(full=True)
-    for rows_ND in head.linear.weight[: head.outputs].detach().split(_ROWS):
-        weights.add(rows_ND)
     norms = [part for part in layout.parts if part.block is None and isinstance(part.rule, Norm) and part.rule.readers]
-    gain = gain_of(norms[-1].teacher, layout.family)
-    return weights.scatter * torch.outer(gain, gain)
+    return head.gram(gain_of(norms[-1].teacher, layout.family))
