@@ -98,11 +98,19 @@ def test_a_base_model_with_post_norm_ends_in_the_rotated_state_of_its_teacher(fa
     torch.testing.assert_close(outputs(student, family), expected, rtol=0, atol=2e-5 * float(expected.std()))
 
 
+def of_one_kind(family: str, layers: int) -> dict[str, Any]:
+    """Sizes of a model whose blocks are all of one kind."""
+    sizes: dict[str, Any] = {"num_hidden_layers": layers}
+    if family in ("gemma2", "modernbert"):
+        sizes["layer_types"] = ["full_attention"] * layers
+    return sizes | ({"no_rope_layer_interval": 9} if family == "smollm3" else {})
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "modernbert"])
 def test_fewer_layers_of_equal_width_are_copies_of_the_teachers(family: str) -> None:
     """ModernBERT's first block has no first norm, so that it has a test of its own."""
     head = FAMILIES[family][2].split()[0]
-    teacher, student = make(family, head, num_hidden_layers=4), make(family, head, seed=1, num_hidden_layers=2)
+    teacher, student = (make(family, head, seed, **of_one_kind(family, layers)) for seed, layers in ((0, 4), (1, 2)))
     expected = teacher.state_dict()
     start(student, teacher, family, "identity")
     prefix = find_blocks(student).names[0][:-1]
@@ -115,7 +123,7 @@ def test_fewer_layers_of_equal_width_are_copies_of_the_teachers(family: str) -> 
 
 
 def test_the_gain_of_a_norm_that_the_student_lacks_goes_into_its_reader() -> None:
-    teacher, student = make("modernbert", num_hidden_layers=4), make("modernbert", seed=1, num_hidden_layers=2)
+    teacher, student = (make("modernbert", "Model", layers, **of_one_kind("modernbert", layers)) for layers in (4, 2))
     start(student, teacher, "modernbert", "identity")
     copied = student.get_parameter("layers.0.attn.Wqkv.weight")
     gain, weight = (teacher.get_parameter(f"layers.1.{name}.weight") for name in ("attn_norm", "attn.Wqkv"))

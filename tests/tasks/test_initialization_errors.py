@@ -32,7 +32,8 @@ def start(student: nn.Module, teacher: nn.Module, family: str = "", basis: str =
         ),
         ("llama", {"hidden_size": 40}, {}, "the student is 40 wide, the teacher 32: .* use student_init='random'"),
         ("llama", {"head_dim": 4}, {}, "heads have 4 values, the teacher's 8: set num_attention_heads .or head_dim"),
-        ("bert", {"num_attention_heads": 2}, {}, "heads have 16 values, the teacher's 8"),
+        ("bert", {"num_attention_heads": 2}, {}, "heads have 16 values, the teacher's 8: set num_attention_heads .or"),
+        ("bert", {"hidden_size": 28}, {}, "heads have 7 values, the teacher's 8: set hidden_size to a multiple of 8"),
         (
             "llama",
             {"num_key_value_heads": 1},

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import text_config
 from tutelage.tasks.base import Task
+from tutelage.tasks.initialization.layout import PER_BLOCK
 from tutelage.tasks.loading import has_class, has_weights, load_config
 
 WEIGHTS = "_tutelage_weights"  # where a model keeps what its weights are: `random`, `own` or `teacher` (initialised)
@@ -113,10 +114,10 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         _set_heads(config, settings, width, new_width)
     if new_width != width:
         _scale_width(config, settings, width, new_width)
-    if getattr(config, "layer_types", None):
+    for name in PER_BLOCK:
         # keep the mixture of attention types: each block has the type of the one that the uniform layer map pairs it with
-        kinds = config.layer_types
-        config.layer_types = [kinds[max(1, round(s * depth / new_depth)) - 1] for s in range(1, new_depth + 1)]
+        if kinds := getattr(config, name, None):
+            setattr(config, name, [kinds[max(1, round(s * depth / new_depth)) - 1] for s in range(1, new_depth + 1)])
     for key, value in settings.items():
         with as_user_error(f"student preset {text!r}: {key}={value} cannot be used"):
             setattr(config, key, value)

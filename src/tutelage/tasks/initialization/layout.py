@@ -17,6 +17,7 @@ from tutelage.tasks.initialization.families import Family, Linear, Norm, Rule, f
 
 Batches = Sequence[Mapping[str, Any]]  # model inputs
 
+_BY_DEPTH = "scale_attn_by_inverse_layer_idx"  # GPT-2: a block's attention scores are divided by its number
 # fields of a configuration that decide what the weights mean
 _EQUAL = (
     "hidden_act",
@@ -28,7 +29,18 @@ _EQUAL = (
     "query_pre_attn_scalar",
     "use_parallel_residual",
     "num_experts_per_tok",
+    "norm_topk_prob",
+    "is_decoder",
+    "sliding_window",
+    "local_attention",
+    "use_bidirectional_attention",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "scale_attn_weights",
+    _BY_DEPTH,
 )
+# fields that say what each block does
+PER_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 @dataclass(frozen=True)
@@ -81,11 +93,30 @@ class Layout:
                 raise UserError(f"student_init='teacher': {found}: set the teacher's in the student's configuration")
         self.family = self._family(kinds[0])
         self.student_heads, self.teacher_heads = map(HeadCounts.of, configs)
-        if self.student_heads.size != self.teacher_heads.size:
-            found = f"the student's attention heads have {self.student_heads.size} values, the teacher's"
-            how = f"set num_attention_heads (or head_dim) so that a head has {self.teacher_heads.size}"
-            raise UserError(f"student_init='teacher': {found} {self.teacher_heads.size}: {how}")
+        if self.student_heads.size != (size := self.teacher_heads.size):
+            found = f"the student's attention heads have {self.student_heads.size} values, the teacher's {size}"
+            how = f"set num_attention_heads (or head_dim) so that a head has {size}"
+            if not getattr(configs[0], "head_dim", None) and configs[0].hidden_size % size:
+                how = f"set hidden_size to a multiple of {size}"
+            raise UserError(f"student_init='teacher': {found}: {how}")
+        self._check_blocks()
         self.parts = self._parts()
+
+    def _check_blocks(self) -> None:
+        """UserError where a block of the student does something else with its weights than the teacher's block."""
+        for number, theirs in enumerate(self.pairs, 1):
+            for name in PER_BLOCK:
+                lists = [getattr(config, name, None) for config in (self.student_config, self.teacher_config)]
+                if lists[0] and lists[1] and lists[0][number - 1] != lists[1][theirs - 1]:
+                    found = f"block {number} of the student has {name} {lists[0][number - 1]}, block {theirs} of the teacher"
+                    how = f"change the layer map, or {name} of the student"
+                    raise UserError(f"student_init='teacher': {found}, its start, {lists[1][theirs - 1]}: {how}")
+            if number != theirs and getattr(self.teacher_config, _BY_DEPTH, False):
+                found = f"block {number} of the student starts from block {theirs} of the teacher"
+                raise UserError(
+                    f"student_init='teacher': {found}, but {_BY_DEPTH} gives them different attention: use "
+                    "student_init='random'"
+                )
 
     @classmethod
     def of(
