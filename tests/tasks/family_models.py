@@ -94,7 +94,7 @@ def inputs(family: str, count: int = 6, length: int = 12, seed: int = 1) -> dict
     """A batch; the last rows of text end in padding, except for images."""
     generator = torch.Generator().manual_seed(seed)
     if family == "vit":
-        return {"pixel_values": torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)}
+        return {"pixel_values": torch.randn(2 * count, 3, 8, 8, generator=generator, dtype=torch.float64)}
     tokens = torch.randint(3, VOCAB, (count, length), generator=generator)
     mask = torch.ones_like(tokens)
     mask[-2:, length - 4 :] = 0

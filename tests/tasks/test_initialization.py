@@ -163,10 +163,11 @@ def test_every_described_family_is_tested() -> None:
 
 def test_directions_that_the_output_head_reads_are_kept() -> None:
     teacher, student = make("llama", "ForCausalLM"), make("llama", "ForCausalLM", 1, hidden_size=24)
-    read_D = torch.linalg.eigh(state_moments(Layout.of(student, teacher), [inputs("llama")], [2])[0])[1][:, 0]
+    batches = [inputs("llama", count=12)]
+    read_D = torch.linalg.eigh(state_moments(Layout.of(student, teacher), batches, [2])[0])[1][:, 0]
     kept = {}
     for basis, gram_DD in (("pca", None), ("logits", 1e-9 * torch.eye(32) + torch.outer(read_D, read_D))):
-        started = initialize(Layout.of(student, teacher), [inputs("llama")], BasisChoice(basis, gram_DD=gram_DD))
+        started = initialize(Layout.of(student, teacher), batches, BasisChoice(basis, gram_DD=gram_DD))
         kept[basis] = float((read_D @ started.basis_DR.double()).square().sum())
     assert kept["logits"] > 0.99 > 0.9 > kept["pca"]
 

@@ -102,7 +102,7 @@ def test_attention_that_is_scaled_by_the_number_of_its_block_is_refused_elsewher
         make("gpt2", scale_attn_by_inverse_layer_idx=True, num_hidden_layers=layers) for layers in (4, 2)
     )
     Layout.of(student, teacher, [(1, 1), (2, 2)])
-    with pytest.raises(UserError, match="block 1 of the student starts from block 2 .* different attention: use stud"):
+    with pytest.raises(UserError, match=r"block 1 of the student starts from block 2 .* different attention: use stud"):
         Layout.of(student, teacher)
 
 

@@ -18,7 +18,7 @@ from tutelage.tasks.initialization.layout import Layout
 
 
 def start(student: nn.Module, teacher: nn.Module, family: str = "", basis: str = "pca") -> None:
-    initialize(Layout.of(student, teacher), [inputs(family)], BasisChoice(basis))
+    initialize(Layout.of(student, teacher), [inputs(family, count=12)], BasisChoice(basis))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.tasks.family_models import inputs, make
-from tutelage.tasks.initialization.calibration import Uses, observe_modules
+from tutelage.tasks.initialization.calibration import Uses, observe_modules, state_moments
+from tutelage.tasks.initialization.convert import BasisChoice, initialize
 from tutelage.tasks.initialization.families import POOLED
 from tutelage.tasks.initialization.layout import Layout
 
@@ -25,3 +26,24 @@ def test_uses_of_a_pooled_head_are_counted_per_text_whatever_its_length(length: 
     found_D = uses.of(POOLED, None)
     assert found_D is not None
     torch.testing.assert_close(found_D, expected_D, rtol=1e-5, atol=0)
+
+
+def test_attention_sinks_are_found_from_all_batches_so_far() -> None:
+    """The first batch has the smallest states, so that by itself it would leave out all others."""
+    teacher = make("llama")
+    embeddings_VD = teacher.get_parameter("embed_tokens.weight")
+    with torch.no_grad():
+        embeddings_VD[:10] *= 0.01
+    rows = {0: 3, 10: 9, 20: 9}
+    batches = [{"input_ids": torch.arange(start, start + 10)[None].repeat(rows[start], 1)} for start in rows]
+    found_DD = state_moments(Layout.of(make("llama", seed=1), teacher), batches, [0])[0]
+    unit_VD = torch.nn.functional.normalize(embeddings_VD[:30].detach(), dim=-1) * 32**0.5
+    counts_V = torch.tensor(list(rows.values())).repeat_interleave(10)
+    torch.testing.assert_close(found_DD, unit_VD.T * counts_V @ unit_VD / counts_V.sum(), rtol=0, atol=1e-5)
+
+
+def test_a_basis_from_few_positions_gets_a_warning() -> None:
+    student, teacher = make("llama", hidden_size=24), make("llama")
+    message = "32-dimensional states for the residual basis comes from 16 positions, but needs 128"
+    with pytest.warns(UserWarning, match=message):
+        initialize(Layout.of(student, teacher), [inputs("llama", count=2, length=12)], BasisChoice("pca"))

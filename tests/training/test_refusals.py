@@ -39,6 +39,15 @@ def test_a_student_that_is_its_own_teacher_is_refused(make_trainer: Make) -> Non
         make_trainer(student=model, teacher_model=model)
 
 
+def test_a_student_that_shares_parameters_with_its_teacher_is_refused(make_trainer: Make) -> None:
+    student, teacher = llama(2, 16, seed=1), llama(4, 16, seed=2)
+    student.set_input_embeddings(teacher.get_input_embeddings())
+    with pytest.raises(
+        UserError, match=r"student and teacher share model.embed_tokens.weight .of 1 parameters., so that"
+    ):
+        make_trainer(student=student, teacher_model=teacher)
+
+
 @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}])
 def test_only_single_choice_classifiers_are_distilled(tmp_path: Path, fields: dict[str, Any]) -> None:
     def model() -> BertForSequenceClassification:

@@ -108,7 +108,7 @@ def test_a_sentence_encoder_starts_with_a_head_to_the_teachers_width() -> None:
     student = encoder(2, 8, seed=1, embedding=16)
     source = LiveTargets(encoder(4, 16, seed=0), get_task("embedding"))
     source.attach(one_shot(1, student_init="teacher"), student)
-    batch = {"input_ids": ids()}
+    batch = {"input_ids": ids(8)}
     source.start(student, lambda: [batch])
     assert source.started is not None and student.head is not None
     torch.testing.assert_close(student.head.weight, source.started.basis_DR)

@@ -6,6 +6,7 @@ Shapes: N positions, D width."""
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,18 @@ from tutelage.core.processes import Group
 # What a shrunk moment adds to every direction, as a fraction of a dimension's variance: a norm layer leaves directions in which
 # no state moves.
 FLOOR = 1e-3
+ENOUGH = 4  # positions per dimension below which a second moment gets a warning
+
+
+def check_count(count: int, width: int, what: str) -> None:
+    """Warn where the second moment of states of a `width`, (width, width), comes from few positions."""
+    if count < ENOUGH * width:
+        warnings.warn(
+            f"the second moment of the teacher's {width}-dimensional states for {what} comes from {count:,} positions, but "
+            f"needs {ENOUGH * width:,} ({ENOUGH} per dimension): raise calibration_samples",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 class Moments:

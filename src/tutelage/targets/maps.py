@@ -4,7 +4,6 @@ Shapes: B batch, T positions, D teacher width, R projected width, N calibration 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from tutelage.core.blocks import FINAL, Place
 from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
-from tutelage.core.moments import Moments, shrunk_moment
+from tutelage.core.moments import Moments, check_count, shrunk_moment
 from tutelage.core.processes import Group
 from tutelage.core.projection import (
     RANDOM_KINDS,
@@ -32,8 +31,6 @@ from tutelage.core.standardize import Standardizer, check_finite, sink_threshold
 from tutelage.io.files import replacing
 from tutelage.tasks.base import Batch
 from tutelage.tasks.initialization.student import Initialized
-
-ENOUGH = 4  # positions per dimension below which a second moment gets a warning
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class _Calibrator:
                 standardizer = Standardizer.of(total, sink_norm, center)
             moment = None
             if full:
-                _check_count(total, stage)
+                check_count(total.count, len(total.mean), f"stage {stage.name}")
                 # as it is stored, so that a resumed run has the same one
                 moment = shrunk_moment(halves, standardizer.mean, standardizer.scale).float()
             projection = self._projection(stage, standardizer, moment)
@@ -196,18 +193,6 @@ class _Calibrator:
         if kind == "pca" or stage.teacher_place != FINAL or head is None:
             return spectral_projection(moment, width)
         return spectral_projection(moment, width, head.gram(standardizer.scale))
-
-
-def _check_count(moments: Moments, stage: HiddenStage) -> None:
-    """Warn where a second moment comes from few positions."""
-    width = len(moments.mean)
-    if moments.count < ENOUGH * width:
-        warnings.warn(
-            f"the second moment of the teacher's {width}-dimensional states for stage {stage.name} comes from "
-            f"{moments.count:,} positions, but needs {ENOUGH * width:,} ({ENOUGH} per dimension): raise calibration_samples",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 def random_projection(

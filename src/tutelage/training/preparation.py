@@ -73,6 +73,10 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
         raise UserError(
             "the student is the teacher: one model cannot be both, since a teacher is frozen; give a copy (copy.deepcopy)"
         )
+    theirs = {id(parameter) for model in source.models for parameter in model.parameters()}
+    if common := [name for name, parameter in student.named_parameters() if id(parameter) in theirs]:
+        what = f"student and teacher share {common[0]} (of {len(common)} parameters)"
+        raise UserError(f"{what}, so that training would change the teacher: give the student a copy (copy.deepcopy)")
     for model in models:
         task.check_model(model)
     checks.check_recomputing(student, bool(args.gradient_checkpointing))

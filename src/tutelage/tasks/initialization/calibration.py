@@ -13,7 +13,7 @@ from torch import nn
 from tutelage.core.blocks import Place
 from tutelage.core.forward import observe
 from tutelage.core.inputs import model_inputs, position_mask
-from tutelage.core.moments import Moments
+from tutelage.core.moments import Moments, check_count
 from tutelage.core.standardize import sink_threshold, state_norms
 from tutelage.tasks.initialization.families import EXPERTS, NEURONS, POOLED, QUERIES, Linear, Norm, Tensor
 from tutelage.tasks.initialization.layout import Batches, Layout, Part, gain_of, normalized
@@ -41,19 +41,21 @@ class Sums:
 
 def state_moments(layout: Layout, batches: Batches, places: Sequence[Place]) -> list[torch.Tensor]:
     """The second moment of the teacher's states at each place, (D, D): each position scaled to a mean square of one, as the
-    norm that reads it does; padding and attention sinks left out."""
+    norm that reads it does; padding and attention sinks left out, which are found from this batch and those before it.
+
+    Warns of too few positions."""
     moments = [Moments(full=True) for _ in places]
-    sink_norms: dict[Place, float] = {}
+    norms_seen: dict[Place, torch.Tensor] = {place: torch.empty(0) for place in places}
     for batch in batches:
         inputs = model_inputs(layout.teacher, batch)
         states = observe(layout.teacher, places, inputs, layout.teacher_blocks).states
         for place, total in zip(places, moments, strict=True):
             hidden_ND = states[place][position_mask(batch, states[place])].float()
             norms = state_norms(hidden_ND)
-            if place not in sink_norms:
-                sink_norms[place] = sink_threshold(norms)
-            keep = (norms <= sink_norms[place]) & (norms > 0)
+            norms_seen[place] = torch.cat([norms_seen[place], norms.cpu()])
+            keep = (norms <= sink_threshold(norms_seen[place])) & (norms > 0)
             total.add(hidden_ND[keep] * (hidden_ND.shape[-1] ** 0.5 / norms[keep, None]))
+    check_count(min(total.count for total in moments), len(moments[0].mean), "the residual basis")
     return [total.about(torch.zeros_like(total.mean)) for total in moments]
 
 
