@@ -157,6 +157,24 @@ def test_every_weight_of_a_narrower_student_comes_from_its_teacher(family: str) 
         assert found > correlation(random_ND, expected_NR) + 0.3
 
 
+@pytest.mark.parametrize("width", [32, 24])
+def test_a_bias_beside_a_tiny_gain_is_read_as_the_teachers(width: int) -> None:
+    """In the final norm, whose gain goes into an output head without a bias of its own."""
+    errors = []
+    for gain in (1.0, 1e-3, 0.0):
+        teacher = make("gpt2", "LMHeadModel", **untied("gpt2"))
+        student = make("gpt2", "LMHeadModel", 1, **untied("gpt2"), hidden_size=width, num_attention_heads=width // 8)
+        with torch.no_grad():
+            teacher.get_parameter("transformer.ln_f.weight")[3] = gain
+            teacher.get_parameter("transformer.ln_f.bias")[3] = 1.0
+        started = start(student, teacher, "gpt2")
+        assert torch.isfinite(started.matrix(FINAL)).all()
+        expected = outputs(teacher, "gpt2")
+        errors.append(float((outputs(student, "gpt2") - expected).norm() / expected.norm()))
+    assert errors[1] < 1.2 * errors[0] + 1e-6
+    assert errors[2] < 1.2 * errors[0] + 0.12  # no weight of the head is left that could carry it
+
+
 def test_every_described_family_is_tested() -> None:
     assert set(families._FAMILIES) == {name.split(",")[0] for name in FAMILIES}
 

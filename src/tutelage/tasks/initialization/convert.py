@@ -37,6 +37,8 @@ from tutelage.tasks.initialization.families import (
 from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, shared_parameters
 from tutelage.tasks.initialization.selection import WHAT, Kept, kept_entries, kept_heads
 
+SMALL = 1e-2  # of the median gain of a norm: smaller ones are not divided by
+
 
 @dataclass(frozen=True)
 class BasisChoice:
@@ -174,16 +176,28 @@ class _Conversion:
 
     def _fold(self, part: Part, fit: NormFit, scale: float) -> torch.Tensor | None:
         """Leave a norm's gain and bias to its readers; what its bias gets where one of them has none, (R,)."""
-        readers = self.layout.readers(part)
-        self.gains |= dict.fromkeys(readers, fit.teacher_gain * scale)
+        readers, gain_D = self.layout.readers(part), fit.teacher_gain
+        self.gains |= dict.fromkeys(readers, gain_D * scale)
+        small_D = gain_D.abs() < SMALL * gain_D.abs().median()
         if part.block is None:
-            self.head_gain = torch.where(fit.teacher_gain.abs() < 1e-12, torch.inf, fit.teacher_gain)
+            self.head_gain = torch.where(small_D, torch.inf, gain_D)
         if (bias_D := bias_of(part.teacher)) is None:
             return None
         if part.block is not None and all(bias_of(self._module(name)) is not None for name in readers):
             self.shifts |= dict.fromkeys(readers, bias_D)
             return None
-        return self._encoded(torch.where(fit.teacher_gain == 0, 0.0, bias_D / fit.teacher_gain))
+        mapped_R = self._encoded(torch.where(small_D, 0.0, bias_D / gain_D))
+        return mapped_R + self._read_bias(part, gain_D, bias_D * small_D) if small_D.any() else mapped_R
+
+    def _read_bias(self, part: Part, gain_D: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
+        """The bias of the student's norm, (R,), from which its readers make what the teacher's make of `bias_D`: by least
+        squares, since a division by a small gain would put large values into all of the student's dimensions."""
+        names = self.layout.readers(part)
+        weights = [matrix_of(each.teacher) for each in self.layout.parts if each.name in names]
+        gram_DD = torch.stack([weight_OD.T @ weight_OD for weight_OD in weights]).sum(0)
+        read_DR = gain_D[:, None] * self.basis.cpu().double()
+        inverse_RR = torch.linalg.pinv(read_DR.T @ gram_DD @ read_DR, rtol=1e-10, hermitian=True)
+        return inverse_RR @ read_DR.T @ gram_DD @ bias_D
 
     def _beside(self, part: Part, name: str) -> str:
         assert part.block is not None
