@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tests.tasks.family_models import inputs, make
+from tutelage.core.heads import OutputHead
 from tutelage.tasks.initialization.calibration import Uses, observe_modules, state_moments
 from tutelage.tasks.initialization.convert import BasisChoice, initialize
 from tutelage.tasks.initialization.families import POOLED
 from tutelage.tasks.initialization.layout import Layout
+from tutelage.tasks.initialization.student import _gram
 
 
 @pytest.mark.parametrize("length", [12, 32])
@@ -44,6 +46,15 @@ def test_attention_sinks_are_found_from_all_batches_so_far() -> None:
 
 def test_a_basis_from_few_positions_gets_a_warning() -> None:
     student, teacher = make("llama", hidden_size=24), make("llama")
-    message = "32-dimensional states for the residual basis comes from 16 positions, but needs 128"
+    message = r"32-dimensional states for the residual basis .* comes from 48 positions, but needs 128"
     with pytest.warns(UserWarning, match=message):
         initialize(Layout.of(student, teacher), [inputs("llama", count=2, length=12)], BasisChoice("pca"))
+
+
+def test_the_logits_basis_weighs_directions_by_the_centred_output_head() -> None:
+    teacher, student = make("llama", "ForCausalLM"), make("llama", "ForCausalLM", 1, hidden_size=24)
+    weight_VD, gain_D = (teacher.get_parameter(name).detach() for name in ("lm_head.weight", "model.norm.weight"))
+    read_VD = (weight_VD - weight_VD.mean(0)) * gain_D
+    found_DD = _gram(Layout.of(student, teacher), OutputHead.of(teacher))
+    assert found_DD is not None
+    torch.testing.assert_close(found_DD, read_VD.T @ read_VD, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, SmolLM3Config, SmolLM3ForCausalLM
 
 from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage import CurriculumTrainer
@@ -178,6 +178,36 @@ def test_a_student_that_cannot_be_initialised_falls_back_by_default_and_is_refus
         "starts from random weights: student_init='teacher': the student's attention heads have 8 values" in caplog.text
     )
     assert trainer.curriculum.student_init == "random"
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "message"),
+    [
+        ({"attention_bias": True}, {}, "the student has a bias in model.layers.0.self_attn.q_proj, the teacher none"),
+        ({"tie_word_embeddings": True}, {}, "is tied to another module, the teacher's is not"),
+        ({}, {"residual_basis": "identity"}, "residual_basis='identity' needs equal widths"),
+    ],
+)
+def test_the_default_falls_back_before_the_teacher_runs(
+    make_trainer: Make, caplog: pytest.LogCaptureFixture, fields: dict, settings: dict, message: str
+) -> None:
+    student = fresh(**fields)
+    student.__dict__[WEIGHTS] = "random"
+    assert make_trainer(student=student, **settings).curriculum.student_init == "random"
+    assert "starts from random weights" in caplog.text
+    assert message in caplog.text
+
+
+def test_the_default_checks_the_layer_map_that_is_given() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 32, "pad_token_id": 0, "no_rope_layer_interval": 2}
+    teacher, student = (SmolLM3ForCausalLM(SmolLM3Config(num_hidden_layers=layers, **sizes)) for layers in (4, 2))
+    student.config.no_rope_layers = [0, 0]
+    source = LiveTargets(teacher)
+    source.check_start(student)
+    source.check_start(student, layer_map="1:2,2:4")
+    with pytest.raises(UserError, match="block 1 of the student has no_rope_layers 0, block 1 of the teacher"):
+        source.check_start(student, layer_map="1:1,2:4")
 
 
 def test_a_curriculum_of_ones_own_may_start_from_the_teacher(make_trainer: Make) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from tutelage.core.blocks import FINAL, Place, find_blocks
-from tutelage.core.curriculum import Curriculum, one_shot
+from tutelage.core.curriculum import Curriculum
 from tutelage.core.forward import watched
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_positions, model_inputs, position_mask
 from tutelage.core.processes import Group
 from tutelage.core.projection import check_widening
-from tutelage.core.stages import HiddenStage, OutputStage
+from tutelage.core.stages import HiddenStage, JointStage, LayerMap, OutputStage, parse_layer_map
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
 from tutelage.targets.identity import model_hash
@@ -139,8 +139,13 @@ class LiveTargets(TargetSource):
         weight: torch.Tensor = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
         return weight
 
-    def check_start(self, student: nn.Module) -> None:
-        check_start(student, self.model, self.task, one_shot(1), self.container)
+    def check_start(
+        self, student: nn.Module, basis: str | None = None, layer_map: LayerMap | str | None = None
+    ) -> None:
+        pairs = parse_layer_map(layer_map) if isinstance(layer_map, str) else layer_map
+        stage = JointStage(1, tuple(pairs)) if pairs else OutputStage(1)
+        start = Curriculum("start", (stage,), residual_basis=basis)
+        check_start(student, self.model, self.task, start, self.container)
 
     def start(self, student: nn.Module, batches: Batches) -> Initialized | None:
         curriculum = self.curriculum

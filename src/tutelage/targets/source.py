@@ -141,8 +141,11 @@ class TargetSource:
         """The teacher's token embedding, (V, D)."""
         raise AssertionError("this source has no token embedding")
 
-    def check_start(self, student: nn.Module) -> None:
-        """Raise UserError for a student that cannot start from this source's teacher."""
+    def check_start(
+        self, student: nn.Module, basis: str | None = None, layer_map: LayerMap | str | None = None
+    ) -> None:
+        """Raise UserError for a student that cannot start from this source's teacher, with a `residual_basis` and a layer map
+        as a run's settings give them."""
 
     def start(self, student: nn.Module, batches: Batches) -> Initialized | None:
         """Give a student its first weights, where the curriculum starts it from the teacher; `batches` as in `prepare`."""

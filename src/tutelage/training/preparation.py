@@ -135,7 +135,7 @@ def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSour
     if weights != "random":
         return "random"
     try:
-        source.check_start(student)
+        source.check_start(student, args.residual_basis, args.layer_map)
     except UserError as error:
         _log.warning("The student starts from random weights: %s", error)
         return "random"
