@@ -238,15 +238,14 @@ def test_result_and_card(runs: dict[str, Path], method: str, causal_teacher: Pat
     for words in (f"method `{method}`", "text.txt", f"{STEPS} steps, {STEPS * BATCH} samples, 512 tokens"):
         assert words in card
     assert f"{result['student']['metrics']['loss']:.4g}" in card
-    # where stages have an option of their own (warm_start), they are the default
-    differing = [f"method={method}"] * (method != "extraction")
+    differing = [f"method={method}"] * (method != ("extraction" if method == "scratch" else "joint"))
     differing += ["student_init=random"] * (method == "scratch") + ["calibration_samples=8"]
     differing += ["warm_start=none"] * (method == "scratch")
     assert f"| Preset | default; deviations: {', '.join(differing)} |" in card
     start = (
         "random weights (student_init=random)"
         if method == "scratch"
-        else "its teacher's weights (student_init=teacher)"
+        else "its teacher's weights (student_init=teacher), residual basis pca"
     )
     assert f"| Student starts from | {start} |" in card
     if method != "scratch":

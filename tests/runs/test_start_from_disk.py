@@ -77,6 +77,16 @@ def test_random_weights_are_refused_where_the_targets_are_residual(
         first_weights(tmp_path / "run", folder, student, student_init="random")
 
 
+def test_a_method_without_hidden_targets_serves_any_student(extracted: Extracted, tmp_path: Path) -> None:
+    folder = extracted(**JOINT)
+    one_shot = {"method": "one_shot", "layer_map": None}
+    first_weights(tmp_path / "other", folder, "layers=1,hidden_size=16", student_init=None, **one_shot)
+    first_weights(tmp_path / "random", folder, STUDENT, student_init="random", **one_shot)
+    assert curriculum_of(tmp_path / "other").student_init == curriculum_of(tmp_path / "random").student_init == "random"
+    first_weights(tmp_path / "stored", folder, None, student_init=None, **one_shot)
+    assert curriculum_of(tmp_path / "stored").student_init == "teacher"
+
+
 def test_a_student_of_another_shape_has_no_stored_weights(extracted: Extracted, tmp_path: Path) -> None:
     folder, other = extracted(**ONE_SHOT), "layers=1,hidden_size=16"
     message = (

@@ -244,7 +244,8 @@ def _stored_student(
         is_untrained(student) and load_config(str(folder), what="student").to_diff_dict() == config.to_diff_dict()
     )
     stored = same and source.folder.curriculum.student_init == "teacher"
-    needed = source.folder.settings.get("student_init")  # where the hidden targets are residual
+    # where the hidden targets are residual, and are read
+    needed = None if (args.method or source.method) == "one_shot" else source.folder.settings.get("student_init")
     asked = args.student_init or needed
     if stored and (asked or args.value("student_init")) == "teacher":
         model = make_student(str(folder), task, config, shape)

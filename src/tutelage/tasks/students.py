@@ -97,9 +97,8 @@ def make_student(
 def weights_of(model: nn.Module) -> str | None:
     """What the weights of a model are, as `WEIGHTS`; None where nobody said. Weights that were changed since `make_student`
     made the model are its own."""
-    if model.__dict__.get(_FINGERPRINT) in (None, _fingerprint(model)):
-        return model.__dict__.get(WEIGHTS)
-    return "own"
+    made = model.__dict__.get(_FINGERPRINT)
+    return model.__dict__.get(WEIGHTS) if made is None or made == _fingerprint(model) else "own"
 
 
 def _fingerprint(model: nn.Module) -> list[list[float]]:

@@ -130,7 +130,8 @@ class CurriculumConfig(TrainingArguments):
     normalize: str | None = option("standardize (default), or none (the paper).")
     warm_start: str | None = option(
         "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
-        "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
+        "Default: none for a student with trained weights (the teacher's, or its own) and for classifiers; otherwise head "
+        "where layer_map ends with final:final or neither layer_map nor num_stages is given, else none."
     )
     student_init: str | None = option(
         "First weights of the student: random (the paper), or teacher; default: teacher for a student without weights, where "

@@ -3,6 +3,7 @@
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,7 +99,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     run = resolve(args, blocks, fixed, rows, default_warm_start(task, student), given.curriculum, devices)
     if given.curriculum is not None:
         _compare_start(args, given.curriculum, student)
-    run = _with_basis(run, task, models)
+    run = replace(run, curriculum=with_basis(run.curriculum, task, models))
     if args.torch_compile and any(isinstance(stage, JointStage) for stage in run.curriculum.stages):
         warnings.warn("torch_compile does nothing in a joint stage, which is not compiled: leave it out", stacklevel=2)
     if run.curriculum.top_k is not None and not task.splits_head:
@@ -130,16 +131,15 @@ def _compare_start(args: CurriculumConfig, curriculum: Curriculum, student: nn.M
         warnings.warn(f"{what}, which goes before student_init='teacher' of the settings", stacklevel=3)
 
 
-def _with_basis(run: ResolvedRun, task: Task, models: list[nn.Module]) -> ResolvedRun:
-    """`run` with the residual basis named, for the records, where it follows from the widths of student and teacher."""
-    curriculum = run.curriculum
+def with_basis(curriculum: Curriculum, task: Task, models: Sequence[nn.Module]) -> Curriculum:
+    """`curriculum` with the residual basis named, for the records, where it follows from the widths of student and teacher."""
     if curriculum.student_init != "teacher" or curriculum.residual_basis is not None or len(models) < 2:
-        return run
+        return curriculum
     configs: list[Any] = [text_config(getattr(task.backbone(model), "config", None)) for model in models[:2]]
     student, teacher = (getattr(config, "hidden_size", None) for config in configs)
     if student is None or teacher is None:  # `attach` refuses a model without a configuration
-        return run
-    return replace(run, curriculum=replace(curriculum, residual_basis=basis_kind(curriculum, student, teacher)))
+        return curriculum
+    return replace(curriculum, residual_basis=basis_kind(curriculum, student, teacher))
 
 
 def decide_start(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> CurriculumConfig:

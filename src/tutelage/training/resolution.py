@@ -1,6 +1,7 @@
 """From settings as given to one frozen run: curriculum, batch size and budget."""
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
 from tutelage.core.errors import UserError
 from tutelage.core.stages import LayerMap, parse_layer_map, uniform_layer_map
+from tutelage.targets.folder import OF_THE_START
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
@@ -75,6 +77,9 @@ def resolve(
 
     Raises:
         UserError: a setting that contradicts the source (also where it is the default), or no curriculum can be built."""
+    if fixed.values.get("projection") == RESIDUAL and args.value("method") not in _READERS["projection"]:
+        values = {name: value for name, value in fixed.values.items() if name not in OF_THE_START}
+        fixed = dataclasses.replace(fixed, values=values)
     check_made(fixed.where, fixed.values, args)
     reading = _reading(args, fixed, devices or args.world_size)
     if curriculum is None:
