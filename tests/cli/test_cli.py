@@ -35,7 +35,9 @@ RECORD_FILES = {"README.md", "curriculum.json", "loss.png", "metrics.jsonl", "re
 
 
 def test_plan_prints_blocks_stages_and_costs(causal_teacher: Path) -> None:
-    printed = run("plan", "--teacher", causal_teacher, "--student", STUDENT, "--max_steps", "100", "--method=extraction")
+    printed = run(
+        "plan", "--teacher", causal_teacher, "--student", STUDENT, "--max_steps", "100", "--method=extraction"
+    )
     lines = printed.splitlines()
     assert lines[0] == "task: causal_lm"
     assert re.match(rf"teacher: {causal_teacher} \(LlamaForCausalLM, [\d,]+ parameters, width 32, 4 blocks", lines[1])
@@ -107,7 +109,8 @@ def test_a_preset_gives_the_settings_that_are_left_out(causal_teacher: Path, pre
 @pytest.mark.parametrize("kind", ["mlm", "classifier", "embedding"])
 def test_plan_of_the_other_tasks(kind: str, request: pytest.FixtureRequest) -> None:
     teacher = request.getfixturevalue(f"{kind}_teacher")
-    planned = json.loads(run("plan", "--teacher", teacher, "--student", STUDENT, "--method=extraction", "--json"))
+    method = ("--method=extraction", "--warm_start=none")
+    planned = json.loads(run("plan", "--teacher", teacher, "--student", STUDENT, *method, "--json"))
     assert [stage["name"] for stage in planned["stages"]] == ["hidden 1:2", "hidden 2:4", "output"]
 
 
