@@ -35,7 +35,9 @@ RECORD_FILES = {"README.md", "curriculum.json", "loss.png", "metrics.jsonl", "re
 
 
 def test_plan_prints_blocks_stages_and_costs(causal_teacher: Path) -> None:
-    printed = run("plan", "--teacher", causal_teacher, "--student", STUDENT, "--max_steps", "100", "--warm_start=none")
+    printed = run(
+        "plan", "--teacher", causal_teacher, "--student", STUDENT, "--max_steps", "100", "--method=extraction"
+    )
     lines = printed.splitlines()
     assert lines[0] == "task: causal_lm"
     assert re.match(rf"teacher: {causal_teacher} \(LlamaForCausalLM, [\d,]+ parameters, width 32, 4 blocks", lines[1])
@@ -63,7 +65,7 @@ def test_plan_as_json(causal_teacher: Path) -> None:
             "--student",
             STUDENT,
             "--max_steps=100",
-            "--warm_start=none",
+            "--method=extraction",
             "--max_length=16",
             "--json",
         )
@@ -107,7 +109,8 @@ def test_a_preset_gives_the_settings_that_are_left_out(causal_teacher: Path, pre
 @pytest.mark.parametrize("kind", ["mlm", "classifier", "embedding"])
 def test_plan_of_the_other_tasks(kind: str, request: pytest.FixtureRequest) -> None:
     teacher = request.getfixturevalue(f"{kind}_teacher")
-    planned = json.loads(run("plan", "--teacher", teacher, "--student", STUDENT, "--warm_start=none", "--json"))
+    method = ("--method=extraction", "--warm_start=none")
+    planned = json.loads(run("plan", "--teacher", teacher, "--student", STUDENT, *method, "--json"))
     assert [stage["name"] for stage in planned["stages"]] == ["hidden 1:2", "hidden 2:4", "output"]
 
 
@@ -238,15 +241,14 @@ def test_result_and_card(runs: dict[str, Path], method: str, causal_teacher: Pat
     for words in (f"method `{method}`", "text.txt", f"{STEPS} steps, {STEPS * BATCH} samples, 512 tokens"):
         assert words in card
     assert f"{result['student']['metrics']['loss']:.4g}" in card
-    # where stages have an option of their own (warm_start), they are the default
-    differing = [f"method={method}"] * (method != "extraction")
+    differing = [f"method={method}"] * (method != ("extraction" if method == "scratch" else "joint"))
     differing += ["student_init=random"] * (method == "scratch") + ["calibration_samples=8"]
     differing += ["warm_start=none"] * (method == "scratch")
     assert f"| Preset | default; deviations: {', '.join(differing)} |" in card
     start = (
         "random weights (student_init=random)"
         if method == "scratch"
-        else "its teacher's weights (student_init=teacher)"
+        else "its teacher's weights (student_init=teacher), residual basis pca"
     )
     assert f"| Student starts from | {start} |" in card
     if method != "scratch":

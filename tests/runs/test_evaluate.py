@@ -119,6 +119,16 @@ def test_retrieval_ranks_each_document_among_all(student: Path, retrieval: Path,
     assert found["mrr_kept"] == pytest.approx(found["mrr"] / found["teacher_mrr"])
 
 
+def test_embeddings_that_are_not_numbers_are_refused(student: Path, retrieval: Path, tmp_path: Path) -> None:
+    """No similarity is above NaN, so that every answer would rank first."""
+    model = load_embedding_model(str(student))
+    model.encoder.get_input_embeddings().weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(student).save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="the model gives embeddings that are not finite"):
+        evaluate(EvaluateOptions(model=str(tmp_path / "broken"), retrieval=str(retrieval)))
+
+
 def test_retrieval_by_hand(tmp_path: Path) -> None:
     """Unit vectors at angles; the answer of q1 is the nearest, that of q2 the second, that of q3 ties with two others."""
     degrees = {"q1": 0, "q2": 50, "q3": 180, "a": 1, "b": 40, "c": 55, "d": 179, "e": 181}

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.runs.conftest import STUDENT, files_of, settings, texts, train
+from tutelage import CurriculumTrainer
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.runs.evaluate import EvaluateOptions, evaluate
 from tutelage.runs.extraction import job
-from tutelage.runs.extraction.job import extract
+from tutelage.runs.extraction.job import describe_extraction, extract
 from tutelage.runs.extraction.options import ExtractOptions
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.folder import ExtractedCurriculum
@@ -49,7 +51,9 @@ def test_a_preset_of_the_same_shape_takes_the_stored_weights(
     stored = load_file(folder / "student" / "model.safetensors")
     assert equal(stored, first_weights(tmp_path / "run", folder, student, student_init=None))
     assert curriculum_of(tmp_path / "run").student_init == "teacher"
-    assert "its teacher's weights (student_init=teacher)" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "its teacher's weights (student_init=teacher) |" in card
+    assert "Hidden stages" not in card and card.endswith("(loss.png)\n")
 
 
 def test_random_weights_may_be_asked_for_where_no_target_needs_the_others(extracted: Extracted, tmp_path: Path) -> None:
@@ -71,6 +75,16 @@ def test_random_weights_are_refused_where_the_targets_are_residual(
     folder = extracted(**JOINT)
     with pytest.raises(UserError, match="was made with student_init=teacher, but student_init=random was given"):
         first_weights(tmp_path / "run", folder, student, student_init="random")
+
+
+def test_a_method_without_hidden_targets_serves_any_student(extracted: Extracted, tmp_path: Path) -> None:
+    folder = extracted(**JOINT)
+    one_shot = {"method": "one_shot", "layer_map": None}
+    first_weights(tmp_path / "other", folder, "layers=1,hidden_size=16", student_init=None, **one_shot)
+    first_weights(tmp_path / "random", folder, STUDENT, student_init="random", **one_shot)
+    assert curriculum_of(tmp_path / "other").student_init == curriculum_of(tmp_path / "random").student_init == "random"
+    first_weights(tmp_path / "stored", folder, None, student_init=None, **one_shot)
+    assert curriculum_of(tmp_path / "stored").student_init == "teacher"
 
 
 def test_a_student_of_another_shape_has_no_stored_weights(extracted: Extracted, tmp_path: Path) -> None:
@@ -95,12 +109,35 @@ def test_residual_targets_are_for_the_student_that_they_were_extracted_for(
         first_weights(tmp_path / "run", folder, "layers=1,hidden_size=16", student_init=init)
 
 
+def test_residual_targets_are_refused_for_a_model_with_other_weights(extracted: Extracted, tmp_path: Path) -> None:
+    folder = extracted(**JOINT)
+    args = settings(tmp_path / "run", None, curriculum_dir=str(folder), student_init=None, learning_rate=0.0)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "student"))
+    with pytest.raises(UserError, match=r"this model has others: give the folder '.*student' as the student"):
+        CurriculumTrainer(model, args=args)
+    trainer = CurriculumTrainer(str(folder / "student"), args=args)
+    trainer.train()
+    assert equal(load_file(folder / "student" / "model.safetensors"), trainer.model.state_dict())
+
+
 def test_a_student_with_weights_of_its_own_keeps_them(extracted: Extracted, tmp_path: Path) -> None:
     folder = extracted(**JOINT)
     train(tmp_path / "first", folder, RunOptions(), student_init=None)
     own = load_file(tmp_path / "first" / "model.safetensors")
-    assert equal(own, first_weights(tmp_path / "second", folder, str(tmp_path / "first"), student_init=None))
+    with pytest.warns(UserWarning, match="learn from these targets only if they come from the start that is stored in"):
+        kept = first_weights(tmp_path / "second", folder, str(tmp_path / "first"), student_init=None)
+    assert equal(own, kept)
     assert "| Student starts from | its own weights" in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_inspect_and_the_card_say_how_the_student_starts(extracted: Extracted, tmp_path: Path) -> None:
+    folder = extracted(**JOINT)
+    described = describe_extraction("C", ExtractedCurriculum(folder).manifest)
+    train(tmp_path / "run", folder, RunOptions(), student_init=None)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "its teacher's weights (student_init=teacher), residual basis pca |" in card
+    assert "| Hidden stages | projection residual, warm start none, hidden weight 1 |" in card
+    assert f"method:               joint\nfor:                  {STUDENT}, from its teacher's weights\n" in described
 
 
 def test_the_students_files_have_checksums(extracted: Extracted) -> None:
@@ -155,9 +192,12 @@ def test_an_extraction_that_is_interrupted_after_the_student_was_written_resumes
     ],
 )
 def test_an_extraction_for_students_that_are_not_known_starts_none_from_the_teacher(
-    extracted: Extracted, tmp_path: Path, stored: dict[str, Any], message: str
+    extracted: Extracted, tmp_path: Path, caplog: pytest.LogCaptureFixture, stored: dict[str, Any], message: str
 ) -> None:
     folder = extracted(student_init=None, **stored)
+    assert "The extraction is for students that start from random weights: " in caplog.text
+    described = describe_extraction("C", ExtractedCurriculum(folder).manifest)
+    assert f"for:                  students up to width {stored['projection_dim']}, from random weights" in described
     assert ExtractedCurriculum(folder).curriculum.student_init == "random"
     train(tmp_path / "run", folder, RunOptions(student="layers=2,hidden_size=8"), student_init=None)
     with pytest.raises(UserError, match=f"student_init='teacher' stores the first weights of one student, {message}"):

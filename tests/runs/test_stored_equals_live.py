@@ -48,7 +48,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
         ("embedding", {"layer_map": "1:2,2:4"}),
         ("embedding", {"method": "joint"}),
         ("causal_lm", {"method": "extraction", "layer_map": "1:2,final:final", **STARTS}),
-        ("causal_lm", {"method": "joint", "normalize": "none", **STARTS}),
+        ("causal_lm", {"method": "joint", **STARTS}),
         ("causal_lm", {"method": "one_shot", **STARTS}),
         ("embedding", {"method": "joint", **STARTS}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 
 from tests.training.conftest import llama
 from tutelage import CurriculumConfig
+from tutelage.core.errors import UserError
+from tutelage.runs.inputs import DEFAULT_RATE, RunOptions, with_defaults
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import TargetSource
 from tutelage.tasks.registry import get_task
 from tutelage.tasks.students import WEIGHTS
-from tutelage.training.preparation import decide_start
+from tutelage.training.preparation import decide_start, default_warm_start
 
 RANDOM, OWN, PASSED, STORED = "random", "own", None, "teacher"  # weights that a student comes with
 
@@ -40,6 +43,7 @@ def decided(weights: str | None, source: TargetSource, head_dim: int = 12, **fie
         (RANDOM, {"stage_steps": [3]}, ("teacher", "extraction")),
         (RANDOM, {"stage_trains": "new"}, ("teacher", "extraction")),
         (RANDOM, {"warm_start": "head"}, ("teacher", "extraction")),
+        *((RANDOM, given, ("teacher", "joint")) for given in ({"warm_start": "none"}, {"stage_trains": "up_to"})),
         (RANDOM, {"layer_map": "1:2"}, ("teacher", "joint")),
         (RANDOM, {"num_stages": 1}, ("teacher", "joint")),
         (RANDOM, {"student_init": "random"}, ("random", "extraction")),
@@ -61,6 +65,44 @@ def test_start_and_method_under_a_live_teacher(
 def test_weights_of_its_own_stay_with_a_warning_where_others_are_asked_for() -> None:
     with pytest.warns(UserWarning, match="the student brings its own weights: student_init='teacher' leaves it alone"):
         assert decided(OWN, LiveTargets(llama(4, 24, seed=1)), student_init="teacher") == ("random", "extraction")
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("student_init", "random, teacher"),
+        ("stage_trains", "up_to, new"),
+        ("residual_basis", "pca, logits, random, identity"),
+    ],
+)
+def test_a_misspelt_choice_is_refused(name: str, choices: str) -> None:
+    message = f"unknown {name} 'techer': use one of {choices}"
+    with pytest.raises(UserError, match=message):
+        CurriculumConfig(use_cpu=True, **{name: "techer"})
+    args = CurriculumConfig(use_cpu=True)
+    setattr(args, name, "techer")
+    with pytest.raises(UserError, match=message):
+        decide_start(args, llama(2, 16, seed=2), LiveTargets(llama(4, 24, seed=1)))
+
+
+def test_settings_that_are_set_or_replaced_later_count_as_those_of_the_construction() -> None:
+    student, source = llama(2, 16, seed=2, head_dim=12), LiveTargets(llama(4, 24, seed=1))
+    student.__dict__[WEIGHTS] = RANDOM
+    args = CurriculumConfig(use_cpu=True)
+    replaced = dataclasses.replace(args, max_steps=8)
+    assert decide_start(replaced, student, source).method == "joint"
+    assert dataclasses.replace(args, preset="paper").value("warmup_steps") == 0.06
+    _, plain = with_defaults(RunOptions(), replaced)
+    assert plain.learning_rate == DEFAULT_RATE
+    args.method = "one_shot"
+    assert decide_start(args, student, source).method == "one_shot"
+
+
+def test_a_student_with_weights_of_its_own_keeps_its_head() -> None:
+    task, student = get_task("causal_lm"), llama(2, 16, seed=2)
+    assert default_warm_start(task, student) == "head"
+    student.__dict__[WEIGHTS] = OWN
+    assert default_warm_start(task, student) == "none"
 
 
 def test_a_student_that_does_not_fit_falls_back_with_a_message(caplog: pytest.LogCaptureFixture) -> None:

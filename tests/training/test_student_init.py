@@ -23,7 +23,7 @@ from tutelage.core.stages import HiddenStage, JointStage, OutputStage
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.registry import get_task
-from tutelage.tasks.students import WEIGHTS
+from tutelage.tasks.students import WEIGHTS, make_student, student_config, weights_of
 
 Make = Callable[..., CurriculumTrainer]
 STILL = {"learning_rate": 0.0, "max_steps": 8, "student_init": "teacher"}  # trains nothing
@@ -208,6 +208,65 @@ def test_the_default_checks_the_layer_map_that_is_given() -> None:
     source.check_start(student, layer_map="1:2,2:4")
     with pytest.raises(UserError, match="block 1 of the student has no_rope_layers 0, block 1 of the teacher"):
         source.check_start(student, layer_map="1:1,2:4")
+
+
+def test_a_curriculum_of_ones_own_does_not_write_over_weights_in_silence(make_trainer: Make, tmp_path: Path) -> None:
+    fresh().save_pretrained(tmp_path / "own")
+    stages = (OutputStage(4),)
+    own = {"student": str(tmp_path / "own"), "curriculum": Curriculum("mine", stages, student_init="teacher")}
+    with pytest.warns(
+        UserWarning, match="the curriculum's student_init='teacher' writes over them: make the curriculum"
+    ):
+        make_trainer(**own)
+    with pytest.warns(UserWarning, match="has student_init='random', which goes before student_init='teacher' of the"):
+        make_trainer(student=fresh(), curriculum=Curriculum("mine", stages), student_init="teacher")
+
+
+@pytest.mark.parametrize(("width", "basis"), [(16, "pca"), (24, "identity")])
+def test_the_curriculum_names_the_basis_in_use(make_trainer: Make, width: int, basis: str) -> None:
+    student = llama(2, width, seed=2, head_dim=12)
+    assert make_trainer(student=student, student_init="teacher").curriculum.residual_basis == basis
+    assert make_trainer(student=student).curriculum.residual_basis is None
+
+
+def made() -> nn.Module:
+    """A student of a preset, as the commands make it."""
+    task, teacher = get_task("causal_lm"), llama(4, 24, seed=1)
+    student = make_student("layers=2,hidden_size=24", task, student_config("layers=2,hidden_size=24", teacher.config))
+    assert weights_of(student) == "random"
+    return student
+
+
+def test_a_second_run_keeps_what_the_first_one_taught(make_trainer: Make) -> None:
+    student = made()
+    first = make_trainer("first", student=student, overwrite_output_dir=True)
+    first.train()
+    assert first.curriculum.student_init == "teacher"
+    learnt = copy.deepcopy(student.state_dict())
+    second = make_trainer("second", student=student, learning_rate=0.0)
+    assert second.curriculum.student_init == "random"
+    second.train()
+    assert all(torch.equal(value, learnt[name]) for name, value in student.state_dict().items())
+    started = first.source.started
+    first.train()
+    assert first.source.started is started
+
+
+def test_weights_that_are_loaded_into_a_new_student_are_its_own(make_trainer: Make) -> None:
+    student = made()
+    student.load_state_dict(llama(2, 24, seed=7).state_dict())
+    assert weights_of(student) == "own"
+    assert make_trainer(student=student).curriculum.student_init == "random"
+
+
+def test_settings_that_nothing_reads_after_a_start_are_named(make_trainer: Make) -> None:
+    joint = {"student": fresh(), "method": "joint", "student_init": "teacher"}
+    with pytest.warns(UserWarning, match="projection='residual' does not read normalize"):
+        make_trainer(**joint, normalize="none")
+    with pytest.warns(UserWarning, match="a student that starts from random weights does not read residual_basis"):
+        make_trainer(student=fresh(), residual_basis="pca")
+    with pytest.warns(UserWarning, match="torch_compile does nothing in a joint stage"):
+        make_trainer(**joint, torch_compile=True)
 
 
 def test_a_curriculum_of_ones_own_may_start_from_the_teacher(make_trainer: Make) -> None:

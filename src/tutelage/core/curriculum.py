@@ -136,8 +136,8 @@ def extraction(
             `steps` that the hidden stages get together, split evenly.
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
-        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `temperature`, `top_k`, `stage_trains` of
-            `Curriculum`."""
+        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `student_init`, `residual_basis`, `temperature`,
+            `top_k`, `stage_trains` of `Curriculum`."""
     pairs = fitting_layer_map(layer_map, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]

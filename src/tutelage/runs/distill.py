@@ -13,7 +13,7 @@ from tutelage.runs.plots import plot_run
 from tutelage.runs.results import RESULT_FILE, Budget, ModelMetrics, RunResult
 from tutelage.tasks.language import perplexity
 from tutelage.tasks.loading import count_parameters
-from tutelage.tasks.students import WEIGHTS
+from tutelage.tasks.students import weights_of
 from tutelage.training.checks import check_output_dir
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import evaluation_metrics
@@ -34,6 +34,7 @@ def distill(options: RunOptions | None = None, args: CurriculumConfig | None = N
     if args.process_index == 0:
         check_output_dir(folder, bool(resume), args.overwrite_output_dir)
     inputs = load_inputs(options, args)
+    weights = weights_of(inputs.student) or "own"
     rows = (inputs.train_dataset, inputs.eval_dataset)
     trainer = CurriculumTrainer(inputs.student, inputs.source, args, *rows, inputs.tokenizer, inputs.collator)
     if args.disable_tqdm:
@@ -47,7 +48,7 @@ def distill(options: RunOptions | None = None, args: CurriculumConfig | None = N
         source = f"{Path(result.names['teacher']).name} to " if trainer.source.parameters is not None else ""
         title = f"{result.method}: {source}{result.names['student']}"
         plot_run(trainer.metrics_file.read(), folder / "loss.png", title)
-        write_card(folder, result, trainer.curriculum, trainer.args, inputs.student.__dict__.get(WEIGHTS, "own"))
+        write_card(folder, result, trainer.curriculum, trainer.args, weights)
     if args.push_to_hub:
         trainer.push_to_hub()
     return result

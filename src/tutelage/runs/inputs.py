@@ -92,7 +92,7 @@ def with_defaults(options: RunOptions, args: CurriculumConfig) -> tuple[RunOptio
         args.teacher_model_name_or_path = DEFAULT_TEACHER
     if args.teacher_model_name_or_path == DEFAULT_TEACHER or args.method == "scratch":
         options = dataclasses.replace(options, student=options.student or DEFAULT_STUDENT)
-        if not args.rate_given:
+        if args.learning_rate is None:
             args.learning_rate = DEFAULT_RATE
         if options.dataset is None:
             held_out, count = options.eval_dataset or DEFAULT_EVAL_TEXT, options.max_samples or _DEFAULT_EVAL_SAMPLES
@@ -244,7 +244,8 @@ def _stored_student(
         is_untrained(student) and load_config(str(folder), what="student").to_diff_dict() == config.to_diff_dict()
     )
     stored = same and source.folder.curriculum.student_init == "teacher"
-    needed = source.folder.settings.get("student_init")  # where the hidden targets are residual
+    # where the hidden targets are residual, and are read
+    needed = None if (args.method or source.method) == "one_shot" else source.folder.settings.get("student_init")
     asked = args.student_init or needed
     if stored and (asked or args.value("student_init")) == "teacher":
         model = make_student(str(folder), task, config, shape)
@@ -253,7 +254,10 @@ def _stored_student(
     if args.student_init == "teacher" or (asked == "teacher" and is_untrained(student)):
         how = "extract with --student_init teacher and this student, or train with --student_init random"
         if needed:
-            how = "leave the student out, or extract again for this one"
+            how = (
+                "leave the student out, or extract again for this one; for students of several shapes, extract with "
+                "--student_init random or a --projection_dim wider than the student"
+            )
         where = f"the extracted curriculum in {str(source.folder.store)!r}"
         raise UserError(f"{where} has no weights from the teacher for this student: {how}")
     return make_student(str(folder / "config.json") if stored else student, task, config, shape)

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import RESIDUAL, Curriculum
+from tutelage.core.stages import JointStage
 from tutelage.io.files import write_atomically
 from tutelage.runs.results import RunResult
 from tutelage.tasks.registry import get_task
@@ -27,6 +28,9 @@ def write_card(
         different.pop("student_init", None)
     else:
         weights = curriculum.student_init
+    start = _START[weights]
+    if weights == "teacher" and curriculum.residual_basis is not None:
+        start += f", residual basis {curriculum.residual_basis}"
     differing = ", ".join(f"{name}={value}" for name, value in different.items())
     preset = f"{args.preset}; deviations: {differing}" if differing else args.preset
     budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
@@ -54,9 +58,8 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 | Data | {Path(result.names["dataset"]).name} |
 | Method | {curriculum.method} |
 | Preset | {preset} |
-| Student starts from | {_START[weights]} |
-| Hidden stages | projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start} |
-| Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |
+| Student starts from | {start} |
+{_hidden_row(curriculum)}| Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |
 | FLOPs | {budget.student_flops:.3g} student + {budget.teacher_flops:.3g} teacher |
 | Time | {budget.seconds:.0f} s on {result.environment["machine"]} |
 
@@ -72,8 +75,22 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 |---|---|---|
 {metrics}
 
-![Loss](loss.png)"""
+![Loss](loss.png)
+"""
     write_atomically(folder / "README.md", text)
+
+
+def _hidden_row(curriculum: Curriculum) -> str:
+    """What the hidden targets are; nothing where there are none."""
+    if not curriculum.hidden_stages:
+        return ""
+    settings = [f"projection {curriculum.projection}"]
+    if curriculum.projection != RESIDUAL:  # whose targets keep their scale
+        settings.append(f"normalize {curriculum.normalize}")
+    settings.append(f"warm start {curriculum.warm_start}")
+    weights = [stage.hidden_weight for stage in curriculum.stages if isinstance(stage, JointStage)]
+    settings += [f"hidden weight {weight:g}" for weight in weights]
+    return f"| Hidden stages | {', '.join(settings)} |\n"
 
 
 def _show(value: Any) -> str:

@@ -25,7 +25,7 @@ from tutelage.training.config import CurriculumConfig
 from tutelage.training.costs import FlopCounter, StageCost
 from tutelage.training.feed import StageFeed
 from tutelage.training.objective import StageObjective
-from tutelage.training.preparation import decide_start
+from tutelage.training.preparation import decide_start, default_warm_start, with_basis
 from tutelage.training.resolution import build_curriculum
 from tutelage.training.transition import StageTransition
 
@@ -115,7 +115,8 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         student_model.__dict__[WEIGHTS] = "random" if is_untrained(student) else "own"
         args = decide_start(args, student_model, source)
         blocks = len(objective.blocks), len(source.block_names)
-        curriculum = build_curriculum(args, blocks, steps, task.warm_start)
+        curriculum = build_curriculum(args, blocks, steps, default_warm_start(task, student_model))
+        curriculum = with_basis(curriculum, task, [student_model, teacher_model])
         baseline = _costs(objective, one_shot(1), task.example(length))[0]
         costs = _costs(objective, curriculum, task.example(length))
         student_plan = _model_plan(student, student_model, objective.blocks, task, length)

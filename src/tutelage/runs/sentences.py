@@ -150,7 +150,8 @@ def sentence_rows(
 
 @torch.inference_mode()
 def encode(model: nn.Module, rows: Dataset, task: Task, collator: Any, batch_size: int) -> Tensor:
-    """Unit embeddings of the rows, (N, E) in float32 on the CPU, from batches of rows with similar lengths."""
+    """Unit embeddings of the rows, (N, E) in float32 on the CPU, from batches of rows with similar lengths; UserError where one
+    is not finite."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)  # too little memory shows at once
     loader = DataLoader(rows.select(order), batch_size=batch_size, collate_fn=collator)
@@ -159,6 +160,8 @@ def encode(model: nn.Module, rows: Dataset, task: Task, collator: Any, batch_siz
     for batch in tqdm(loader, desc="Encoding", unit="batch", disable=quiet_unless_terminal()):
         output_BE = task.whole_output(model, {key: value.to(device) for key, value in batch.items()})
         parts.append(F.normalize(output_BE.float(), dim=-1).cpu())
+        if not parts[-1].isfinite().all():  # no number is above NaN: it would count as the best of all
+            raise UserError("the model gives embeddings that are not finite: train it again at a lower learning_rate")
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 

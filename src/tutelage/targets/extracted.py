@@ -1,8 +1,10 @@
 """Targets from an extracted curriculum on disk, without a teacher."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, final
 
 from torch import nn
@@ -21,6 +23,7 @@ from tutelage.targets.stored_rows import StoredRows, collate
 from tutelage.tasks.base import Batch, OutputTarget
 from tutelage.tasks.loading import load_config
 from tutelage.tasks.registry import get_task
+from tutelage.tasks.students import weights_of
 
 
 @final
@@ -64,8 +67,10 @@ class ExtractedTargets(TargetSource):
             raise UserError(
                 f"the extracted curriculum in {str(self.folder.store)!r} was made for a student of width {extracted} that "
                 f"starts from its teacher, but the student has width {width}: leave the student out, or extract "
-                "again for this one"
+                "again for this one (for several shapes: with --student_init random)"
             )
+        if residual:
+            self._check_weights(student)
         transplants = curriculum.transplant_stage is not None
         if transplants and self.folder.identity.head is None:
             raise UserError(
@@ -84,6 +89,24 @@ class ExtractedTargets(TargetSource):
             )
         super().attach(curriculum, student, outputs)
         self._widths = widths
+
+    def _check_weights(self, student: nn.Module) -> None:
+        """Residual targets are in the coordinates of the first weights that the extraction gave its student."""
+        weights, where = weights_of(student), f"the extracted curriculum in {str(self.folder.store)!r}"
+        if weights == "teacher":
+            return
+        if weights == "own":
+            what = "the student brings its own weights: they learn from these targets only if they come from"
+            warnings.warn(f"{what} the start that is stored in {where}", stacklevel=3)
+            return
+        raise UserError(
+            f"{where} has targets for the student that is stored in it, with its first weights, but this model has others: "
+            f"give the folder {str(self.folder.student)!r} as the student, or extract with --student_init random"
+        )
+
+    def stored_start(self, student: str) -> bool:
+        starts = self.folder.curriculum.student_init == "teacher"
+        return starts and Path(student).resolve() == self.folder.student.resolve()
 
     @property
     def output_count(self) -> int | None:

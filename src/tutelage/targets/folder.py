@@ -30,6 +30,7 @@ from tutelage.targets.rows import RowFormat
 from tutelage.tasks.loading import load_tokenizer
 
 TEACHER_FOLDER, TOKENIZER_FOLDER, STUDENT_FOLDER = "teacher", "tokenizer", "student"
+OF_THE_START = ("projection", "student_init", "residual_basis")  # what residual targets decide
 STATISTICS_FILE, HEAD_FILE = "target_stats.safetensors", "head.safetensors"
 
 
@@ -59,7 +60,7 @@ class ExtractedCurriculum:
         """Settings of `Curriculum` that a run from this folder must have."""
         names = ["projection", "projection_seed", "normalize"] if self.curriculum.hidden_stages else []
         if names and self.curriculum.projection == RESIDUAL:
-            names += ["student_init", "residual_basis"]
+            names += OF_THE_START[1:]
         if any(stage.output is not None for stage in self.curriculum.stages):
             names += ["temperature", "top_k"]
         return {name: getattr(self.curriculum, name) for name in names}
@@ -68,6 +69,8 @@ class ExtractedCurriculum:
         """For each stage of `curriculum`, the index of the extracted stage that it reads; UserError for a stage that was not
         extracted, and for other settings than those it was extracted with."""
         for name, extracted in self.settings.items():
+            if name in OF_THE_START and self.curriculum.projection == RESIDUAL and not curriculum.hidden_stages:
+                continue
             asked = getattr(curriculum, name)
             if extracted != asked:
                 raise UserError(

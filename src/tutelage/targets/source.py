@@ -97,7 +97,7 @@ class TargetSource:
         """Serve `student` with the stages of `curriculum`, or raise UserError if the source cannot; `outputs` is the number
         of outputs that student and teacher share, None for all."""
         self.curriculum, self.outputs = curriculum, outputs
-        self.maps, self.pair_numbers = [], curriculum.pair_numbers
+        self.maps, self.pair_numbers, self.started = [], curriculum.pair_numbers, None
 
     def stage(self, index: int) -> Stage:
         assert self.curriculum is not None, "attach a curriculum first"
@@ -140,6 +140,10 @@ class TargetSource:
     def embedding(self) -> torch.Tensor:
         """The teacher's token embedding, (V, D)."""
         raise AssertionError("this source has no token embedding")
+
+    def stored_start(self, student: str) -> bool:
+        """Whether the folder `student` holds the first weights that this source gives a student."""
+        return False
 
     def check_start(
         self, student: nn.Module, basis: str | None = None, layer_map: LayerMap | str | None = None

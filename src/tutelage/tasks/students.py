@@ -18,6 +18,7 @@ from tutelage.tasks.initialization.layout import PER_BLOCK
 from tutelage.tasks.loading import has_class, has_weights, load_config
 
 WEIGHTS = "_tutelage_weights"  # where a model keeps what its weights are: `random`, `own` or `teacher` (initialised)
+_FINGERPRINT = "_tutelage_fingerprint"  # where `make_student` keeps what tells weights that were changed since
 _ALIASES = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
@@ -90,7 +91,21 @@ def make_student(
         model = task.load(student, what="student")
         task.fit_to_teacher(model, shape)
     model.__dict__[WEIGHTS] = "random" if is_untrained(student) else "own"
+    model.__dict__[_FINGERPRINT] = _fingerprint(model)
     return model
+
+
+def weights_of(model: nn.Module) -> str | None:
+    """What the weights of a model are, as `WEIGHTS`; None where nobody said. Weights that were changed since `make_student`
+    made the model are its own."""
+    made = model.__dict__.get(_FINGERPRINT)
+    return model.__dict__.get(WEIGHTS) if made is None or made == _fingerprint(model) else "own"
+
+
+def _fingerprint(model: nn.Module) -> list[list[float]]:
+    """A few values of each parameter."""
+    flat = [parameter.detach().flatten() for parameter in model.parameters()]
+    return [values[:: max(1, len(values) // 8)].double().tolist() for values in flat]
 
 
 def feed_forward_width(config: PreTrainedConfig) -> int | None:

@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.quantizers import AutoQuantizationConfig
 
-from tutelage.core.curriculum import METHODS, RESIDUAL
+from tutelage.core.curriculum import METHODS, RESIDUAL, STAGE_TRAINS, STUDENT_INITS
 from tutelage.core.errors import UserError, as_user_error, check_positive, check_range
+from tutelage.core.residual import BASES
 
 _DEFAULT: dict[str, Any] = {
     "method": "extraction",
@@ -48,6 +49,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What the default preset has for a student that starts from its teacher: hidden states and output together did best there.
 AFTER_START: dict[str, Any] = {"method": "joint", "projection": RESIDUAL}
 
+# settings with a few values, of which None leaves the choice open
+_CHOICES = {"method": METHODS, "student_init": STUDENT_INITS, "stage_trains": STAGE_TRAINS, "residual_basis": BASES}
 # names of settings, and the smallest and largest value that they may have
 _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1, math.inf),
@@ -73,7 +76,7 @@ class CurriculumConfig(TrainingArguments):
 
     None means *not given*: the extracted curriculum decides where there is one, otherwise the preset."""
 
-    # Other defaults than transformers', for small students trained from a random start.
+    # Other defaults than transformers', for small students.
     output_dir: str | None = option("Folder the run is written to.", "tutelage-output")
     learning_rate: float | None = option(  # type: ignore[assignment]
         "Peak learning rate of every stage; default: 2e-3 (embedded teacher: 1e-2)."
@@ -127,7 +130,8 @@ class CurriculumConfig(TrainingArguments):
     normalize: str | None = option("standardize (default), or none (the paper).")
     warm_start: str | None = option(
         "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
-        "Default: head where layer_map ends with final:final or neither layer_map nor num_stages is given, otherwise none."
+        "Default: none for a student with trained weights (the teacher's, or its own) and for classifiers; otherwise head "
+        "where layer_map ends with final:final or neither layer_map nor num_stages is given, else none."
     )
     student_init: str | None = option(
         "First weights of the student: random (the paper), or teacher; default: teacher for a student without weights, where "
@@ -154,9 +158,6 @@ class CurriculumConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"unknown preset {self.preset!r}: use one of {', '.join(PRESETS)}")
-        self.method_given, self.rate_given = self.method is not None, self.learning_rate is not None
-        for name in ("method", "learning_rate", "warmup_steps"):
-            setattr(self, name, self.value(name))
         for names, least, most in _RANGES:
             for name in names:
                 check_range(name, getattr(self, name), least, most)
@@ -168,14 +169,18 @@ class CurriculumConfig(TrainingArguments):
             raise UserError("output_dir is empty: name a folder, or leave it out")
         if self.fsdp == "true":  # as YAML files and flags of this program say it
             self.fsdp = True  # type: ignore[assignment]
+        open_choices = [name for name in ("learning_rate", "warmup_steps") if getattr(self, name) is None]
+        for name in open_choices:  # transformers compares them with numbers
+            setattr(self, name, self.value(name))
         with as_user_error("transformers refuses the arguments", ValueError, TypeError, ImportError, OSError):
             super().__post_init__()
+        for name in open_choices:
+            setattr(self, name, None)
         installed = get_available_reporting_integrations()
         for name in self.report_to or []:
             if name in INTEGRATION_TO_CALLBACK and name not in installed:
                 raise UserError(f"report_to names {name!r}, which is not installed: install it, or leave it out")
-        if self.method not in METHODS:
-            raise UserError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+        self.check_choices()
         if self.embedding_loss not in ("cosine", "mse"):
             raise UserError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
         if self.student_dtype not in ("float32", "stored"):
@@ -187,6 +192,12 @@ class CurriculumConfig(TrainingArguments):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
         self.logging_nan_inf_filter = False  # the trainer stops at a loss that is not finite; the filter would hide it
+
+    def check_choices(self) -> None:
+        """Raise UserError for a method, start, basis or `stage_trains` that there is not."""
+        for name, choices in _CHOICES.items():
+            if (given := getattr(self, name)) is not None and given not in choices:
+                raise UserError(f"unknown {name} {given!r}: use one of {', '.join(choices)}")
 
     @property
     def order_seed(self) -> int:

@@ -3,7 +3,8 @@
 import copy
 import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,14 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
+from tutelage.core.inputs import text_config
+from tutelage.core.stages import JointStage
 from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.identity import data_fingerprint, model_hash, tokenizer_hash
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
+from tutelage.tasks.base import Task
+from tutelage.tasks.initialization.student import basis_kind
 from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
-from tutelage.tasks.students import WEIGHTS
+from tutelage.tasks.students import WEIGHTS, weights_of
 from tutelage.training import checks, warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
@@ -64,7 +69,9 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     source = open_source(given, args)
     task, student, tokenizer = source.task, given.model, given.tokenizer or source.tokenizer
     if isinstance(student, str):
-        student = task.load(student, what="student", trust_remote_code=args.trust_remote_code)
+        loaded = task.load(student, what="student", trust_remote_code=args.trust_remote_code)
+        loaded.__dict__[WEIGHTS] = "teacher" if source.stored_start(student) else "own"
+        student = loaded
     if args.student_dtype == "float32":
         _use_float32(student)
     eval_dataset = source.evaluation_rows(given.eval_dataset)
@@ -89,11 +96,16 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     checks.check_output_names(student, source)
     checks.check_dataset(given.train_dataset, models, task, "training")
     checks.check_dataset(eval_dataset, models, task, "evaluation")
-    args = decide_start(args, student, source, isinstance(given.model, str))
+    args = decide_start(args, student, source)
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))
     rows = len(given.train_dataset) if hasattr(given.train_dataset, "__len__") else None
     blocks, fixed = (student_blocks, source.blocks), source.fixed_settings(student_blocks)
-    run = resolve(args, blocks, fixed, rows, task.warm_start, given.curriculum, devices)
+    run = resolve(args, blocks, fixed, rows, default_warm_start(task, student), given.curriculum, devices)
+    if given.curriculum is not None:
+        _compare_start(args, given.curriculum, student)
+    run = replace(run, curriculum=with_basis(run.curriculum, task, models))
+    if args.torch_compile and any(isinstance(stage, JointStage) for stage in run.curriculum.stages):
+        warnings.warn("torch_compile does nothing in a joint stage, which is not compiled: leave it out", stacklevel=2)
     if run.curriculum.top_k is not None and not task.splits_head:
         raise UserError(f"top_k is for an output head over many outputs, but this task is {task.name}: leave top_k out")
     for side, seen in zip(("student", "teacher"), watched, strict=False):
@@ -108,22 +120,46 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     return Prepared(run, objective, train_dataset, eval_dataset, tokenizer)
 
 
-def decide_start(
-    args: CurriculumConfig, student: nn.Module, source: TargetSource, named: bool = False
-) -> CurriculumConfig:
-    """A copy of `args` that says what the student starts from and, if that was not given, by which method it is trained; a
-    student that is `named` was loaded by its name."""
+def default_warm_start(task: Task, student: nn.Module) -> str:
+    """`Task.warm_start`; `none` for a student with weights of its own, whose head is trained already."""
+    return "none" if weights_of(student) == "own" else task.warm_start
+
+
+def _compare_start(args: CurriculumConfig, curriculum: Curriculum, student: nn.Module) -> None:
+    """Warn where a curriculum of the user's own starts the student from other weights than what was given."""
+    if curriculum.student_init == "teacher" and weights_of(student) == "own":
+        what = "the student brings its own weights, and the curriculum's student_init='teacher' writes over them"
+        warnings.warn(f"{what}: make the curriculum with student_init='random' to keep them", stacklevel=3)
+    if args.student_init == "teacher" != curriculum.student_init:
+        what = f"the curriculum has student_init={curriculum.student_init!r}"
+        warnings.warn(f"{what}, which goes before student_init='teacher' of the settings", stacklevel=3)
+
+
+def with_basis(curriculum: Curriculum, task: Task, models: Sequence[nn.Module]) -> Curriculum:
+    """`curriculum` with the residual basis named, for the records, where it follows from the widths of student and teacher."""
+    if curriculum.student_init != "teacher" or curriculum.residual_basis is not None or len(models) < 2:
+        return curriculum
+    configs: list[Any] = [text_config(getattr(task.backbone(model), "config", None)) for model in models[:2]]
+    student, teacher = (getattr(config, "hidden_size", None) for config in configs)
+    if student is None or teacher is None:  # `attach` refuses a model without a configuration
+        return curriculum
+    return replace(curriculum, residual_basis=basis_kind(curriculum, student, teacher))
+
+
+def decide_start(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> CurriculumConfig:
+    """A copy of `args` that says what the student starts from and, if that was not given, by which method it is trained."""
+    args.check_choices()  # they may have been set after the construction
     args = copy.copy(args)
-    args.student_init = _student_init(args, student, source, named)
-    if not args.method_given:
+    args.student_init = _student_init(args, student, source)
+    if args.method is None:
         started = args.student_init == "teacher" and args.preset == "default"
-        args.method = source.method or (method_after_start(args) if started else args.method)
+        args.method = source.method or (method_after_start(args) if started else args.value("method"))
     return args
 
 
-def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSource, named: bool) -> str | None:
+def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> str | None:
     """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them."""
-    weights = "own" if named else student.__dict__.get(WEIGHTS)
+    weights = weights_of(student)
     if weights == "teacher":  # by an extraction
         return "teacher"
     if not source.can_start or args.method == "scratch" or args.value("student_init") == "random":
@@ -185,7 +221,7 @@ def open_extracted(folder: str, args: CurriculumConfig) -> ExtractedTargets:
     # remote shards are compared when they are fetched, local ones by one process
     local = extracted.store.local is not None
     extracted.check(shards=args.check_curriculum and local and args.local_process_index == 0)
-    if args.method not in ("extraction", "joint", "one_shot"):
+    if args.value("method") not in ("extraction", "joint", "one_shot"):
         what = f"method {args.method!r} does not train from an extracted curriculum"
         raise UserError(f"{what}: leave curriculum_dir out, or choose extraction, joint or one_shot")
     if args.task not in (None, extracted.identity.task):

@@ -1,6 +1,7 @@
 """From settings as given to one frozen run: curriculum, batch size and budget."""
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import Curriculum, extraction, joint, one_shot, progressive, scratch
+from tutelage.core.curriculum import RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
 from tutelage.core.errors import UserError
 from tutelage.core.stages import LayerMap, parse_layer_map, uniform_layer_map
+from tutelage.targets.folder import OF_THE_START
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
@@ -47,7 +49,8 @@ class ResolvedRun:
         filled._n_gpu = min(1, args.n_gpu)
         filled.per_device_train_batch_size = self.reading.batch_size
         filled.max_steps = self.curriculum.total_steps
-        filled.num_train_epochs = args.value("num_train_epochs")
+        for name in ("num_train_epochs", "learning_rate", "warmup_steps"):
+            setattr(filled, name, args.value(name))
         filled.calibration_samples = self.calibration_samples
         return filled
 
@@ -74,6 +77,9 @@ def resolve(
 
     Raises:
         UserError: a setting that contradicts the source (also where it is the default), or no curriculum can be built."""
+    if fixed.values.get("projection") == RESIDUAL and args.value("method") not in _READERS["projection"]:
+        values = {name: value for name, value in fixed.values.items() if name not in OF_THE_START}
+        fixed = dataclasses.replace(fixed, values=values)
     check_made(fixed.where, fixed.values, args)
     reading = _reading(args, fixed, devices or args.world_size)
     if curriculum is None:
@@ -84,9 +90,12 @@ def resolve(
 
 
 def method_after_start(args: CurriculumConfig) -> str:
-    """The method for a student that starts from its teacher, where none is given; options of hidden stages ask for these."""
+    """The method for a student that starts from its teacher, where none is given; options of hidden stages ask for these,
+    unless they say what holds without stages too."""
     only = ["stage_fraction", *(name for name, methods in _READERS.items() if methods == ("extraction",))]
-    return "extraction" if any(getattr(args, name) is not None for name in only) else AFTER_START["method"]
+    without = {"warm_start": "none", "stage_trains": "up_to"}
+    asks = any(getattr(args, name) not in (None, without.get(name)) for name in only)
+    return "extraction" if asks else AFTER_START["method"]
 
 
 def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
@@ -102,13 +111,15 @@ def deviations(args: CurriculumConfig, curriculum: Curriculum) -> dict[str, Any]
     """Settings of the method in which a run differs from its preset: given, or decided by teacher or extracted curriculum."""
     preset, found = PRESETS[args.preset], {}
     if curriculum.student_init == "teacher" == preset["student_init"]:
-        preset = {**preset, **AFTER_START, "method": method_after_start(args), "warm_start": "none"}
+        preset = {**preset, **AFTER_START, "warm_start": "none"}
     for name in dict.fromkeys([*preset, *_READERS, *_SHARED]):
         value = getattr(args, name)
-        if name != "warm_start" or name in preset:  # which a preset may leave to the layer map
+        # a preset leaves the basis to the widths, and it may leave the warm start to the layer map
+        if name in preset or name not in ("warm_start", "residual_basis"):
             value = getattr(curriculum, name, value)
         expected = preset.get(name, getattr(CurriculumConfig, name))
-        if name not in _OF_THE_RUN and value not in (None, expected):
+        read = name != "normalize" or curriculum.projection != RESIDUAL
+        if read and name not in _OF_THE_RUN and value not in (None, expected):
             found[name] = value
     return found
 
@@ -144,7 +155,7 @@ def _budget(args: CurriculumConfig, fixed: FixedSettings, reading: Reading, rows
 def _fixed_layer_map(args: CurriculumConfig, fixed: FixedSettings) -> LayerMap | None:
     """The source's layer map, where the run leaves the choice to it."""
     stages = bool(fixed.hidden_steps)  # whether the pairs of places are stages, or parts of a joint one
-    fits = args.method == "extraction" if stages else args.method == "joint"
+    fits = args.value("method") == ("extraction" if stages else "joint")
     open_choice = fits and args.layer_map is None and args.num_stages is None
     return fixed.layer_map if open_choice else None
 
@@ -159,37 +170,31 @@ def build_curriculum(
     """The curriculum that settings describe, of `steps` optimiser steps; arguments and errors as in `resolve`.
 
     `default_warm_start` is that of extraction where neither blocks nor `warm_start` are given."""
-    unread = [
-        name
-        for name, methods in _READERS.items()
-        if args.method not in methods and getattr(args, name) not in (None, 0.0, "none", PRESETS[args.preset].get(name))
-    ]
-    if unread:
-        warnings.warn(f"method {args.method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=2)
-    student_blocks, teacher_blocks = blocks
+    method, (student_blocks, teacher_blocks) = args.value("method"), blocks
     settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
     settings["student_init"] = fixed.values.get("student_init", args.student_init or "random")
     starts_there = settings["student_init"] == "teacher"
     default_warm_start = "none" if starts_there else default_warm_start
     projection = args.projection or (AFTER_START if starts_there else PRESETS[args.preset])["projection"]
     settings["projection"] = fixed.values.get("projection", projection)
-    if args.method == "scratch" and starts_there:
+    _warn_of_unread(args, settings)
+    if method == "scratch" and starts_there:
         found = "student_init='teacher' needs a teacher, but method 'scratch' has none"
         raise UserError(f"{found}: use student_init='random', or another method")
-    if args.method == "scratch":
+    if method == "scratch":
         return scratch(steps, **settings)
     if teacher_blocks is None:
-        raise UserError(f"method {args.method!r} needs a teacher: pass teacher_model (or use method='scratch')")
-    if args.method == "one_shot":
+        raise UserError(f"method {method!r} needs a teacher: pass teacher_model (or use method='scratch')")
+    if method == "one_shot":
         return one_shot(steps, label_weight=args.label_weight, **settings)
-    if args.method == "progressive":
+    if method == "progressive":
         return progressive(steps, args.teacher_checkpoints or [], label_weight=args.label_weight, **settings)
     chosen = _fixed_layer_map(args, fixed)
     layer_map = parse_layer_map(args.layer_map) if isinstance(args.layer_map, str) else args.layer_map or chosen
     num_stages = args.num_stages
     if layer_map is not None and num_stages is not None:
         raise UserError("layer_map and num_stages both say which hidden stages there are: give one of them")
-    if args.method == "joint":
+    if method == "joint":
         weights = {"hidden_weight": args.value("hidden_weight"), "label_weight": args.label_weight}
         pairs = num_stages if layer_map is None else layer_map
         return joint(student_blocks, teacher_blocks, steps, layer_map=pairs, **weights, **settings)
@@ -209,6 +214,25 @@ def build_curriculum(
         stage_trains=args.stage_trains or fixed.stage_trains or args.value("stage_trains"),
         **{**settings, "warm_start": warm_start},
     )
+
+
+def _warn_of_unread(args: CurriculumConfig, settings: Mapping[str, Any]) -> None:
+    """Name the settings that are given and that neither the method nor the student's start reads."""
+    method, preset = args.value("method"), PRESETS[args.preset]
+    unread = [
+        name
+        for name, methods in _READERS.items()
+        if method not in methods and getattr(args, name) not in (None, 0.0, "none", preset.get(name))
+    ]
+    if unread:
+        warnings.warn(f"method {method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=3)
+    residual = method in _READERS["projection"] and settings["projection"] == RESIDUAL
+    if residual and args.normalize not in (None, preset["normalize"]):
+        what = "projection='residual' does not read normalize: its targets keep the scale of the student's own states"
+        warnings.warn(what, UserWarning, stacklevel=3)
+    if args.residual_basis is not None and settings["student_init"] != "teacher":
+        what = "a student that starts from random weights does not read residual_basis"
+        warnings.warn(f"{what}: it is for student_init='teacher'", UserWarning, stacklevel=3)
 
 
 def _warm_start(

@@ -9,6 +9,7 @@ from tutelage.core.errors import UserError
 from tutelage.core.inputs import batch_positions
 from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.targets.source import StatisticsFile
+from tutelage.tasks.students import WEIGHTS
 from tutelage.training import warm_start
 from tutelage.training.costs import StageCost, measure_stage, measure_states
 from tutelage.training.feed import StageFeed
@@ -58,10 +59,11 @@ class StageTransition:
             objective.source.make_view(index, batch)
 
     def prepare(self, file: StatisticsFile, feed: StageFeed, device: Any, fresh: bool) -> None:
-        """Views, the student's first weights (in a `fresh` run), and the target maps."""
+        """Views, the student's first weights (in a `fresh` run; they are given once), and the target maps."""
         self.make_views(feed)
-        if fresh:
+        if fresh and self.objective.source.started is None:
             self.objective.source.start(self.objective.student, feed.calibration)
+        self.objective.student.__dict__[WEIGHTS] = "own"  # for whoever trains it next
         self.objective.source.prepare(file, feed.calibration, device)
 
     def measure(self, index: int, feed: StageFeed) -> StageCost:

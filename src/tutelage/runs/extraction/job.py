@@ -14,6 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from tutelage.core.curriculum import RESIDUAL
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config
 from tutelage.io.store import Store
@@ -282,17 +283,28 @@ class ExtractionJob:
         finish(store, manifest, {split.name: split.form.features for split in self.splits})
 
 
+def _students(manifest: Manifest) -> str:
+    """Which students train from an extraction, and what they start from."""
+    curriculum, name = manifest.identity.curriculum, manifest.identity.student
+    if curriculum.student_init == "random":
+        return f"students up to width {manifest.identity.width}, from random weights"
+    residual = curriculum.hidden_stages and curriculum.projection == RESIDUAL
+    return f"{name}, from its teacher's weights{'' if residual else '; other students from random weights'}"
+
+
 def describe_extraction(root: str, manifest: Manifest) -> str:
     """Splits, sizes and bytes per token, for the terminal."""
-    teacher, data = manifest.identity.teacher, manifest.identity.data
+    teacher, data, curriculum = manifest.identity.teacher, manifest.identity.data, manifest.identity.curriculum
     lines = [
         f"extracted curriculum: {root} (format {manifest.format})",
         f"teacher:              {teacher.name}, {teacher.blocks} blocks, hash {teacher.hash[:16]}",
         f"data:                 {data.name}, {data.rows:,} rows",
+        f"method:               {curriculum.method}",
+        f"for:                  {_students(manifest)}",
         "",
         f"{'split':<14}{'what':<16}{'rows':>9}{'tokens':>12}{'bytes':>14}{'bytes/token':>13}",
     ]
-    what = {f"stage_{index + 1}": stage.name for index, stage in enumerate(manifest.identity.curriculum.stages)}
+    what = {f"stage_{index + 1}": stage.name for index, stage in enumerate(curriculum.stages)}
     for split in manifest.splits:
         sizes = f"{split.rows:>9,}{split.tokens:>12,}{split.bytes:>14,}{split.bytes / max(1, split.tokens):>13.1f}"
         lines.append(f"{split.name:<14}{what.get(split.name, ''):<16}{sizes}")

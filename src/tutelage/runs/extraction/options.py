@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 from tutelage.core.blocks import FINAL, Place
@@ -10,6 +11,7 @@ from tutelage.runs.inputs import RunOptions
 from tutelage.targets.rows import DTYPES
 from tutelage.training.config import CurriculumConfig, option
 
+_log = logging.getLogger(__name__)
 # Outputs kept where nothing is given; the rest is merged into one bucket.
 DEFAULT_TOP_K = 64
 
@@ -35,7 +37,7 @@ def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:
     """Raise UserError for settings that no extraction can have."""
     if args.curriculum_dir is not None:
         raise UserError("an extraction runs the teacher: leave curriculum_dir out")
-    if args.method not in ("extraction", "joint", "one_shot"):
+    if args.value("method") not in ("extraction", "joint", "one_shot"):
         how = "extract with extraction, joint or one_shot"
         raise UserError(f"method {args.method!r} reads no finished teacher's states: {how}")
     for name in ("label_weight", "hidden_weight"):
@@ -83,6 +85,8 @@ def without_start(args: CurriculumConfig, why: str) -> CurriculumConfig:
     if args.student_init == "teacher":
         found = "student_init='teacher' stores the first weights of one student"
         raise UserError(f"{found}, but {why}: leave one of them out")
+    if args.value("student_init") == "teacher":
+        _log.warning("The extraction is for students that start from random weights: %s", why)
     args = copy.copy(args)
     args.student_init = "random"
     return args
