@@ -120,7 +120,7 @@ def test_the_sound_run_trains(
         ),
         ({"num_stages": 3}, "num_stages must be from 1 to the student's 2 blocks, got 3"),
         (
-            {"max_steps": 2},
+            {"max_steps": 2, "method": "extraction"},
             r"budget too small for the stages: stage 1 \(hidden 1:2\) would get 0 steps; raise max_steps",
         ),
         ({"stage_steps": 4}, r"budget too small for the stages: stage 3 \(output\) would get 0 steps"),
@@ -400,7 +400,7 @@ def test_nan_loss_stops_and_names_the_last_good_checkpoint(
         f"--student={STUDENT}",
         f"--dataset={corpus / 'text.txt'}",
         f"--output_dir={out}",
-        *budget(save_strategy="steps", save_steps=2),
+        *budget(save_strategy="steps", save_steps=2, method="extraction"),
     ]
     original = Trainer.training_step
 
@@ -477,7 +477,7 @@ def test_plan(error_of: Callable[..., str], causal_teacher: Path) -> None:
     assert "no teacher at '/nowhere/t'" in error_of("plan", "--teacher", "/nowhere/t", "--student", STUDENT)
     flags = ("plan", "--teacher", causal_teacher, "--student", STUDENT, "--warm_start=none")
     assert "is not strictly increasing" in error_of(*flags, "--layer_map", "2:2,1:4")
-    assert "budget too small for the stages" in error_of(*flags, "--max_steps", "2")
+    assert "budget too small for the stages" in error_of(*flags, "--max_steps", "2", "--method", "extraction")
 
 
 def test_evaluate(

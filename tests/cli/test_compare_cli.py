@@ -288,7 +288,7 @@ def test_report_of_nothing_is_one_line(error_of: Callable[..., str], words: list
 def test_own_file_with_the_embedded_teacher(
     succeeds: Callable[..., tuple[str, str]], tmp_path: Path, corpus: Path
 ) -> None:
-    methods = {"extraction": {}, "paper": {"warm_start": "none", "normalize": "none"}, "one_shot": None}
+    methods = {"extraction": {}, "paper": {"projection": "gaussian", "normalize": "none"}, "one_shot": None}
     file = own_file(tmp_path, dataset=str(corpus / "text.txt"), methods=methods)
     out, err = succeeds("compare", file)
     folder = Path("comparisons") / "mine"
@@ -302,7 +302,7 @@ def test_own_file_with_the_embedded_teacher(
     starts = {method.runs[0].curve[0].metrics["loss"] for method in result.methods}
     assert len(starts) == 1  # the same student, on the same text
     assert "given: " in result.teacher.description
-    assert "| paper | extraction | normalize=none, warm_start=none |" in (folder / "report.md").read_text()
+    assert "| paper | extraction | normalize=none, projection=gaussian |" in (folder / "report.md").read_text()
     assert result.verdict in out and err.splitlines()[0] == "teacher of mine/own"
     succeeds("report", folder)
 
@@ -428,16 +428,17 @@ def test_without_arguments_the_embedded_teacher_and_text_are_compared(monkeypatc
     assert [method.name for method in recipe.default_methods] == ["extraction", "one_shot"]
 
 
-@pytest.mark.parametrize("name", ["minilm", "smollm2", "same_width", "austen"])
+@pytest.mark.parametrize("name", ["minilm", "smollm2", "same_width", "austen", "start"])
 def test_every_comparison_file_of_the_repository_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The models and texts of some have to be fetched first, so only what needs none of them is checked."""
     monkeypatch.setattr(UserRecipe, "check", lambda self: None)
     recipe = user_recipe(CONFIGS / f"compare_{name}.yaml", {})
-    assert len(list(CONFIGS.glob("compare_*.yaml"))) == 4
+    assert len(list(CONFIGS.glob("compare_*.yaml"))) == 5
     assert recipe.budget_samples % recipe.batch_size == recipe.budget_samples % recipe.eval_every == 0
-    assert {"one_shot", "paper"} <= {method.name for method in recipe.default_methods}
+    usual = {"random-one-shot", "teacher-joint"} if name == "start" else {"one_shot", "paper"}
+    assert usual <= {method.name for method in recipe.default_methods}
     assert not set(recipe.seeds) & set(recipe.tuning_seeds)
-    if name != "austen":
+    if name not in ("austen", "start"):
         shown = {method.name: method.settings for method in recipe.default_methods}
         assert shown["final-state-transplant"] == "layer_map=final:final, warm_start=head"
         assert len(shown) == 6

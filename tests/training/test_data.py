@@ -33,7 +33,7 @@ def test_a_collator_is_found_from_the_task(causal_teacher: Path, tmp_path: Path)
     trainer = CurriculumTrainer(
         model=str(causal_teacher),
         teacher_model=str(causal_teacher),
-        args=CurriculumConfig(output_dir=str(tmp_path / "o"), max_steps=2, use_cpu=True, save_strategy="no"),
+        args=CurriculumConfig(output_dir=str(tmp_path / "o"), max_steps=8, use_cpu=True, save_strategy="no"),
         train_dataset=rows,
         eval_dataset=rows,
         processing_class=tokenizer,

@@ -113,7 +113,7 @@ def test_a_plan_prices_the_stages_as_they_are_trained(causal_teacher: Path) -> N
     plans = {}
     for trains in ("up_to", "new"):
         named_teacher = {"teacher_model_name_or_path": str(causal_teacher), "use_cpu": True}
-        args = CurriculumConfig(num_stages=2, stage_trains=trains, max_steps=8, **named_teacher)
+        args = CurriculumConfig(method="extraction", num_stages=2, stage_trains=trains, max_steps=8, **named_teacher)
         plans[trains] = plan(RunOptions(student="layers=2", max_length=16), args)
     (first, second, output), (new_first, new_second, new_output) = (p.stages for p in plans.values())
     assert (first, output) == (new_first, new_output)

@@ -185,7 +185,6 @@ def test_a_student_that_cannot_be_initialised_falls_back_by_default_and_is_refus
     [
         ({"attention_bias": True}, {}, "the student has a bias in model.layers.0.self_attn.q_proj, the teacher none"),
         ({"tie_word_embeddings": True}, {}, "is tied to another module, the teacher's is not"),
-        ({}, {"residual_basis": "identity"}, "residual_basis='identity' needs equal widths"),
     ],
 )
 def test_the_default_falls_back_before_the_teacher_runs(
@@ -196,6 +195,13 @@ def test_the_default_falls_back_before_the_teacher_runs(
     assert make_trainer(student=student, **settings).curriculum.student_init == "random"
     assert "starts from random weights" in caplog.text
     assert message in caplog.text
+
+
+def test_a_basis_that_cannot_work_is_refused_since_it_asks_for_the_start(make_trainer: Make) -> None:
+    student = fresh()
+    student.__dict__[WEIGHTS] = "random"
+    with pytest.raises(UserError, match="residual_basis='identity' needs equal widths"):
+        make_trainer(student=student, residual_basis="identity")
 
 
 def test_the_default_checks_the_layer_map_that_is_given() -> None:

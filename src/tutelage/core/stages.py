@@ -185,12 +185,17 @@ def fitting_layer_map(given: LayerMap | int | None, student_blocks: int, teacher
     pairs = given
     if pairs is None or isinstance(pairs, int):
         pairs = uniform_layer_map(student_blocks, teacher_blocks, pairs)
+    check_places(pairs, student_blocks, teacher_blocks)
+    _check_increasing(pairs)
+    return pairs
+
+
+def check_places(pairs: LayerMap, student_blocks: int, teacher_blocks: int) -> None:
+    """UserError for places that the models do not have."""
     for pair in pairs:
         for who, place, last in zip(("student", "teacher"), pair, (student_blocks, teacher_blocks), strict=True):
             if place != FINAL and not (isinstance(place, int) and 1 <= place <= last):
                 raise UserError(f"layer_map: the {who} has blocks 1 to {last} and {FINAL!r}, not {place!r}")
-    _check_increasing(pairs)
-    return pairs
 
 
 def _check_increasing(pairs: LayerMap) -> None:

@@ -23,7 +23,7 @@ from tutelage.tasks.registry import get_task
 from tutelage.training import warm_start
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.objective import StageObjective
-from tutelage.training.preparation import decide_start
+from tutelage.training.preparation import decide_start, with_basis
 from tutelage.training.trainer import CurriculumTrainer
 
 
@@ -80,7 +80,9 @@ class RunBuilder:
         """Curriculum of a run of `steps` optimiser steps."""
         args = decide_start(self.arguments(variant, candidate, self.root, 0), *self._models)
         fraction = min(1.0, steps / self.steps())
-        return build_curriculum(args, candidate, self._blocks, self.teacher, steps, self.recipe.batch_size, fraction)
+        size, (student, source) = self.recipe.batch_size, self._models
+        curriculum = build_curriculum(args, candidate, self._blocks, self.teacher, steps, size, fraction)
+        return with_basis(curriculum, source.task, [student, source.model])
 
     @functools.cached_property
     def _blocks(self) -> tuple[int, int]:

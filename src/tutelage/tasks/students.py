@@ -105,7 +105,7 @@ def weights_of(model: nn.Module) -> str | None:
 def _fingerprint(model: nn.Module) -> list[list[float]]:
     """A few values of each parameter."""
     flat = [parameter.detach().flatten() for parameter in model.parameters()]
-    return [values[:: max(1, len(values) // 8)].double().tolist() for values in flat]
+    return [values[:: max(1, len(values) // 8)].cpu().double().tolist() for values in flat]
 
 
 def feed_forward_width(config: PreTrainedConfig) -> int | None:

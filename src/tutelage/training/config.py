@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.quantizers import AutoQuantizationConfig
 
-from tutelage.core.curriculum import METHODS, RESIDUAL, STAGE_TRAINS, STUDENT_INITS
+from tutelage.core.curriculum import METHODS, NORMALIZE, RESIDUAL, STAGE_TRAINS, STUDENT_INITS
 from tutelage.core.errors import UserError, as_user_error, check_positive, check_range
 from tutelage.core.residual import BASES
 
@@ -50,7 +50,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 AFTER_START: dict[str, Any] = {"method": "joint", "projection": RESIDUAL}
 
 # settings with a few values, of which None leaves the choice open
-_CHOICES = {"method": METHODS, "student_init": STUDENT_INITS, "stage_trains": STAGE_TRAINS, "residual_basis": BASES}
+_CHOICES = {
+    "method": METHODS,
+    "student_init": STUDENT_INITS,
+    "stage_trains": STAGE_TRAINS,
+    "residual_basis": BASES,
+    "normalize": NORMALIZE,
+}
 # names of settings, and the smallest and largest value that they may have
 _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1, math.inf),

@@ -173,6 +173,8 @@ def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSour
     try:
         source.check_start(student, args.residual_basis, args.layer_map)
     except UserError as error:
+        if args.residual_basis is not None:  # it asks for the start
+            raise
         _log.warning("The student starts from random weights: %s", error)
         return "random"
     return "teacher"

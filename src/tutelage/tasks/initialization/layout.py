@@ -13,6 +13,7 @@ from torch import nn
 from tutelage.core.blocks import Blocks, find_blocks
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config
+from tutelage.core.stages import check_places
 from tutelage.tasks.initialization.families import Family, Linear, Norm, Rule, families_of
 
 Batches = Sequence[Mapping[str, Any]]  # model inputs
@@ -247,12 +248,13 @@ def normalized(hidden: torch.Tensor, norm: nn.Module, family: Family) -> torch.T
 def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[Any, Any]] = ()) -> list[int]:
     """The teacher's block for each of the student's: those of the layer map, and in proportion between them.
 
-    Raises UserError for a student that is deeper than its teacher."""
+    Raises UserError for a student that is deeper than its teacher, or a map to blocks that they do not have."""
     if student_blocks > teacher_blocks:
         found = f"the student has {student_blocks} blocks, the teacher {teacher_blocks}"
         raise UserError(
             f"{found}: student_init='teacher' needs a student that is not deeper; use student_init='random'"
         )
+    check_places(pairs, student_blocks, teacher_blocks)
     known = {0: 0, student_blocks: teacher_blocks}
     known |= {mine: theirs for mine, theirs in pairs if isinstance(mine, int) and isinstance(theirs, int)}
     found_blocks = []
