@@ -42,7 +42,7 @@ def decided(weights: str | None, source: TargetSource, head_dim: int = 12, **fie
         *((RANDOM, {name: 0.25}, ("teacher", "extraction")) for name in ("stage_fraction", "stage_learning_rate")),
         (RANDOM, {"stage_steps": [3]}, ("teacher", "extraction")),
         (RANDOM, {"stage_trains": "new"}, ("teacher", "extraction")),
-        (RANDOM, {"warm_start": "head"}, ("teacher", "extraction")),
+        (RANDOM, {"warm_start": "head"}, ("random", "extraction")),
         *((RANDOM, given, ("teacher", "joint")) for given in ({"warm_start": "none"}, {"stage_trains": "up_to"})),
         (RANDOM, {"layer_map": "1:2"}, ("teacher", "joint")),
         (RANDOM, {"num_stages": 1}, ("teacher", "joint")),

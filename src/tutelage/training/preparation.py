@@ -168,7 +168,7 @@ def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSour
         return "teacher"
     if args.student_init == "teacher":
         warnings.warn("the student brings its own weights: student_init='teacher' leaves it alone", stacklevel=3)
-    if weights != "random":
+    if weights != "random" or args.warm_start not in (None, "none"):  # a warm start would write over these weights
         return "random"
     try:
         source.check_start(student, args.residual_basis, args.layer_map)
