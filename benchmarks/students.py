@@ -3,7 +3,7 @@
     python benchmarks/students.py list tune minilm        # one line per run: TEACHER STUDENT METHOD RATE SEED
     python benchmarks/students.py run minilm 3x384 one-shot-teacher 1e-3 1000
     python benchmarks/students.py list final minilm | xargs -P 2 -L 1 python benchmarks/students.py run
-    python benchmarks/students.py report minilm            # tables and curves in results/students/minilm
+    python benchmarks/students.py report minilm            # a table of the runs that are reported
 
 A run writes one file under results/students, and is skipped where that is there. Rates are tuned at the full budget on seed
 1000; seeds 0 to 2 are reported. All runs train in bfloat16 autocast on one thread. `--assets` is where scripts/fetch_assets.py

@@ -51,25 +51,33 @@ def watched(
 ) -> Iterator[dict[Place, torch.Tensor]]:
     """Gives a mapping that a forward inside, of the whole `model` or of `forward_to(model, FINAL)`, fills with the states at
     `places`; arguments and states as in `forward_to`. Gradients flow through them."""
-    states: dict[Place, torch.Tensor] = {}
-    undo: list[Callable[[], Any]] = []
-
-    def watch(place: Place, module: nn.Module, before: bool) -> None:
-        def keep(state: torch.Tensor) -> None:
-            if place not in states:  # of its first run, where `forward_to` stops
-                states[place] = state.clone()  # what runs later may write into it
-
-        undo.append(_watch(module, before, keep))
-
+    points: list[tuple[Place, nn.Module, bool]] = []
     for place in places:
         if place != FINAL:
-            watch(place, (blocks or find_blocks(model)).module(model, int(place) or 1), place == 0)
+            module = (blocks or find_blocks(model)).module(model, int(place) or 1)
+            points.append((place, module, place == 0))
             continue
         end = head_module(model) if head is None else head
         if (view := views.view_of(model, FINAL, end)) is not None:
-            watch(place, view, False)
-        watch(place, *((model, False) if end is None else (end, True)))
+            points.append((place, view, False))
+        points.append((place, *((model, False) if end is None else (end, True))))
+    with _keeping(points) as states:
+        yield states
+
+
+@contextmanager
+def _keeping(points: Iterable[tuple[Place, nn.Module, bool]]) -> Iterator[dict[Place, torch.Tensor]]:
+    """Gives a mapping that the forwards inside fill with the states at places: each before or after a module."""
+    states: dict[Place, torch.Tensor] = {}
+    undo: list[Callable[[], Any]] = []
+
+    def keep(place: Place, state: torch.Tensor) -> None:
+        if place not in states:  # of its first run, where `forward_to` stops
+            states[place] = state.clone()  # what runs later may write into it
+
     try:
+        for place, module, before in points:
+            undo.append(_watch(module, before, functools.partial(keep, place)))
         yield states
     finally:
         for remove in reversed(undo):
@@ -95,30 +103,10 @@ def observe(
 ) -> Observed:
     """Run a whole model and keep its states at `places`; arguments as in `forward_to`."""
     blocks = blocks or find_blocks(model)
-    states: dict[Place, torch.Tensor] = {}
-
-    def keep_input(place: Place, args: Any, kwargs: Any) -> None:
-        states.setdefault(place, _first(args if args else tuple(kwargs.values())).clone())
-
-    def keep_output(place: Place, output: Any) -> None:
-        states.setdefault(place, _first(output).clone())  # of its first run, where `forward_to` stops
-
-    undo: list[Any] = []
-    for place in places:
-        module = head if place == FINAL else blocks.module(model, int(place) or 1)
-        if module is None:
-            continue
-        if place in (0, FINAL):
-            hook: Any = functools.partial(lambda p, _m, args, kwargs: keep_input(p, args, kwargs), place)
-            undo.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        else:
-            undo.append(module.register_forward_hook(functools.partial(lambda p, _m, _a, o: keep_output(p, o), place)))
-    try:
-        with views.recorded(model, blocks.module(model, len(blocks))) as order:
-            output = model(**inputs)
-    finally:
-        for handle in undo:
-            handle.remove()
+    modules = {place: head if place == FINAL else blocks.module(model, int(place) or 1) for place in places}
+    points = [(place, module, place in (0, FINAL)) for place, module in modules.items() if module is not None]
+    with _keeping(points) as states, views.recorded(model, blocks.module(model, len(blocks))) as order:
+        output = model(**inputs)
     if head is None and FINAL in places:
         states[FINAL] = _first(output)
     return Observed(states, output, order[0])

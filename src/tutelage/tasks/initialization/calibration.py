@@ -16,7 +16,7 @@ from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.moments import Moments, check_count
 from tutelage.core.standardize import sink_threshold, state_norms
 from tutelage.tasks.initialization.families import EXPERTS, NEURONS, POOLED, QUERIES, Linear, Norm, Tensor
-from tutelage.tasks.initialization.layout import Batches, Layout, Part, gain_of, normalized
+from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, gain_of, normalized
 
 Hook = Callable[[torch.Tensor, torch.Tensor], None]  # of a module's input and output, (N, ...)
 
@@ -216,12 +216,8 @@ class NormFit:
         if self.family.rms:
             gain = torch.full_like(a, self.scale()) if self.folded else ab / aa.clamp_min(1e-12)
             return gain, torch.zeros_like(a)
-        if not self.part_has_bias:
+        if bias_of(self.part.student) is None:
             return ab / aa.clamp_min(1e-12), torch.zeros_like(a)
         variance = (aa - a * a).clamp_min(0)
         gain = torch.where(variance > 1e-8 * aa, (ab - a * b) / variance.clamp_min(1e-12), 1.0)
         return gain, b - gain * a
-
-    @property
-    def part_has_bias(self) -> bool:
-        return getattr(self.part.student, "bias", None) is not None

@@ -222,11 +222,11 @@ class _Conversion:
             total = [sum(use) for use in zip(*heads.values(), strict=True)]
             heads = dict.fromkeys(numbers, total)
         for block in numbers:
-            kept = self.kept[block] = Kept(sizes)
+            kept = self.kept[block] = Kept(sizes[0])
             kept.set_heads(*kept_heads(heads[block], *sizes))
             for space in (NEURONS, EXPERTS):
                 self._choose_entries(kept, space, block, uses)
-        outside = self.kept[None] = Kept(sizes)
+        outside = self.kept[None] = Kept(sizes[0])
         if layout.family.same_heads:
             outside.entries[HEADS] = self.kept[1].entries[HEADS]
         self._choose_entries(outside, POOLED, None, uses)

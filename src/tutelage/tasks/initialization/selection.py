@@ -51,8 +51,8 @@ def kept_entries(use: torch.Tensor | None, count: int, total: int, what: str) ->
 class Kept:
     """The entries of the teacher's spaces that one block of the student keeps."""
 
-    def __init__(self, sizes: tuple[HeadCounts, HeadCounts]):
-        self.teacher, self.student = sizes
+    def __init__(self, teacher: HeadCounts):
+        self.teacher = teacher
         self.entries: dict[str, torch.Tensor] = {}
 
     def set_heads(self, heads: torch.Tensor, groups: torch.Tensor) -> None:
