@@ -213,6 +213,7 @@ def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, datase
         "learning rate": str(args.learning_rate),
         "batch size": str(args.step_examples(args.world_size)),
         "seed": str(args.seed),
+        "dropout": "disabled" if args.disable_dropout else "the model's",
         **source.identity(),
     }
     if isinstance(dataset, IterableDataset):

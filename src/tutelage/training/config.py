@@ -104,6 +104,9 @@ class CurriculumConfig(TrainingArguments):
     teacher_model_name_or_path: str | None = option(
         "Teacher: folder or Hub name; default: the embedded one.", None, "--teacher"
     )
+    disable_dropout: bool = option(
+        "Train the student without dropout: noise that the teacher's targets do not have.", True
+    )
     student_dtype: str = option("float32, or stored: the precision that the student's weights come in.", "float32")
     teacher_checkpoints: list[str] | None = option("Progressive: folders of teacher checkpoints, early to late.")
     teacher_dtype: str | None = option("Parameter dtype of the teacher, e.g. bfloat16; default: the checkpoint's.")

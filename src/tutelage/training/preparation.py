@@ -72,8 +72,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
         loaded = task.load(student, what="student", trust_remote_code=args.trust_remote_code)
         loaded.__dict__[WEIGHTS] = "teacher" if source.stored_start(student) else "own"
         student = loaded
-    if args.student_dtype == "float32":
-        _use_float32(student)
+    _ready(student, args)
     eval_dataset = source.evaluation_rows(given.eval_dataset)
     models = [student, *source.models]
     if any(model is student for model in source.models):
@@ -180,6 +179,14 @@ def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSour
     return "teacher"
 
 
+def _ready(student: nn.Module, args: CurriculumConfig) -> None:
+    """Give the student the precision and the dropout that it trains with."""
+    if args.student_dtype == "float32":
+        _use_float32(student)
+    if args.disable_dropout:
+        _disable_dropout(student)
+
+
 def _use_float32(student: nn.Module) -> None:
     """Keep the weights that train in float32: in half precision most updates are smaller than what a weight can change by."""
     low = [p for p in student.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
@@ -189,6 +196,16 @@ def _use_float32(student: nn.Module) -> None:
         warnings.warn(f"{what}; {how}", UserWarning, stacklevel=3)
     for parameter in low:
         parameter.data = parameter.data.float()
+
+
+def _disable_dropout(student: nn.Module) -> None:
+    """Set every dropout probability to 0 in the modules of the model; its configuration, which is saved, keeps its own.
+
+    Some modules hold it in a number of their own, with which they call `torch.nn.functional.dropout` or an attention kernel."""
+    for module in student.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
+                setattr(module, name, 0.0)
 
 
 def open_source(given: Given, args: CurriculumConfig) -> TargetSource:
