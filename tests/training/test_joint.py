@@ -75,6 +75,23 @@ def test_joint_without_hidden_weight_is_one_shot_bit_for_bit(make_trainer: Make)
     assert_equal(weights(together), weights(output))
 
 
+def test_logs_tell_the_parts_of_a_joint_loss(make_trainer: Make) -> None:
+    """Means over the steps since the last log; an evaluation between them takes nothing away."""
+    settings = {"method": "joint", "hidden_weight": 0.5, "gradient_accumulation_steps": 2, "ragged": True}
+    often = make_trainer("often", max_steps=4, logging_steps=1, **settings)
+    seldom = make_trainer("seldom", max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=1, **settings)
+    logs = []
+    for trainer in (often, seldom):
+        trainer.train()
+        logs.append([line for line in trainer.metrics_file.read() if "loss" in line])
+    for line in logs[0] + logs[1]:
+        assert line["loss"] == pytest.approx(line["output_loss"] + 0.5 * line["hidden_loss"], rel=1e-3)
+    for name in ("output_loss", "hidden_loss"):
+        single = [line[name] for line in logs[0]]
+        assert len(single) == 4
+        assert [line[name] for line in logs[1]] == pytest.approx([sum(single[:2]) / 2, sum(single[2:]) / 2], rel=1e-4)
+
+
 def test_joint_equals_a_plain_loop(make_trainer: Make) -> None:
     """Two AdamW steps against full forwards with output_hidden_states and explicit formulas."""
     settings = {"method": "joint", "max_steps": 2, "layer_map": "1:2,final:final", "hidden_weight": 0.5, **PLAIN}

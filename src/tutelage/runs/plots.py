@@ -25,6 +25,9 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
         steps, losses = zip(*((r["step"], r["loss"]) for r in training if r["stage"] == stage), strict=True)
         name = next(record["stage_name"] for record in training if record["stage"] == stage)
         axis.plot(steps, losses, ".-", color=COLORS[number % len(COLORS)], label=f"stage {stage}: {name}")
+    for part, color in (("output_loss", COLORS[2]), ("hidden_loss", COLORS[3])):  # of a joint stage
+        if points := [(record["step"], record[part]) for record in training if part in record]:
+            axis.plot(*zip(*points, strict=True), ":", color=color, label=part.replace("_", " "))
     evaluated = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     if evaluated:
         axis.plot(*zip(*evaluated, strict=True), "k--o", markersize=3, label="held-out loss")

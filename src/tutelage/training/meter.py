@@ -1,7 +1,7 @@
-"""Counting what a run has spent: samples, tokens, FLOPs and training seconds."""
+"""Counting what a run has spent: samples, tokens, FLOPs and training seconds; and the parts of its loss."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ class Meter:
         self._clock: float | None = None
         # token counts stay on the device until they are needed, so that no step waits for them
         self._token_counts: list[torch.Tensor] = []
+        self._parts: dict[str, torch.Tensor] = {}  # sums since they were last asked for, on the device too
+        self._parts_from = 0  # the optimiser step at which these sums begin
 
     def start(self) -> None:
         """Let the training clock run."""
@@ -33,6 +35,18 @@ class Meter:
         positions = batch_positions(batch) * self._world_size
         self.progress.student_flops += cost.student_flops * positions
         self.progress.teacher_flops += cost.teacher_flops * positions
+
+    def add_parts(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """Add what a micro-step's `loss` consists of, if that is told beside it."""
+        for name, value in losses.items():
+            if name != "loss":
+                self._parts[name] = value + self._parts.get(name, 0)
+
+    def parts(self, step: int) -> dict[str, float]:
+        """Means over the optimiser steps since this was last called, up to `step`; every device must call this alike."""
+        steps, self._parts_from = max(1, step - self._parts_from), step
+        parts, self._parts = self._parts, {}
+        return {name: round(float(self._total(value)) / steps, 6) for name, value in parts.items()}
 
     def settle(self) -> Progress:
         """Bring tokens and seconds up to date; every device must call this alike."""

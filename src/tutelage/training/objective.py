@@ -67,10 +67,12 @@ class StageObjective(nn.Module):
         return torch.stack([self.task.count_items(part, batch) for part in parts])
 
     def forward(self, num_items: torch.Tensor | int | None = None, **batch: Any) -> dict[str, torch.Tensor]:
-        """Loss of the current stage over `batch`, as a sum divided by `num_items` (default: this batch's own count)."""
+        """Loss of the current stage over `batch`, as a sum divided by `num_items` (default: this batch's own count).
+
+        Beside `loss`, a joint stage gives what it consists of: `output_loss`, and `hidden_loss`, the mean of its pairs'."""
         count, stage = self.count_items(batch) if num_items is None else num_items, self.stage
         if isinstance(stage, JointStage):
-            return {"loss": self._joint_loss(stage, batch, count)}
+            return self._joint_loss(stage, batch, count)
         if isinstance(stage, OutputStage):
             loss = self._output_loss(stage, self.source.output(batch) if stage.needs_teacher else None, batch)
         else:
@@ -96,7 +98,9 @@ class StageObjective(nn.Module):
         return state if unit == 1 else state / unit
 
     @torch.compiler.disable  # hooks inside
-    def _joint_loss(self, stage: JointStage, batch: dict[str, Any], count: torch.Tensor | int) -> torch.Tensor:
+    def _joint_loss(
+        self, stage: JointStage, batch: dict[str, Any], count: torch.Tensor | int
+    ) -> dict[str, torch.Tensor]:
         """Output loss and mean hidden loss, each divided by its own count, from one forward of the student."""
         targets, output = self.source.joint(self.stage_index, batch)
         if not stage.output.needs_teacher:
@@ -107,7 +111,9 @@ class StageObjective(nn.Module):
         for number, pair, target in zip(numbers, stage.pairs, targets, strict=True):
             losses.append(hidden_loss(self._compared(number, states[pair.student_place], batch), *target))
         output_mean, *hidden_means = torch.stack(losses) / count
-        return output_mean + stage.hidden_weight * torch.stack(hidden_means).mean()
+        hidden_mean = torch.stack(hidden_means).mean()
+        parts = {"output_loss": output_mean.detach(), "hidden_loss": hidden_mean.detach()}
+        return {"loss": output_mean + stage.hidden_weight * hidden_mean, **parts}
 
     def _output_loss(
         self, stage: OutputStage | JointStage, target: OutputTarget | None, batch: dict[str, Any]

@@ -268,6 +268,7 @@ class CurriculumTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():  # DDP's forward has its own
             outputs = model(num_items=num_items_in_batch, **inputs)
+        self.meter.add_parts(outputs)
         # DDP averages gradients over devices, the sum is already divided by the items of all
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -282,8 +283,8 @@ class CurriculumTrainer(Trainer):
         return loss
 
     def _diverged(self, what: str) -> checks.TrainingDiverged:
-        stage = f"stage {self.objective.stage_index + 1} ({self.objective.stage.name})"
-        where, last = f"step {self.state.global_step + 1}, {stage}", records.last_complete_checkpoint(self.folder)
+        stage, last = self.objective.stage, records.last_complete_checkpoint(self.folder)
+        where = f"step {self.state.global_step + 1}, stage {self.objective.stage_index + 1} ({stage.name})"
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
         return checks.TrainingDiverged(f"{what} at {where}; {kept}; lower learning_rate, or raise warmup_steps")
 
@@ -312,17 +313,13 @@ class CurriculumTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; also appends to metrics.jsonl."""
         progress = self.meter.settle()
+        logs |= self.meter.parts(self.state.global_step) if "loss" in logs else {}
         super().log(logs, start_time)
         if self.is_world_process_zero() and self.transition.entered is not None:
-            record = {
-                "method": self.curriculum.method,
-                "stage": self.objective.stage_index + 1,
-                "stage_name": self.objective.stage.name,
-                "step": self.state.global_step,
-                **progress.totals(),
-                **{key: value for key, value in logs.items() if key not in ("epoch", "total_flos")},
-            }
-            self.metrics_file.append(record)
+            stage = {"stage": self.objective.stage_index + 1, "stage_name": self.objective.stage.name}
+            where = {"method": self.curriculum.method, **stage, "step": self.state.global_step}
+            found = {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
+            self.metrics_file.append({**where, **progress.totals(), **found})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers; refuses weights that are not finite, and ends with the file that makes it complete."""
