@@ -6,7 +6,7 @@
     python benchmarks/students.py report minilm            # a table of the runs that are reported
 
 A run writes one file under results/students, and is skipped where that is there. Rates are tuned at the full budget on seed
-1000; seeds 0 to 2 are reported. All runs train in bfloat16 autocast on one thread. `--assets` is where scripts/fetch_assets.py
+1000; seeds 0 to 2 are reported. With `--steps` something is tried out: a line in results/students/trials.jsonl. All runs train in bfloat16 autocast on one thread. `--assets` is where scripts/fetch_assets.py
 and scripts/train_reviews_classifier.py put teachers and texts.
 """
 
@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "stage_trains": "new",
     },
     "joint-teacher": {"method": "joint", "student_init": "teacher"},
-    "joint-0.1-teacher": {"method": "joint", "student_init": "teacher", "hidden_weight": 0.1},
+    "joint-10-teacher": {"method": "joint", "student_init": "teacher", "hidden_weight": 10.0},
     "joint": {"method": "joint", "student_init": "random"},
 }
 
@@ -105,16 +105,16 @@ METRICS = {"minilm": ("cosine", 1), "smollm2": ("loss", -1), "reviews": ("accura
 # the rates that are tried, by student and method
 TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "minilm": {
-        (student, method): rates
-        for student, rates in (
-            ("3x384", ("1e-3", "5e-4", "2e-3")),
-            ("3x192", ("2e-3", "1e-3", "4e-3")),
-            ("2x128", ("2e-3", "4e-3", "8e-3")),
-        )
-        for method in ("joint-teacher", "one-shot-teacher", "stage-transplant", "one-shot")
+        **{("3x384", method): ("5e-4", "1e-3") for method in ("joint-teacher", "joint-10-teacher", "one-shot-teacher")},
+        **{("3x192", method): ("1e-3", "2e-3") for method in ("joint-teacher", "one-shot-teacher")},
+        **{("3x192", method): ("1e-3", "2e-3") for method in ("stage-transplant", "one-shot")},
+        **{("2x128", method): ("2e-3", "4e-3") for method in ("joint-teacher", "one-shot-teacher")},
     },
-    "smollm2": {},
-    "reviews": {},
+    "smollm2": {
+        **{("12x384", method): ("1e-3", "2e-3") for method in ("joint-teacher", "one-shot-teacher", "one-shot")},
+        **{("15x576", method): ("5e-4", "1e-3") for method in ("joint-teacher", "one-shot")},
+    },
+    "reviews": {("2x192", method): ("5e-4", "1e-3", "2e-3") for method in METHODS},
 }
 
 
@@ -211,8 +211,11 @@ def run(
             measured = evaluate(EvaluateOptions(model=str(folder), max_length=length, batch_size=64, **options_of))
             found["evaluations"][key] = measured.metrics
     found["wall_seconds"] = round(time.perf_counter() - started, 1)
-    if steps:  # tried out, not kept
-        print(name, tried, result.student.metrics, f"{found['wall_seconds']} s", flush=True)
+    if steps:
+        line = {"run": found["run"], "steps": steps, "options": tried or {}, "metrics": result.student.metrics}
+        with (RESULTS / "trials.jsonl").open("a", encoding="utf-8") as trials:
+            trials.write(json.dumps(line) + "\n")
+        print(line, f"{found['wall_seconds']} s", flush=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(found, indent=1) + "\n")
@@ -292,7 +295,7 @@ def main() -> None:
     parser.add_argument("action", choices=("list", "run", "report"))
     parser.add_argument("names", nargs="+", help="list: tune or final, TEACHER; run: TEACHER STUDENT METHOD RATE SEED")
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
-    parser.add_argument("--steps", type=int, help="another budget, to try something out: nothing is kept")
+    parser.add_argument("--steps", type=int, help="another budget, to try something out")
     parser.add_argument("--options", default="{}", help="options of tutelage distill as JSON, to try something out")
     args = parser.parse_args()
     if args.action == "list":

@@ -167,7 +167,7 @@ def joint(
     steps: int,
     *,
     layer_map: LayerMap | int | None = None,
-    hidden_weight: float = 1.0,
+    hidden_weight: float = 3.0,
     label_weight: float = 0.0,
     **settings: Any,
 ) -> Curriculum:

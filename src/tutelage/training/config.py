@@ -28,7 +28,7 @@ _DEFAULT: dict[str, Any] = {
     "normalize": "standardize",
     "calibration_samples": 64,
     "temperature": 1.0,
-    "hidden_weight": 1.0,
+    "hidden_weight": 3.0,
 }
 # Values of the options that are not given: ours, and those of arXiv:2503.17494, with a stage for each block of the student.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ class CurriculumConfig(TrainingArguments):
     temperature: float | None = option("Softmax temperature of the output loss; default: 1.")
     top_k: int | None = option("Keep the k most likely teacher outputs, merge the rest into one bucket; default: all.")
     hidden_weight: float | None = option(
-        "Joint: weight of the mean of the hidden losses, where the output loss has weight 1; default: 1."
+        "Joint: weight of the mean of the hidden losses, where the output loss has weight 1; default: 3."
     )
     label_weight: float = option("Fraction of label loss in output stages, 0 to 1.", 0.0)
     embedding_loss: str = option("Encoders: cosine or mse on the pooled embedding.", "cosine")
