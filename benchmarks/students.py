@@ -3,11 +3,13 @@
     python benchmarks/students.py list tune minilm        # one line per run: TEACHER STUDENT METHOD RATE SEED
     python benchmarks/students.py run minilm 3x384 one-shot-teacher 1e-3 1000
     python benchmarks/students.py list final minilm | xargs -P 2 -L 1 python benchmarks/students.py run
-    python benchmarks/students.py report minilm            # a table of the runs that are reported
+
+`students_report.py` makes tables and curves of them.
 
 A run writes one file under results/students, and is skipped where that is there. Rates are tuned at the full budget on seed
-1000; seeds 0 to 2 are reported. With `--steps` something is tried out: a line in results/students/trials.jsonl. All runs train in bfloat16 autocast on one thread. `--assets` is where scripts/fetch_assets.py
-and scripts/train_reviews_classifier.py put teachers and texts.
+1000; seeds 0 to 2 are reported. With `--steps` something is tried out: a line in results/students/trials.jsonl. All runs train
+in bfloat16 autocast on one thread. `--assets` is where scripts/fetch_assets.py and scripts/train_reviews_classifier.py put
+teachers and texts.
 """
 
 from __future__ import annotations
@@ -259,40 +261,9 @@ def list_runs(which: str, teacher: str) -> list[str]:
     return [f"{teacher} {student} {method} {rate} {seed}" for (student, method), rate, seed in planned]
 
 
-def report(teacher: str) -> str:
-    """A table of the reported runs: mean and range over seeds of every metric."""
-    rates, groups = best_rates(teacher), dict[tuple[str, str], list[dict[str, Any]]]()
-    for found in read_results(teacher):
-        if found["run"]["seed"] != str(TUNING_SEED):
-            groups.setdefault((found["run"]["student"], found["run"]["method"]), []).append(found)
-    lines = []
-    for (student, method), runs in sorted(groups.items()):
-        rate, edge = rates.get((student, method), (runs[0]["run"]["rate"], False))
-        lines += ["", f"**{student}, {method}**: {len(runs)} seeds, rate {rate}{' (edge)' * edge}", ""]
-        lines += ["| metric | mean | lowest | highest |", "|---|---|---|---|"]
-        for name, values in metrics_of(runs).items():
-            mean = sum(values) / len(values)
-            lines.append(f"| {name} | {mean:.4g} | {min(values):.4g} | {max(values):.4g} |")
-    return "\n".join(lines)
-
-
-def metrics_of(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Every metric of runs by its name."""
-    found: dict[str, list[float]] = {}
-    for each in runs:
-        budget = each["result"]["budget"]
-        flat = {**each["result"]["student"]["metrics"], "tokens": budget["tokens"], "seconds": budget["seconds"]}
-        flat["TFLOPs"] = (budget["student_flops"] + budget["teacher_flops"]) / 1e12
-        for name, metrics in each["evaluations"].items():
-            flat |= {f"{name}: {key}": value for key, value in metrics.items()}
-        for key, value in flat.items():
-            found.setdefault(key, []).append(float(value))
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Small students of real teachers.")
-    parser.add_argument("action", choices=("list", "run", "report"))
+    parser.add_argument("action", choices=("list", "run"))
     parser.add_argument("names", nargs="+", help="list: tune or final, TEACHER; run: TEACHER STUDENT METHOD RATE SEED")
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--steps", type=int, help="another budget, to try something out")
@@ -300,8 +271,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.action == "list":
         print("\n".join(list_runs(*args.names)))
-    elif args.action == "report":
-        print(report(args.names[0]))
     else:
         run(tuple(args.names), args.assets, args.steps, json.loads(args.options))
 

@@ -1,0 +1,224 @@
+"""What the runs of students.py came to: a page with a table and curves for each teacher, in results/students/TEACHER.
+
+    python benchmarks/students_report.py sizes minilm     # measures the teacher itself, and the speed of teacher and students
+    python benchmarks/students_report.py report minilm
+
+Measure sizes while nothing else runs. Seconds of training are those of a machine on which two runs went on at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from students import METHODS, METRICS, RESULTS, SEEDS, TEACHERS, TRIALS, TUNING_SEED, best_rates, read_results
+
+from tutelage import CurriculumConfig, RunOptions, distill
+from tutelage.io.files import write_atomically
+from tutelage.runs.environment import environment
+from tutelage.runs.evaluate import EvaluateOptions, evaluate
+from tutelage.runs.plots import COLORS, save_figure
+
+# columns of the tables: heading, and the metric that it shows
+COLUMNS = {
+    "minilm": {
+        "cosine": "cosine",
+        "Spearman": "similarity_spearman",
+        "Lee": "lee: pairs_spearman",
+        "title MRR": "title: mrr",
+        "sentence MRR": "sentence: mrr",
+        "sentence recall@1": "sentence: recall_at_1",
+        "sentence recall@10": "sentence: recall_at_10",
+    },
+    "smollm2": {"loss": "loss", "KL": "kl", "perplexity": "perplexity", "Brown loss": "brown: loss"},
+    "reviews": {"accuracy": "accuracy", "loss": "loss", "agreement": "agreement"},
+}
+SPENT = {"tokens": "tokens", "TFLOPs": "TFLOPs", "seconds": "seconds"}
+
+
+def sizes(teacher: str, assets: Path) -> None:
+    """Measure the teacher on the tests of its students, and size and speed of teacher and students."""
+    settings = TEACHERS[teacher]
+    torch.set_num_threads(1)
+    length, path = settings["run"]["max_length"], str(assets / settings["teacher"])
+    held_out = {"dataset": str(assets / settings["held_out"]), "max_samples": settings["run"].get("max_samples")}
+    found: dict[str, Any] = {"teacher": {}, "students": {}, "environment": environment()}
+    for name, given in {"": held_out, **settings["evaluations"]}.items():
+        fields = {key: str(assets / value) if "/" in str(value) else value for key, value in given.items()}
+        fields["dataset"] = given.get("dataset") and str(assets / given["dataset"]) if name else held_out["dataset"]
+        fields = {key: value for key, value in fields.items() if value is not None}
+        metrics = evaluate(EvaluateOptions(model=path, max_length=length, batch_size=64, **fields)).metrics
+        found["teacher"] |= {f"{name}: {key}" if name else key: value for key, value in metrics.items()}
+    for student, preset in settings["students"].items():
+        with tempfile.TemporaryDirectory() as folder:
+            args = CurriculumConfig(folder, teacher_model_name_or_path=path, student_init="random", method="one_shot")
+            args.max_steps, args.save_strategy, args.use_cpu = 1, "no", True  # type: ignore[assignment]
+            options = RunOptions(student=preset, dataset=held_out["dataset"], max_length=length, max_samples=8)
+            distill(options, args)
+            speed = {**held_out, "max_samples": 256, "measure_speed": True}
+            metrics = evaluate(EvaluateOptions(model=folder, teacher=path, max_length=length, **speed)).metrics
+        kept = ("parameters", "megabytes", "_per_second", "speedup")
+        found["students"][student] = {key: value for key, value in metrics.items() if key.endswith(kept)}
+    write_atomically(RESULTS / teacher / "sizes.json", json.dumps(found, indent=1) + "\n")
+
+
+def groups_of(teacher: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The reported runs by student and method, in the order of `METHODS`."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in read_results(teacher):
+        if int(run["run"]["seed"]) in SEEDS:
+            found.setdefault((run["run"]["student"], run["run"]["method"]), []).append(run)
+    students, methods = list(TEACHERS[teacher]["students"]), list(METHODS)
+    return dict(sorted(found.items(), key=lambda item: (students.index(item[0][0]), methods.index(item[0][1]))))
+
+
+def values_of(runs: list[dict[str, Any]], name: str) -> list[float]:
+    """One metric of each run that has it."""
+    found = []
+    for run in runs:
+        budget = run["result"]["budget"]
+        metrics = {**run["result"]["student"]["metrics"], "tokens": budget["tokens"], "seconds": budget["seconds"]}
+        metrics["TFLOPs"] = (budget["student_flops"] + budget["teacher_flops"]) / 1e12
+        for test, measured in run["evaluations"].items():
+            metrics |= {f"{test}: {key}": value for key, value in measured.items()}
+        found += [float(metrics[name])] if name in metrics else []
+    return found
+
+
+def cell(values: list[float]) -> str:
+    """Mean and range."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    if mean >= 100:
+        return f"{mean:,.0f}"
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{mean:.3f}{spread}"
+
+
+def report(teacher: str) -> None:
+    """Write the page of a teacher and draw its curves."""
+    groups, rates, columns = groups_of(teacher), best_rates(teacher), {**COLUMNS[teacher], **SPENT}
+    lines = [
+        f"# {teacher}: small students of one teacher",
+        "",
+        f"Made by `python benchmarks/students_report.py report {teacher}`",
+    ]
+    lines[-1] += f" from the runs of `benchmarks/students.py`. {machine(read_results(teacher))}"
+    lines += [
+        "",
+        "Mean over seeds, and in brackets the lowest and highest. *Rate*: the best on another seed at the full",
+    ]
+    lines += [
+        "budget; \\* marks the smallest or largest one that was tried. Seconds: with two runs at a time on the machine."
+    ]
+    file = RESULTS / teacher / "sizes.json"
+    measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"teacher": {}, "students": {}}
+    for student in TEACHERS[teacher]["students"]:
+        runs = {method: found for (name, method), found in groups.items() if name == student}
+        if not runs:
+            continue
+        lines += ["", f"## {student}", ""]
+        lines += [f"| method | seeds | rate | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
+        for method, found in runs.items():
+            rate, edge = rates.get((student, method), (found[0]["run"]["rate"], True))
+            cells = [cell(values_of(found, name)) for name in columns.values()]
+            lines.append(f"| {method} | {len(found)} | {rate}{' *' * edge} | {' | '.join(cells)} |")
+        if theirs := measured["teacher"]:
+            cells = ["" if name not in theirs else f"{theirs[name]:.3f}" for name in columns.values()]
+            lines.append(f"| the teacher itself | | | {' | '.join(cells)} |")
+        if size := measured["students"].get(student):
+            lines += ["", size_line(size)]
+        curves(teacher, student, runs)
+        lines += ["", f"![curves](curves-{student}.png)"]
+    lines += ["", *rate_table(teacher)]
+    write_atomically(RESULTS / teacher / "README.md", "\n".join(lines) + "\n")
+
+
+def size_line(size: dict[str, float]) -> str:
+    """Size and speed of a student against its teacher's."""
+    each = next(key for key in size if key.endswith("_per_second") and not key.startswith("teacher_"))
+    what = f"{size['parameters'] / 1e6:.1f}M parameters, {size['megabytes']:.1f} MB (teacher: "
+    what += f"{size['teacher_parameters'] / 1e6:.1f}M, {size['teacher_megabytes']:.1f} MB); "
+    rates = f"{size[each]:.0f} {each.replace('_', ' ').replace('per second', 'a second')} on one core"
+    return f"{what}{rates} (teacher: {size['teacher_' + each]:.0f}), {size['speedup']:.1f} times as fast."
+
+
+def machine(runs: list[dict[str, Any]]) -> str:
+    """Where runs were made."""
+    made = {json.dumps(run["environment"], sort_keys=True) for run in runs}
+    found = json.loads(max(made))
+    return (
+        "Environment: "
+        + ", ".join(f"{key} {value}" for key, value in found.items() if isinstance(value, str | int))
+        + "."
+    )
+
+
+def rate_table(teacher: str) -> list[str]:
+    """How each rate did on the tuning seed."""
+    name, _ = METRICS[teacher]
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for run in read_results(teacher):
+        if int(run["run"]["seed"]) == TUNING_SEED:
+            key = run["run"]["student"], run["run"]["method"]
+            found.setdefault(key, {})[float(run["run"]["rate"])] = run["result"]["student"]["metrics"][name]
+    lines = [
+        f"## Rates: {name} on seed {TUNING_SEED}, full budget",
+        "",
+        "| student | method | rates |",
+        "|---|---|---|",
+    ]
+    for key in (key for key in TRIALS[teacher] if key in found):
+        told = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(found[key].items()))
+        lines.append(f"| {key[0]} | {key[1]} | {told} |")
+    return lines
+
+
+def curves(teacher: str, student: str, groups: dict[str, list[dict[str, Any]]]) -> None:
+    """The metric against tokens and against FLOPs, a line for each method: the mean over its seeds."""
+    name, _ = METRICS[teacher]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for number, (method, runs) in enumerate(groups.items()):
+        points: dict[int, list[tuple[float, float, float]]] = {}
+        for run in runs:
+            for line in run["curve"]:
+                if f"eval_{name}" in line:
+                    flops = line["student_flops"] + line["teacher_flops"]
+                    points.setdefault(line["step"], []).append((line["tokens"], flops, line[f"eval_{name}"]))
+        means = [
+            [statistics.mean(column) for column in zip(*found, strict=True)] for _, found in sorted(points.items())
+        ]
+        for axis, column in zip(axes, (0, 1), strict=True):
+            axis.plot([m[column] for m in means], [m[2] for m in means], "o-", color=COLORS[number], label=method)
+    for axis, what in zip(axes, ("training tokens", "training FLOPs, teacher included"), strict=True):
+        axis.set(xlabel=what, ylabel=f"held-out {name}" if axis is axes[0] else "")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.suptitle(f"{teacher} to {student}: mean over seeds")
+    save_figure(figure, RESULTS / teacher / f"curves-{student}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tables and curves of the students of real teachers.")
+    parser.add_argument("action", choices=("sizes", "report"))
+    parser.add_argument("teacher", choices=tuple(TEACHERS))
+    parser.add_argument("--assets", type=Path, default=Path(".assets"))
+    args = parser.parse_args()
+    if args.action == "sizes":
+        sizes(args.teacher, args.assets)
+    else:
+        report(args.teacher)
+
+
+if __name__ == "__main__":
+    main()
