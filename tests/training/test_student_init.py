@@ -138,6 +138,9 @@ def test_the_teachers_forwards_of_the_initialisation_are_counted(make_trainer: M
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         llama(4, 24, seed=1).model(input_ids=ids(1))
     assert spent["teacher"] - spent["random"] == pytest.approx(16 * passes * counter.get_total_flops(), rel=1e-9)
+    trainer.args.overwrite_output_dir = True
+    trainer.train()  # once more, from the weights that it has
+    assert trainer.progress.teacher_flops == spent["random"]
 
 
 # ---- Who is initialised ----

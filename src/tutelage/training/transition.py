@@ -27,6 +27,7 @@ class StageTransition:
         self.trainable: frozenset[str] = self.all  # parameters that train in the current stage
         self.costs: dict[int, StageCost] = {}  # measured cost of the stages entered so far, by index
         self.full_costs: dict[int, StageCost] = {}  # the same where everything that the stage reaches trains
+        self.started = False  # whether this training gave the student its first weights
         self.entered: int | None = None  # index of the current stage; None before training
         # the stage from which a head was transplanted on entering the current one, and the positions compared for it
         self.transplanted: tuple[int, int] | None = None
@@ -61,7 +62,8 @@ class StageTransition:
     def prepare(self, file: StatisticsFile, feed: StageFeed, device: Any, fresh: bool) -> None:
         """Views, the student's first weights (in a `fresh` run; they are given once), and the target maps."""
         self.make_views(feed)
-        if fresh and self.objective.source.started is None:
+        self.started = fresh and self.objective.source.started is None
+        if self.started:
             self.objective.source.start(self.objective.student, feed.calibration)
         self.objective.student.__dict__[WEIGHTS] = "own"  # for whoever trains it next
         self.objective.source.prepare(file, feed.calibration, device)
@@ -102,7 +104,7 @@ class StageTransition:
     def _start_flops(self, feed: StageFeed) -> float:
         """FLOPs of the teacher in the passes that initialised the student, which every process makes."""
         source = self.objective.source
-        if source.started is None:
+        if not self.started or source.started is None:
             return 0.0
         depths = [HiddenStage(1, 1, blocks) for blocks in source.started.passes]
         positions = sum(map(batch_positions, feed.calibration())) * warm_start.group_of(self.objective).size
