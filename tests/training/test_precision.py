@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from tests.conftest import llama_config
 from tests.training.conftest import llama
 from tutelage import CurriculumTrainer
+from tutelage.core.errors import UserError
 from tutelage.tasks.registry import TASKS
 from tutelage.tasks.students import make_student, student_config
 
@@ -47,3 +49,29 @@ def test_a_preset_does_not_inherit_the_teachers_precision() -> None:
     config = student_config("layers=2,hidden_size=16", llama_config(dtype="bfloat16"))
     student = make_student("layers=2,hidden_size=16", TASKS["causal_lm"], config)
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+# ---- Attention ----
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"bf16": True}, "eager"),  # faster on the CPU
+        ({}, "sdpa"),
+        ({"bf16": True, "attn_implementation": "sdpa"}, "sdpa"),
+        ({"attn_implementation": "eager"}, "eager"),
+    ],
+)
+def test_attention_of_student_and_teacher(make_trainer: Callable[..., CurriculumTrainer], fields: dict[str, Any], expected: str) -> None:
+    trainer = make_trainer(method="one_shot", max_steps=1, **fields)
+    for model in (trainer.model, *trainer.source.models):
+        assert model.config._attn_implementation == expected
+    trainer.train()
+    trainer.save_model()
+    assert "attn_implementation" not in (trainer.folder / "config.json").read_text(encoding="utf-8")
+
+
+def test_attention_that_there_is_not_is_refused(make_trainer: Callable[..., CurriculumTrainer]) -> None:
+    with pytest.raises(UserError, match="attn_implementation 'fast' cannot be used for LlamaForCausalLM"):
+        make_trainer(attn_implementation="fast")

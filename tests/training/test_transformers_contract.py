@@ -135,7 +135,11 @@ CONTRACT = (
         "transformers.modeling_layers.GradientCheckpointingLayer", "_gradient_checkpointing_func", "core/forward.py"
     ),
     Relied("transformers.AutoModelForCausalLM", "_model_mapping", "tasks/loading.py"),
+    Relied("transformers.PreTrainedConfig", "_attn_implementation", "training/preparation.py"),
     Relied("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "targets/checkpoints.py"),
+    Relied(
+        "transformers.PreTrainedModel", "set_attn_implementation", "training/preparation.py", "attn_implementation ..."
+    ),
 )
 
 # Not in the contract, for the reason given.

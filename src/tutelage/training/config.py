@@ -110,6 +110,9 @@ class CurriculumConfig(TrainingArguments):
     student_dtype: str = option("float32, or stored: the precision that the student's weights come in.", "float32")
     teacher_checkpoints: list[str] | None = option("Progressive: folders of teacher checkpoints, early to late.")
     teacher_dtype: str | None = option("Parameter dtype of the teacher, e.g. bfloat16; default: the checkpoint's.")
+    attn_implementation: str | None = option(
+        "Attention of student and teacher, as in transformers; default: eager for bf16 on the CPU, otherwise what each has."
+    )
     teacher_device_map: str | None = option("transformers' device_map of the teacher, e.g. auto for several devices.")
     teacher_quantization: str | None = option(
         "transformers' quantization_config of the teacher as JSON, e.g. "

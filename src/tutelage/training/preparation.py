@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import text_config
 from tutelage.core.stages import JointStage
 from tutelage.targets.extracted import ExtractedTargets
@@ -85,6 +85,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
         raise UserError(f"{what}, so that training would change the teacher: give the student a copy (copy.deepcopy)")
     for model in models:
         task.check_model(model)
+        _choose_attention(model, args)
     checks.check_recomputing(student, bool(args.gradient_checkpointing))
 
     check_precision(student, args.student_dtype == "stored")
@@ -196,6 +197,20 @@ def _use_float32(student: nn.Module) -> None:
         warnings.warn(f"{what}; {how}", UserWarning, stacklevel=3)
     for parameter in low:
         parameter.data = parameter.data.float()
+
+
+def _choose_attention(model: nn.Module, args: CurriculumConfig) -> None:
+    """Set the implementation of attention, where there is a choice: of the model, or of the first one of transformers in it.
+
+    In bfloat16 on the CPU, PyTorch's `scaled_dot_product_attention` is several times as slow as plain products of matrices
+    (`benchmarks/attention.py`)."""
+    network = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    chosen = args.attn_implementation
+    if network is not None and chosen is None and args.bf16 and args.device.type == "cpu":
+        chosen = "eager" if network.config._attn_implementation == "sdpa" else None
+    if network is not None and chosen is not None:
+        with as_user_error(f"attn_implementation {chosen!r} cannot be used for {type(network).__name__}"):
+            network.set_attn_implementation(chosen)
 
 
 def _disable_dropout(student: nn.Module) -> None:
