@@ -63,7 +63,9 @@ def test_a_preset_does_not_inherit_the_teachers_precision() -> None:
         ({"attn_implementation": "eager"}, "eager"),
     ],
 )
-def test_attention_of_student_and_teacher(make_trainer: Callable[..., CurriculumTrainer], fields: dict[str, Any], expected: str) -> None:
+def test_attention_of_student_and_teacher(
+    make_trainer: Callable[..., CurriculumTrainer], fields: dict[str, Any], expected: str
+) -> None:
     trainer = make_trainer(method="one_shot", max_steps=1, **fields)
     for model in (trainer.model, *trainer.source.models):
         assert model.config._attn_implementation == expected
