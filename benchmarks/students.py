@@ -158,7 +158,7 @@ def run(
     """Train one student and write what came of it."""
     teacher, student, method, rate, seed = name
     settings, target = TEACHERS[teacher], result_file(*name)
-    if target.exists():
+    if target.exists() and not steps:
         return
     torch.set_num_threads(1)
     pieces(assets)
