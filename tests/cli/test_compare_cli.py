@@ -398,7 +398,7 @@ def test_a_variant_is_compared_beside_the_default_methods(
         "compare", file, "--variant", "one_shot:temperature=2", "--variant", "short:budget=0.5", "--output_dir", "o"
     )
     result = Comparison.read(Path("o"))
-    assert names(result) == ["extraction", "one_shot", "short"]
+    assert names(result) == ["joint", "extraction", "one_shot", "short"]
     assert curriculum_of(result, "one_shot").temperature == 2
     assert result.method("short").runs[0].curve[-1].samples == 12
 
@@ -410,7 +410,7 @@ def test_without_a_recipe_the_users_own_data_are_compared(
     words = [word for key, value in {**own, "seeds": 0}.items() for word in (f"--{key}", value)]
     succeeds("compare", *words, "--output_dir", "o")
     result = Comparison.read(Path("o"))
-    assert (result.recipe, names(result)) == ("own", ["extraction", "one_shot"])
+    assert (result.recipe, names(result)) == ("own", ["joint", "extraction", "one_shot"])
     assert result.teacher.description == f"given: {causal_teacher}"
 
 
@@ -425,7 +425,7 @@ def test_without_arguments_the_embedded_teacher_and_text_are_compared(monkeypatc
     assert main(["compare"]) == 130
     ((recipe, folder, methods),) = seen
     assert (recipe.name, recipe.task, folder, methods) == ("own", "causal_lm", Path("comparisons/own"), None)
-    assert [method.name for method in recipe.default_methods] == ["extraction", "one_shot"]
+    assert [method.name for method in recipe.default_methods] == ["joint", "extraction", "one_shot"]
 
 
 @pytest.mark.parametrize("name", ["minilm", "smollm2", "same_width", "austen", "start"])

@@ -54,7 +54,7 @@ class UserRecipe(Recipe):
 
     @property
     def default_methods(self) -> tuple[Variant, ...]:
-        return self.methods or (plain_variant("extraction"), plain_variant("one_shot"))
+        return self.methods or tuple(map(plain_variant, ("joint", "extraction", "one_shot")))
 
     def identity(self) -> dict[str, Any]:
         return {key: str(value) for key, value in sorted(self.options.items())}
