@@ -15,6 +15,8 @@ from tutelage.core import chunked
 from tutelage.core.heads import LinearHead, OutputHead
 from tutelage.core.losses import OutputSettings, output_metrics
 
+pytestmark = pytest.mark.usefixtures("blocks")
+
 N, D, E, V = 23, 6, 9, 31
 
 

@@ -33,6 +33,8 @@ from tutelage.core.probe import probe_ids
 from tutelage.tasks.registry import detect_task
 from tutelage.training.self_check import run_probe
 
+pytestmark = pytest.mark.usefixtures("blocks")
+
 
 class Headed(nn.Module):
     """A module with a head and a config; a language model where it names its output embeddings."""

@@ -12,6 +12,8 @@ from tutelage.core.losses import OutputSettings, output_loss
 from tutelage.core.topk import TopK, top_k, top_k_divergence
 from tutelage.targets.rows import LOG_PROBS, LOG_REST, TOP_IDS, RowFormat, decode_outputs, encode_outputs
 
+pytestmark = pytest.mark.usefixtures("blocks")
+
 
 def logits(rows: int = 6, outputs: int = 40, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return scale * torch.randn(rows, outputs, generator=torch.Generator().manual_seed(seed))

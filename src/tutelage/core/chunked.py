@@ -23,6 +23,9 @@ from tutelage.core.topk import TopK, top_k, top_k_divergence
 
 # Logits held at a time: 2^24 float32 values are 64 MiB per tensor, large enough that the matrix products stay efficient.
 CHUNK_LOGITS = 2**24
+# Logits of a chunk that are compared at a time on the CPU: a few float32 tensors of this size stay in its cache, and need no
+# fresh memory each time.
+BLOCK_LOGITS = 2**18
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ class _Product:
             self.graph = self.head(self.chunk)
         return self.graph.detach()
 
+    def gradient_like(self, logits_NV: Tensor) -> Tensor:
+        """Where the gradient of the logits goes: into their own place, where nothing reads them afterwards."""
+        return logits_NV if self.plain is not None and self.plain.softcap is None else torch.empty_like(logits_NV)
+
     def gradients(self, logits_NV: Tensor, logit_grad_NV: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
         """Of the chunk's states and of the head's parameters, those that are `wanted`."""
         if self.plain is not None:
@@ -134,10 +141,12 @@ def _add_gradients(
     with torch.no_grad(), _autocast(device, None):
         product = _Product(head, low, device)
         for rows in (slice(start, start + size) for start in range(0, len(hidden_ND), size)):
-            logits = product.logits(hidden_ND[rows], any(wanted))
-            loss, logit_grad = _loss_and_logit_grad(logits, spec, rows, low, any(wanted))
+            logits, theirs = product.logits(hidden_ND[rows], any(wanted)), _teacher_logits(spec, rows, low, device)
+            place = product.gradient_like(logits) if any(wanted) else None
+            loss, logit_grad = _loss_and_logit_grad(logits, theirs, spec, rows.start, place)
             total += loss
-            parts = product.gradients(logits, logit_grad, wanted) if any(wanted) else []
+            del theirs, place
+            parts = [] if logit_grad is None else product.gradients(logits, logit_grad, wanted)
             for index, part in enumerate(parts):
                 grad = grads[index]
                 if grad is None or part is None:
@@ -150,19 +159,51 @@ def _add_gradients(
     return total
 
 
+def _teacher_logits(spec: OutputSpec, rows: slice, low: torch.dtype | None, device: torch.device) -> Tensor | None:
+    """The teacher's logits of a chunk, in the precision of its head; None where they are not needed."""
+    if spec.settings.label_weight == 1 or spec.targets is not None:
+        return None
+    assert spec.teacher_hidden is not None and spec.teacher_head is not None
+    states = spec.teacher_hidden[rows]
+    if isinstance(spec.teacher_head, LinearHead):
+        states = states.to(spec.teacher_head.weight.dtype)
+    with _autocast(states.device, low):
+        return spec.teacher_head(states).to(device)
+
+
 def _loss_and_logit_grad(
-    logits: Tensor, spec: OutputSpec, rows: slice, low: torch.dtype | None, with_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss summed over a chunk, and its gradient with respect to the logits (empty if not wanted)."""
-    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    gradient = logits.new_empty(0)
+    logits: Tensor, theirs: Tensor | None, spec: OutputSpec, first: int, gradient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Loss summed over a chunk that begins at position `first`, and its gradient with respect to the logits (None if not
+    wanted), for which `gradient` is the place; it may be `logits`."""
+    count, with_grad = len(logits), gradient is not None
+    # on the CPU, what is done to the logits one by one is done in the cache
+    size = max(1, BLOCK_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else count
+    if size >= count:
+        return _block_loss(logits, theirs, spec, slice(first, first + count), with_grad)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        within = slice(first + start, first + rows.stop)
+        loss, found = _block_loss(logits[rows], None if theirs is None else theirs[rows], spec, within, with_grad)
+        total += loss
+        if gradient is not None and found is not None:
+            gradient[rows] = found
+    return total, gradient
+
+
+def _block_loss(
+    logits: Tensor, theirs: Tensor | None, spec: OutputSpec, rows: slice, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss summed over a few positions, and its gradient with respect to the logits (None if not wanted)."""
+    loss, gradient = torch.zeros((), dtype=torch.float32, device=logits.device), None
     weight, t = spec.settings.label_weight, spec.settings.temperature
     if weight < 1:
         log_q = torch.log_softmax(logits.float() / t if t != 1 else logits.float(), dim=-1)
-        divergence, found = _divergence(log_q, spec, rows, low, with_grad)
+        divergence, gradient = _divergence(log_q, theirs, spec, rows, with_grad)
         loss += (1 - weight) * t * t * divergence
-        if found is not None:
-            gradient = found.mul_((1 - weight) * t)
+        if gradient is not None and (1 - weight) * t != 1:
+            gradient.mul_((1 - weight) * t)
     if weight > 0:
         assert spec.labels is not None
         labels = spec.labels[rows]
@@ -172,23 +213,18 @@ def _loss_and_logit_grad(
             label_gradient = log_q.exp_().mul_(weight)
             label_gradient[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= weight
             label_gradient.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
-            gradient = label_gradient if weight == 1 else gradient.add_(label_gradient)
+            gradient = label_gradient if gradient is None else gradient.add_(label_gradient)
     return loss, gradient
 
 
 def _divergence(
-    log_q: Tensor, spec: OutputSpec, rows: slice, low: torch.dtype | None, with_grad: bool
+    log_q: Tensor, theirs: Tensor | None, spec: OutputSpec, rows: slice, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """KL(teacher || student) at the temperature of the loss, and its gradient with respect to the student's scaled logits."""
     if spec.targets is not None:
         return top_k_divergence(log_q, spec.targets[rows], with_grad)
-    assert spec.teacher_hidden is not None and spec.teacher_head is not None
-    t = spec.settings.temperature
-    states = spec.teacher_hidden[rows]
-    if isinstance(spec.teacher_head, LinearHead):
-        states = states.to(spec.teacher_head.weight.dtype)
-    with _autocast(states.device, low):
-        teacher_logits = spec.teacher_head(states).to(log_q.device).float()
+    assert theirs is not None
+    t, teacher_logits = spec.settings.temperature, theirs.float()
     if spec.settings.top_k is not None:
         return top_k_divergence(log_q, top_k(teacher_logits, spec.settings.top_k, t), with_grad)
     log_p = torch.log_softmax(teacher_logits / t if t != 1 else teacher_logits, dim=-1)

@@ -203,7 +203,7 @@ def _choose_attention(model: nn.Module, args: CurriculumConfig) -> None:
     """Set the implementation of attention, where there is a choice: of the model, or of the first one of transformers in it.
 
     In bfloat16 on the CPU, PyTorch's `scaled_dot_product_attention` is several times as slow as plain products of matrices
-    (`benchmarks/attention.py`)."""
+    (`benchmarks/cpu.py`)."""
     network = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
     chosen = args.attn_implementation
     if network is not None and chosen is None and args.bf16 and args.device.type == "cpu":
