@@ -28,9 +28,12 @@ from tutelage.runs.environment import environment
 SIZES = {"num_hidden_layers": 3, "vocab_size": 1000, "hidden_size": 384, "intermediate_size": 1536}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # name: class, configuration, sequences and tokens of a batch
+BERT = BertConfig(**SIZES, **NO_DROPOUT, num_attention_heads=12)
 MODELS: dict[str, tuple[Any, Any, int, int]] = {
-    "BERT, 3 x 384, 12 heads": (BertModel, BertConfig(**SIZES, **NO_DROPOUT, num_attention_heads=12), 32, 64),
-    "Llama, 3 x 384, 6 heads": (LlamaModel, LlamaConfig(**SIZES, num_attention_heads=6), 8, 128),
+    "BERT, 32 x 64 tokens": (BertModel, BERT, 32, 64),
+    "BERT, 8 x 256 tokens": (BertModel, BERT, 8, 256),
+    "BERT, 4 x 512 tokens": (BertModel, BERT, 4, 512),
+    "Llama, 8 x 128 tokens": (LlamaModel, LlamaConfig(**SIZES, num_attention_heads=6), 8, 128),
 }
 ROUNDS, VOCABULARY = 12, 49152
 PRECISION = {True: "bfloat16 autocast", False: "float32"}

@@ -20,14 +20,10 @@ VOCAB, LENGTH = 61, 12
 def llama(layers: int, width: int, seed: int, **fields: Any) -> LlamaForCausalLM:
     """A tiny Llama whose states differ enough between tokens to learn from."""
     torch.manual_seed(seed)
-    settings = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2, **fields}
+    settings = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2}
+    settings |= {"max_position_embeddings": 32, **fields}
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        max_position_embeddings=32,
-        **settings,
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, **settings
     )
     return LlamaForCausalLM(config)
 

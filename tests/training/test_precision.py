@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.conftest import llama_config
 from tests.training.conftest import llama
@@ -53,11 +54,21 @@ def test_a_preset_does_not_inherit_the_teachers_precision() -> None:
 
 # ---- Attention ----
 
+LONG = {"max_position_embeddings": 300}
+
+
+def long_rows(length: int) -> Dataset:
+    """Four rows, of which one has this many tokens."""
+    return Dataset.from_dict({"input_ids": [[1, 2, 3, *[4] * (length - 3)], [5, 6], [7, 8], [9, 10]]})
+
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"bf16": True}, "eager"),  # faster on the CPU
+        ({"bf16": True, "train_dataset": long_rows(257)}, "sdpa"),  # and slower for long rows
+        ({"bf16": True, "train_dataset": long_rows(256)}, "eager"),
+        ({"bf16": True, "train_dataset": long_rows(20).to_iterable_dataset()}, "sdpa"),
         ({}, "sdpa"),
         ({"bf16": True, "attn_implementation": "sdpa"}, "sdpa"),
         ({"attn_implementation": "eager"}, "eager"),
@@ -66,7 +77,8 @@ def test_a_preset_does_not_inherit_the_teachers_precision() -> None:
 def test_attention_of_student_and_teacher(
     make_trainer: Callable[..., CurriculumTrainer], fields: dict[str, Any], expected: str
 ) -> None:
-    trainer = make_trainer(method="one_shot", max_steps=1, **fields)
+    models = {"student": llama(1, 16, 2, **LONG), "teacher_model": llama(2, 16, 1, **LONG)}
+    trainer = make_trainer(method="one_shot", max_steps=1, **models, **fields)
     for model in (trainer.model, *trainer.source.models):
         assert model.config._attn_implementation == expected
     trainer.train()

@@ -79,28 +79,29 @@ def check_output_names(student: nn.Module, source: TargetSource) -> None:
             )
 
 
-def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: str) -> None:
-    """Refuse an empty dataset, rows without model inputs, and tokens or labels that one of the models does not take.
+def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: str) -> int | None:
+    """Refuse an empty dataset, rows without model inputs, and tokens or labels that one of the models does not take; returns
+    the tokens of the longest row, None where that is not known.
 
     Of rows that are not in Arrow only some are looked at; `CheckedCollator` looks at the others when they are used."""
     where, rows = f"the {name} dataset", readable_rows(dataset, 1)
     if isinstance(dataset, Mapping) and name == "training":
         raise UserError(f"{where} is a dictionary of several ({', '.join(map(str, dataset))}): pass one of them")
     if not hasattr(rows, "__len__"):
-        return
+        return None
     if len(rows) == 0:
         raise UserError(f"{where} is empty: it needs at least one example")
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             check_dataset(part, models, task, f"{name} ({key})")
-        return
+        return None
     row = rows[0]
     have = row.keys() if hasattr(row, "keys") else [type(row).__name__]
     if "input_ids" not in have:
         found = f"{where} has no column 'input_ids' (it has {', '.join(have)})"
         raise UserError(f"{found}: tokenise it first, e.g. with tutelage.tasks.text.tokenize")
     if not task.tokenized:
-        return
+        return None
     known = getattr(dataset, "longest", None)  # of a dataset that makes its rows
     shortest, longest, first, last = 1, known or 1, 0, 0
     limits = Limits.of(models, task)
@@ -113,6 +114,7 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: s
     if shortest < 1:
         raise UserError(f"{where} has a row without tokens: drop it")
     limits.check_tokens(where, longest, first, last)
+    return longest if known or isinstance(rows, Dataset) else None
 
 
 def _columns(dataset: Any, where: str) -> Iterator[tuple[Any, Any]]:

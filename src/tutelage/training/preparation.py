@@ -33,6 +33,7 @@ from tutelage.training.resolution import ResolvedRun, method_after_start, resolv
 from tutelage.training.self_check import check_precision, run_probe
 
 _log = logging.getLogger(__name__)
+_SHORT = 256  # tokens of a row
 Teacher = nn.Module | str | TargetSource | None
 
 
@@ -85,7 +86,6 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
         raise UserError(f"{what}, so that training would change the teacher: give the student a copy (copy.deepcopy)")
     for model in models:
         task.check_model(model)
-        _choose_attention(model, args)
     checks.check_recomputing(student, bool(args.gradient_checkpointing))
 
     check_precision(student, args.student_dtype == "stored")
@@ -94,8 +94,9 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     ]
     outputs = checks.shared_outputs(student, source, tokenizer)
     checks.check_output_names(student, source)
-    checks.check_dataset(given.train_dataset, models, task, "training")
-    checks.check_dataset(eval_dataset, models, task, "evaluation")
+    longest = checks.check_dataset(given.train_dataset, models, task, "training")
+    longest_held_out = checks.check_dataset(eval_dataset, models, task, "evaluation")
+    _choose_attention(models, args, longest_held_out if given.train_dataset is None else longest)
     args = decide_start(args, student, source)
     student_blocks = len(find_blocks(task.backbone(student), args.blocks))
     rows = len(given.train_dataset) if hasattr(given.train_dataset, "__len__") else None
@@ -199,18 +200,20 @@ def _use_float32(student: nn.Module) -> None:
         parameter.data = parameter.data.float()
 
 
-def _choose_attention(model: nn.Module, args: CurriculumConfig) -> None:
-    """Set the implementation of attention, where there is a choice: of the model, or of the first one of transformers in it.
+def _choose_attention(models: Sequence[nn.Module], args: CurriculumConfig, longest: int | None) -> None:
+    """Set the implementation of attention, where there is a choice, in the model of transformers that each is or contains.
 
-    In bfloat16 on the CPU, PyTorch's `scaled_dot_product_attention` is several times as slow as plain products of matrices
-    (`benchmarks/cpu.py`)."""
-    network = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-    chosen = args.attn_implementation
-    if network is not None and chosen is None and args.bf16 and args.device.type == "cpu":
-        chosen = "eager" if network.config._attn_implementation == "sdpa" else None
-    if network is not None and chosen is not None:
-        with as_user_error(f"attn_implementation {chosen!r} cannot be used for {type(network).__name__}"):
-            network.set_attn_implementation(chosen)
+    In bfloat16 on the CPU, PyTorch's `scaled_dot_product_attention` is slower than plain products of matrices as long as no
+    row has more than a few hundred tokens (`benchmarks/cpu.py`); `longest` is the number in the longest one, if known."""
+    short = longest is not None and longest <= _SHORT
+    for model in models:
+        network = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+        chosen = args.attn_implementation
+        if network is not None and chosen is None and short and args.bf16 and args.device.type == "cpu":
+            chosen = "eager" if network.config._attn_implementation == "sdpa" else None
+        if network is not None and chosen is not None:
+            with as_user_error(f"attn_implementation {chosen!r} cannot be used for {type(network).__name__}"):
+                network.set_attn_implementation(chosen)
 
 
 def _disable_dropout(student: nn.Module) -> None:
