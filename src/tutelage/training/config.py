@@ -111,7 +111,8 @@ class CurriculumConfig(TrainingArguments):
     teacher_checkpoints: list[str] | None = option("Progressive: folders of teacher checkpoints, early to late.")
     teacher_dtype: str | None = option("Parameter dtype of the teacher, e.g. bfloat16; default: the checkpoint's.")
     attn_implementation: str | None = option(
-        "Attention of student and teacher, as in transformers; default: eager for short rows in bf16 on the CPU, else what each has."
+        "Attention of student and teacher, as in transformers; default: eager for short rows in bf16 on the CPU, else what "
+        "each has."
     )
     teacher_device_map: str | None = option("transformers' device_map of the teacher, e.g. auto for several devices.")
     teacher_quantization: str | None = option(

@@ -33,7 +33,7 @@ from tutelage.training.resolution import ResolvedRun, method_after_start, resolv
 from tutelage.training.self_check import check_precision, run_probe
 
 _log = logging.getLogger(__name__)
-_SHORT = 256  # tokens of a row
+_SHORT = 128  # tokens of a row
 Teacher = nn.Module | str | TargetSource | None
 
 
@@ -203,8 +203,8 @@ def _use_float32(student: nn.Module) -> None:
 def _choose_attention(models: Sequence[nn.Module], args: CurriculumConfig, longest: int | None) -> None:
     """Set the implementation of attention, where there is a choice, in the model of transformers that each is or contains.
 
-    In bfloat16 on the CPU, PyTorch's `scaled_dot_product_attention` is slower than plain products of matrices as long as no
-    row has more than a few hundred tokens (`benchmarks/cpu.py`); `longest` is the number in the longest one, if known."""
+    In bfloat16 on the CPU, PyTorch's `scaled_dot_product_attention` is slower than plain products of matrices as long as
+    all rows are short (`benchmarks/cpu.py`); `longest` is the number in the longest one, if known."""
     short = longest is not None and longest <= _SHORT
     for model in models:
         network = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
