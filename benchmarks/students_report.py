@@ -52,7 +52,8 @@ def sizes(teacher: str, assets: Path) -> None:
     length, path = settings["run"]["max_length"], str(assets / settings["teacher"])
     held_out = {"dataset": str(assets / settings["held_out"]), "max_samples": settings["run"].get("max_samples")}
     found: dict[str, Any] = {"teacher": {}, "students": {}, "environment": environment()}
-    for name, given in {"": held_out, **settings["evaluations"]}.items():
+    alone = {} if METRICS[teacher][0] == "cosine" else {"": held_out}  # a cosine is one to the teacher
+    for name, given in {**alone, **settings["evaluations"]}.items():
         fields = {key: str(assets / value) if "/" in str(value) else value for key, value in given.items()}
         fields["dataset"] = given.get("dataset") and str(assets / given["dataset"]) if name else held_out["dataset"]
         fields = {key: value for key, value in fields.items() if value is not None}
