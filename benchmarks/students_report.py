@@ -20,7 +20,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from students import METHODS, METRICS, RESULTS, SEEDS, TEACHERS, TRIALS, TUNING_SEED, best_rates, read_results
+from students import (
+    METHODS,
+    METRICS,
+    RESULTS,
+    SEEDS,
+    TEACHERS,
+    TRIALS,
+    TUNING_SEED,
+    best_rates,
+    metric_of,
+    read_results,
+)
 
 from tutelage import CurriculumConfig, RunOptions, distill
 from tutelage.io.files import write_atomically
@@ -73,11 +84,16 @@ def sizes(teacher: str, assets: Path) -> None:
 
 
 def groups_of(teacher: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The reported runs by student and method, in the order of `METHODS`."""
+    """The reported runs by student and method, in the order of `METHODS`; where there are none yet, the best tuning run."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    tuning: dict[tuple[str, str], dict[str, Any]] = {}
     for run in read_results(teacher):
+        key = run["run"]["student"], run["run"]["method"]
         if int(run["run"]["seed"]) in SEEDS:
-            found.setdefault((run["run"]["student"], run["run"]["method"]), []).append(run)
+            found.setdefault(key, []).append(run)
+        elif key not in tuning or metric_of(teacher, run) > metric_of(teacher, tuning[key]):
+            tuning[key] = run
+    found |= {key: [run] for key, run in tuning.items() if key not in found}
     students, methods = list(TEACHERS[teacher]["students"]), list(METHODS)
     return dict(sorted(found.items(), key=lambda item: (students.index(item[0][0]), methods.index(item[0][1]))))
 
@@ -120,8 +136,9 @@ def report(teacher: str) -> None:
         "Mean over seeds, and in brackets the lowest and highest. *Rate*: the best on another seed at the full",
     ]
     lines += [
-        "budget; \\* marks the smallest or largest one that was tried. Seconds: with two runs at a time on the machine."
+        "budget; \\* marks the smallest or largest one that was tried. *Tuning seed*: the reported seeds were not run."
     ]
+    lines += ["Seconds: with two or three processes on the machine; compare TFLOPs."]
     file = RESULTS / teacher / "sizes.json"
     measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"teacher": {}, "students": {}}
     for student in TEACHERS[teacher]["students"]:
@@ -133,7 +150,8 @@ def report(teacher: str) -> None:
         for method, found in runs.items():
             rate, edge = rates.get((student, method), (found[0]["run"]["rate"], True))
             cells = [cell(values_of(found, name)) for name in columns.values()]
-            lines.append(f"| {method} | {len(found)} | {rate}{' *' * edge} | {' | '.join(cells)} |")
+            seeds = "tuning seed" if found[0]["run"]["seed"] == str(TUNING_SEED) else len(found)
+            lines.append(f"| {method} | {seeds} | {rate}{' *' * edge} | {' | '.join(cells)} |")
         if theirs := measured["teacher"]:
             cells = ["" if name not in theirs else f"{theirs[name]:.3f}" for name in columns.values()]
             lines.append(f"| the teacher itself | | | {' | '.join(cells)} |")
