@@ -136,7 +136,7 @@ def test_inspect_and_the_card_say_how_the_student_starts(extracted: Extracted, t
     train(tmp_path / "run", folder, RunOptions(), student_init=None)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "its teacher's weights (student_init=teacher), residual basis pca |" in card
-    assert "| Hidden stages | projection residual, warm start none, hidden weight 1 |" in card
+    assert "| Hidden stages | projection residual, warm start none, hidden weight 3 |" in card
     assert f"method:               joint\nfor:                  {STUDENT}, from its teacher's weights\n" in described
 
 

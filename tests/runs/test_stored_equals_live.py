@@ -76,7 +76,7 @@ def test_a_student_from_disk_equals_the_student_from_the_teacher(
     assert stored.budget.teacher_flops == 0 < live.budget.teacher_flops
     # an encoder's held-out embeddings were made row by row, not in the batches of the evaluation
     assert stored.student.metrics["loss"] == pytest.approx(
-        live.student.metrics["loss"], rel=1e-6 if task == "embedding" else 0
+        live.student.metrics["loss"], rel=1e-5 if task == "embedding" else 0
     )
     logs = [
         [record["loss"] for record in MetricsFile(tmp_path / name / "metrics.jsonl").read() if "loss" in record]

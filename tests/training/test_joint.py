@@ -138,7 +138,7 @@ def test_the_joint_loss_of_a_classifier_has_its_pooled_state() -> None:
     divergence = (log_p.exp() * (log_p - output.logits.log_softmax(-1))).sum(-1).mean()
     states = output.hidden_states[1], student.bert(**inputs).pooler_output
     hidden = [hidden_of(objective, batch, number, state) for number, state in enumerate(states)]
-    torch.testing.assert_close(loss, divergence + sum(hidden) / 2)
+    torch.testing.assert_close(loss, divergence + 3 * sum(hidden) / 2)
 
 
 def test_the_joint_loss_of_a_sentence_encoder_has_its_states_before_pooling() -> None:
@@ -154,7 +154,7 @@ def test_the_joint_loss_of_a_sentence_encoder_has_its_states_before_pooling() ->
         expected = teacher(**batch)
     hidden = [hidden_of(objective, batch, number, state) for number in (0, 1)]
     output = embedding_loss(student(**batch), expected) / 4
-    torch.testing.assert_close(objective(**batch)["loss"], output + sum(hidden) / 2)
+    torch.testing.assert_close(objective(**batch)["loss"], output + 3 * sum(hidden) / 2)
 
 
 @pytest.mark.parametrize("hidden_weight", [1.0, 30.0])
