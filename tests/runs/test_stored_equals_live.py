@@ -74,10 +74,10 @@ def test_a_student_from_disk_equals_the_student_from_the_teacher(
     for key, value in one.items():
         assert torch.equal(value, two[key]), key
     assert stored.budget.teacher_flops == 0 < live.budget.teacher_flops
-    # an encoder's held-out embeddings were made row by row, not in the batches of the evaluation
-    assert stored.student.metrics["loss"] == pytest.approx(
-        live.student.metrics["loss"], rel=1e-5 if task == "embedding" else 0
-    )
+    # an encoder's held-out embeddings were made row by row, not in the batches of the evaluation; its loss is 1 - cosine, which
+    # is rounded as numbers near 1 are
+    rounding = torch.finfo(torch.float32).eps if task == "embedding" else 0
+    assert stored.student.metrics["loss"] == pytest.approx(live.student.metrics["loss"], rel=0, abs=rounding)
     logs = [
         [record["loss"] for record in MetricsFile(tmp_path / name / "metrics.jsonl").read() if "loss" in record]
         for name in ("live", "stored")
