@@ -208,7 +208,7 @@ def run(
     }
     if int(seed) != TUNING_SEED:
         for key, given in settings["evaluations"].items():
-            options_of = {name: str(assets / value) if "/" in str(value) else value for name, value in given.items()}
+            options_of = with_assets(given, assets)
             length = settings["run"]["max_length"]
             measured = evaluate(EvaluateOptions(model=str(folder), max_length=length, batch_size=64, **options_of))
             found["evaluations"][key] = measured.metrics
@@ -223,6 +223,11 @@ def run(
     write_atomically(target, json.dumps(found, indent=1) + "\n")
     shutil.rmtree(folder)
     print(target, result.student.metrics, f"{found['wall_seconds']} s", flush=True)
+
+
+def with_assets(given: dict[str, Any], assets: Path) -> dict[str, Any]:
+    """Options of an evaluation, with the files among them under `assets`."""
+    return {name: str(assets / value) if "/" in str(value) else value for name, value in given.items()}
 
 
 def result_file(teacher: str, student: str, method: str, rate: str, seed: str) -> Path:

@@ -31,6 +31,7 @@ from students import (
     best_rates,
     metric_of,
     read_results,
+    with_assets,
 )
 
 from tutelage import CurriculumConfig, RunOptions, distill
@@ -61,13 +62,12 @@ def sizes(teacher: str, assets: Path) -> None:
     settings = TEACHERS[teacher]
     torch.set_num_threads(1)
     length, path = settings["run"]["max_length"], str(assets / settings["teacher"])
-    held_out = {"dataset": str(assets / settings["held_out"]), "max_samples": settings["run"].get("max_samples")}
+    held_out = {"dataset": settings["held_out"], "max_samples": settings["run"].get("max_samples")}
+    held_out = with_assets(held_out, assets)
     found: dict[str, Any] = {"teacher": {}, "students": {}, "environment": environment()}
     alone = {} if METRICS[teacher][0] == "cosine" else {"": held_out}  # a cosine is one to the teacher
-    for name, given in {**alone, **settings["evaluations"]}.items():
-        fields = {key: str(assets / value) if "/" in str(value) else value for key, value in given.items()}
-        fields["dataset"] = given.get("dataset") and str(assets / given["dataset"]) if name else held_out["dataset"]
-        fields = {key: value for key, value in fields.items() if value is not None}
+    tests = {name: with_assets(given, assets) for name, given in settings["evaluations"].items()}
+    for name, fields in {**alone, **tests}.items():
         metrics = evaluate(EvaluateOptions(model=path, max_length=length, batch_size=64, **fields)).metrics
         found["teacher"] |= {f"{name}: {key}" if name else key: value for key, value in metrics.items()}
     for student, preset in settings["students"].items():
