@@ -95,7 +95,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
         "train": "reviews/train.jsonl",
         "held_out": "reviews/heldout.jsonl",
         "batch": 32,
-        "steps": 1080,  # 3 epochs
+        "steps": 360,  # one epoch
         "students": {"2x192": "layers=2,hidden_size=192"},
         "evaluations": {},
     },
@@ -107,16 +107,20 @@ METRICS = {"minilm": ("cosine", 1), "smollm2": ("loss", -1), "reviews": ("accura
 # the rates that are tried, by student and method
 TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "minilm": {
-        **{("3x384", method): ("5e-4", "1e-3") for method in ("joint-10-teacher", "one-shot-teacher")},
+        ("3x384", "joint-10-teacher"): ("5e-4", "1e-3"),
+        ("3x384", "one-shot-teacher"): ("2.5e-4", "5e-4", "1e-3"),
         ("3x192", "joint-teacher"): ("1e-3", "2e-3", "4e-3"),
-        **{("3x192", method): ("1e-3", "2e-3") for method in ("one-shot-teacher", "stage-transplant", "one-shot")},
-        **{("2x128", method): ("2e-3", "4e-3", "8e-3") for method in ("joint-teacher", "one-shot-teacher")},
+        **{("3x192", method): ("2e-3", "4e-3") for method in ("one-shot-teacher", "stage-transplant", "one-shot")},
+        ("2x128", "joint-teacher"): ("2e-3", "4e-3", "8e-3"),
     },
     "smollm2": {
-        **{("12x384", method): ("1e-3", "2e-3") for method in ("joint-teacher", "one-shot-teacher", "one-shot")},
-        **{("15x576", method): ("5e-4", "1e-3") for method in ("joint-teacher", "one-shot")},
+        **{("12x384", method): ("1e-3",) for method in ("joint-teacher", "one-shot")},
+        ("15x576", "joint-teacher"): ("5e-4",),
     },
-    "reviews": {("2x192", method): ("5e-4", "1e-3", "2e-3") for method in METHODS},
+    "reviews": {
+        ("2x192", method): ("1e-3", "2e-3", "4e-3")
+        for method in ("one-shot", "stage-transplant", "joint", "one-shot-teacher", "stages-teacher", "joint-teacher")
+    },
 }
 
 

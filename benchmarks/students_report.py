@@ -159,7 +159,7 @@ def report(teacher: str) -> None:
             lines += ["", size_line(size)]
         curves(teacher, student, runs)
         lines += ["", f"![curves](curves-{student}.png)"]
-    lines += ["", *rate_table(teacher)]
+    lines += ["", *rate_table(teacher), *trial_tables(teacher)]
     write_atomically(RESULTS / teacher / "README.md", "\n".join(lines) + "\n")
 
 
@@ -200,6 +200,29 @@ def rate_table(teacher: str) -> list[str]:
     for key in (key for key in TRIALS[teacher] if key in found):
         told = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(found[key].items()))
         lines.append(f"| {key[0]} | {key[1]} | {told} |")
+    return lines
+
+
+def trial_tables(teacher: str) -> list[str]:
+    """What each method comes to at a small budget: a table for each student and budget at which several were tried."""
+    name, sign = METRICS[teacher]
+    found: dict[tuple[str, int], dict[str, dict[float, float]]] = {}
+    for line in (RESULTS / "trials.jsonl").read_text(encoding="utf-8").splitlines():
+        trial = json.loads(line)
+        run = trial["run"]
+        if run["teacher"] == teacher and not trial["options"]:
+            methods = found.setdefault((run["student"], trial["steps"]), {})
+            methods.setdefault(run["method"], {})[float(run["rate"])] = trial["metrics"][name]
+    lines = []
+    for (student, steps), methods in sorted(found.items()):
+        if len(methods) < 2:
+            continue
+        lines += ["", f"## {student}, short runs: {name} after {steps} steps, seed {TUNING_SEED}", ""]
+        lines += ["| method | best | rates |", "|---|---|---|"]
+        for method in (method for method in METHODS if method in methods):
+            best = max(methods[method].values(), key=lambda value: sign * value)
+            told = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(methods[method].items()))
+            lines.append(f"| {method} | {best:.4f} | {told} |")
     return lines
 
 
