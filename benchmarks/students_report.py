@@ -204,25 +204,25 @@ def rate_table(teacher: str) -> list[str]:
 
 
 def trial_tables(teacher: str) -> list[str]:
-    """What each method comes to at a small budget: a table for each student and budget at which several were tried."""
+    """What students and methods come to at a small budget: a table for each budget at which several were tried."""
     name, sign = METRICS[teacher]
-    found: dict[tuple[str, int], dict[str, dict[float, float]]] = {}
+    found: dict[int, dict[tuple[str, str], dict[float, float]]] = {}
     for line in (RESULTS / "trials.jsonl").read_text(encoding="utf-8").splitlines():
         trial = json.loads(line)
         run = trial["run"]
         if run["teacher"] == teacher and not trial["options"]:
-            methods = found.setdefault((run["student"], trial["steps"]), {})
-            methods.setdefault(run["method"], {})[float(run["rate"])] = trial["metrics"][name]
+            rates = found.setdefault(trial["steps"], {}).setdefault((run["student"], run["method"]), {})
+            rates[float(run["rate"])] = trial["metrics"][name]
     lines = []
-    for (student, steps), methods in sorted(found.items()):
-        if len(methods) < 2:
+    for steps, tried in sorted(found.items()):
+        if len(tried) < 2:
             continue
-        lines += ["", f"## {student}, short runs: {name} after {steps} steps, seed {TUNING_SEED}", ""]
-        lines += ["| method | best | rates |", "|---|---|---|"]
-        for method in (method for method in METHODS if method in methods):
-            best = max(methods[method].values(), key=lambda value: sign * value)
-            told = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(methods[method].items()))
-            lines.append(f"| {method} | {best:.4f} | {told} |")
+        lines += ["", f"## Short runs: {name} after {steps} steps, seed {TUNING_SEED}", ""]
+        lines += ["| student | method | best | rates |", "|---|---|---|---|"]
+        for (student, method), rates in sorted(tried.items(), key=lambda item: list(METHODS).index(item[0][1])):
+            best = sign * max(sign * value for value in rates.values())
+            told = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(rates.items()))
+            lines.append(f"| {student} | {method} | {best:.4f} | {told} |")
     return lines
 
 
