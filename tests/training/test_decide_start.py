@@ -49,7 +49,11 @@ def decided(weights: str | None, source: TargetSource, head_dim: int = 12, **fie
         (RANDOM, {"student_init": "random"}, ("random", "extraction")),
         (RANDOM, {"preset": "paper"}, (None, "extraction")),
         (RANDOM, {"preset": "paper", "student_init": "teacher"}, ("teacher", "extraction")),
-        (OWN, {}, ("random", "extraction")),
+        (OWN, {}, ("random", "one_shot")),  # hidden stages would undo what its blocks have learnt
+        (OWN, {"label_weight": 0.5}, ("random", "one_shot")),
+        *((OWN, given, ("random", "extraction")) for given in ({"num_stages": 1}, {"stage_fraction": 0.2})),
+        (OWN, {"hidden_weight": 1.0}, ("random", "joint")),
+        (OWN, {"preset": "paper"}, (None, "extraction")),
         (PASSED, {}, ("random", "extraction")),
         (PASSED, {"student_init": "teacher"}, ("teacher", "joint")),
     ],
@@ -64,7 +68,7 @@ def test_start_and_method_under_a_live_teacher(
 
 def test_weights_of_its_own_stay_with_a_warning_where_others_are_asked_for() -> None:
     with pytest.warns(UserWarning, match="the student brings its own weights: student_init='teacher' leaves it alone"):
-        assert decided(OWN, LiveTargets(llama(4, 24, seed=1)), student_init="teacher") == ("random", "extraction")
+        assert decided(OWN, LiveTargets(llama(4, 24, seed=1)), student_init="teacher") == ("random", "one_shot")
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import WEIGHTS, weights_of
 from tutelage.training import checks, warm_start
-from tutelage.training.config import CurriculumConfig
+from tutelage.training.config import AFTER_START, CurriculumConfig
 from tutelage.training.objective import StageObjective
-from tutelage.training.resolution import ResolvedRun, method_after_start, resolve
+from tutelage.training.resolution import ResolvedRun, default_method, resolve
 from tutelage.training.self_check import check_precision, run_probe
 
 _log = logging.getLogger(__name__)
@@ -153,8 +153,12 @@ def decide_start(args: CurriculumConfig, student: nn.Module, source: TargetSourc
     args = copy.copy(args)
     args.student_init = _student_init(args, student, source)
     if args.method is None:
-        started = args.student_init == "teacher" and args.preset == "default"
-        args.method = source.method or (method_after_start(args) if started else args.value("method"))
+        args.method = source.method or args.value("method")
+        if source.method is None and args.preset == "default":
+            if args.student_init == "teacher":
+                args.method = default_method(args, AFTER_START["method"])
+            elif weights_of(student) == "own":  # stages would undo what its blocks have learnt
+                args.method = default_method(args, "one_shot")
     return args
 
 

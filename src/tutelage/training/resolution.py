@@ -89,13 +89,17 @@ def resolve(
     return ResolvedRun(curriculum, reading, samples)
 
 
-def method_after_start(args: CurriculumConfig) -> str:
-    """The method for a student that starts from its teacher, where none is given; options of hidden stages ask for these,
-    unless they say what holds without stages too."""
-    only = ["stage_fraction", *(name for name, methods in _READERS.items() if methods == ("extraction",))]
+def default_method(args: CurriculumConfig, usual: str) -> str:
+    """The method of a student with trained weights, where none is given: `usual`, or the one that an option asks for which
+    `usual` does not read, unless the option says what holds without stages too."""
     without = {"warm_start": "none", "stage_trains": "up_to"}
-    asks = any(getattr(args, name) not in (None, without.get(name)) for name in only)
-    return "extraction" if asks else AFTER_START["method"]
+    readers = {"stage_fraction": ("extraction",), **_READERS}
+    asked = (
+        methods[0]
+        for name, methods in readers.items()
+        if usual not in methods and getattr(args, name) not in (None, without.get(name))
+    )
+    return next(asked, usual)
 
 
 def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
