@@ -84,12 +84,15 @@ def sizes(teacher: str, assets: Path) -> None:
 
 
 def groups_of(teacher: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The reported runs by student and method, in the order of `METHODS`; where there are none yet, the best tuning run."""
+    """The reported runs at the best rate by student and method, in the order of `METHODS`; where there are none, the best
+    tuning run."""
+    rates = best_rates(teacher)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     tuning: dict[tuple[str, str], dict[str, Any]] = {}
     for run in read_results(teacher):
         key = run["run"]["student"], run["run"]["method"]
-        if int(run["run"]["seed"]) in SEEDS:
+        best = rates.get(key, (run["run"]["rate"], True))[0]
+        if int(run["run"]["seed"]) in SEEDS and float(run["run"]["rate"]) == float(best):
             found.setdefault(key, []).append(run)
         elif key not in tuning or metric_of(teacher, run) > metric_of(teacher, tuning[key]):
             tuning[key] = run
@@ -124,6 +127,14 @@ def cell(values: list[float]) -> str:
 
 def report(teacher: str) -> None:
     """Write the page of a teacher and draw its curves."""
+    write_atomically(RESULTS / teacher / "README.md", page(teacher))
+    for student in TEACHERS[teacher]["students"]:
+        if runs := {method: found for (name, method), found in groups_of(teacher).items() if name == student}:
+            curves(teacher, student, runs)
+
+
+def page(teacher: str) -> str:
+    """Tables of all runs of a teacher, as Markdown."""
     groups, rates, columns = groups_of(teacher), best_rates(teacher), {**COLUMNS[teacher], **SPENT}
     lines = [
         f"# {teacher}: small students of one teacher",
@@ -157,10 +168,9 @@ def report(teacher: str) -> None:
             lines.append(f"| the teacher itself | | | {' | '.join(cells)} |")
         if size := measured["students"].get(student):
             lines += ["", size_line(size)]
-        curves(teacher, student, runs)
         lines += ["", f"![curves](curves-{student}.png)"]
     lines += ["", *rate_table(teacher), *trial_tables(teacher)]
-    write_atomically(RESULTS / teacher / "README.md", "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def size_line(size: dict[str, float]) -> str:
@@ -174,13 +184,11 @@ def size_line(size: dict[str, float]) -> str:
 
 def machine(runs: list[dict[str, Any]]) -> str:
     """Where runs were made."""
-    made = {json.dumps(run["environment"], sort_keys=True) for run in runs}
-    found = json.loads(max(made))
-    return (
-        "Environment: "
-        + ", ".join(f"{key} {value}" for key, value in found.items() if isinstance(value, str | int))
-        + "."
-    )
+    made = {
+        ", ".join(f"{key} {value}" for key, value in run["environment"].items() if not isinstance(value, dict))
+        for run in runs
+    }
+    return "Environment: " + "; or ".join(sorted(made)) + "."
 
 
 def rate_table(teacher: str) -> list[str]:

@@ -113,6 +113,42 @@ def test_the_recipe_of_sentence_transformers_trains_a_student(
     assert student.embedding_size == 32 and len(tutelage.find_blocks(student.encoder)) == len(layers)
 
 
+def test_the_benchmark_of_students_makes_runs_and_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedding_teacher: Path, corpus: Path
+) -> None:
+    students: Any = importlib.import_module("students")
+    report: Any = importlib.import_module("students_report")
+    for name in ("pieces/train.jsonl", "wikipedia/heldout.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(corpus / "text.jsonl")
+    (tmp_path / "minilm").symlink_to(embedding_teacher)
+    tiny = {"steps": 2, "batch": 4, "run": {"max_length": 16}, "evaluations": {}}
+    monkeypatch.setitem(students.TEACHERS, "minilm", {**students.TEACHERS["minilm"], **tiny})
+    monkeypatch.setitem(students.TEACHERS["minilm"], "students", {"2x16": "layers=2,hidden_size=16"})
+    monkeypatch.setitem(students.TRIALS, "minilm", {("2x16", "joint-teacher"): ("1e-3", "2e-3")})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "students").mkdir(parents=True)
+    assert students.list_runs("tune", "minilm") == [f"minilm 2x16 joint-teacher {rate} 1000" for rate in ("1e-3", "2e-3")]
+    students.run(("minilm", "2x16", "joint-teacher", "1e-3", "1000"), tmp_path)
+    assert students.list_runs("final", "minilm")[0] == "minilm 2x16 joint-teacher 1e-3 0"
+    (made,) = students.read_results("minilm")
+    for rate in ("1e-3", "2e-3"):
+        run = {**made, "run": {**made["run"], "seed": "0", "rate": rate}}
+        file = students.result_file("minilm", "2x16", "joint-teacher", rate, "0")
+        file.write_text(json.dumps(run), encoding="utf-8")
+    (tmp_path / "results" / "students" / "trials.jsonl").touch()
+    assert "| joint-teacher | 1 | 1e-3 * |" in report.page("minilm")  # the best rate alone
+
+
+def test_the_pages_of_students_are_those_of_their_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    report: Any = importlib.import_module("students_report")
+    monkeypatch.chdir(ROOT)
+    pages = sorted((ROOT / "results" / "students").glob("*/README.md"))
+    assert pages
+    for page in pages:
+        assert report.page(page.parent.name) == page.read_text(encoding="utf-8")
+
+
 def test_the_classifier_of_reviews_is_fine_tuned(tmp_path: Path, embedding_teacher: Path) -> None:
     classifier: Any = importlib.import_module("train_reviews_classifier")
     (tmp_path / "reviews").mkdir()
