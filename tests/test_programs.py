@@ -128,7 +128,9 @@ def test_the_benchmark_of_students_makes_runs_and_a_page(
     monkeypatch.setitem(students.TRIALS, "minilm", {("2x16", "joint-teacher"): ("1e-3", "2e-3")})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results" / "students").mkdir(parents=True)
-    assert students.list_runs("tune", "minilm") == [f"minilm 2x16 joint-teacher {rate} 1000" for rate in ("1e-3", "2e-3")]
+    assert students.list_runs("tune", "minilm") == [
+        f"minilm 2x16 joint-teacher {rate} 1000" for rate in ("1e-3", "2e-3")
+    ]
     students.run(("minilm", "2x16", "joint-teacher", "1e-3", "1000"), tmp_path)
     assert students.list_runs("final", "minilm")[0] == "minilm 2x16 joint-teacher 1e-3 0"
     (made,) = students.read_results("minilm")

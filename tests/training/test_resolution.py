@@ -113,6 +113,9 @@ def test_an_unknown_preset_is_refused() -> None:
         ({"preset": "paper"}, {}),
         ({"preset": "paper", "warm_start": "none", "stage_fraction": 0.5}, {}),
         ({"preset": "paper", "layer_map": "1:3"}, {"layer_map": "1:3"}),
+        ({"preset": "paper", "warmup_steps": 0.1}, {"warmup_steps": 0.1}),
+        ({"preset": "paper", "disable_dropout": False}, {"disable_dropout": False}),
+        ({"preset": "paper", "embedding_loss": "mse"}, {"embedding_loss": "mse"}),
         ({"preset": "paper", "normalize": "standardize"}, {"normalize": "standardize"}),
     ],
 )

@@ -20,7 +20,6 @@ _SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top
 # settings that are not of a method
 _OF_THE_RUN = (
     "learning_rate",
-    "warmup_steps",
     "per_device_train_batch_size",
     "num_train_epochs",
     "teacher_checkpoints",
@@ -116,7 +115,7 @@ def deviations(args: CurriculumConfig, curriculum: Curriculum) -> dict[str, Any]
     preset, found = PRESETS[args.preset], {}
     if curriculum.student_init == "teacher" == preset["student_init"]:
         preset = {**preset, **AFTER_START, "warm_start": "none"}
-    for name in dict.fromkeys([*preset, *_READERS, *_SHARED]):
+    for name in dict.fromkeys([*preset, *_READERS, *_SHARED, "embedding_loss", "disable_dropout"]):
         value = getattr(args, name)
         # a preset leaves the basis to the widths, and it may leave the warm start to the layer map
         if name in preset or name not in ("warm_start", "residual_basis"):
