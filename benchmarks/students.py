@@ -118,8 +118,8 @@ TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("15x576", "joint-teacher"): ("5e-4",),
     },
     "reviews": {
-        ("2x192", method): ("1e-3", "2e-3", "4e-3")
-        for method in ("one-shot", "stage-transplant", "joint", "one-shot-teacher", "stages-teacher", "joint-teacher")
+        ("2x192", method): ("1e-3", "2e-3")
+        for method in ("one-shot", "stage-transplant", "one-shot-teacher", "stages-teacher", "joint-teacher")
     },
 }
 
