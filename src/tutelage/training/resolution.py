@@ -98,6 +98,11 @@ def method_after_start(args: CurriculumConfig) -> str:
     return "extraction" if asks else AFTER_START["method"]
 
 
+def reads(args: CurriculumConfig, name: str) -> bool:
+    """Whether the method, or one that may still be chosen, reads a setting."""
+    return args.method is None or args.method in _READERS[name]
+
+
 def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
     """Raise UserError where one of `settings` is given and is not what an extracted curriculum was made with."""
     for name, value in made.items():
