@@ -54,13 +54,11 @@ def start_student(
     """Write all weights of `student` from those of `teacher`; `batches` are calibration batches on the teacher's device."""
     layout = check_start(student, teacher, task, curriculum, container)
     kind = _basis(layout, curriculum)
-    gram = None
-    if kind == "logits":
-        assert (theirs := task.output_head(teacher)) is not None
-        gram = _gram(layout, theirs)
+    theirs = task.output_head(teacher)
+    gram = _gram(layout, theirs) if kind == "logits" and theirs is not None else None
     started = initialize(layout, batches, BasisChoice(kind, curriculum.projection_seed, gram))
     if not task.splits_head and (head := task.output_head(student)) is not None:
-        _write_pooled_head(head, task.output_head(teacher), started)
+        _write_pooled_head(head, theirs, started)
     return started
 
 
