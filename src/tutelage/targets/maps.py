@@ -16,6 +16,7 @@ from tutelage.core.blocks import FINAL, Place
 from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
+from tutelage.core.linalg import whole_float32
 from tutelage.core.moments import Moments, check_count, shrunk_moment
 from tutelage.core.processes import Group
 from tutelage.core.projection import (
@@ -144,7 +145,8 @@ class _Calibrator:
         for _, batch in self.group.mine(self.batches):
             for index, hidden in enumerate(self.calibration.states_of_all(batch)):
                 states = hidden[position_mask(batch, hidden)].float()
-                both = state_norms(states), projections[index](states).square().mean(-1)
+                with whole_float32(states.device):
+                    both = state_norms(states), projections[index](states).square().mean(-1)
                 found[index].append(torch.stack(both).cpu())
 
         def make(index: int, parts: list[list[torch.Tensor]]) -> TargetMap:
