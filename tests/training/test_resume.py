@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumTrainer
 from tutelage.core.errors import UserError
+from tutelage.targets.maps import save_target_maps
+from tutelage.targets.source import StatisticsFile
 from tutelage.training.records import last_complete_checkpoint
 
 Make = Callable[..., CurriculumTrainer]
@@ -79,14 +82,22 @@ def resumed(make_trainer: Make, output: str, checkpoint: Path, **settings: Any) 
 def test_a_run_resumes_in_a_new_folder_with_the_statistics_beside_its_checkpoint(
     make_trainer: Make, tmp_path: Path
 ) -> None:
-    """Also where the folder has those of a run that differs only in its teacher."""
-    make_trainer("used", student=narrower(), teacher_model=llama(4, 24, seed=5), **STARTED).train()
     whole = make_trainer("old", student=narrower(), **STARTED)
     whole.train()
-    for folder in ("new", "used"):
-        found = resumed(make_trainer, folder, tmp_path / "old" / "checkpoint-1")
-        assert all(torch.equal(value, found[name]) for name, value in weights(whole).items())
-        assert (tmp_path / folder / STATISTICS).read_bytes() == (tmp_path / "old" / STATISTICS).read_bytes()
+    found = resumed(make_trainer, "new", tmp_path / "old" / "checkpoint-1")
+    assert all(torch.equal(value, found[name]) for name, value in weights(whole).items())
+    assert (tmp_path / "new" / STATISTICS).read_bytes() == (tmp_path / "old" / STATISTICS).read_bytes()
+
+
+def test_statistics_of_a_different_run_are_not_read(tmp_path: Path) -> None:
+    new, old = (tmp_path / name / STATISTICS for name in ("new", "old"))
+    run = {"teacher": "1", "data": "2"}
+    file = StatisticsFile(new, read=True, write=True, checkpoint=str(old.parent / "checkpoint-1"), run=run)
+    for path, teacher, expected in ((new, "3", None), (old, "4", None), (old, "1", old), (new, "1", new)):
+        path.parent.mkdir(exist_ok=True)
+        save_target_maps([], path, {**run, "teacher": teacher})
+        assert file.found() == expected
+    assert replace(file, read=False).found() is None
 
 
 def test_a_lost_residual_basis_is_computed_again(make_trainer: Make, tmp_path: Path) -> None:
