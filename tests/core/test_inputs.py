@@ -55,6 +55,7 @@ def test_position_mask() -> None:
     hidden = torch.zeros(2, 4, 3)
     mask = position_mask({"input_ids": IDS, "attention_mask": MASK}, hidden)
     assert mask.dtype == torch.bool and torch.equal(mask, MASK == 1)
+    assert position_mask({"attention_mask": MASK}, hidden.to("meta")).is_meta  # where the state is
     assert torch.equal(position_mask({"input_ids": IDS}, hidden), torch.ones(2, 4, dtype=torch.bool))
     pooled = position_mask({"input_ids": IDS, "attention_mask": MASK}, hidden[:, 0])
     assert torch.equal(pooled, torch.ones(2, dtype=torch.bool))

@@ -10,8 +10,10 @@ import pytest
 from tests.cli.conftest import run
 from tests.runs.conftest import STUDENT, settings, texts
 from tutelage.core.curriculum import one_shot
+from tutelage.core.errors import UserError
 from tutelage.runs.distill import distill
-from tutelage.runs.inputs import load_inputs
+from tutelage.runs.inputs import RunOptions, load_inputs
+from tutelage.runs.plan import plan
 from tutelage.targets.live import LiveTargets
 
 
@@ -49,6 +51,14 @@ def test_a_basis_that_keeps_everything_and_no_start_at_all(causal_teacher: Path,
     assert "of the teacher, through a random residual basis" in run(*command, "--residual_basis=random")
     assert json.loads(run(*command, "--student_init=random", "--json"))["start"] is None
     assert "starts from" not in run(*command, "--preset=paper")
+
+
+def test_a_plan_refuses_a_basis_by_a_head_that_does_not_read_the_residual_stream(
+    classifier_teacher: Path, tmp_path: Path
+) -> None:
+    args = settings(tmp_path, classifier_teacher, student_init=None, residual_basis="logits")
+    with pytest.raises(UserError, match="no output head that reads the residual stream: use residual_basis='pca'"):
+        plan(RunOptions(student=STUDENT), args)
 
 
 def test_a_plan_is_of_what_distill_does(causal_teacher: Path, corpus: Path, tmp_path: Path) -> None:

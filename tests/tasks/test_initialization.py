@@ -13,6 +13,7 @@ from torch import nn
 from tests.tasks.family_models import CASES, FAMILIES, POST_NORM, RMS, inputs, make, outputs
 from tutelage.core.blocks import FINAL, find_blocks, head_module
 from tutelage.core.forward import observe
+from tutelage.core.stages import uniform_layer_map
 from tutelage.tasks.initialization import families
 from tutelage.tasks.initialization.calibration import state_moments
 from tutelage.tasks.initialization.convert import BasisChoice, Initialized, initialize
@@ -360,3 +361,12 @@ def test_blocks_between_those_of_the_layer_map_are_paired_in_proportion(
     student: int, teacher: int, pairs: list[tuple[Any, Any]], expected: list[int]
 ) -> None:
     assert block_pairs(student, teacher, pairs) == expected
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(2, 4), (3, 4), (6, 7), (7, 12), (10, 26), (12, 26), (22, 29)])
+def test_the_number_of_stages_does_not_change_which_blocks_are_copied(student: int, teacher: int) -> None:
+    expected = [place for _, place in uniform_layer_map(student, teacher)]
+    assert block_pairs(student, teacher) == expected
+    for stages in range(1, student + 1):
+        pairs = [*uniform_layer_map(student, teacher, stages), (FINAL, FINAL)]
+        assert block_pairs(student, teacher, pairs) == expected, stages

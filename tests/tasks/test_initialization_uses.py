@@ -55,6 +55,7 @@ def test_the_logits_basis_weighs_directions_by_the_centred_output_head() -> None
     teacher, student = make("llama", "ForCausalLM"), make("llama", "ForCausalLM", 1, hidden_size=24)
     weight_VD, gain_D = (teacher.get_parameter(name).detach() for name in ("lm_head.weight", "model.norm.weight"))
     read_VD = (weight_VD - weight_VD.mean(0)) * gain_D
-    found_DD = _gram(Layout.of(student, teacher), OutputHead.of(teacher))
-    assert found_DD is not None
+    head = OutputHead.of(teacher)
+    assert head is not None
+    found_DD = _gram(Layout.of(student, teacher), head)
     torch.testing.assert_close(found_DD, read_VD.T @ read_VD, rtol=1e-4, atol=1e-4)

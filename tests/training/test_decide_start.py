@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import pytest
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from tests.training.conftest import llama
 from tutelage import CurriculumConfig
@@ -15,8 +16,9 @@ from tutelage.runs.inputs import DEFAULT_RATE, RunOptions, with_defaults
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import TargetSource
 from tutelage.tasks.registry import get_task
-from tutelage.tasks.students import WEIGHTS
+from tutelage.tasks.students import WEIGHTS, make_student, student_config
 from tutelage.training.preparation import decide_start, default_warm_start
+from tutelage.training.resolution import build_curriculum
 
 RANDOM, OWN, PASSED, STORED = "random", "own", None, "teacher"  # weights that a student comes with
 
@@ -113,7 +115,23 @@ def test_a_student_that_does_not_fit_falls_back_with_a_message(caplog: pytest.Lo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decided(RANDOM, LiveTargets(llama(4, 24, seed=1)), head_dim=8) == ("random", "extraction")
-    assert "The student starts from random weights" in caplog.text
+    assert "The student starts from random weights: the student's attention heads have 8 values" in caplog.text
+
+
+@pytest.mark.parametrize("fields", [{"num_stages": 4}, {"method": "one_shot", "layer_map": "1:1,10:26"}])
+def test_blocks_of_several_kinds_start_from_their_like_where_no_layer_map_is_read(fields: dict[str, Any]) -> None:
+    """Gemma 3 has full attention in every sixth block; a preset gives each block the kind of the teacher's that it is
+    copied from."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 8}
+    config = Gemma3TextConfig(num_hidden_layers=26, num_key_value_heads=1, sliding_window=8, **sizes)
+    source, task = LiveTargets(Gemma3ForCausalLM(config)), get_task("causal_lm")
+    student = make_student("layers=10", task, student_config("layers=10", config))
+    args = decide_start(CurriculumConfig(use_cpu=True, **fields), student, source)
+    assert args.student_init == "teacher"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a layer map that is not read
+        curriculum = build_curriculum(args, (10, 26), 40)
+    source.attach(curriculum, student)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from tests.training.conftest import VOCAB, llama, token_rows
 from tutelage import CurriculumTrainer
@@ -127,6 +134,26 @@ def test_an_embedding_without_a_head_may_not_be_rotated(basis: str) -> None:
     source.attach(one_shot(1, student_init="teacher"), encoder(2, 16, seed=1))
 
 
+@pytest.mark.parametrize(
+    ("task", "kind"), [("masked_lm", BertForMaskedLM), ("sequence_classification", BertForSequenceClassification)]
+)
+def test_the_logits_basis_needs_a_head_that_reads_the_residual_stream(task: str, kind: Any) -> None:
+    """These heads have a hidden layer of their own."""
+    config = encoder(2, 16, seed=0).encoder.config
+    config.tie_word_embeddings = False
+    student, source = kind(config), LiveTargets(kind(config), get_task(task))
+    message = f"{kind.__name__} has no output head that reads the residual stream: use residual_basis='pca'"
+    with pytest.raises(UserError, match=f"residual_basis='logits' .*, but {message}"):
+        source.attach(one_shot(1, student_init="teacher", residual_basis="logits"), student)
+    source.attach(one_shot(1, student_init="teacher", residual_basis="pca"), student)
+
+
+def test_the_logits_basis_needs_an_output_head() -> None:
+    source = LiveTargets(encoder(4, 16, seed=0), get_task("embedding"))
+    with pytest.raises(UserError, match="EmbeddingModel has no output head that reads the residual stream"):
+        source.attach(one_shot(1, student_init="teacher", residual_basis="logits"), encoder(2, 8, seed=1, embedding=16))
+
+
 @pytest.mark.parametrize(("width", "passes"), [(24, 1), (16, 2)])
 def test_the_teachers_forwards_of_the_initialisation_are_counted(make_trainer: Make, width: int, passes: int) -> None:
     """One pass for heads, neurons and norms, and one before it where the basis is made of the states."""
@@ -177,9 +204,7 @@ def test_a_student_that_cannot_be_initialised_falls_back_by_default_and_is_refus
         make_trainer(student=student, student_init="teacher")
     student.__dict__[WEIGHTS] = "random"
     trainer = make_trainer(student=student)
-    assert (
-        "starts from random weights: student_init='teacher': the student's attention heads have 8 values" in caplog.text
-    )
+    assert "starts from random weights: the student's attention heads have 8 values" in caplog.text
     assert trainer.curriculum.student_init == "random"
 
 

@@ -66,7 +66,7 @@ def position_mask(batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tenso
     mask = batch.get("attention_mask")
     if mask is None or hidden.dim() == 2:
         return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
-    return mask.bool()
+    return mask.bool().to(hidden.device)  # a teacher may span devices
 
 
 def label_positions(batch: Mapping[str, Any], causal: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

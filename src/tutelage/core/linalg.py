@@ -1,7 +1,9 @@
-"""Where the linear algebra of a stage switch is computed."""
+"""Where the linear algebra of a stage switch is computed, and how exactly."""
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,3 +26,22 @@ def fastest(function: Callable[..., torch.Tensor], *matrices: torch.Tensor, othe
         return function(*matrices)
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def whole_float32(device: torch.device) -> Iterator[None]:
+    """Products of float32 on `device` in whole float32, whatever the user has set: no autocast, and no TF32, which keeps 10
+    bits of it."""
+    choose: Callable[[str], None] = torch.set_float32_matmul_precision
+    exact = "highest"
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set the newer way (torch 2.9), which must not be mixed with this one
+        choose = functools.partial(setattr, torch.backends.cuda.matmul, "fp32_precision")
+        before, exact = torch.backends.cuda.matmul.fp32_precision, "ieee"
+    choose(exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        choose(before)

@@ -5,13 +5,11 @@ Shapes: N positions, D width."""
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 
+from tutelage.core.linalg import whole_float32
 from tutelage.core.processes import Group
 
 # What a shrunk moment adds to every direction, as a fraction of a dimension's variance: a norm layer leaves directions in which
@@ -46,7 +44,7 @@ class Moments:
         """Count states, on any device."""
         if len(states_ND) == 0:
             return
-        with torch.autocast(states_ND.device.type, enabled=False), _without_tf32():
+        with whole_float32(states_ND.device):
             first = states_ND[0].float()  # a constant dimension is exactly zero after its subtraction
             centred = states_ND.float() - first
             mean = centred.mean(0)
@@ -92,23 +90,6 @@ class Moments:
 
     def _square(self, values_D: torch.Tensor) -> torch.Tensor:
         return torch.outer(values_D, values_D) if self.full else values_D.square()
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Products in whole float32, whatever the user has set: TF32 keeps 10 bits of it."""
-    choose: Callable[[str], None] = torch.set_float32_matmul_precision
-    exact = "highest"
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set the newer way (torch 2.9), which must not be mixed with this one
-        choose = functools.partial(setattr, torch.backends.cuda.matmul, "fp32_precision")
-        before, exact = torch.backends.cuda.matmul.fp32_precision, "ieee"
-    choose(exact)
-    try:
-        yield
-    finally:
-        choose(before)
 
 
 def shrunk_moment(halves: tuple[Moments, Moments], center_D: torch.Tensor, scale_D: torch.Tensor) -> torch.Tensor:

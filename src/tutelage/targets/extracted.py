@@ -142,7 +142,7 @@ class ExtractedTargets(TargetSource):
             return
         maps = self.folder.target_maps(self.curriculum, self._widths if width is None else width)
         if file.write:
-            save_target_maps(maps, file.path)
+            save_target_maps(maps, file.path, file.run)
         self.maps = [target_map.to(device) for target_map in maps]
 
     def training_rows(self, dataset: Any, reading: Reading) -> StoredRows:

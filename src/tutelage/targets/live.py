@@ -1,7 +1,9 @@
 """Targets from a live, frozen teacher.
 Shapes: B batch, T positions, D teacher width, E embedding width, V outputs."""
 
+import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
@@ -10,7 +12,8 @@ import torch
 from torch import nn
 
 from tutelage.core.blocks import FINAL, Place, find_blocks
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import RESIDUAL, Curriculum
+from tutelage.core.errors import UserError
 from tutelage.core.forward import watched
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_positions, model_inputs, position_mask
@@ -22,7 +25,6 @@ from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
 from tutelage.targets.identity import model_hash
 from tutelage.targets.maps import (
     Calibration,
-    Maps,
     TargetMap,
     Widths,
     calibrate,
@@ -31,7 +33,7 @@ from tutelage.targets.maps import (
     save_target_maps,
     width_at,
 )
-from tutelage.targets.source import Batches, Device, HiddenTarget, StatisticsFile, TargetSource
+from tutelage.targets.source import STREAMED, Batches, Device, HiddenTarget, StatisticsFile, TargetSource
 from tutelage.tasks.base import Batch, OutputTarget, Task
 from tutelage.tasks.initialization.student import Initialized, check_start, start_student
 from tutelage.tasks.loading import count_parameters
@@ -162,13 +164,11 @@ class LiveTargets(TargetSource):
         widths = self.task.widths(student, curriculum.places("student")) if width is None else width
         replicas, blocks, self.calibrated = self.task.replica_seeds(student), self.blocks, {}
         group = Group.of_all(device) if file.shared else Group()
-
-        def stored() -> Maps | None:
-            found = file.read and file.path.exists()
-            return load_target_maps(file.path, curriculum, widths, blocks, replicas) if found else None
-
-        maps = group.first(stored)
-        if maps is None:
+        if (found := group.first(file.found)) is not None:
+            maps = group.first(lambda: load_target_maps(found, curriculum, widths, blocks, replicas))
+        else:
+            if file.read and curriculum.projection == RESIDUAL and self.started is None:
+                self._restart(student, file, batches)
             transplants = curriculum.transplant_stage is not None
             centers = not transplants or self.task.head_has_bias(student)
             head = self.output_head() if self.task.splits_head else None
@@ -176,9 +176,21 @@ class LiveTargets(TargetSource):
             calibration = Calibration(widths, replicas, centers, transplants, head, self.started, self._all_states)
             maps = calibrate(self._counted_states, curriculum, batches(), blocks, calibration, group)
             self.calibrated = {index: sum(group.gather(count)) for index, count in self.calibrated.items()}
-            if file.write:
-                save_target_maps(maps, file.path)
+        if file.write and found != file.path:
+            save_target_maps(maps, file.path, file.run)
         self.maps = [target_map.to(device) for target_map in maps]
+
+    def _restart(self, student: nn.Module, file: StatisticsFile, batches: Batches) -> None:
+        """The residual basis of a run that is resumed without its statistics: the one that the start gave, which depends on
+        the teacher and the calibration text alone. The student keeps what it has learnt."""
+        places = " or ".join(repr(str(path.parent)) for path in file.places)
+        lost = f"{file.path.name} of this run is not in {places}"
+        if file.run.get("data") == STREAMED:
+            found = f"{lost}, and its residual basis cannot be computed again from a stream, whose rows may differ"
+            raise UserError(f"{found}: put the file there, or start a new run")
+        how = "residual basis and statistics are computed again from the calibration text"
+        warnings.warn(f"{lost}: {how}", stacklevel=2)
+        self.start(copy.deepcopy(student), batches)
 
     def _all_states(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
         """The states of all hidden stages, from one forward up to the deepest place."""

@@ -3,6 +3,7 @@ Shapes: B batch, T positions, D teacher width, R projected width, N calibration 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
+from tutelage.core.linalg import whole_float32
 from tutelage.core.moments import Moments, check_count, shrunk_moment
 from tutelage.core.processes import Group
 from tutelage.core.projection import (
@@ -144,7 +147,8 @@ class _Calibrator:
         for _, batch in self.group.mine(self.batches):
             for index, hidden in enumerate(self.calibration.states_of_all(batch)):
                 states = hidden[position_mask(batch, hidden)].float()
-                both = state_norms(states), projections[index](states).square().mean(-1)
+                with whole_float32(states.device):
+                    both = state_norms(states), projections[index](states).square().mean(-1)
                 found[index].append(torch.stack(both).cpu())
 
         def make(index: int, parts: list[list[torch.Tensor]]) -> TargetMap:
@@ -208,8 +212,10 @@ def random_projection(
     return StackedProjection([RandomProjection(*widths, (*seed, own), kind) for own in replicas])
 
 
-def save_target_maps(maps: Sequence[TargetMap], path: Path) -> None:
-    """Store statistics, data-aware projections and second moments; random projections are drawn again from their seed."""
+def save_target_maps(maps: Sequence[TargetMap], path: Path, run: Mapping[str, str] | None = None) -> None:
+    """Store statistics, data-aware projections and second moments; random projections are drawn again from their seed.
+
+    `run` is the identity of the run that they belong to."""
     tensors: dict[str, torch.Tensor] = {}
     for index, target_map in enumerate(maps):
         standardizer = target_map.standardizer
@@ -222,7 +228,15 @@ def save_target_maps(maps: Sequence[TargetMap], path: Path) -> None:
         if target_map.unit != 1:
             tensors[f"{index}.unit"] = torch.tensor(target_map.unit, dtype=torch.float64)
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        metadata = {"run": json.dumps(run, sort_keys=True)} if run else None
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def identity_of(path: Path) -> dict[str, str]:
+    """The identity of the run that stored statistics belong to; empty where they do not say."""
+    with safe_open(path, "pt") as handle:
+        identity: dict[str, str] = json.loads((handle.metadata() or {}).get("run", "{}"))
+    return identity
 
 
 def load_target_maps(

@@ -2,7 +2,7 @@
 
 The objective, the trainer, evaluation and extraction use a source without knowing which one it is. R is the projected width."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.stages import HiddenStage, LayerMap, Stage
-from tutelage.targets.maps import TargetMap
+from tutelage.targets.maps import TargetMap, identity_of
 from tutelage.tasks.base import Batch, OutputTarget, Task
 from tutelage.tasks.initialization.student import Initialized
 
@@ -58,12 +58,28 @@ class FixedSettings:
     rows: int | None = None  # training examples; None where the run brings its own
 
 
+STREAMED = "a stream"  # what the identity of a run says of data whose rows may come in another order the next time
+
+
 @dataclass(frozen=True)
 class StatisticsFile:
     path: Path  # where the statistics of the target maps are kept
     read: bool  # read them if they are there, instead of making them
     write: bool  # write them; one process does
     shared: bool = False  # all processes of the run make them together, and the first one reads
+    checkpoint: str | None = None  # that the run is resumed from: the statistics may be beside it
+    run: Mapping[str, str] = field(default_factory=dict)  # identity of the run: the statistics of others are not read
+
+    @property
+    def places(self) -> list[Path]:
+        """Where the statistics may be."""
+        beside = [] if self.checkpoint is None else [Path(self.checkpoint).parent / self.path.name]
+        return [self.path, *(path for path in beside if path.resolve() != self.path.resolve())]
+
+    def found(self) -> Path | None:
+        """Where they are; None where they are to be made."""
+        there = (path for path in self.places if self.read and path.exists())
+        return next((path for path in there if not self.run or identity_of(path) == self.run), None)
 
 
 class TargetSource:

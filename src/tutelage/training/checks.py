@@ -20,7 +20,7 @@ from tutelage.core.errors import UserError
 from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
-from tutelage.targets.source import TargetSource
+from tutelage.targets.source import STREAMED, TargetSource
 from tutelage.tasks.base import Task
 from tutelage.training.data import Limits, readable_rows
 from tutelage.training.records import CURRICULUM_FILE, METRICS_FILE, TARGETS_FILE, checkpoints
@@ -219,7 +219,7 @@ def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, datase
         **source.identity(),
     }
     if isinstance(dataset, IterableDataset):
-        identity["data"] = "a stream"  # whose rows may come in another order the next time
+        identity["data"] = STREAMED
     elif dataset is not None and hasattr(dataset, "__len__"):
         rows = [dataset[index] for index in sorted({0, len(dataset) // 2, len(dataset) - 1})]
         identity["data"] = digest(f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}")

@@ -29,7 +29,7 @@ from tutelage.tasks.students import WEIGHTS, weights_of
 from tutelage.training import checks, warm_start
 from tutelage.training.config import AFTER_START, CurriculumConfig
 from tutelage.training.objective import StageObjective
-from tutelage.training.resolution import ResolvedRun, default_method, resolve
+from tutelage.training.resolution import ResolvedRun, default_method, reads, resolve
 from tutelage.training.self_check import check_precision, run_probe
 
 _log = logging.getLogger(__name__)
@@ -176,11 +176,11 @@ def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSour
     if weights != "random" or args.warm_start not in (None, "none"):  # a warm start would write over these weights
         return "random"
     try:
-        source.check_start(student, args.residual_basis, args.layer_map)
+        source.check_start(student, args.residual_basis, args.layer_map if reads(args, "layer_map") else None)
     except UserError as error:
         if args.residual_basis is not None:  # it asks for the start
             raise
-        _log.warning("The student starts from random weights: %s", error)
+        _log.warning("The student starts from random weights: %s", str(error).removeprefix("student_init='teacher': "))
         return "random"
     return "teacher"
 

@@ -18,12 +18,7 @@ from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
 _SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top_k")
 # settings that are not of a method
-_OF_THE_RUN = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "num_train_epochs",
-    "teacher_checkpoints",
-)
+_OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
     **dict.fromkeys(["layer_map", "num_stages", "projection"], ("extraction", "joint")),
@@ -99,6 +94,11 @@ def default_method(args: CurriculumConfig, usual: str) -> str:
         if usual not in methods and getattr(args, name) not in (None, without.get(name))
     )
     return next(asked, usual)
+
+
+def reads(args: CurriculumConfig, name: str) -> bool:
+    """Whether the method, or one that may still be chosen, reads a setting."""
+    return args.method is None or args.method in _READERS[name]
 
 
 def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:

@@ -167,7 +167,8 @@ class CurriculumTrainer(Trainer):
             self._load_from_checkpoint(resume_from_checkpoint)
         self.meter.start()
         writes = self.is_world_process_zero()
-        file = StatisticsFile(self.folder / records.TARGETS_FILE, read=resuming, write=writes, shared=True)
+        path, run = self.folder / records.TARGETS_FILE, self.progress.identity
+        file = StatisticsFile(path, resuming, writes, shared=True, checkpoint=resume_from_checkpoint, run=run)
         with self.accelerator.autocast():
             self.transition.prepare(file, self.feed, self.args.device, fresh=not resuming)
             if self.is_fsdp_enabled or self.curriculum.stage_trains == "new":  # while it is whole; finds empty stages

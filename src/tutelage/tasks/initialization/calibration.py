@@ -13,6 +13,7 @@ from torch import nn
 from tutelage.core.blocks import Place
 from tutelage.core.forward import observe
 from tutelage.core.inputs import model_inputs, position_mask
+from tutelage.core.linalg import whole_float32
 from tutelage.core.moments import Moments, check_count
 from tutelage.core.standardize import sink_threshold, state_norms
 from tutelage.tasks.initialization.families import EXPERTS, NEURONS, POOLED, QUERIES, Linear, Norm, Tensor
@@ -61,7 +62,9 @@ def state_moments(layout: Layout, batches: Batches, places: Sequence[Place]) -> 
 
 
 def observe_modules(layout: Layout, batches: Batches, hooks: dict[nn.Module, list[Hook]]) -> None:
-    """Run the teacher over all batches and show each module's input and output to its hooks, at non-padding positions."""
+    """Run the teacher over all batches and show each module's input and output to its hooks, at non-padding positions.
+
+    The hooks compute in whole float32, also where the teacher runs under autocast."""
     model = layout.teacher
     # below the output head of a language model: it is wide, and nothing here reads its logits
     pooled = any(isinstance(part.rule, Linear) and part.rule.reads == POOLED for part in layout.parts)
@@ -70,16 +73,17 @@ def observe_modules(layout: Layout, batches: Batches, hooks: dict[nn.Module, lis
 
     def flat(values: torch.Tensor) -> torch.Tensor:
         if mask is not None and values.dim() > mask.dim() and values.shape[: mask.dim()] == mask.shape:
-            return values[mask]
+            return values[mask.to(values.device)]
         if mask is not None and len(values) == mask.numel():  # a router's, which sees positions one after the other
-            return values[mask.flatten()]
+            return values[mask.flatten().to(values.device)]
         return values.flatten(0, -2)
 
     def show(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
         made = output if isinstance(output, torch.Tensor) else output[0]
-        for hook in hooks[module]:
-            hook(flat(given), flat(made))
+        with whole_float32(made.device):
+            for hook in hooks[module]:
+                hook(flat(given).to(made.device), flat(made))  # what is given may come from the device before
 
     with _hooked(list(hooks), show), torch.no_grad():
         for batch in batches:

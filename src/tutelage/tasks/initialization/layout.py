@@ -13,7 +13,7 @@ from torch import nn
 from tutelage.core.blocks import Blocks, find_blocks
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config
-from tutelage.core.stages import check_places
+from tutelage.core.stages import check_places, uniform_layer_map
 from tutelage.tasks.initialization.families import Family, Linear, Norm, Rule, families_of
 
 Batches = Sequence[Mapping[str, Any]]  # model inputs
@@ -246,7 +246,8 @@ def normalized(hidden: torch.Tensor, norm: nn.Module, family: Family) -> torch.T
 
 
 def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[Any, Any]] = ()) -> list[int]:
-    """The teacher's block for each of the student's: those of the layer map, and in proportion between them.
+    """The teacher's block for each of the student's: those of the layer map, and in proportion between them. Pairs of the
+    uniform map, such as those of `num_stages`, leave all blocks as that map has them.
 
     Raises UserError for a student that is deeper than its teacher, or a map to blocks that they do not have."""
     if student_blocks > teacher_blocks:
@@ -255,8 +256,11 @@ def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[
             f"{found}: student_init='teacher' needs a student that is not deeper; use student_init='random'"
         )
     check_places(pairs, student_blocks, teacher_blocks)
-    known = {0: 0, student_blocks: teacher_blocks}
-    known |= {mine: theirs for mine, theirs in pairs if isinstance(mine, int) and isinstance(theirs, int)}
+    given = {mine: theirs for mine, theirs in pairs if isinstance(mine, int) and isinstance(theirs, int)}
+    uniform: dict[Any, Any] = dict(uniform_layer_map(student_blocks, teacher_blocks))
+    if given.items() <= uniform.items():
+        return list(uniform.values())
+    known = {0: 0, student_blocks: teacher_blocks, **given}
     found_blocks = []
     for block in range(1, student_blocks + 1):
         below, above = max(p for p in known if p < block), min(p for p in known if p >= block)

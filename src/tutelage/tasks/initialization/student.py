@@ -27,6 +27,10 @@ def check_start(
     if task.embeds and kind != "identity" and task.output_head(student) is None and task.output_head(teacher) is None:
         found = f"the student's embedding is its pooled state, and residual_basis={kind!r} would rotate it"
         raise UserError(f"student_init='teacher': {found} against the teacher's: use residual_basis='identity'")
+    if kind == "logits" and not _reads_stream(layout, task.output_head(teacher)):
+        found = "residual_basis='logits' weighs the states by what the output head reads of them"
+        lacks = f"{type(teacher).__name__} has no output head that reads the residual stream"
+        raise UserError(f"student_init='teacher': {found}, but {lacks}: use residual_basis='pca'")
     return layout
 
 
@@ -50,10 +54,11 @@ def start_student(
     """Write all weights of `student` from those of `teacher`; `batches` are calibration batches on the teacher's device."""
     layout = check_start(student, teacher, task, curriculum, container)
     kind = _basis(layout, curriculum)
-    gram = _gram(layout, task.output_head(teacher)) if kind == "logits" else None
+    theirs = task.output_head(teacher)
+    gram = _gram(layout, theirs) if kind == "logits" and theirs is not None else None
     started = initialize(layout, batches, BasisChoice(kind, curriculum.projection_seed, gram))
     if not task.splits_head and (head := task.output_head(student)) is not None:
-        _write_pooled_head(head, task.output_head(teacher), started)
+        _write_pooled_head(head, theirs, started)
     return started
 
 
@@ -69,10 +74,13 @@ def _write_pooled_head(student: OutputHead, teacher: OutputHead | None, started:
         student.linear.bias.zero_() if own is None else student.linear.bias.copy_(own)
 
 
-def _gram(layout: Layout, head: OutputHead | None) -> torch.Tensor | None:
-    """`OutputHead.gram` with the gain of the norm before it, (D, D); None without a head that reads the residual stream."""
+def _reads_stream(layout: Layout, head: OutputHead | None) -> bool:
+    """Whether an output head of the teacher reads the residual stream, without a layer of its own before it."""
     parts = [part for part in layout.parts if head is not None and part.teacher is head.linear]
-    if head is None or not parts or parts[0].rule != Linear(STREAM, SAME):
-        return None
+    return bool(parts) and parts[0].rule == Linear(STREAM, SAME)
+
+
+def _gram(layout: Layout, head: OutputHead) -> torch.Tensor:
+    """`OutputHead.gram` with the gain of the norm before it, (D, D)."""
     norms = [part for part in layout.parts if part.block is None and isinstance(part.rule, Norm) and part.rule.readers]
     return head.gram(gain_of(norms[-1].teacher, layout.family))
