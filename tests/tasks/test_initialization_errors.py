@@ -125,6 +125,13 @@ def test_a_module_that_only_the_teacher_has_is_refused() -> None:
     Layout(make("llama"), teacher, [2, 2])  # the block has no part in this student
 
 
+def test_only_rows_of_embeddings_and_heads_may_differ_in_number() -> None:
+    student, teacher = make("electra, projected", "Model", 1, embedding_size=8), make("electra, projected")
+    student.config.embedding_size = 16
+    with pytest.raises(UserError, match=r"word_embeddings.weight is \(50, 8\) in the student, but would be \(50, 16\)"):
+        check_sizes(Layout.of(student, teacher), "identity")
+
+
 def test_a_pooler_that_only_the_teacher_has_is_left_out() -> None:
     student, teacher = make("bert", seed=1), make("bert")
     student.pooler = None

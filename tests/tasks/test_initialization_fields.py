@@ -22,6 +22,7 @@ MAY_DIFFER |= {"layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps
 # say nothing about what weights do; the vocabulary is that of the text
 NOT_TRIED = {"dtype", "output_hidden_states", "output_attentions", "return_dict", "problem_type", "vocab_size"}
 CHOICES = {"classifier_pooling": ("cls", "mean"), "pooler_act": ("tanh", "relu")}
+QUICK = ("modernbert", "ForSequenceClassification")  # the case of the default tests
 
 
 def other_values(name: str, value: Any) -> list[Any]:
@@ -78,12 +79,7 @@ def differs(student: nn.Module, teacher: nn.Module, family: str) -> bool:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("family", "head"),
-    [
-        pytest.param(
-            *case, marks=() if case == ("modernbert", "ForSequenceClassification") else pytest.mark.architectures
-        )
-        for case in CASES
-    ],
+    [pytest.param(*case, marks=() if case == QUICK else pytest.mark.architectures) for case in CASES],
 )
 def test_models_that_differ_in_a_field_compute_the_same_after_the_start_or_are_refused(family: str, head: str) -> None:
     teacher, student = make(family, head), make(family, head, 2)
@@ -127,18 +123,19 @@ def test_the_padding_token_of_a_language_model_may_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("bert", "embeddings.position_embeddings"), ("gpt2", "wpe"), ("electra, projected", "")]
+    ("family", "table"),
+    [
+        ("bert", "embeddings.position_embeddings"),
+        ("electra, projected", "embeddings.position_embeddings"),
+        ("gpt2", "wpe"),
+    ],
 )
-def test_positions_that_the_teacher_lacks_keep_random_embeddings_and_get_a_warning(family: str, name: str) -> None:
+def test_positions_that_the_teacher_lacks_stay_random_and_get_a_warning(family: str, table: str) -> None:
     field = "n_positions" if family == "gpt2" else "max_position_embeddings"
     teacher, student = make(family), make(family, seed=1, **{field: 30})
-    weights = [
-        model.get_parameter(f"{name or 'embeddings.position_embeddings'}.weight") for model in (student, teacher)
-    ]
+    weights = [model.get_parameter(f"{table}.weight") for model in (student, teacher)]
     random = weights[0][24:].detach().clone()
-    message = (
-        "the student has 30 positions, the teacher 24: those beyond keep random .*; set max_position_embeddings=24"
-    )
+    message = "the student has 30 positions, the teacher 24: the rest stay random; set max_position_embeddings=24"
     with pytest.warns(UserWarning, match=message):
         assert not differs(student, teacher, family)
     assert torch.equal(weights[0], torch.cat([weights[1], random]))

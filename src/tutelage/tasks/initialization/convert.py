@@ -295,8 +295,8 @@ class _Conversion:
                 elif space not in _IN_COMMON:
                     shape[dimension] = len(kept.index(space, shape[dimension]))
             differ = [number for number, (a, b) in enumerate(zip(mine.shape, shape, strict=True)) if a != b]
-            has_rows = part.block is None and dimensions[0] in _IN_COMMON and (mine.dim() > 1 or name == "bias")
-            if differ and not (has_rows and differ == [0]):
+            rows = differ == [0] and part.block is None and dimensions[0] in _IN_COMMON
+            if differ and not (rows and (mine.dim() > 1 or name == "bias")):
                 whole = part.name if isinstance(part.rule, Linear) else f"{part.name}.{name}"
                 found = f"{whole} is {tuple(mine.shape)} in the student, but would be {tuple(shape)} from the teacher"
                 raise UserError(f"student_init='teacher': {found}: change the student's sizes")
@@ -311,13 +311,11 @@ class _Conversion:
             if name == "bias" and part.name in self.shifts:
                 value = value + matrix_of(part.teacher) @ self.shifts[part.name]
             value = self._converted(part, whole, value, dimensions)
-            if (theirs := len(value)) < len(mine) and dimensions[0] == POSITIONS:
-                found = (
-                    f"the student has {len(mine)} positions, the teacher {theirs}: those beyond keep random embeddings"
-                )
-                how = f"set max_position_embeddings={theirs}, or train it on texts that are longer than {theirs} tokens"
-                warnings.warn(f"{found}; {how}", UserWarning, stacklevel=2)
             if tuple(value.shape) != tuple(mine.shape):
+                if dimensions[0] == POSITIONS and (theirs := len(value)) < len(mine):
+                    found = f"the student has {len(mine)} positions, the teacher {theirs}: the rest stay random"
+                    how = f"set max_position_embeddings={theirs}, or train on texts of more than {theirs} tokens"
+                    warnings.warn(f"{found}; {how}", UserWarning, stacklevel=2)
                 value = self._fitting(value, mine)
             embeds = part.block is None and isinstance(part.student, nn.Embedding)
             self._set(mine, value * self._embedding_scale() if embeds else value)

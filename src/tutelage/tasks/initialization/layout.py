@@ -223,9 +223,7 @@ class Layout:
             if getattr(part.student, name, None) is not None:
                 continue
             how = self._bias_hint()
-            if isinstance(
-                part.student, nn.Identity
-            ):  # a norm: its gain goes into its readers, and its bias into theirs
+            if isinstance(part.student, nn.Identity):  # a norm: gain and bias go into its readers
                 how = "change the layer map"
                 readers = [each.student for each in self.parts if each.name in self.readers(part)]
                 if name == "weight" or (readers and all(bias_of(reader) is not None for reader in readers)):
