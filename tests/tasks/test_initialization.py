@@ -353,7 +353,7 @@ def test_tables_of_other_lengths_share_their_first_rows() -> None:
     [
         (2, 4, [], [2, 4]),
         (3, 4, [], [1, 3, 4]),
-        (4, 4, [(2, 1)], [1, 1, 2, 4]),
+        (4, 6, [(2, 2)], [1, 2, 4, 6]),
         (2, 6, [(1, 2), (FINAL, FINAL)], [2, 6]),
     ],
 )
@@ -370,3 +370,24 @@ def test_the_number_of_stages_does_not_change_which_blocks_are_copied(student: i
     for stages in range(1, student + 1):
         pairs = [*uniform_layer_map(student, teacher, stages), (FINAL, FINAL)]
         assert block_pairs(student, teacher, pairs) == expected, stages
+
+
+@pytest.mark.parametrize(
+    ("student", "pairs", "expected", "repeated", "instead"),
+    [
+        (3, [(2, 4)], [2, 4, 4], "2:4, 3:4", "2:3"),
+        (4, [(2, 1)], [1, 1, 2, 4], "1:1, 2:1", "2:2"),
+        (3, [(FINAL, FINAL), (1, 1), (3, 2)], [1, 2, 2], "2:2, 3:2", "1:1,3:4"),
+        (2, [(1, 3), (2, 3)], [3, 3], "1:3, 2:3", "1:2,2:4"),
+    ],
+)
+def test_a_layer_map_that_copies_a_block_twice_gets_a_warning(
+    student: int, pairs: list[tuple[Any, Any]], expected: list[int], repeated: str, instead: str
+) -> None:
+    message = (
+        rf"blocks of the student start from one of the teacher .student:teacher {repeated}.*e.g. layer_map={instead}$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        assert block_pairs(student, 4, pairs) == expected
+    mapped = [tuple(map(int, pair.split(":"))) for pair in instead.split(",")]
+    assert len(set(block_pairs(student, 4, mapped))) == student  # without a warning

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaModel
 
-from tests.tasks.family_models import FAMILIES, inputs, make
+from tests.tasks.family_models import FAMILIES, inputs, make, outputs
 from tutelage.core.errors import UserError
 from tutelage.tasks.initialization import families
 from tutelage.tasks.initialization.convert import BasisChoice, check_sizes, initialize
@@ -68,16 +70,16 @@ def start(student: nn.Module, teacher: nn.Module, family: str = "", basis: str =
             "the student has a bias in layers.0.self_attn.q_proj, the teacher none",
         ),
         (
-            "vit",
-            {"patch_size": 2},
-            {},
-            r"embeddings.patch_embeddings.projection is \(32, 3, 2, 2\) in the student, but would be",
-        ),
-        (
             "electra",
             {"embedding_size": 16},
             {},
-            "the student has embeddings_project, the teacher no embeddings_project",
+            "the student has embeddings_project, the teacher no embeddings_project: set embedding_size to .*hidden_size, 32",
+        ),
+        (
+            "electra, projected",
+            {"hidden_size": 16, "num_attention_heads": 2},
+            {},
+            "the teacher has embeddings_project, the student no embeddings_project: set hidden_size to .* other than .*, 16",
         ),
     ],
 )
@@ -110,6 +112,84 @@ def test_models_of_different_classes_are_refused() -> None:
         UserError, match=r"the student has embed_tokens, the teacher no embed_tokens: .* the teacher's class"
     ):
         start(make("llama"), make("llama", "ForCausalLM"))
+
+
+def test_a_module_that_only_the_teacher_has_is_refused() -> None:
+    teacher = make("llama")
+    teacher.get_submodule("layers.0.self_attn").q_norm = nn.LayerNorm(8)
+    message = (
+        "the teacher has layers.0.self_attn.q_norm, the student no layers.1.self_attn.q_norm: use a student of the"
+    )
+    with pytest.raises(UserError, match=message):
+        Layout(make("llama"), teacher, [2, 1])
+    Layout(make("llama"), teacher, [2, 2])  # the block has no part in this student
+
+
+def test_only_rows_of_embeddings_and_heads_may_differ_in_number() -> None:
+    student, teacher = make("electra, projected", "Model", 1, embedding_size=8), make("electra, projected")
+    student.config.embedding_size = 16
+    with pytest.raises(UserError, match=r"word_embeddings.weight is \(50, 8\) in the student, but would be \(50, 16\)"):
+        check_sizes(Layout.of(student, teacher), "identity")
+
+
+def test_a_pooler_that_only_the_teacher_has_is_left_out() -> None:
+    student, teacher = make("bert", seed=1), make("bert")
+    student.pooler = None
+    start(student, teacher, "bert", "identity")
+    torch.testing.assert_close(outputs(student, "bert"), outputs(teacher, "bert"), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "fields", "where"),
+    [
+        ("llama", "ForCausalLM", {"attention_bias": True}, "model.layers.0.self_attn.q_proj"),
+        ("llama", "ForCausalLM", {"mlp_bias": True, "attention_bias": False}, "model.layers.0.mlp.gate_proj"),
+        ("gpt_neox", "Model", {"attention_bias": True}, "layers.0.attention.query_key_value"),
+        ("vit", "Model", {"qkv_bias": True}, "layers.0.attention.q_proj|encoder.layer.0.attention.attention.query"),
+        ("modernbert", "ForMaskedLM", {"decoder_bias": True}, "decoder"),
+        ("modernbert", "Model", {"norm_bias": True}, "embeddings.norm"),
+    ],
+)
+def test_a_bias_that_the_student_lacks_is_refused_unless_it_is_zero(
+    family: str, head: str, fields: dict[str, bool], where: str
+) -> None:
+    teacher = make(family, head, **fields)
+    student = make(family, head, 1, **dict.fromkeys(fields, False))
+    option = next(f"{name}={value}" for name, value in fields.items() if value)
+    message = rf"the teacher has a bias in ({where}) that is not zero, the student none: set {option} for the student"
+    with pytest.raises(UserError, match=message):
+        Layout.of(student, teacher)
+    kept = {name for name, _ in student.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if name not in kept:
+                parameter.zero_()
+    start(student, teacher, family, "identity")
+    torch.testing.assert_close(outputs(student, family), outputs(teacher, family), rtol=0, atol=1e-9)
+
+
+def test_a_bias_without_values_is_not_taken_to_be_zero() -> None:
+    """A plan has no values."""
+    configs: list[Any] = [make("llama", attention_bias=biased).config for biased in (False, True)]
+    with FakeTensorMode():
+        student, teacher = (LlamaModel(config) for config in configs)
+    with pytest.raises(UserError, match=r"a bias in layers.0.self_attn.q_proj that is not zero"):
+        Layout.of(student, teacher)
+
+
+def test_the_bias_of_a_norm_that_the_student_lacks_needs_readers_with_a_bias() -> None:
+    """ModernBERT's first block has no first norm."""
+    for biased in (True, False):
+        kinds = {"norm_bias": True, "attention_bias": biased}
+        student, teacher = (make("modernbert", layer_types=["full_attention"] * 2, **kinds) for _ in range(2))
+        if biased:
+            Layout(student, teacher, [2, 2])
+        else:
+            message = (
+                "the teacher has a bias in layers.1.attn_norm that is not zero, the student none: change the layer map"
+            )
+            with pytest.raises(UserError, match=message):
+                Layout(student, teacher, [2, 2])
 
 
 def test_an_unknown_basis_is_refused() -> None:

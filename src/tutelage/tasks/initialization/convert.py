@@ -3,6 +3,7 @@ Shapes: N positions, D teacher width, R student width."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from tutelage.tasks.initialization.families import (
     HEADS,
     NEURONS,
     POOLED,
+    POSITIONS,
     QUERIES,
     SAME,
     STREAM,
@@ -37,6 +39,7 @@ from tutelage.tasks.initialization.families import (
 from tutelage.tasks.initialization.layout import Batches, Layout, Part, bias_of, shared_parameters
 from tutelage.tasks.initialization.selection import WHAT, Kept, kept_entries, kept_heads
 
+_IN_COMMON = (SAME, POSITIONS)  # spaces that are not converted
 SMALL = 1e-2  # of the median gain of a norm: smaller ones are not divided by
 
 
@@ -289,10 +292,11 @@ class _Conversion:
             for dimension, space in enumerate(dimensions):
                 if space == STREAM:
                     shape[dimension] = self.widths[1]
-                elif space != SAME:
+                elif space not in _IN_COMMON:
                     shape[dimension] = len(kept.index(space, shape[dimension]))
-            differ = [space for a, b, space in zip(mine.shape, shape, dimensions, strict=True) if a != b]
-            if differ not in ([], [SAME]):
+            differ = [number for number, (a, b) in enumerate(zip(mine.shape, shape, strict=True)) if a != b]
+            rows = differ == [0] and part.block is None and dimensions[0] in _IN_COMMON
+            if differ and not (rows and (mine.dim() > 1 or name == "bias")):
                 whole = part.name if isinstance(part.rule, Linear) else f"{part.name}.{name}"
                 found = f"{whole} is {tuple(mine.shape)} in the student, but would be {tuple(shape)} from the teacher"
                 raise UserError(f"student_init='teacher': {found}: change the student's sizes")
@@ -308,6 +312,10 @@ class _Conversion:
                 value = value + matrix_of(part.teacher) @ self.shifts[part.name]
             value = self._converted(part, whole, value, dimensions)
             if tuple(value.shape) != tuple(mine.shape):
+                if dimensions[0] == POSITIONS and (theirs := len(value)) < len(mine):
+                    found = f"the student has {len(mine)} positions, the teacher {theirs}: the rest stay random"
+                    how = f"set max_position_embeddings={theirs}, or train on texts of more than {theirs} tokens"
+                    warnings.warn(f"{found}; {how}", UserWarning, stacklevel=2)
                 value = self._fitting(value, mine)
             embeds = part.block is None and isinstance(part.student, nn.Embedding)
             self._set(mine, value * self._embedding_scale() if embeds else value)
@@ -336,7 +344,7 @@ class _Conversion:
                     shape[dimension] = -1
                     value = value * gain.view(shape)
                 value = self._encoded(value.movedim(dimension, -1)).movedim(-1, dimension)
-            elif space != SAME:
+            elif space not in _IN_COMMON:
                 value = value.index_select(dimension, self.kept[part.block].index(space, value.shape[dimension]))
         return value
 

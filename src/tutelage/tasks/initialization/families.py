@@ -9,17 +9,19 @@ to a block, names of `outside` are the ends of dotted names anywhere else. A *sp
 - `NEURONS`: the hidden layer of a feed-forward network.
 - `POOLED`: the hidden layer of an output head.
 - `EXPERTS`: the experts of a mixture.
-- `SAME`: what student and teacher have in common (vocabulary, positions, the values of a head).
+- `POSITIONS`: learned positions. One of the models may have more.
+- `SAME`: what student and teacher have in common (vocabulary, labels, the values of a head). One of the models may have more
+  rows of an embedding or of an output head.
 
 `a+b` is two spaces one after the other in one dimension, `a|b` head by head in turn."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tutelage.core.errors import UserError
 
 STREAM, QUERIES, KEYS, HEADS = "stream", "queries", "keys", "heads"
-NEURONS, POOLED, EXPERTS, SAME = "neurons", "pooled", "experts", "same"
+NEURONS, POOLED, EXPERTS, POSITIONS, SAME = "neurons", "pooled", "experts", "positions", "same"
 _QKV = f"{QUERIES}+{KEYS}+{KEYS}"
 
 
@@ -62,11 +64,13 @@ class Family:
     gain_offset: float = 0.0  # what is added to the weight of a norm to give its gain (Gemma: 1)
     scaled_embeddings: bool = False  # whether token embeddings are multiplied by the root of the width (Gemma)
     same_heads: bool = False  # whether all blocks share something per head, so that all keep the same heads
+    # by modules of `outside`: fields of the configuration that decide what these do and must be the teacher's
+    decided_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def rows(space: str = STREAM) -> Tensor:
+def rows(space: str = STREAM, count: str = SAME) -> Tensor:
     """An embedding."""
-    return Tensor({"weight": (SAME, space)})
+    return Tensor({"weight": (count, space)})
 
 
 def selected(space: str) -> Tensor:
@@ -90,6 +94,7 @@ def _feed_forward(names: str) -> dict[str, Rule]:
     return {**{name: Linear(STREAM, NEURONS) for name in into}, out: Linear(NEURONS, STREAM)}
 
 
+_LAST_TOKEN = {"score": ("pad_token_id",)}  # a decoder's classifier reads the last token that is not the padding token
 _QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LLAMA = Family(
     block={
@@ -107,6 +112,7 @@ _LLAMA = Family(
         "score": Linear(STREAM, SAME),
     },
     rms=True,
+    decided_by=_LAST_TOKEN,
 )
 _GEMMA = replace(
     _LLAMA,
@@ -152,7 +158,7 @@ _BERT = Family(
     },
     outside={
         "embeddings.word_embeddings": rows(),
-        "embeddings.position_embeddings": rows(),
+        "embeddings.position_embeddings": rows(count=POSITIONS),
         "embeddings.token_type_embeddings": rows(),
         "embeddings.LayerNorm": Norm(),
         "pooler.dense": Linear(STREAM, POOLED),  # BERT
@@ -172,12 +178,14 @@ _BERT = Family(
         "generator_lm_head": Linear(POOLED, SAME),
     },
 )
+# positions are counted from the padding token's id on
+_ROBERTA = replace(_BERT, decided_by={"embeddings.position_embeddings": ("pad_token_id",)})
 _ELECTRA_PROJECTED = replace(
     _BERT,
     outside={
         **_BERT.outside,
         "embeddings.word_embeddings": rows(SAME),
-        "embeddings.position_embeddings": rows(SAME),
+        "embeddings.position_embeddings": rows(SAME, POSITIONS),
         "embeddings.token_type_embeddings": rows(SAME),
         "embeddings.LayerNorm": _COPIED,
         "embeddings_project": Linear(SAME, STREAM),
@@ -185,6 +193,7 @@ _ELECTRA_PROJECTED = replace(
         "generator_predictions.dense": Linear(STREAM, SAME),
         "generator_lm_head": Linear(SAME, SAME),
     },
+    decided_by={"embeddings_project": ("embedding_size",)},
 )
 _DISTILBERT = Family(
     block={
@@ -195,7 +204,7 @@ _DISTILBERT = Family(
     },
     outside={
         "embeddings.word_embeddings": rows(),
-        "embeddings.position_embeddings": rows(),
+        "embeddings.position_embeddings": rows(count=POSITIONS),
         "embeddings.LayerNorm": Norm(),
         "pre_classifier": Linear(STREAM, POOLED),
         "classifier": Linear(POOLED, SAME),
@@ -233,6 +242,7 @@ _MODERNBERT = Family(
         "classifier": Linear(POOLED, SAME),
         "decoder": Linear(POOLED, SAME),
     },
+    decided_by={"head.dense": ("classifier_activation",), "classifier": ("classifier_pooling",)},
 )
 _GPT2 = Family(
     block={
@@ -244,11 +254,12 @@ _GPT2 = Family(
     },
     outside={
         "wte": rows(),
-        "wpe": rows(),
+        "wpe": rows(count=POSITIONS),
         "ln_f": Norm(readers=("lm_head", "score")),
         "lm_head": Linear(STREAM, SAME),
         "score": Linear(STREAM, SAME),
     },
+    decided_by=_LAST_TOKEN,
 )
 _NEOX = Family(
     block={
@@ -265,6 +276,7 @@ _NEOX = Family(
         "embed_out": Linear(STREAM, SAME),
         "score": Linear(STREAM, SAME),
     },
+    decided_by=_LAST_TOKEN,
 )
 _VIT = Family(
     block={
@@ -279,6 +291,10 @@ _VIT = Family(
         "layernorm": Norm(readers=("classifier",)),
         "pooler.dense": Linear(STREAM, POOLED),
         "classifier": Linear(STREAM, SAME),
+    },
+    decided_by={
+        "patch_embeddings.projection": ("image_size", "patch_size", "num_channels"),
+        "pooler.dense": ("pooler_act",),
     },
 )
 _VIT_5_3 = replace(  # the names of transformers 5.3
@@ -299,7 +315,8 @@ _FAMILIES: dict[str, tuple[Family, ...]] = {
     "gemma": (replace(_LLAMA, gain_offset=1.0, scaled_embeddings=True),),
     "phi3": (_PHI3,),
     **dict.fromkeys(["mixtral", "qwen3_moe"], (_MIXTURE,)),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "camembert"], (_BERT,)),
+    "bert": (_BERT,),
+    **dict.fromkeys(["roberta", "xlm-roberta", "camembert"], (_ROBERTA,)),
     "electra": (_BERT, _ELECTRA_PROJECTED),
     "distilbert": (_DISTILBERT,),
     "mpnet": (_MPNET,),

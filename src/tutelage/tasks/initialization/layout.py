@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from tutelage.core.blocks import Blocks, find_blocks
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config
+from tutelage.core.probe import has_no_values
 from tutelage.core.stages import check_places, uniform_layer_map
 from tutelage.tasks.initialization.families import Family, Linear, Norm, Rule, families_of
 
@@ -42,6 +44,7 @@ _EQUAL = (
 )
 # fields that say what each block does
 PER_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")
+_OPTIONAL = ("pooler.dense",)  # outside of the blocks, which a student may lack
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,7 @@ class Layout:
         if kinds[0] != kinds[1]:
             found = f"the student is a {kinds[0]!r} model, the teacher a {kinds[1]!r} model"
             raise UserError(f"{found}: student_init='teacher' needs models of one family; use student_init='random'")
-        for name in _EQUAL:
-            mine, theirs = (getattr(config, name, None) for config in configs)
-            if mine != theirs:
-                found = f"the student has {name}={mine}, the teacher {theirs}"
-                raise UserError(f"student_init='teacher': {found}: set the teacher's in the student's configuration")
+        self._check_equal(_EQUAL)
         self.family = self._family(kinds[0])
         self.student_heads, self.teacher_heads = map(HeadCounts.of, configs)
         if self.student_heads.size != (size := self.teacher_heads.size):
@@ -102,6 +101,17 @@ class Layout:
             raise UserError(f"student_init='teacher': {found}: {how}")
         self._check_blocks()
         self.parts = self._parts()
+        self._check_modules()
+        for part in self.parts:
+            self._check_parameters(part)
+
+    def _check_equal(self, fields: Iterable[str]) -> None:
+        """UserError where the models' configurations differ in one of `fields`."""
+        for name in fields:
+            mine, theirs = (getattr(config, name, None) for config in (self.student_config, self.teacher_config))
+            if mine != theirs:
+                found = f"the student has {name}={mine}, the teacher {theirs}"
+                raise UserError(f"student_init='teacher': {found}: set the teacher's in the student's configuration")
 
     def _check_blocks(self) -> None:
         """UserError where a block of the student does something else with its weights than the teacher's block."""
@@ -174,12 +184,61 @@ class Layout:
                 module = self.teacher.get_submodule(theirs)
             except AttributeError:
                 lacks = f"the student has {name}, the teacher no {theirs}"
-                raise UserError(f"student_init='teacher': {lacks}: use a student of the teacher's class") from None
+                raise UserError(f"student_init='teacher': {lacks}: {self._class_hint(inner)}") from None
             mine = self.student.get_submodule(name)
             _check_weights(mine, rule, f"{name} of the student")
             _check_weights(module, rule, f"{theirs} of the teacher")
             found.append(Part(name, rule, mine, module, block, inner))
         return found
+
+    def _check_modules(self) -> None:
+        """UserError for a module of the teacher that decides something else than the student's, or that the student lacks."""
+        known = {part.name for part in self.parts}
+        for name, _, block, inner in self._walk(self.family, self.teacher, self.teacher_blocks):
+            mine = [name]
+            if block is None:
+                self._check_equal(self.family.decided_by.get(inner, ()))
+            else:
+                rest = name.removeprefix(self.teacher_blocks.names[block - 1])
+                starts = zip(self.student_blocks.names, self.pairs, strict=True)
+                mine = [start + rest for start, theirs in starts if theirs == block]
+            lacking = [each for each in mine if each not in known]
+            owns = any(True for _ in self.teacher.get_submodule(name).parameters(recurse=False))
+            if lacking and owns and (block is not None or inner not in _OPTIONAL):
+                lacks = f"the teacher has {name}, the student no {lacking[0]}"
+                raise UserError(f"student_init='teacher': {lacks}: {self._class_hint(inner)}")
+
+    def _class_hint(self, inner: str) -> str:
+        """What to do where only one of the models has a module."""
+        if inner != "embeddings_project":  # ELECTRA's, where embeddings have a width of their own
+            return "use a student of the teacher's class"
+        widths = [(config.hidden_size, config.embedding_size) for config in (self.student_config, self.teacher_config)]
+        if widths[1][0] == widths[1][1]:
+            return f"set embedding_size to the student's hidden_size, {widths[0][0]}"
+        return f"set hidden_size to a value other than the embedding_size, {widths[1][1]}"
+
+    def _check_parameters(self, part: Part) -> None:
+        """UserError for a parameter of the teacher that the student lacks, unless it is zero or goes into other weights."""
+        for name, value in part.teacher.named_parameters(recurse=False):
+            if getattr(part.student, name, None) is not None:
+                continue
+            how = self._bias_hint()
+            if isinstance(part.student, nn.Identity):  # a norm: gain and bias go into its readers
+                how = "change the layer map"
+                readers = [each.student for each in self.parts if each.name in self.readers(part)]
+                if name == "weight" or (readers and all(bias_of(reader) is not None for reader in readers)):
+                    continue
+            if has_no_values(part.teacher) or bool(value.any()):
+                where = self.teacher_name(part.name, part.block)
+                found = f"the teacher has a {name} in {where} that is not zero, the student none"
+                raise UserError(f"student_init='teacher': {found}: {how}")
+
+    def _bias_hint(self) -> str:
+        """What to do where only one of the models has a bias."""
+        mine, theirs = vars(self.student_config), vars(self.teacher_config)
+        names = [name for name in theirs if name.endswith("bias") and theirs[name] != mine.get(name)]
+        wanted = ", ".join(f"{name}={theirs[name]}" for name in names)
+        return f"set {wanted} for the student" if names else "use a student with the configuration of its teacher"
 
     def teacher_name(self, name: str, block: int | None) -> str:
         """The name of the teacher's counterpart of a module."""
@@ -249,7 +308,8 @@ def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[
     """The teacher's block for each of the student's: those of the layer map, and in proportion between them. Pairs of the
     uniform map, such as those of `num_stages`, leave all blocks as that map has them.
 
-    Raises UserError for a student that is deeper than its teacher, or a map to blocks that they do not have."""
+    Warns where several start from one. Raises UserError for a student that is deeper than its teacher, or a map to blocks
+    that they do not have."""
     if student_blocks > teacher_blocks:
         found = f"the student has {student_blocks} blocks, the teacher {teacher_blocks}"
         raise UserError(
@@ -266,4 +326,12 @@ def block_pairs(student_blocks: int, teacher_blocks: int, pairs: Sequence[tuple[
         below, above = max(p for p in known if p < block), min(p for p in known if p >= block)
         part = (block - below) / (above - below)
         found_blocks.append(max(1, round(known[below] + part * (known[above] - known[below]))))
+    repeated = [f"{mine}:{theirs}" for mine, theirs in enumerate(found_blocks, 1) if found_blocks.count(theirs) > 1]
+    if repeated:
+        mapped = sorted({mine for mine, _ in pairs if isinstance(mine, int)})
+        other = ",".join(f"{mine}:{round(mine * teacher_blocks / student_blocks)}" for mine in mapped)
+        found = f"several blocks of the student start from one of the teacher (student:teacher {', '.join(repeated)})"
+        why = "before, between or after the pairs of the layer map the student has more blocks than the teacher"
+        # from one place, so that Python shows it once a run
+        warnings.warn(f"{found}, since {why}: choose other pairs, e.g. layer_map={other}", UserWarning, stacklevel=1)
     return found_blocks
