@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "stage_trains": "new",
     },
     "joint-teacher": {"method": "joint", "student_init": "teacher"},
+    "joint-teacher-uniform": {"method": "joint", "student_init": "teacher", "start_blocks": "uniform"},
     "joint-10-teacher": {"method": "joint", "student_init": "teacher", "hidden_weight": 10.0},
     "joint": {"method": "joint", "student_init": "random"},
 }
@@ -114,8 +115,8 @@ TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("2x128", "joint-teacher"): ("2e-3", "4e-3", "8e-3"),
     },
     "smollm2": {
-        **{("12x384", method): ("1e-3",) for method in ("joint-teacher", "one-shot")},
-        ("15x576", "joint-teacher"): ("5e-4",),
+        **{("12x384", method): ("1e-3",) for method in ("joint-teacher", "joint-teacher-uniform", "one-shot")},
+        **{("15x576", method): ("1e-3",) for method in ("joint-teacher", "one-shot")},
     },
     "reviews": {
         ("2x192", method): ("1e-3", "2e-3")

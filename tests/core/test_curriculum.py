@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,8 +19,9 @@ from tutelage import (
     progressive,
     scratch,
 )
+from tutelage.core.errors import UserError
 from tutelage.core.inputs import label_positions, last_token
-from tutelage.core.stages import parse_layer_map, uniform_layer_map
+from tutelage.core.stages import choose_blocks, parse_layer_map, uniform_layer_map
 
 
 def test_builders_divide_the_budget() -> None:
@@ -68,6 +71,35 @@ def test_a_joint_stage_has_all_pairs_and_the_output() -> None:
 )
 def test_uniform_layer_map(blocks: tuple[int, int], stages: int | None, expected: list) -> None:
     assert uniform_layer_map(*blocks, stages) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "blocks", "expected"),
+    [
+        ("uniform", (3, 7), (2, 5, 7)),
+        ("ends", (1, 4), (4,)),
+        ("ends", (2, 4), (1, 4)),
+        ("ends", (3, 12), (1, 11, 12)),
+        ("ends", (6, 12), (1, 2, 9, 10, 11, 12)),
+        ("ends", (4, 4), (1, 2, 3, 4)),
+        ("1, 2,12", (3, 12), (1, 2, 12)),
+        ((1, 2, 12), (3, 12), (1, 2, 12)),
+    ],
+)
+def test_the_blocks_that_a_student_starts_from(choice: Any, blocks: tuple[int, int], expected: tuple[int, ...]) -> None:
+    assert choose_blocks(choice, *blocks) == expected
+
+
+@pytest.mark.parametrize("choice", ["1,2", "1,2,13", "0,1,2", "1,2,last", "first", "1,-2,3", ""])
+def test_start_blocks_that_the_teacher_does_not_have_are_refused(choice: str) -> None:
+    message = rf"start_blocks='{choice}' does not name 3 blocks of the teacher, 1 to 12, one for each of the student's"
+    with pytest.raises(UserError, match=message):
+        choose_blocks(choice, 3, 12)
+
+
+def test_a_student_deeper_than_its_teacher_has_no_ends() -> None:
+    with pytest.raises(UserError, match="the student has 5 blocks, the teacher 4"):
+        choose_blocks("ends", 5, 4)
 
 
 def test_steps_belong_to_stages_and_values_survive_json() -> None:

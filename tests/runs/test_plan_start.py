@@ -25,17 +25,19 @@ def flags(teacher: Path, corpus: Path) -> list[object]:
 def test_blocks_and_kept_variance_are_planned(causal_teacher: Path, corpus: Path, tmp_path: Path) -> None:
     command = flags(causal_teacher, corpus)
     start = json.loads(run(*command, "--json"))["start"]
-    assert start["blocks"] == [2, 4]
+    assert start["blocks"] == [1, 4]  # a causal language model's ends
     assert 0 < start["variance"] <= 1
     kept = f"its residual basis keeps {start['variance']:.1%} of the mean square of the teacher's states"
-    assert f"the student starts from blocks 2, 4 of the teacher; {kept}" in run(*command)
+    assert f"the student starts from blocks 1, 4 of the teacher; {kept}" in run(*command)
     chosen = json.loads(run(*command, "--layer_map=1:1,2:3", "--json"))["start"]
     assert chosen["blocks"] == [1, 3]
+    for choice, blocks in (("uniform", [2, 4]), ("2,3", [2, 3])):
+        assert json.loads(run(*command, f"--start_blocks={choice}", "--json"))["start"]["blocks"] == blocks
     # what a run of the same settings starts with
     args = settings(tmp_path, causal_teacher)
     inputs = load_inputs(texts(corpus), args)
     assert isinstance(inputs.source, LiveTargets) and inputs.train_dataset is not None
-    inputs.source.attach(one_shot(1, student_init="teacher"), inputs.student)
+    inputs.source.attach(one_shot(1, student_init="teacher", start_blocks=(1, 4)), inputs.student)
     rows = [inputs.train_dataset[index] for index in range(16)]
     started = inputs.source.start(inputs.student, lambda: [inputs.collator(rows)])
     assert started is not None and start["variance"] == pytest.approx(started.variance, rel=1e-3)
@@ -46,8 +48,8 @@ def test_a_basis_that_keeps_everything_and_no_start_at_all(causal_teacher: Path,
     wide = json.loads(run(*command, "--student=layers=2", "--residual_basis=pca", "--json"))["start"]
     assert wide["variance"] == pytest.approx(1.0)
     copied = json.loads(run(*command, "--student=layers=2", "--json"))["start"]
-    assert copied == {"blocks": [2, 4], "basis": "identity", "variance": None}
-    assert "blocks 2, 4 of the teacher, without a change of coordinates" in run(*command, "--student=layers=2")
+    assert copied == {"blocks": [1, 4], "basis": "identity", "variance": None}
+    assert "blocks 1, 4 of the teacher, without a change of coordinates" in run(*command, "--student=layers=2")
     assert "of the teacher, through a random residual basis" in run(*command, "--residual_basis=random")
     assert json.loads(run(*command, "--student_init=random", "--json"))["start"] is None
     assert "starts from" not in run(*command, "--preset=paper")

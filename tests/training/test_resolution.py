@@ -62,6 +62,15 @@ def test_settings_that_a_method_does_not_read_are_named(make_trainer: Make) -> N
         make_trainer(method="one_shot", num_stages=1, projection="pca")
 
 
+def test_fewer_stages_are_at_blocks_that_the_student_starts_from() -> None:
+    settings = {"student_init": "teacher", "method": "extraction", "num_stages": 2, "start_blocks": "1,2,11,12"}
+    curriculum = resolve(
+        CurriculumConfig(use_cpu=True, max_steps=8, **settings), (4, 12), FixedSettings(), None, "head"
+    )
+    stages = [(stage.student_place, stage.teacher_place) for stage in curriculum.curriculum.hidden_stages]
+    assert stages == [(2, 2), (4, 12)]
+
+
 # ---- Presets ----
 
 RANDOM, TEACHER = {"student_init": "random"}, {"student_init": "teacher"}

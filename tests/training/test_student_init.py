@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tests.training.conftest import VOCAB, llama, token_rows
-from tutelage import CurriculumTrainer
+from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.errors import UserError
@@ -31,6 +31,7 @@ from tutelage.targets.live import LiveTargets
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.registry import get_task
 from tutelage.tasks.students import WEIGHTS, make_student, student_config, weights_of
+from tutelage.training.preparation import decide_start
 
 Make = Callable[..., CurriculumTrainer]
 STILL = {"learning_rate": 0.0, "max_steps": 8, "student_init": "teacher"}  # trains nothing
@@ -232,12 +233,56 @@ def test_a_basis_that_cannot_work_is_refused_since_it_asks_for_the_start(make_tr
         make_trainer(student=student, residual_basis="identity")
 
 
-def test_the_default_checks_the_layer_map_that_is_given() -> None:
+@pytest.mark.parametrize("method", ["one_shot", "extraction", "joint"])
+@pytest.mark.parametrize(("given", "copied"), [(None, [1, 4]), ("uniform", [2, 4]), ("2,3", [2, 3])])
+def test_a_student_starts_from_the_blocks_that_start_blocks_names(
+    make_trainer: Make, method: str, given: str | None, copied: list[int]
+) -> None:
+    teacher = llama(4, 24, seed=1)
+    student = llama(2, 24, seed=2)
+    trainer = make_trainer(
+        method=method, student=student, start_blocks=given, teacher_model=copy.deepcopy(teacher), **STILL
+    )
+    assert trainer.curriculum.start_blocks == tuple(copied)
+    assert trainer.curriculum.places("teacher") == ([] if method == "one_shot" else copied)
+    trainer.train()
+    teacher.model.layers = nn.ModuleList([teacher.model.layers[theirs - 1] for theirs in copied])  # type: ignore[union-attr,index]
+    torch.testing.assert_close(logits(trainer.model), logits(teacher))
+
+
+def test_a_layer_map_that_is_given_says_which_blocks_a_student_starts_from(make_trainer: Make) -> None:
+    trainer = make_trainer(method="joint", student=fresh(), layer_map="1:2,2:3", **STILL)
+    assert trainer.curriculum.start_blocks is None
+    assert trainer.curriculum.start_pairs == [(1, 2), (2, 3)]
+    both = make_trainer(method="joint", student=fresh(), layer_map="1:2,2:3", start_blocks="1,4", **STILL)
+    assert (both.curriculum.places("teacher"), both.curriculum.start_pairs) == ([2, 3], [(1, 1), (2, 4)])
+
+
+def test_blocks_of_a_random_start_are_not_read(make_trainer: Make) -> None:
+    with pytest.warns(UserWarning, match="starts from random weights does not read start_blocks"):
+        trainer = make_trainer(method="one_shot", student_init="random", start_blocks="ends")
+    assert trainer.curriculum.start_blocks is None
+
+
+def test_the_default_blocks_are_the_uniform_ones_where_the_ends_do_something_else() -> None:
+    source, student = smollm3()
+    args = CurriculumConfig(use_cpu=True, student_init="teacher")
+    assert decide_start(args, student, source).start_blocks is None
+    with pytest.raises(UserError, match="block 1 of the student has no_rope_layers 0, block 1 of the teacher"):
+        source.check_start(student, start_blocks="ends")
+
+
+def smollm3() -> tuple[LiveTargets, nn.Module]:
+    """A teacher whose blocks are of two kinds, and a student with the kinds of the uniform map."""
     sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= {"intermediate_size": 32, "pad_token_id": 0, "no_rope_layer_interval": 2}
     teacher, student = (SmolLM3ForCausalLM(SmolLM3Config(num_hidden_layers=layers, **sizes)) for layers in (4, 2))
     student.config.no_rope_layers = [0, 0]
-    source = LiveTargets(teacher)
+    return LiveTargets(teacher), student
+
+
+def test_the_default_checks_the_layer_map_that_is_given() -> None:
+    source, student = smollm3()
     source.check_start(student)
     source.check_start(student, layer_map="1:2,2:4")
     with pytest.raises(UserError, match="block 1 of the student has no_rope_layers 0, block 1 of the teacher"):

@@ -35,6 +35,7 @@ class Curriculum(Record):
     warm_start: str = "none"  # the teacher's weights that the student starts with: one of `WARM_STARTS`; paper: none
     student_init: str = "random"  # weights that the student starts with: one of `STUDENT_INITS`; paper: random
     residual_basis: str | None = None  # one of `tutelage.core.residual.BASES`; None: identity of equal widths, else pca
+    start_blocks: tuple[int, ...] | None = None  # the teacher's block that each starts from; None: by the hidden stages
     temperature: float = 1.0  # softmax temperature of the output loss
     top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
     stage_trains: str = "up_to"  # hidden stages train all `up_to` their place, or what is `new` since the stage before
@@ -88,6 +89,13 @@ class Curriculum(Record):
         return self.warm_start != "none" or self.student_init == "teacher"
 
     @property
+    def start_pairs(self) -> list[tuple[Place, Place]]:
+        """Pairs of blocks, the student's with the teacher's, by which a student starts from its teacher."""
+        if self.start_blocks is not None:
+            return list(enumerate(self.start_blocks, 1))
+        return [(stage.student_place, stage.teacher_place) for stage in self.hidden_stages]
+
+    @property
     def hidden_stages(self) -> list[HiddenStage]:
         """The pairs of places of all stages, in order; a target map belongs to each."""
         return [pair for stage in self.stages for pair in stage.pairs]
@@ -136,8 +144,8 @@ def extraction(
             `steps` that the hidden stages get together, split evenly.
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
-        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `student_init`, `residual_basis`, `temperature`,
-            `top_k`, `stage_trains` of `Curriculum`."""
+        settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `student_init`, `residual_basis`, `start_blocks`,
+            `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
     pairs = fitting_layer_map(layer_map, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]

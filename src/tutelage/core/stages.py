@@ -160,6 +160,28 @@ def uniform_layer_map(student_blocks: int, teacher_blocks: int, num_stages: int 
     return [(s, round(s * teacher_blocks / student_blocks)) for s in students]
 
 
+def choose_blocks(choice: str | Sequence[int], student_blocks: int, teacher_blocks: int) -> tuple[int, ...]:
+    """The teacher's block that each of the student's is made from.
+
+    Args:
+        choice: `uniform` (those of the uniform layer map); `ends` (a third are the teacher's first blocks, the others its last
+            ones; the middle is left out, as in arXiv:2403.17887); or the numbers themselves, such as '1,2,11,12'."""
+    if choice == "uniform":
+        return tuple(int(theirs) for _, theirs in uniform_layer_map(student_blocks, teacher_blocks))
+    if choice == "ends":
+        uniform_layer_map(student_blocks, teacher_blocks)  # refuses a student that is deeper
+        first = 0 if student_blocks == 1 else max(1, student_blocks // 3)
+        return (*range(1, first + 1), *range(teacher_blocks - student_blocks + first + 1, teacher_blocks + 1))
+    words = (
+        [word.strip() for word in choice.split(",")] if isinstance(choice, str) else [str(block) for block in choice]
+    )
+    blocks = tuple(int(word) for word in words if word.isdigit() and 1 <= int(word) <= teacher_blocks)
+    if len(words) != student_blocks or len(blocks) != len(words):
+        found = f"start_blocks={','.join(words)!r} does not name {student_blocks} blocks of the teacher, 1 to {teacher_blocks}"
+        raise UserError(f"{found}, one for each of the student's: give their numbers, or use uniform or ends")
+    return blocks
+
+
 def parse_layer_map(text: str) -> list[tuple[Place, Place]]:
     """Parse `'1:2,2:4,final:final'` (student:teacher)."""
 

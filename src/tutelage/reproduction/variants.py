@@ -10,7 +10,7 @@ from typing import Any
 from tutelage.core.curriculum import METHODS, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
-from tutelage.core.stages import OutputStage
+from tutelage.core.stages import OutputStage, choose_blocks
 from tutelage.reproduction.teachers import Teacher
 from tutelage.runs.options import read_value
 from tutelage.training.config import CurriculumConfig
@@ -194,6 +194,8 @@ def build_curriculum(
     )
     settings = {name: args.value(name) for name in ("normalize", "residual_basis", "temperature", "top_k")}
     settings["student_init"] = args.student_init or "random"
+    if args.start_blocks is not None and args.student_init == "teacher":
+        settings["start_blocks"] = choose_blocks(args.start_blocks, *blocks)
     return Curriculum("progressive", stages, **settings)
 
 

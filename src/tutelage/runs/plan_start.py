@@ -44,8 +44,7 @@ def plan_start(
 ) -> StartPlan:
     """The start of a student from its teacher; with a dataset the teacher runs over the calibration text, to measure what the
     residual basis keeps."""
-    pairs = [(stage.student_place, stage.teacher_place) for stage in curriculum.hidden_stages]
-    blocks = block_pairs(len(student.blocks), len(teacher.blocks), pairs)
+    blocks = block_pairs(len(student.blocks), len(teacher.blocks), curriculum.start_pairs)
     basis = basis_kind(curriculum, student.hidden_size, teacher.hidden_size)
     variance = None if options.dataset is None or basis in ("identity", "random") else _variance(options, args)
     return StartPlan(tuple(blocks), basis, variance)

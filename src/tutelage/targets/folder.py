@@ -30,7 +30,7 @@ from tutelage.targets.rows import RowFormat
 from tutelage.tasks.loading import load_tokenizer
 
 TEACHER_FOLDER, TOKENIZER_FOLDER, STUDENT_FOLDER = "teacher", "tokenizer", "student"
-OF_THE_START = ("projection", "student_init", "residual_basis")  # what residual targets decide
+OF_THE_START = ("projection", "student_init", "residual_basis", "start_blocks")  # what residual targets decide
 STATISTICS_FILE, HEAD_FILE = "target_stats.safetensors", "head.safetensors"
 
 

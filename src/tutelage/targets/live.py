@@ -19,7 +19,7 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_positions, model_inputs, position_mask
 from tutelage.core.processes import Group
 from tutelage.core.projection import check_widening
-from tutelage.core.stages import HiddenStage, JointStage, LayerMap, OutputStage, parse_layer_map
+from tutelage.core.stages import HiddenStage, JointStage, LayerMap, OutputStage, choose_blocks, parse_layer_map
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
 from tutelage.targets.identity import model_hash
@@ -142,11 +142,19 @@ class LiveTargets(TargetSource):
         return weight
 
     def check_start(
-        self, student: nn.Module, basis: str | None = None, layer_map: LayerMap | str | None = None
+        self,
+        student: nn.Module,
+        basis: str | None = None,
+        layer_map: LayerMap | str | None = None,
+        start_blocks: str | None = None,
     ) -> None:
         pairs = parse_layer_map(layer_map) if isinstance(layer_map, str) else layer_map
         stage = JointStage(1, tuple(pairs)) if pairs else OutputStage(1)
-        start = Curriculum("start", (stage,), residual_basis=basis)
+        chosen = None
+        if start_blocks is not None:
+            counts = [len(find_blocks(self.task.backbone(model), self.container)) for model in (student, self.model)]
+            chosen = choose_blocks(start_blocks, counts[0], counts[1])
+        start = Curriculum("start", (stage,), residual_basis=basis, start_blocks=chosen)
         check_start(student, self.model, self.task, start, self.container)
 
     def start(self, student: nn.Module, batches: Batches) -> Initialized | None:

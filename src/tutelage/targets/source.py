@@ -162,10 +162,14 @@ class TargetSource:
         return False
 
     def check_start(
-        self, student: nn.Module, basis: str | None = None, layer_map: LayerMap | str | None = None
+        self,
+        student: nn.Module,
+        basis: str | None = None,
+        layer_map: LayerMap | str | None = None,
+        start_blocks: str | None = None,
     ) -> None:
-        """Raise UserError for a student that cannot start from this source's teacher, with a `residual_basis` and a layer map
-        as a run's settings give them."""
+        """Raise UserError for a student that cannot start from this source's teacher, with a `residual_basis`, a layer map and
+        `start_blocks` as a run's settings give them."""
 
     def start(self, student: nn.Module, batches: Batches) -> Initialized | None:
         """Give a student its first weights, where the curriculum starts it from the teacher; `batches` as in `prepare`."""

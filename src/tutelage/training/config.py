@@ -153,6 +153,10 @@ class CurriculumConfig(TrainingArguments):
     residual_basis: str | None = option(
         "Basis of student_init=teacher: pca, logits, random, or identity; default: identity for equal widths, else pca."
     )
+    start_blocks: str | None = option(
+        "Blocks of the teacher that those of the student start from: uniform, ends (its first and last ones), or numbers, e.g. "
+        "'1,2,11,12'; default: those of a given layer_map, else ends for causal language models, uniform for others."
+    )
     calibration_samples: int | None = option("Training examples that the calibration pass reads; default: 64.")
     temperature: float | None = option("Softmax temperature of the output loss; default: 1.")
     top_k: int | None = option("Keep the k most likely teacher outputs, merge the rest into one bucket; default: all.")

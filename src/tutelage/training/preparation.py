@@ -151,7 +151,11 @@ def decide_start(args: CurriculumConfig, student: nn.Module, source: TargetSourc
     """A copy of `args` that says what the student starts from and, if that was not given, by which method it is trained."""
     args.check_choices()  # they may have been set after the construction
     args = copy.copy(args)
-    args.student_init = _student_init(args, student, source)
+    given = args.start_blocks
+    args.start_blocks = _start_blocks(args, student, source)
+    args.student_init = _student_init(args, student, source, given is not None or args.residual_basis is not None)
+    if args.student_init != "teacher":
+        args.start_blocks = given
     if args.method is None:
         args.method = source.method or args.value("method")
         if source.method is None and args.preset == "default":
@@ -162,8 +166,23 @@ def decide_start(args: CurriculumConfig, student: nn.Module, source: TargetSourc
     return args
 
 
-def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> str | None:
-    """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them."""
+def _start_blocks(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> str | None:
+    """`start_blocks` as given, or the task's default where it fits; None is the layer map's blocks, or the uniform ones."""
+    usual = source.task.start_blocks
+    given = args.start_blocks is not None or (args.layer_map is not None and reads(args, "layer_map"))
+    if given or usual == "uniform" or args.preset == "paper" or not source.can_start:
+        return args.start_blocks
+    try:
+        source.check_start(student, args.residual_basis, start_blocks=usual)
+    except UserError:  # such as blocks of different kinds, which the student has as the uniform map has them
+        return None
+    return usual
+
+
+def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSource, asked: bool) -> str | None:
+    """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them.
+
+    `asked`: settings of the start were given, so that one that cannot work is an error."""
     weights = weights_of(student)
     if weights == "teacher":  # by an extraction
         return "teacher"
@@ -176,9 +195,10 @@ def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSour
     if weights != "random" or args.warm_start not in (None, "none"):  # a warm start would write over these weights
         return "random"
     try:
-        source.check_start(student, args.residual_basis, args.layer_map if reads(args, "layer_map") else None)
+        layer_map = args.layer_map if reads(args, "layer_map") else None
+        source.check_start(student, args.residual_basis, layer_map, args.start_blocks)
     except UserError as error:
-        if args.residual_basis is not None:  # it asks for the start
+        if asked:
             raise
         _log.warning("The student starts from random weights: %s", str(error).removeprefix("student_init='teacher': "))
         return "random"

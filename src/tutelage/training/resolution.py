@@ -11,12 +11,12 @@ from typing import Any
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
 from tutelage.core.errors import UserError
-from tutelage.core.stages import LayerMap, parse_layer_map, uniform_layer_map
+from tutelage.core.stages import LayerMap, choose_blocks, parse_layer_map, uniform_layer_map
 from tutelage.targets.folder import OF_THE_START
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
-_SHARED = ("projection_seed", "normalize", "residual_basis", "temperature", "top_k")
+_SHARED = ("projection_seed", "normalize", "residual_basis", "start_blocks", "temperature", "top_k")
 # settings that are not of a method
 _OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
 # settings that only some methods read; a setting that the method does not read gets a warning.
@@ -117,8 +117,8 @@ def deviations(args: CurriculumConfig, curriculum: Curriculum) -> dict[str, Any]
         preset = {**preset, **AFTER_START, "warm_start": "none"}
     for name in dict.fromkeys([*preset, *_READERS, *_SHARED, "embedding_loss", "disable_dropout"]):
         value = getattr(args, name)
-        # a preset leaves the basis to the widths, and it may leave the warm start to the layer map
-        if name in preset or name not in ("warm_start", "residual_basis"):
+        # a preset leaves the basis to the widths, the blocks to the task, and it may leave the warm start to the layer map
+        if name in preset or name not in ("warm_start", "residual_basis", "start_blocks"):
             value = getattr(curriculum, name, value)
         expected = preset.get(name, getattr(CurriculumConfig, name))
         read = name != "normalize" or curriculum.projection != RESIDUAL
@@ -177,6 +177,8 @@ def build_curriculum(
     settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
     settings["student_init"] = fixed.values.get("student_init", args.student_init or "random")
     starts_there = settings["student_init"] == "teacher"
+    if isinstance(choice := settings["start_blocks"], str):
+        settings["start_blocks"] = choose_blocks(choice, student_blocks, teacher_blocks or 0) if starts_there else None
     default_warm_start = "none" if starts_there else default_warm_start
     projection = args.projection or (AFTER_START if starts_there else PRESETS[args.preset])["projection"]
     settings["projection"] = fixed.values.get("projection", projection)
@@ -193,30 +195,40 @@ def build_curriculum(
     if method == "progressive":
         return progressive(steps, args.teacher_checkpoints or [], label_weight=args.label_weight, **settings)
     chosen = _fixed_layer_map(args, fixed)
-    layer_map = parse_layer_map(args.layer_map) if isinstance(args.layer_map, str) else args.layer_map or chosen
-    num_stages = args.num_stages
-    if layer_map is not None and num_stages is not None:
-        raise UserError("layer_map and num_stages both say which hidden stages there are: give one of them")
+    layer_map = _layer_map(args, (student_blocks, teacher_blocks), chosen, settings["start_blocks"])
     if method == "joint":
         weights = {"hidden_weight": args.value("hidden_weight"), "label_weight": args.label_weight}
-        pairs = num_stages if layer_map is None else layer_map
-        return joint(student_blocks, teacher_blocks, steps, layer_map=pairs, **weights, **settings)
-    warm_start = _warm_start(args, layer_map, default_warm_start, fixed)
-    if layer_map is None and "head" in warm_start:
+        return joint(student_blocks, teacher_blocks, steps, layer_map=layer_map, **weights, **settings)
+    pairs = None if isinstance(layer_map, int) else layer_map
+    warm_start = _warm_start(args, pairs, default_warm_start, fixed)
+    if pairs is None and "head" in warm_start:
         # a transplanted head needs the stage that teaches its input; uniform stages come before it if asked for
-        uniform = [] if num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, num_stages)
-        layer_map, num_stages = [*uniform, (FINAL, FINAL)], None
+        before = [] if args.num_stages is None else uniform_layer_map(student_blocks, teacher_blocks, args.num_stages)
+        layer_map = [*before, (FINAL, FINAL)]
     return extraction(
         student_blocks,
         teacher_blocks,
         steps,
-        layer_map=num_stages if layer_map is None else layer_map,
+        layer_map=layer_map,
         stage_steps=_stage_steps(args, fixed, chosen),
         stage_learning_rate=args.stage_learning_rate,
         label_weight=args.label_weight,
         stage_trains=args.stage_trains or fixed.stage_trains or args.value("stage_trains"),
         **{**settings, "warm_start": warm_start},
     )
+
+
+def _layer_map(
+    args: CurriculumConfig, blocks: tuple[int, int], chosen: LayerMap | None, start_blocks: Sequence[int] | None
+) -> LayerMap | int | None:
+    """The layer map that is given or `chosen` by the source; without one, the blocks that the student starts from; else the
+    number of stages of the uniform map, if given."""
+    layer_map = parse_layer_map(args.layer_map) if isinstance(args.layer_map, str) else args.layer_map or chosen
+    if layer_map is not None and args.num_stages is not None:
+        raise UserError("layer_map and num_stages both say which hidden stages there are: give one of them")
+    if layer_map is None and start_blocks is not None:
+        return [(mine, start_blocks[int(mine) - 1]) for mine, _ in uniform_layer_map(*blocks, args.num_stages)]
+    return args.num_stages if layer_map is None else layer_map
 
 
 def _warn_of_unread(args: CurriculumConfig, settings: Mapping[str, Any]) -> None:
@@ -233,8 +245,9 @@ def _warn_of_unread(args: CurriculumConfig, settings: Mapping[str, Any]) -> None
     if residual and args.normalize not in (None, preset["normalize"]):
         what = "projection='residual' does not read normalize: its targets keep the scale of the student's own states"
         warnings.warn(what, UserWarning, stacklevel=3)
-    if args.residual_basis is not None and settings["student_init"] != "teacher":
-        what = "a student that starts from random weights does not read residual_basis"
+    unread = [name for name in ("residual_basis", "start_blocks") if getattr(args, name) is not None]
+    if unread and settings["student_init"] != "teacher":
+        what = f"a student that starts from random weights does not read {' and '.join(unread)}"
         warnings.warn(f"{what}: it is for student_init='teacher'", UserWarning, stacklevel=3)
 
 

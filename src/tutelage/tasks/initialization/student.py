@@ -20,8 +20,7 @@ def check_start(
     student: nn.Module, teacher: nn.Module, task: Task, curriculum: Curriculum, container: str | None = None
 ) -> Layout:
     """How the weights of teacher and student correspond; UserError for a pair that cannot be initialised so."""
-    pairs = [(s.student_place, s.teacher_place) for s in curriculum.hidden_stages]
-    layout = Layout.of(task.backbone(student), task.backbone(teacher), pairs, container)
+    layout = Layout.of(task.backbone(student), task.backbone(teacher), curriculum.start_pairs, container)
     kind = _basis(layout, curriculum)
     check_sizes(layout, kind)
     if task.embeds and kind != "identity" and task.output_head(student) is None and task.output_head(teacher) is None:
