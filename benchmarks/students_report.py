@@ -214,23 +214,26 @@ def rate_table(teacher: str) -> list[str]:
 def trial_tables(teacher: str) -> list[str]:
     """What students and methods come to at a small budget: a table for each budget at which several were tried."""
     name, sign = METRICS[teacher]
-    found: dict[int, dict[tuple[str, str], dict[float, float]]] = {}
+    found: dict[int, dict[tuple[str, str, str], dict[float, float]]] = {}
     for line in (RESULTS / "trials.jsonl").read_text(encoding="utf-8").splitlines():
         trial = json.loads(line)
-        run = trial["run"]
-        if run["teacher"] == teacher and not trial["options"]:
-            rates = found.setdefault(trial["steps"], {}).setdefault((run["student"], run["method"]), {})
+        run, options = trial["run"], ", ".join(f"{key}={value}" for key, value in sorted(trial["options"].items()))
+        if run["teacher"] == teacher:
+            rates = found.setdefault(trial["steps"], {}).setdefault((run["student"], run["method"], options), {})
             rates[float(run["rate"])] = trial["metrics"][name]
     lines = []
     for steps, tried in sorted(found.items()):
         if len(tried) < 2:
             continue
         lines += ["", f"## Short runs: {name} after {steps} steps, seed {TUNING_SEED}", ""]
-        lines += ["| student | method | best | rates |", "|---|---|---|---|"]
-        for (student, method), rates in sorted(tried.items(), key=lambda item: list(METHODS).index(item[0][1])):
+        lines += ["| student | method | options | best | rates |", "|---|---|---|---|---|"]
+        methods = list(METHODS)
+        for (student, method, options), rates in sorted(
+            tried.items(), key=lambda item: (item[0][0], methods.index(item[0][1]), item[0][2])
+        ):
             best = sign * max(sign * value for value in rates.values())
             told = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(rates.items()))
-            lines.append(f"| {student} | {method} | {best:.4f} | {told} |")
+            lines.append(f"| {student} | {method} | {options} | {best:.4f} | {told} |")
     return lines
 
 

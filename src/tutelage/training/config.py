@@ -124,7 +124,7 @@ class CurriculumConfig(TrainingArguments):
     check_curriculum: bool = option("Verify the checksums of a local curriculum_dir first; false skips this.", True)
     layer_map: str | None = option(
         "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final' (in Python also as pairs); default: "
-        "final:final where warm_start transplants the head, otherwise uniform."
+        "final:final where warm_start transplants the head, else the blocks that the student starts from, or uniform."
     )
     num_stages: int | None = option("Hidden stages (joint: pairs of places) of the uniform layer map.")
     stage_fraction: float | None = option("Fraction of the steps that the hidden stages get together; default: 0.5.")
