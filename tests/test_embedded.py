@@ -108,4 +108,4 @@ def test_plan_with_no_arguments() -> None:
     planned = json.loads(run("plan", "--json"))
     assert planned["teacher"]["name"] == DEFAULT_TEACHER
     assert 1 < planned["flops"] / planned["one_shot_flops"] < 1.02  # hidden states and output from one forward
-    assert planned["start"]["blocks"] == [2, 4]
+    assert planned["start"]["blocks"] == [1, 4]

@@ -121,7 +121,7 @@ def test_the_sound_run_trains(
         ({"num_stages": 3}, "num_stages must be from 1 to the student's 2 blocks, got 3"),
         (
             {"max_steps": 2, "method": "extraction"},
-            r"budget too small for the stages: stage 1 \(hidden 1:2\) would get 0 steps; raise max_steps",
+            r"budget too small for the stages: stage 1 \(hidden 1:1\) would get 0 steps; raise max_steps",
         ),
         ({"stage_steps": 4}, r"budget too small for the stages: stage 3 \(output\) would get 0 steps"),
         ({"stage_fraction": 1.5}, "stage_fraction must be a fraction between 0 and 1, got 1.5"),

@@ -45,11 +45,11 @@ def test_plan_prints_blocks_stages_and_costs(causal_teacher: Path) -> None:
     shape = "2 of 4 blocks, 2 of 4 heads, 1 of 2 key/value heads, 32 of 64 neurons; 0.0 of 0.2 MB on disk in float32"
     assert re.fullmatch(rf"student of teacher: {shape}; predicted speed [\d.]+x \(.*\)", lines[3])
     start = (
-        "the student starts from blocks 2, 4 of the teacher; give --dataset to measure what its residual basis keeps"
+        "the student starts from blocks 1, 4 of the teacher; give --dataset to measure what its residual basis keeps"
     )
     assert lines[4] == start
     assert [line.split()[:3] for line in lines[7:10]] == [
-        ["hidden", "1:2", "25"],
+        ["hidden", "1:1", "25"],
         ["hidden", "2:4", "25"],
         ["output", "50", lines[9].split()[2]],
     ]
@@ -192,8 +192,8 @@ def test_the_student_loads_with_transformers(runs: dict[str, Path], method: str)
 @pytest.mark.parametrize(
     ("method", "stages"),
     [
-        ("extraction", [("hidden 1:2", 2), ("hidden 2:4", 2), ("output", 4)]),
-        ("joint", [("joint 1:2,2:4", 8)]),
+        ("extraction", [("hidden 1:1", 2), ("hidden 2:4", 2), ("output", 4)]),
+        ("joint", [("joint 1:1,2:4", 8)]),
         ("one_shot", [("output", 8)]),
         ("progressive", [("output {early}", 4), ("output", 4)]),
         ("scratch", [("labels", 8)]),
