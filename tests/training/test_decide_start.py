@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import pytest
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForSequenceClassification
 
 from tests.training.conftest import llama
 from tutelage import CurriculumConfig
@@ -15,6 +15,7 @@ from tutelage.core.errors import UserError
 from tutelage.runs.inputs import DEFAULT_RATE, RunOptions, with_defaults
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import TargetSource
+from tutelage.tasks.initialization.families import usual_blocks
 from tutelage.tasks.registry import get_task
 from tutelage.tasks.students import WEIGHTS, make_student, student_config
 from tutelage.training.preparation import decide_start, default_warm_start
@@ -151,3 +152,18 @@ def test_start_and_method_from_disk(
     source = TargetSource(get_task("causal_lm"))
     source.method = "joint"
     assert decided(weights, source, **fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [("llama", "ends"), ("gemma2", "ends"), ("gpt2", "ends"), ("bert", "uniform"), ("t5", "uniform")],
+)
+def test_decoders_start_from_the_ends_of_their_teacher(model_type: str, expected: str) -> None:
+    assert usual_blocks(model_type) == expected
+
+
+def test_a_classifier_that_is_a_decoder_starts_from_the_ends_too() -> None:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=4
+    )
+    assert LiveTargets(LlamaForSequenceClassification(config)).start_blocks == "ends"

@@ -16,7 +16,7 @@ from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.forward import watched
 from tutelage.core.heads import OutputHead
-from tutelage.core.inputs import batch_positions, model_inputs, position_mask
+from tutelage.core.inputs import batch_positions, model_inputs, position_mask, text_config
 from tutelage.core.processes import Group
 from tutelage.core.projection import check_widening
 from tutelage.core.stages import HiddenStage, JointStage, LayerMap, OutputStage, choose_blocks, parse_layer_map
@@ -35,6 +35,7 @@ from tutelage.targets.maps import (
 )
 from tutelage.targets.source import STREAMED, Batches, Device, HiddenTarget, StatisticsFile, TargetSource
 from tutelage.tasks.base import Batch, OutputTarget, Task
+from tutelage.tasks.initialization.families import usual_blocks
 from tutelage.tasks.initialization.student import Initialized, check_start, start_student
 from tutelage.tasks.loading import count_parameters
 from tutelage.tasks.registry import detect_task
@@ -53,6 +54,7 @@ class LiveTargets(TargetSource):
         self.model = model.eval().requires_grad_(False)
         self.backbone, self.container = self.task.backbone(model), container
         self.block_names = find_blocks(self.backbone, container)
+        self.start_blocks = usual_blocks(getattr(text_config(getattr(self.backbone, "config", None)), "model_type", ""))
         self.blocks = len(self.block_names)
         self.parameters, self.models = count_parameters(model), (model,)
         self._student: nn.Module | None = None

@@ -92,6 +92,7 @@ class TargetSource:
     method: str | None = None  # by which students are trained where none is given; None leaves the choice to the run
     models: tuple[nn.Module, ...] = ()  # the teacher, where it is in memory
     can_start: ClassVar[bool] = False  # whether `start` gives a student its first weights
+    start_blocks: str = "uniform"  # default of the setting
     in_step_order: ClassVar[bool] = False  # whether training rows are in the order of the steps: not to be shuffled
     tokenizer: PreTrainedTokenizerBase | None = None  # tokenizer that comes with the targets
 

@@ -94,7 +94,6 @@ class Task(ABC):
     splits_head: ClassVar[bool] = False  # whether the head runs over final states in chunks, or whole outputs compare
     embeds: ClassVar[bool] = False  # whether the output is one vector per text, to be compared by cosine similarity
     learns_from_labels: ClassVar[bool] = True  # whether the task can be trained on labels without a teacher
-    start_blocks: ClassVar[str] = "uniform"  # default of the `start_blocks` setting
     warm_start: ClassVar[str] = "none"  # default of the `warm_start` setting for extraction
     metric: ClassVar[str] = "loss"  # the metric by which runs are compared
     better: ClassVar[str] = "lower"  # which values of `metric` are better: `lower` or `higher`

@@ -67,7 +67,6 @@ class CausalLM(_LanguageModel):
     auto_class = AutoModelForCausalLM
     suffixes = ("ForCausalLM", "LMHeadModel")
     causal = True
-    start_blocks = "ends"
     pipeline_tag = "text-generation"
 
     def recognizes(self, clues: Clues) -> bool:

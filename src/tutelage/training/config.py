@@ -155,7 +155,7 @@ class CurriculumConfig(TrainingArguments):
     )
     start_blocks: str | None = option(
         "Blocks of the teacher that those of the student start from: uniform, ends (its first and last ones), or numbers, e.g. "
-        "'1,2,11,12'; default: those of a given layer_map, else ends for causal language models, uniform for others."
+        "'1,2,11,12'; default: those of a given layer_map, else ends for decoders, uniform for encoders."
     )
     calibration_samples: int | None = option("Training examples that the calibration pass reads; default: 64.")
     temperature: float | None = option("Softmax temperature of the output loss; default: 1.")

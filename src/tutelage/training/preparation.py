@@ -167,8 +167,8 @@ def decide_start(args: CurriculumConfig, student: nn.Module, source: TargetSourc
 
 
 def _start_blocks(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> str | None:
-    """`start_blocks` as given, or the task's default where it fits; None is the layer map's blocks, or the uniform ones."""
-    usual = source.task.start_blocks
+    """`start_blocks` as given, or the teacher's default where it fits; None is the layer map's blocks, or the uniform ones."""
+    usual = source.start_blocks
     given = args.start_blocks is not None or (args.layer_map is not None and reads(args, "layer_map"))
     if given or usual == "uniform" or args.preset == "paper" or not source.can_start:
         return args.start_blocks

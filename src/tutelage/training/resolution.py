@@ -117,7 +117,7 @@ def deviations(args: CurriculumConfig, curriculum: Curriculum) -> dict[str, Any]
         preset = {**preset, **AFTER_START, "warm_start": "none"}
     for name in dict.fromkeys([*preset, *_READERS, *_SHARED, "embedding_loss", "disable_dropout"]):
         value = getattr(args, name)
-        # a preset leaves the basis to the widths, the blocks to the task, and it may leave the warm start to the layer map
+        # a preset leaves the basis to the widths, the blocks to the family, and it may leave the warm start to the layer map
         if name in preset or name not in ("warm_start", "residual_basis", "start_blocks"):
             value = getattr(curriculum, name, value)
         expected = preset.get(name, getattr(CurriculumConfig, name))

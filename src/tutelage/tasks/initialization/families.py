@@ -64,6 +64,7 @@ class Family:
     gain_offset: float = 0.0  # what is added to the weight of a norm to give its gain (Gemma: 1)
     scaled_embeddings: bool = False  # whether token embeddings are multiplied by the root of the width (Gemma)
     same_heads: bool = False  # whether all blocks share something per head, so that all keep the same heads
+    start_blocks: str = "uniform"  # default of the setting: decoders cannot do without their first blocks
     # by modules of `outside`: fields of the configuration that decide what these do and must be the teacher's
     decided_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -112,6 +113,7 @@ _LLAMA = Family(
         "score": Linear(STREAM, SAME),
     },
     rms=True,
+    start_blocks="ends",
     decided_by=_LAST_TOKEN,
 )
 _GEMMA = replace(
@@ -259,6 +261,7 @@ _GPT2 = Family(
         "lm_head": Linear(STREAM, SAME),
         "score": Linear(STREAM, SAME),
     },
+    start_blocks="ends",
     decided_by=_LAST_TOKEN,
 )
 _NEOX = Family(
@@ -276,6 +279,7 @@ _NEOX = Family(
         "embed_out": Linear(STREAM, SAME),
         "score": Linear(STREAM, SAME),
     },
+    start_blocks="ends",
     decided_by=_LAST_TOKEN,
 )
 _VIT = Family(
@@ -340,3 +344,8 @@ def families_of(model_type: str) -> tuple[Family, ...]:
             f": use student_init='random', or describe it: register_family({model_type!r}, Family(...)), see {__name__}"
         )
     return _FAMILIES[model_type]
+
+
+def usual_blocks(model_type: str) -> str:
+    """The default of `start_blocks` for models of a type."""
+    return _FAMILIES[model_type][0].start_blocks if model_type in _FAMILIES else "uniform"
