@@ -109,9 +109,9 @@ METRICS = {"minilm": ("cosine", 1), "smollm2": ("loss", -1), "reviews": ("accura
 TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "minilm": {
         ("3x384", "joint-10-teacher"): ("5e-4", "1e-3"),
-        ("3x384", "one-shot-teacher"): ("2.5e-4", "5e-4", "1e-3"),
+        ("3x384", "one-shot-teacher"): ("5e-4", "1e-3"),
         ("3x192", "joint-teacher"): ("1e-3", "2e-3", "4e-3"),
-        **{("3x192", method): ("2e-3", "4e-3") for method in ("one-shot-teacher", "stage-transplant", "one-shot")},
+        **{("3x192", method): ("2e-3",) for method in ("one-shot-teacher", "stage-transplant", "one-shot")},
         ("2x128", "joint-teacher"): ("2e-3", "4e-3", "8e-3"),
     },
     "smollm2": {
@@ -119,8 +119,9 @@ TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         **{("15x576", method): ("1e-3",) for method in ("joint-teacher", "one-shot")},
     },
     "reviews": {
-        ("2x192", method): ("1e-3", "2e-3")
-        for method in ("one-shot", "stage-transplant", "one-shot-teacher", "stages-teacher", "joint-teacher")
+        **{("2x192", method): ("5e-4", "1e-3", "2e-3", "4e-3") for method in ("one-shot", "stage-transplant")},
+        **{("2x192", method): ("5e-4", "1e-3", "2e-3") for method in ("one-shot-teacher", "joint-teacher")},
+        ("2x192", "stages-teacher"): ("1e-3", "2e-3"),
     },
 }
 
