@@ -128,8 +128,9 @@ def cell(values: list[float]) -> str:
 def report(teacher: str) -> None:
     """Write the page of a teacher and draw its curves."""
     write_atomically(RESULTS / teacher / "README.md", page(teacher))
+    groups = groups_of(teacher)
     for student in TEACHERS[teacher]["students"]:
-        if runs := {method: found for (name, method), found in groups_of(teacher).items() if name == student}:
+        if runs := {method: found for (name, method), found in groups.items() if name == student}:
             curves(teacher, student, runs)
 
 
@@ -139,17 +140,13 @@ def page(teacher: str) -> str:
     lines = [
         f"# {teacher}: small students of one teacher",
         "",
-        f"Made by `python benchmarks/students_report.py report {teacher}`",
-    ]
-    lines[-1] += f" from the runs of `benchmarks/students.py`. {machine(read_results(teacher))}"
-    lines += [
+        f"Made by `python benchmarks/students_report.py report {teacher}` from the runs of `benchmarks/students.py`. "
+        + machine(read_results(teacher)),
         "",
         "Mean over seeds, and in brackets the lowest and highest. *Rate*: the best on another seed at the full",
+        "budget; \\* marks the smallest or largest one that was tried. *Tuning seed*: the reported seeds were not run.",
+        "Seconds: with two or three processes on the machine; compare TFLOPs.",
     ]
-    lines += [
-        "budget; \\* marks the smallest or largest one that was tried. *Tuning seed*: the reported seeds were not run."
-    ]
-    lines += ["Seconds: with two or three processes on the machine; compare TFLOPs."]
     file = RESULTS / teacher / "sizes.json"
     measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"teacher": {}, "students": {}}
     for student in TEACHERS[teacher]["students"]:

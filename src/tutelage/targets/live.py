@@ -154,8 +154,8 @@ class LiveTargets(TargetSource):
         stage = JointStage(1, tuple(pairs)) if pairs else OutputStage(1)
         chosen = None
         if start_blocks is not None:
-            counts = [len(find_blocks(self.task.backbone(model), self.container)) for model in (student, self.model)]
-            chosen = choose_blocks(start_blocks, counts[0], counts[1])
+            blocks = find_blocks(self.task.backbone(student), self.container)
+            chosen = choose_blocks(start_blocks, len(blocks), len(self.block_names))
         start = Curriculum("start", (stage,), residual_basis=basis, start_blocks=chosen)
         check_start(student, self.model, self.task, start, self.container)
 

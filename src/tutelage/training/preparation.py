@@ -151,26 +151,27 @@ def decide_start(args: CurriculumConfig, student: nn.Module, source: TargetSourc
     """A copy of `args` that says what the student starts from and, if that was not given, by which method it is trained."""
     args.check_choices()  # they may have been set after the construction
     args = copy.copy(args)
-    given = args.start_blocks
-    args.start_blocks = _start_blocks(args, student, source)
-    args.student_init = _student_init(args, student, source, given is not None or args.residual_basis is not None)
-    if args.student_init != "teacher":
-        args.start_blocks = given
+    args.student_init, args.start_blocks = _start(args, student, source)
     if args.method is None:
-        args.method = source.method or args.value("method")
-        if source.method is None and args.preset == "default":
-            if args.student_init == "teacher":
-                args.method = default_method(args, AFTER_START["method"])
-            elif weights_of(student) == "own":  # stages would undo what its blocks have learnt
-                args.method = default_method(args, "one_shot")
+        args.method = source.method or _usual_method(args, student)
     return args
+
+
+def _usual_method(args: CurriculumConfig, student: nn.Module) -> str:
+    """The method of a run that names none, neither in its settings nor by its source."""
+    if args.preset == "default" and args.student_init == "teacher":
+        return default_method(args, AFTER_START["method"])
+    if args.preset == "default" and weights_of(student) == "own":  # stages would undo what its blocks have learnt
+        return default_method(args, "one_shot")
+    method: str = args.value("method")
+    return method
 
 
 def _start_blocks(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> str | None:
     """`start_blocks` as given, or the teacher's default where it fits; None is the layer map's blocks, or the uniform ones."""
     usual = source.start_blocks
     given = args.start_blocks is not None or (args.layer_map is not None and reads(args, "layer_map"))
-    if given or usual == "uniform" or args.preset == "paper" or not source.can_start:
+    if given or usual == "uniform" or args.preset == "paper":
         return args.start_blocks
     try:
         source.check_start(student, args.residual_basis, start_blocks=usual)
@@ -179,30 +180,30 @@ def _start_blocks(args: CurriculumConfig, student: nn.Module, source: TargetSour
     return usual
 
 
-def _student_init(args: CurriculumConfig, student: nn.Module, source: TargetSource, asked: bool) -> str | None:
-    """`random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them.
-
-    `asked`: settings of the start were given, so that one that cannot work is an error."""
-    weights = weights_of(student)
+def _start(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> tuple[str | None, str | None]:
+    """`student_init`: `random` or `teacher`; None leaves it to the source. A student that brings weights of its own keeps them.
+    And `start_blocks`, chosen where the student starts from the teacher."""
+    weights, given = weights_of(student), args.start_blocks
     if weights == "teacher":  # by an extraction
-        return "teacher"
+        return "teacher", given
     if not source.can_start or args.method == "scratch" or args.value("student_init") == "random":
-        return args.student_init
+        return args.student_init, given
     if args.student_init == "teacher" and weights != "own":
-        return "teacher"
+        return "teacher", _start_blocks(args, student, source)
     if args.student_init == "teacher":
         warnings.warn("the student brings its own weights: student_init='teacher' leaves it alone", stacklevel=3)
     if weights != "random" or args.warm_start not in (None, "none"):  # a warm start would write over these weights
-        return "random"
+        return "random", given
+    blocks = _start_blocks(args, student, source)
     try:
         layer_map = args.layer_map if reads(args, "layer_map") else None
-        source.check_start(student, args.residual_basis, layer_map, args.start_blocks)
+        source.check_start(student, args.residual_basis, layer_map, blocks)
     except UserError as error:
-        if asked:
+        if args.residual_basis is not None or given is not None:  # they ask for the start
             raise
         _log.warning("The student starts from random weights: %s", str(error).removeprefix("student_init='teacher': "))
-        return "random"
-    return "teacher"
+        return "random", given
+    return "teacher", blocks
 
 
 def _ready(student: nn.Module, args: CurriculumConfig) -> None:
