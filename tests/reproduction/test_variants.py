@@ -37,6 +37,12 @@ def shape(curriculum: Any) -> list[tuple[int, str | None]]:
     return [(stage.steps, stage.teacher_checkpoint) for stage in curriculum.stages]
 
 
+def test_progressive_starts_from_the_teacher_by_the_settings_of_every_method() -> None:
+    settings = {"student_init": "teacher", "residual_basis": "random", "projection_seed": 7, "start_blocks": "1,2"}
+    curriculum = built("two", 10, **settings)
+    assert [getattr(curriculum, name) for name in settings] == ["teacher", "random", 7, (1, 2)]
+
+
 @pytest.mark.parametrize("method", ["extraction", "one_shot", "progressive", "scratch"])
 def test_a_bare_method_changes_nothing(method: str) -> None:
     variant = plain_variant(method)

@@ -27,7 +27,7 @@ from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.tasks.language import CausalCollator
 from tutelage.training.config import PRESETS
-from tutelage.training.resolution import deviations, resolve
+from tutelage.training.resolution import build_curriculum, deviations, resolve
 
 Make = Callable[..., CurriculumTrainer]
 
@@ -69,6 +69,13 @@ def test_fewer_stages_are_at_blocks_that_the_student_starts_from() -> None:
     )
     stages = [(stage.student_place, stage.teacher_place) for stage in curriculum.curriculum.hidden_stages]
     assert stages == [(2, 2), (4, 12)]
+
+
+@pytest.mark.parametrize("choice", ["1,13", [1, 13], [1]])
+def test_start_blocks_are_checked_as_text_and_as_a_list(choice: Any) -> None:
+    args = CurriculumConfig(use_cpu=True, method="one_shot", student_init="teacher", start_blocks=choice)
+    with pytest.raises(UserError, match="does not name 2 blocks of the teacher, 1 to 12"):
+        build_curriculum(args, (2, 12), 8)
 
 
 # ---- Presets ----

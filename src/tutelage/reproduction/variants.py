@@ -10,11 +10,12 @@ from typing import Any
 from tutelage.core.curriculum import METHODS, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
-from tutelage.core.stages import OutputStage, choose_blocks
+from tutelage.core.stages import OutputStage
 from tutelage.reproduction.teachers import Teacher
 from tutelage.runs.options import read_value
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.resolution import build_curriculum as method_curriculum
+from tutelage.training.resolution import shared_settings
 
 # How progressive distillation uses the teacher's checkpoints: at the teacher's pace, faster, or one checkpoint from
 # the middle of its transition and then the finished teacher (arXiv:2410.05464). All are searched.
@@ -192,11 +193,7 @@ def build_curriculum(
         OutputStage(count, teacher_checkpoint=folder, label_weight=args.label_weight, continues=number > 0)
         for number, (count, folder) in enumerate([*uses, (left, None)])
     )
-    settings = {name: args.value(name) for name in ("normalize", "residual_basis", "temperature", "top_k")}
-    settings["student_init"] = args.student_init or "random"
-    if args.start_blocks is not None and args.student_init == "teacher":
-        settings["start_blocks"] = choose_blocks(args.start_blocks, *blocks)
-    return Curriculum("progressive", stages, **settings)
+    return Curriculum("progressive", stages, **shared_settings(args, blocks))
 
 
 def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:

@@ -174,11 +174,8 @@ def build_curriculum(
 
     `default_warm_start` is that of extraction where neither blocks nor `warm_start` are given."""
     method, (student_blocks, teacher_blocks) = args.value("method"), blocks
-    settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
-    settings["student_init"] = fixed.values.get("student_init", args.student_init or "random")
+    settings = shared_settings(args, blocks, fixed)
     starts_there = settings["student_init"] == "teacher"
-    if isinstance(choice := settings["start_blocks"], str):
-        settings["start_blocks"] = choose_blocks(choice, student_blocks, teacher_blocks or 0) if starts_there else None
     default_warm_start = "none" if starts_there else default_warm_start
     projection = args.projection or (AFTER_START if starts_there else PRESETS[args.preset])["projection"]
     settings["projection"] = fixed.values.get("projection", projection)
@@ -216,6 +213,21 @@ def build_curriculum(
         stage_trains=args.stage_trains or fixed.stage_trains or args.value("stage_trains"),
         **{**settings, "warm_start": warm_start},
     )
+
+
+def shared_settings(
+    args: CurriculumConfig,
+    blocks: tuple[int, int | None],
+    fixed: FixedSettings = FixedSettings(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """The fields of a curriculum that do not depend on the method."""
+    settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
+    settings["student_init"] = fixed.values.get("student_init", args.student_init or "random")
+    if (choice := settings["start_blocks"]) is not None:
+        student_blocks, teacher_blocks = blocks
+        chosen = settings["student_init"] == "teacher"
+        settings["start_blocks"] = choose_blocks(choice, student_blocks, teacher_blocks or 0) if chosen else None
+    return settings
 
 
 def _layer_map(
