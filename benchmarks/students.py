@@ -108,10 +108,11 @@ METRICS = {"minilm": ("cosine", 1), "smollm2": ("loss", -1), "reviews": ("accura
 # the rates that are tried, by student and method
 TRIALS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "minilm": {
-        **{("3x384", method): ("5e-4", "1e-3") for method in ("joint-10-teacher", "one-shot-teacher")},
+        ("3x384", "joint-10-teacher"): ("5e-4", "1e-3"),
+        ("3x384", "one-shot-teacher"): ("2.5e-4", "5e-4", "1e-3"),
         ("3x192", "joint-teacher"): ("1e-3", "2e-3", "4e-3"),
-        **{("3x192", method): ("2e-3", "4e-3") for method in ("one-shot-teacher", "stage-transplant")},
-        ("3x192", "one-shot"): ("1e-3", "2e-3", "4e-3"),
+        ("3x192", "stage-transplant"): ("2e-3", "4e-3"),
+        **{("3x192", method): ("1e-3", "2e-3", "4e-3") for method in ("one-shot-teacher", "one-shot")},
         ("2x128", "joint-teacher"): ("2e-3", "4e-3", "8e-3"),
     },
     "smollm2": {

@@ -3,7 +3,7 @@
     python benchmarks/students_report.py sizes minilm     # measures the teacher itself, and the speed of teacher and students
     python benchmarks/students_report.py report minilm
 
-Measure sizes while nothing else runs. Seconds of training are those of a machine on which two runs went on at a time.
+Measure sizes while nothing else runs. Seconds of training are those of a machine on which two or three processes ran.
 """
 
 from __future__ import annotations
