@@ -51,11 +51,13 @@ class Stage(Record, ABC):
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Any:
-        values, kinds = dict(fields), {stage.kind: stage for stage in (HiddenStage, OutputStage, JointStage)}
-        kind = values.pop("kind")
-        if kind not in kinds:
+        if cls is not Stage or not isinstance(fields, Mapping):
+            return super().from_dict(fields)
+        kinds: dict[Any, type[Stage]] = {stage.kind: stage for stage in (HiddenStage, OutputStage, JointStage)}
+        kind = fields.get("kind")
+        if not isinstance(kind, str) or kind not in kinds:
             raise UserError(f"a stage has the unknown kind {kind!r}: expected one of {', '.join(kinds)}")
-        return kinds[kind](**values)
+        return kinds[kind].from_dict({name: value for name, value in fields.items() if name != "kind"})
 
 
 @dataclass(frozen=True)

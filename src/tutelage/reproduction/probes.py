@@ -5,9 +5,8 @@ Shapes: N examples or positions, d input bits, W width, T positions, n length of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,11 +54,6 @@ class DegreeWeights(Record):
     off_support: dict[int, float]
     """At degrees 1 and 2: the mean over a sample of monomials off the support, times the number of support monomials of
     that degree, so that the two can be compared."""
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> DegreeWeights:
-        """The inverse of `to_dict`; JSON has turned the degrees into text."""
-        return cls(**{name: {int(degree): weight for degree, weight in side.items()} for name, side in fields.items()})
 
 
 def weights_by_degree(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,11 +156,11 @@ class Comparison(Record):
             raise UserError(f"found no {COMPARISON_FILE} in {str(folder)!r}: make one with tutelage compare")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            wrong = "it was written by an earlier version of tutelage, or is not a comparison"
-            if isinstance(error, json.JSONDecodeError):
-                wrong = f"it is not JSON ({error})"
-            raise UserError(f"cannot read {str(path)!r}: {wrong}. Make it again with tutelage compare") from error
+        except UserError as error:
+            why = "it was written by an earlier version of tutelage, or is not a comparison"
+            raise UserError(
+                f"cannot read {str(path)!r} ({error}): {why}. Make it again with tutelage compare"
+            ) from error
 
     def write(self, folder: Path) -> None:
         """Write the file that `read` reads."""
