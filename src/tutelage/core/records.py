@@ -1,6 +1,7 @@
 """Dataclasses that are written to JSON and read back."""
 
 import dataclasses
+import hashlib
 import json
 import types
 import typing
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from tutelage.core.errors import UserError
 
 _Self = TypeVar("_Self", bound="Record")
+_Sealed = TypeVar("_Sealed", bound="Sealed")
 
 
 class Record:
@@ -49,6 +51,39 @@ class Record:
         except (ValueError, RecursionError) as error:
             raise UserError(f"not JSON: {error}") from error
         return cls.from_dict(fields)
+
+
+class Sealed(Record):
+    """A record whose JSON carries a digest of its other fields, so that a change by accident or by hand is noticed. It is no
+    signature: whoever means to can compute it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return sealed(super().to_dict())
+
+    @classmethod
+    def from_dict(cls: type[_Sealed], fields: Mapping[str, Any]) -> _Sealed:
+        """As `Record.from_dict`; UserError also where the digest is missing or not that of the fields."""
+        return super().from_dict(unsealed(fields))
+
+
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with their digest."""
+    return {**fields, "digest": _digest(fields)}
+
+
+def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `sealed`."""
+    if not isinstance(fields, Mapping) or "digest" not in fields:
+        raise UserError("it has no digest")
+    rest = {name: value for name, value in fields.items() if name != "digest"}
+    if fields["digest"] != _digest(rest):
+        raise UserError("it was changed: its digest is not that of its content")
+    return rest
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    values = json.loads(json.dumps(fields))  # as they are read: keys that are text, lists
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class _NotRead(UserError):

@@ -19,15 +19,19 @@ class Claim:
 
 
 def claim(store: Store, mine: Claim) -> bool:
-    """Write the record into an empty folder, or check the record that is there; True if there was one.
+    """Write the record into an empty folder, or check the record that is there; True if there was one. What a process that
+    was killed left half-written is deleted, so nobody else may be writing there.
     Raises UserError if the folder contains something else, or a record with different values."""
-    if not store.exists(mine.record):
-        if not store.is_empty():
-            raise UserError(f"'{store}' is not empty and does not contain {mine.what}: choose a different --output_dir")
+    found = store.exists(mine.record)
+    if found:
+        check_same(store, mine, read_record(store, mine.record))
+    elif not store.is_empty():
+        found_none = f"is not empty and does not contain {mine.what}: choose a different --output_dir"
+        raise UserError(f"'{store}' {found_none} (there is no {mine.record})")
+    store.clean()
+    if not found:
         store.write(mine.record, json.dumps(mine.contents, indent=1, default=str) + "\n")
-        return False
-    check_same(store, mine, read_record(store, mine.record))
-    return True
+    return found
 
 
 def read_record(store: Store, record: str) -> dict[str, Any]:
@@ -36,7 +40,7 @@ def read_record(store: Store, record: str) -> dict[str, Any]:
         values = json.loads(store.read(record))
         if not isinstance(values, dict):
             raise ValueError("it is not a mapping")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{store}/{record} is damaged ({error}): delete the folder, or choose a different --output_dir"
         ) from error
@@ -50,5 +54,5 @@ def check_same(store: Store, mine: Claim, theirs: Mapping[str, Any]) -> None:
     if different:
         raise UserError(
             f"{str(store)!r} contains {mine.what} with a different {', '.join(different)}: give the original settings, or "
-            "choose a different --output_dir"
+            f"choose a different --output_dir ({mine.record} says what they were)"
         )

@@ -6,6 +6,7 @@ projection to r, and the data-aware ones are sorted. It serves every increasing 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
 from tutelage.core.stages import LayerMap, Stage
-from tutelage.io.store import Store
+from tutelage.io.files import is_leftover
+from tutelage.io.store import Check, Store
 from tutelage.targets import rows
 from tutelage.targets.identity import ExtractionIdentity
-from tutelage.targets.manifest import Manifest, open_split, read_manifest, verify
+from tutelage.targets.manifest import Manifest, check_shards_exist, comparing, open_split, read_manifest, verify
 from tutelage.targets.maps import Maps, Widths, load_target_maps, width_at
 from tutelage.targets.rows import RowFormat
 from tutelage.tasks.loading import load_tokenizer
@@ -34,6 +36,14 @@ OF_THE_START = ("projection", "student_init", "residual_basis", "start_blocks") 
 STATISTICS_FILE, HEAD_FILE = "target_stats.safetensors", "head.safetensors"
 
 
+def stray_files(store: Store, known: Collection[str]) -> list[str]:
+    """Files that libraries would read with those of the teacher's config, the tokenizer or the student, but that no extraction
+    wrote; hidden and temporary ones are left out."""
+    folders = (TEACHER_FOLDER, TOKENIZER_FOLDER, STUDENT_FOLDER)
+    found = [name for folder in folders for name in store.files(folder)]
+    return [name for name in found if not (name in known or is_leftover(name) or Path(name).name.startswith("."))]
+
+
 def _reads(stage: Stage) -> list[str]:
     """What the rows of a stage hold: places of the teacher, and its output."""
     return [*(str(pair.teacher_place) for pair in stage.pairs), *(["output"] if stage.output is not None else [])]
@@ -41,19 +51,66 @@ def _reads(stage: Stage) -> list[str]:
 
 class ExtractedCurriculum:
     """A finished extraction, in a folder or behind any fsspec URL; `check` compares every file with its checksum first, which
-    reads all of them. Raises UserError: unfinished, damaged, or of a newer format."""
+    reads all of them. Without it a file is compared when it is opened, but for the shards of stages on this machine. Raises
+    UserError: unfinished, damaged, or of a newer format."""
 
     def __init__(self, folder: str | Path, check: bool = True):
         self.store = Store(folder)
         self.manifest: Manifest = read_manifest(self.store)
         self.identity: ExtractionIdentity = self.manifest.identity
         self.curriculum = self.identity.curriculum
+        self._verified: set[str] = set()  # files on this machine that were compared with their checksums
         if check:
             self.check()
 
     def check(self, shards: bool = True) -> None:
         """UserError if a file is missing or differs from its checksum; without `shards`, only the small ones are compared."""
-        verify(self.store, self.manifest, shards)
+        names = self.manifest.checksums if shards else self.manifest.files
+        self._verify(names)
+        self._check_strays()
+
+    def _verify(self, names: Iterable[str]) -> None:
+        """Compare files on this machine, or behind the URL, with their checksums, each once."""
+        new = {name: self.manifest.checksums[name] for name in names if name not in self._verified}
+        verify(self.store, new)
+        if self.store.local is not None:  # what is fetched later may differ
+            self._verified |= new.keys()
+
+    def _check_strays(self) -> None:
+        if self.store.local is not None and (stray := stray_files(self.store, self.manifest.files)):
+            raise UserError(
+                f"{stray[0]} of the extracted curriculum {str(self.store)!r} is not in its manifest, but would be read: "
+                "delete it"
+            )
+
+    def _file(self, name: str) -> Path:
+        """A file on this machine, compared with its checksum before it is opened."""
+        if name not in self.manifest.files:
+            raise UserError(
+                f"the manifest of the extracted curriculum {str(self.store)!r} lists no {name}: extract again"
+            )
+        if self.store.local is not None:
+            self._verify([name])
+        return self.store.fetch(name, self._comparing(name))
+
+    def _folder(self, folder: str) -> Path:
+        """A small folder on this machine; all that is in it is compared with its checksum."""
+        names = [name for name in self.manifest.files if name.startswith(f"{folder}/")]
+        if self.store.local is not None:
+            self._verify(names)
+            self._check_strays()
+        return self.store.fetch_folder(folder, names, self._comparing)
+
+    def _comparing(self, name: str) -> Check:
+        return comparing(self.store, name, self.manifest.files[name])
+
+    def _rows(self, name: str) -> Dataset:
+        """A small split, compared with its checksums before it is opened."""
+        split = self.manifest.split(name)
+        if self.store.local is not None:
+            check_shards_exist(self.store, split)
+            self._verify(shard.file for shard in split.shards)
+        return open_split(self.store, split)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -107,15 +164,15 @@ class ExtractedCurriculum:
         for pair, number in zip(curriculum.hidden_stages, numbers, strict=True):
             extracted = self.curriculum.hidden_stages[number]
             as_extracted[extracted.student_place] = width_at(widths, pair.student_place)
-        stored = load_target_maps(self.store.fetch(STATISTICS_FILE), self.curriculum, as_extracted, blocks)
+        stored = load_target_maps(self._file(STATISTICS_FILE), self.curriculum, as_extracted, blocks)
         return [stored[number] for number in numbers]
 
     @cached_property
     def head(self) -> OutputHead | None:
         """The teacher's output head; None where it was not extracted."""
-        if not self.store.exists(HEAD_FILE):
+        if HEAD_FILE not in self.manifest.files:
             return None
-        tensors = load_file(self.store.fetch(HEAD_FILE))
+        tensors = load_file(self._file(HEAD_FILE))
         outputs, width = tensors["weight"].shape
         linear = nn.Linear(width, outputs, bias="bias" in tensors)
         linear.load_state_dict({name: value for name, value in tensors.items() if name in ("weight", "bias")})
@@ -139,29 +196,29 @@ class ExtractedCurriculum:
 
     def calibration(self, width: int, batch_size: int) -> list[StoredBatch]:
         """Rows of the calibration split in batches, decoded as those of the head stage."""
-        split, form = self.manifest.split("calibration"), self.identity.forms["calibration"]
-        table = open_split(self.store, split).with_format("arrow")
-        starts = range(0, split.rows, batch_size)
+        form = self.identity.forms["calibration"]
+        table = self._rows("calibration").with_format("arrow")
+        starts = range(0, len(table), batch_size)
         return [StoredBatch(table[start : start + batch_size], form, self, ((0, width),)) for start in starts]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that the data was encoded with."""
-        return load_tokenizer(str(self.store.fetch_folder(TOKENIZER_FOLDER)))
+        return load_tokenizer(str(self._folder(TOKENIZER_FOLDER)))
 
     @property
     def teacher_config(self) -> Path:
         """Folder with the teacher's config."""
-        return self.store.fetch_folder(TEACHER_FOLDER)
+        return self._folder(TEACHER_FOLDER)
 
     @property
     def student(self) -> Path:
         """Folder with the student that was extracted for: its config, and its weights where they come from the teacher."""
-        return self.store.fetch_folder(STUDENT_FOLDER)
+        return self._folder(STUDENT_FOLDER)
 
     @cached_property
     def evaluation(self) -> Dataset:
-        return open_split(self.store, self.manifest.split("evaluation")).remove_columns(["example_id", "content_hash"])
+        return self._rows("evaluation").remove_columns(["example_id", "content_hash"])
 
 
 @dataclasses.dataclass(frozen=True)

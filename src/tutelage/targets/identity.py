@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_positive, check_range
 from tutelage.core.records import Record
 from tutelage.targets.rows import INPUT_COLUMNS, RowFormat, content_hash
 
@@ -26,6 +26,10 @@ class TeacherIdentity(Record):
     shape: dict[str, Any] | None  # `Task.teacher_shape`
     outputs: int  # outputs of its head; 0 where none are shared
 
+    def __post_init__(self) -> None:
+        check_range("blocks", self.blocks, 1)
+        check_range("outputs", self.outputs, 0)
+
 
 @dataclass(frozen=True)
 class DataIdentity(Record):
@@ -33,6 +37,9 @@ class DataIdentity(Record):
     rows: int
     fingerprint: str  # `data_fingerprint`
     streamed: bool  # whether the rows are the first ones of a stream
+
+    def __post_init__(self) -> None:
+        check_range("rows", self.rows, 1)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,11 @@ class HeadSettings(Record):
     softcap: float | None = None
     scale: float = 1.0
     outputs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("softcap", self.softcap)
+        check_positive("scale", self.scale)
+        check_range("outputs", self.outputs, 1)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,22 @@ class ExtractionIdentity(Record):
     shard_tokens: int
     centered: bool  # whether the targets at `final` are centred, so that a transplanted head needs a bias
     head: HeadSettings | None  # None where no head is transplanted
+
+    def __post_init__(self) -> None:
+        for name in ("width", "longest", "batch_size", "step_examples", "calibration_samples", "shard_tokens"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("kept", "seed"):
+            check_range(name, getattr(self, name), 0)
+        check_positive("mlm_probability", self.mlm_probability)
+        check_range("mlm_probability", self.mlm_probability, 0, 1)
+        if missing := [name for name in self.splits if name not in self.forms and name != "evaluation"]:
+            raise UserError(f"forms does not say how the rows of {missing[0]} are stored")
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits: one for each stage, the rows of a head transplant, and those for evaluation."""
+        stages = [f"stage_{index + 1}" for index in range(len(self.curriculum.stages))]
+        return [*stages, *(["calibration"] * (self.curriculum.transplant_stage is not None)), "evaluation"]
 
     def unnamed(self) -> dict[str, Any]:
         """As JSON values without the names of folders and files, which change nothing."""

@@ -2,29 +2,32 @@
 
 The folder is a `datasets.DatasetDict` saved to disk (`datasets.load_from_disk` reads it, and so does anything that reads Arrow
 streams): a split for each stage, `calibration` and `evaluation`. Beside it lie `manifest.json`, the teacher's config and
-tokenizer, and what a head transplant needs. While it is being made, `extraction.json` says from what, and each shard has a
-receipt beside it; a shard with a receipt is whole."""
+tokenizer, the student, and what a head transplant needs. While it is being made, `extraction.json` says from what,
+`extraction.files.json` what the other files are (`tutelage.runs.extraction.progress`), and each shard has a receipt beside it;
+a shard that is as its receipt says is whole."""
 
-import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, concatenate_datasets
 
-from tutelage.core.errors import UserError
-from tutelage.core.records import Record
+from tutelage.core.errors import UserError, as_user_error, check_range
+from tutelage.core.records import Record, Sealed
 from tutelage.io.claim import Claim, check_same
 from tutelage.io.claim import claim as claim_folder
-from tutelage.io.store import Store, sha256_of
+from tutelage.io.names import check_name
+from tutelage.io.store import Check, Store, sha256_of
 from tutelage.targets.identity import ExtractionIdentity
 
-FORMAT = 2  # 1 had no joint stages; it is read too
+FORMAT = 3  # 2 had no digest and no checksums of the files of `datasets`, 1 no joint stages; both are read too
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "extraction.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,27 @@ class Shard(Record):
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        check_files({self.file: self.sha256})
+        for name in ("rows", "tokens", "bytes"):
+            check_range(f"{name} of {self.file}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class Receipt(Sealed):
+    """Beside a shard of an unfinished extraction."""
+
+    shard: Shard
+
 
 @dataclass(frozen=True)
 class Split(Record):
     name: str  # of a stage, `calibration` or `evaluation`
     shards: tuple[Shard, ...]
+
+    def __post_init__(self) -> None:
+        if stray := [shard.file for shard in self.shards if not re.fullmatch(rf"{self.name}/[^/]+", shard.file)]:
+            raise UserError(f"split {self.name!r} has the shard {stray[0]!r}, which is not in its folder")
 
     @property
     def rows(self) -> int:
@@ -56,14 +75,32 @@ class Split(Record):
 
 
 @dataclass(frozen=True)
-class Manifest(Record):
+class Manifest(Sealed):
     """What an extracted curriculum was made from and what it holds."""
 
     identity: ExtractionIdentity  # everything that the rows depend on
     splits: tuple[Split, ...]
-    files: dict[str, str]  # SHA-256 of every other file that training reads, by path below the folder
+    files: dict[str, str]  # SHA-256 of every other file, by path below the folder
     format: int = FORMAT
     environment: dict[str, Any] = field(default_factory=dict)  # versions it was made with
+
+    def __post_init__(self) -> None:
+        check_range("format", self.format, 1, FORMAT)
+        check_files(self.files)
+        found = [split.name for split in self.splits]
+        if sorted(found) != sorted(self.identity.splits):
+            raise UserError(f"it has the splits {', '.join(found)}, not {', '.join(self.identity.splits)}")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Manifest":
+        if isinstance(fields, Mapping) and fields.get("format") in (1, 2) and "digest" not in fields:
+            return super(Sealed, cls).from_dict(fields)
+        return super().from_dict(fields)
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of every file, by path below the folder."""
+        return {**self.files, **{shard.file: shard.sha256 for split in self.splits for shard in split.shards}}
 
     def split(self, name: str) -> Split:
         splits = {split.name: split for split in self.splits}
@@ -81,13 +118,16 @@ class ShardWriter:
     def file(self, number: int) -> str:
         return f"{self.split}/data-{number:05d}-of-{self.count:05d}.arrow"
 
-    def done(self, number: int) -> Shard | None:
-        """A shard that was written before."""
-        receipt = _receipt_of(self.file(number))
+    def done(self, number: int, check: bool = True) -> Shard | None:
+        """A shard that was written before; with `check`, if its file still has its checksum. None: it is to be made."""
+        receipt = receipt_of(self.file(number))
         if not self.store.exists(receipt):
             return None
-        shard = Shard.from_json(self.store.read(receipt))
-        return shard if is_there(self.store, shard) else None
+        try:
+            shard = Receipt.from_json(self.store.read(receipt)).shard
+        except UserError:
+            return None  # damaged
+        return shard if shard.file == self.file(number) and is_there(self.store, shard, check) else None
 
     def write(self, number: int, batches: Iterable[Mapping[str, pa.Array]]) -> Shard:
         """Write a shard from column arrays; if that fails (the disk is full, say), what was written before stays whole."""
@@ -101,65 +141,46 @@ class ShardWriter:
                     tokens += len(columns["input_ids"].flatten())
             with path.open("rb") as written:
                 shard = Shard(self.file(number), rows, tokens, path.stat().st_size, sha256_of(written))
-        self.store.write(_receipt_of(shard.file), shard.to_json())
+        write_receipt(self.store, shard)
         return shard
 
 
-def finish(store: Store, manifest: Manifest, features: Mapping[str, Features]) -> None:
-    """Make the folder a dataset on disk and write the manifest; receipts go."""
-    for split in manifest.splits:
-        state: dict[str, Any] = {
-            "_data_files": [{"filename": Path(shard.file).name} for shard in split.shards],
-            "_fingerprint": hashlib.sha256("".join(s.sha256 for s in split.shards).encode()).hexdigest()[:16],
-            **{"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False},
-            "_split": split.name,
-        }
-        unused = dict.fromkeys(("description", "citation", "homepage", "license"), "")
-        info = {"features": features[split.name].to_dict(), **unused}
-        store.write(f"{split.name}/state.json", json.dumps(state, indent=2))
-        store.write(f"{split.name}/dataset_info.json", json.dumps(info, indent=2))
-    store.write("dataset_dict.json", json.dumps({"splits": [split.name for split in manifest.splits]}))
-    store.write(MANIFEST_FILE, manifest.to_json() + "\n")
-    for file in [shard.file for split in manifest.splits for shard in split.shards]:
-        store.remove(_receipt_of(file))
-    store.remove(PROGRESS_FILE)
-
-
-def is_there(store: Store, shard: Shard) -> bool:
-    """Whether a shard's file is there, of the size it was written with."""
-    return store.exists(shard.file) and store.size(shard.file) == shard.bytes
-
-
-def reopen(store: Store, manifest: Manifest) -> bool:
-    """Make a finished extraction that has lost shards an unfinished one; False where it has lost none."""
-    shards = [shard for split in manifest.splits for shard in split.shards]
-    kept = [shard for shard in shards if is_there(store, shard)]
-    if len(kept) == len(shards):
-        return False
-    for shard in kept:
-        store.write(_receipt_of(shard.file), shard.to_json())
-    store.write(PROGRESS_FILE, json.dumps(manifest.identity.unnamed(), indent=1))
-    store.remove(MANIFEST_FILE)
-    return True
-
-
-def _receipt_of(file: str) -> str:
+def receipt_of(file: str) -> str:
     return f"{file}.receipt.json"
+
+
+def write_receipt(store: Store, shard: Shard) -> None:
+    store.write(receipt_of(shard.file), Receipt(shard).to_json())
+
+
+def is_there(store: Store, shard: Shard, check: bool) -> bool:
+    """Whether a shard's file is there, with the size that it was written with; with `check`, also with its checksum."""
+    same_size = store.exists(shard.file) and store.size(shard.file) == shard.bytes
+    return same_size and (not check or store.sha256(shard.file) == shard.sha256)
+
+
+def check_files(checksums: Mapping[str, str]) -> None:
+    """Raise UserError for a name that leads out of the folder, or a checksum that is none."""
+    for name, checksum in checksums.items():
+        check_name(name, "it")
+        if not _SHA256.fullmatch(checksum):
+            raise UserError(f"the checksum of {name} is {checksum[:80]!r}, not the 64 digits of a SHA-256")
 
 
 def claim(store: Store, identity: ExtractionIdentity) -> bool:
     """Make a folder this extraction's, or find it unfinished by the same one; True where it is finished already. UserError if
-    the folder holds a different extraction, or something else."""
+    the folder holds a different extraction, or something else. One process calls it, before any writes to the folder."""
     whose = Claim(PROGRESS_FILE, identity.unnamed(), "an extracted curriculum")
     if not store.exists(MANIFEST_FILE):
         claim_folder(store, whose)
         return False
-    check_same(store, whose, read_manifest(store).identity.unnamed())
+    check_same(store, replace(whose, record=MANIFEST_FILE), read_manifest(store).identity.unnamed())
+    store.clean()
     return True
 
 
 def read_manifest(store: Store) -> Manifest:
-    """The manifest; UserError if there is none, it is unfinished, or its format is newer than this version reads."""
+    """The manifest; UserError if there is none, it is unfinished, damaged or edited, or of a newer format."""
     if not store.exists(MANIFEST_FILE):
         if store.exists(PROGRESS_FILE):
             raise UserError(
@@ -167,20 +188,27 @@ def read_manifest(store: Store) -> Manifest:
                 "missing shards"
             )
         raise UserError(f"no extracted curriculum in '{store}' (no {MANIFEST_FILE}): make one with `tutelage extract`")
-    try:
-        text = store.read(MANIFEST_FILE)
-        version = int(json.loads(text)["format"])
-        if version <= FORMAT:
-            return Manifest.from_json(text)
-    except (ValueError, KeyError, TypeError) as error:
+    text = store.read(MANIFEST_FILE)
+    if (version := _format_of(text)) > FORMAT:
         raise UserError(
-            f"{store}/{MANIFEST_FILE} is not the manifest of an extracted curriculum ({type(error).__name__}: {error}): "
-            "copy it again"
+            f"the extracted curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade "
+            "tutelage"
+        )
+    try:
+        return Manifest.from_json(text)
+    except UserError as error:
+        raise UserError(
+            f"{store}/{MANIFEST_FILE} is not the manifest of an extracted curriculum, or is damaged ({error}): copy it again, "
+            "or extract again to a different folder"
         ) from error
-    raise UserError(
-        f"the extracted curriculum in {str(store)!r} has format {version}, this version reads up to {FORMAT}: upgrade "
-        "tutelage"
-    )
+
+
+def _format_of(text: str) -> int:
+    """The format that a manifest says it has; 0 where it does not."""
+    try:
+        return int(json.loads(text)["format"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
 
 
 def check_shards_exist(store: Store, split: Split) -> None:
@@ -195,7 +223,7 @@ def _check_exists(store: Store, name: str) -> None:
 
 def open_split(store: Store, split: Split) -> Dataset:
     """A split's rows, memory-mapped; UserError for a shard that is missing, has a different size than in the manifest, or, if
-    it was fetched, a different checksum."""
+    it is fetched, a different checksum."""
     check_shards_exist(store, split)
     parts = []
     for shard in split.shards:
@@ -204,20 +232,29 @@ def open_split(store: Store, split: Split) -> Dataset:
                 f"shard {shard.file} of the extracted curriculum {str(store)!r} is damaged: it has {size:,} bytes, the "
                 f"manifest says {shard.bytes:,}; copy it again, or extract again"
             )
-        path = store.fetch(shard.file)
-        if store.local is None:
-            with path.open("rb") as fetched:
-                _compare(store, shard.file, sha256_of(fetched), shard.sha256)
-        parts.append(Dataset.from_file(str(path)))
+        path = store.fetch(shard.file, comparing(store, shard.file, shard.sha256))
+        with as_user_error(
+            f"could not read {path}"
+        ):  # bytes that are not Arrow, with a checksum that was made for them
+            parts.append(Dataset.from_file(str(path)))
     return concatenate_datasets(parts)
 
 
-def verify(store: Store, manifest: Manifest, shards: bool = True) -> None:
-    """Raise UserError where a file's checksum is not the manifest's; without `shards`, of the small shared files alone."""
-    of_shards = {shard.file: shard.sha256 for split in manifest.splits for shard in split.shards} if shards else {}
-    for name, expected in (manifest.files | of_shards).items():
+def verify(store: Store, checksums: Mapping[str, str]) -> None:
+    """Raise UserError where a file, by path below the folder, is missing or its checksum is not the manifest's."""
+    for name, expected in checksums.items():
         _check_exists(store, name)
         _compare(store, name, store.sha256(name), expected)
+
+
+def comparing(store: Store, name: str, expected: str) -> Check:
+    """Compares a fetched file with its checksum in the manifest."""
+
+    def compare(path: Path) -> None:
+        with path.open("rb") as fetched:
+            _compare(store, name, sha256_of(fetched), expected)
+
+    return compare
 
 
 def _compare(store: Store, name: str, found: str, expected: str) -> None:

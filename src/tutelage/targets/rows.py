@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from datasets import Features, List, Value
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.core.records import Record
 from tutelage.core.topk import TopK
@@ -27,6 +27,7 @@ TOP_IDS, LOG_PROBS, LOG_REST = "teacher_top_ids", "teacher_log_probs", "teacher_
 OUTPUT = "teacher_output"
 INPUT_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 DTYPES = ("int8", "float16", "float32")
+_LABELS, _HIDDEN = ("none", "tokens", "class"), ("states", "pooled")
 _LARGEST = 127
 
 
@@ -40,8 +41,12 @@ class RowFormat(Record):
     beside: tuple[str, ...] = ()  # of a joint stage: `states` or `pooled` for each pair, beside the output
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"unknown dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        contents = (*_HIDDEN, "top_k", "whole", "inputs")
+        known = [("dtype", self.dtype, DTYPES), ("label", self.label, _LABELS), ("content", self.content, contents)]
+        for name, value, choices in [*known, *(("beside", content, _HIDDEN) for content in self.beside)]:
+            if value not in choices:
+                raise UserError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")
+        check_range("vocabulary", self.vocabulary, 1)
 
     @property
     def ids(self) -> str:
@@ -55,7 +60,7 @@ class RowFormat(Record):
     @property
     def hidden(self) -> tuple[str, ...]:
         """`states` or `pooled` for each hidden target of a row."""
-        return (self.content,) if self.content in ("states", "pooled") else self.beside
+        return (self.content,) if self.content in _HIDDEN else self.beside
 
     @property
     def features(self) -> Features:

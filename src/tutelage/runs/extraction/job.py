@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,10 +15,22 @@ from tqdm.auto import tqdm
 from tutelage.core.curriculum import RESIDUAL
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config
+from tutelage.core.processes import Group
+from tutelage.io.files import temporary_folder
 from tutelage.io.store import Store
-from tutelage.runs.environment import environment, quiet_unless_terminal
+from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.runs.extraction.encoder import Columns, Encoder
 from tutelage.runs.extraction.options import DEFAULT_TOP_K, ExtractOptions, check_options, choose_stages, without_start
+from tutelage.runs.extraction.progress import (
+    SharedFiles,
+    damaged,
+    finish,
+    forget_shards,
+    put_folder,
+    read_shared,
+    reopen,
+    write_shared,
+)
 from tutelage.runs.extraction.schedule import Batches, Schedule, plan_shards
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
 from tutelage.targets.folder import HEAD_FILE, STATISTICS_FILE, STUDENT_FOLDER, TEACHER_FOLDER, TOKENIZER_FOLDER
@@ -34,7 +44,7 @@ from tutelage.targets.identity import (
     tokenizer_hash,
 )
 from tutelage.targets.live import LiveTargets, check_widths
-from tutelage.targets.manifest import Manifest, ShardWriter, Split, claim, finish, read_manifest, reopen
+from tutelage.targets.manifest import Manifest, ShardWriter, Split, claim, comparing, read_manifest
 from tutelage.targets.rows import RowFormat
 from tutelage.targets.source import StatisticsFile
 from tutelage.training.config import CurriculumConfig
@@ -48,30 +58,25 @@ def extract(
     options: ExtractOptions = ExtractOptions(),  # noqa: B008 (frozen)
     log: Callable[[str], None] = print,
 ) -> Manifest:
-    """Make an extracted curriculum in `args.output_dir`, or resume one that was begun.
+    """Make an extracted curriculum in `args.output_dir`, or resume one that was begun; of a finished one, make again what is
+    lost or damaged.
 
     `run` and `args` are as for `distill`; the student is only looked at. `log` is called with a line of progress.
 
     Raises:
-        UserError: settings that cannot work, or a folder that contains something else.
-        OSError: the disk is full; what was whole stays, and the same command resumes with it."""
+        UserError: settings that cannot work, or a folder that contains something else; or the disk is full: what was whole
+            stays, and the same command resumes with it."""
     run, args = run or RunOptions(), args or CurriculumConfig()
     check_options(args, options)
     run, args = with_defaults(*choose_stages(run, args, options))
     store = Store(args.output_dir or ".")
     state = PartialState()
     job = ExtractionJob(load_inputs(run, args, options.devices), args, options, state.device, run.streaming)
-    with state.main_process_first():
-        finished = claim(store, job.identity)
-        if state.is_main_process and finished and reopen(store, read_manifest(store)):
-            log(f"{store} has lost shards, which are made again")
-            finished = False
-    if not finished:
-        job.write(store, state.process_index, state.num_processes, log)
+    group = Group.of_all(state.device)
+    if not group.first(lambda: job.claim(store, log)):
+        job.write(store, group, log)
         state.wait_for_everyone()
-        if state.is_main_process:
-            job.finish(store)
-        state.wait_for_everyone()
+        group.first(lambda: job.finish(store))
     return read_manifest(store)
 
 
@@ -194,56 +199,67 @@ class ExtractionJob:
         count, size = min(self.run.calibration_samples, len(self.encoder.data)), self.run.reading.batch_size
         return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
-    def write(self, store: Store, rank: int, ranks: int, log: Callable[[str], None]) -> None:
+    def claim(self, store: Store, log: Callable[[str], None]) -> bool:
+        """Make the folder this extraction's; True where it is finished, and no file is lost or damaged."""
+        if not claim(store, self.identity):
+            return False
+        if lost := reopen(store, read_manifest(store), self.args.check_curriculum):
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            log(f"{store} has lost or damaged files, which are made again: {lost[0]}{more}")
+        return not lost
+
+    def write(self, store: Store, group: Group, log: Callable[[str], None]) -> None:
         """Write this process's part of the missing shards; the first process also what all of them need."""
-        with tempfile.TemporaryDirectory() as folder:
-            statistics = Path(folder) / STATISTICS_FILE
-            if rank == 0 and not self._begun(store):
-                self._start_student(store)
-                self._prepare_maps(StatisticsFile(statistics, read=False, write=True))
-                if statistics.exists():
-                    with store.writing(STATISTICS_FILE) as path:
-                        shutil.copyfile(statistics, path)
-            PartialState().wait_for_everyone()
-            # one set of statistics, whoever makes a shard and whenever
-            stored = store.fetch(STATISTICS_FILE) if store.exists(STATISTICS_FILE) else statistics
+        sha256_of_start = group.first(lambda: self._write_shared(store))
+        if self.curriculum.hidden_stages:  # one set of statistics, whoever makes a shard and whenever
+            stored = store.fetch(STATISTICS_FILE, comparing(store, STATISTICS_FILE, sha256_of_start[STATISTICS_FILE]))
             self._prepare_maps(StatisticsFile(stored, read=True, write=False))
-        if rank == 0:
-            self._write_shared(store)
         numbered = [
             (ShardWriter(store, split.name, len(split.shards), split.form.features), number, split)
             for split in self.splits
             for number in range(len(split.shards))
         ]
-        mine = [planned for planned in numbered[rank::ranks] if planned[0].done(planned[1]) is None]
-        quiet = quiet_unless_terminal(self.args.disable_tqdm) or rank != 0
+        mine = [planned for planned in numbered[group.rank :: group.size] if planned[0].done(planned[1]) is None]
+        quiet = quiet_unless_terminal(self.args.disable_tqdm) or group.rank != 0
         tokens, start = 0, time.perf_counter()
         with tqdm(total=len(mine), desc="Extracting", unit="shard", disable=quiet) as bar:
             for writer, number, split in mine:
                 tokens += writer.write(number, split.columns(split.form, split.shards[number])).tokens
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
                 bar.update()
-        if rank == 0:
+        if group.rank == 0:
             pace = f"{tokens:,} tokens at {tokens / (time.perf_counter() - start):,.0f} per second"
             log(f"{len(numbered)} shards in {store}" + (f" ({len(mine)} here, {pace})" if mine else ""))
 
-    def _begun(self, store: Store) -> bool:
-        """Whether what every shard depends on is there: the initialised student and the statistics."""
-        parts = [STATISTICS_FILE] if self.curriculum.hidden_stages else []
-        return all(map(store.exists, [*parts, f"{STUDENT_FOLDER}/config.json"]))
+    def _write_shared(self, store: Store) -> dict[str, str]:
+        """Write what is no shard, where it is not there; the checksums of what every shard depends on."""
+        before = read_shared(store)
+        if before is not None and not damaged(store, before.start):
+            start = before.start
+        else:
+            start = self._write_start(store)
+            if before is None or before.start != start:
+                forget_shards(store)  # they may have been made with other statistics
+            write_shared(store, SharedFiles(start, {}))
+        write_shared(store, SharedFiles(start, self._write_others(store)))
+        return start
 
-    def _start_student(self, store: Store) -> None:
-        """Write the student's configuration and, where they come from the teacher, its first weights."""
-        task, student = self.source.task, self.inputs.student
-        with tempfile.TemporaryDirectory() as folder:
-            if self.curriculum.student_init == "teacher":
-                self.source.start(student, self._calibration_batches)
-                task.save(student, Path(folder))
+    def _write_start(self, store: Store) -> dict[str, str]:
+        """Write the student's configuration and, where they come from the teacher, its first weights; and the statistics."""
+        task, student, starts = self.source.task, self.inputs.student, self.curriculum.student_init == "teacher"
+        if starts:
+            self.source.start(student, self._calibration_batches)
+        with temporary_folder(f"{store}/{STUDENT_FOLDER}") as folder:
+            if starts:
+                task.save(student, folder / STUDENT_FOLDER)
             config: Any = task.backbone(student).config
-            config.save_pretrained(folder)
-            for file in sorted(Path(folder).rglob("*.*"), key=lambda path: path.name == "config.json"):
-                with store.writing(f"{STUDENT_FOLDER}/{file.relative_to(folder).as_posix()}") as path:
-                    shutil.copyfile(file, path)
+            config.save_pretrained(folder / STUDENT_FOLDER)
+            written = put_folder(store, folder)
+        if self.curriculum.hidden_stages:
+            with store.writing(STATISTICS_FILE) as path:
+                self._prepare_maps(StatisticsFile(path, read=False, write=True))
+            written[STATISTICS_FILE] = store.sha256(STATISTICS_FILE)
+        return written
 
     def _prepare_maps(self, file: StatisticsFile) -> None:
         self.source.prepare(file, self._calibration_batches, self.device, self.width)
@@ -251,36 +267,30 @@ class ExtractionJob:
     def _calibration_batches(self) -> CollatedBatches:
         return CollatedBatches(self.calibration_examples, self.encoder.batch)
 
-    def _write_shared(self, store: Store) -> None:
-        """Configs of teacher and student, tokenizer and, for a transplant, the output head."""
-        with tempfile.TemporaryDirectory() as folder:
-            config: Any = self.source.backbone.config
-            config.save_pretrained(Path(folder) / TEACHER_FOLDER)
-            self.inputs.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
-            for file in Path(folder).rglob("*.*"):
-                with store.writing(file.relative_to(folder).as_posix()) as path:
-                    shutil.copyfile(file, path)
+    def _write_others(self, store: Store) -> dict[str, str]:
+        """Write the teacher's config, the tokenizer and, for a transplant, the output head; their checksums."""
         head = self.source.output_head()
-        if self.identity.head is not None and head is not None:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
-            with store.writing(HEAD_FILE) as path:
-                save_file(tensors, path)
+        with temporary_folder(str(store)) as folder:
+            config: Any = self.source.backbone.config
+            config.save_pretrained(folder / TEACHER_FOLDER)
+            self.inputs.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+            if self.identity.head is not None and head is not None:
+                tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
+                save_file(tensors, folder / HEAD_FILE)
+            return put_folder(store, folder)
 
     def finish(self, store: Store) -> None:
-        """Check that every shard is there, then write what makes the folder an extracted curriculum."""
+        """Check that every file is there, then write what makes the folder an extracted curriculum."""
         splits = []
         for split in self.splits:
             writer = ShardWriter(store, split.name, len(split.shards), split.form.features)
-            written = [writer.done(number) for number in range(len(split.shards))]
+            # they were compared with their checksums when they were written, or found
+            written = [writer.done(number, check=False) for number in range(len(split.shards))]
             shards = tuple(shard for shard in written if shard is not None)
             if None in written:
                 raise UserError(f"shard {writer.file(written.index(None))} was not written: run the same command again")
             splits.append(Split(split.name, shards))
-        folders = (TEACHER_FOLDER, STUDENT_FOLDER, TOKENIZER_FOLDER)
-        shared = [STATISTICS_FILE, HEAD_FILE, *(name for folder in folders for name in store.files(folder))]
-        files = {name: store.sha256(name) for name in shared if store.exists(name)}
-        manifest = Manifest(self.identity, tuple(splits), files, environment=environment())
-        finish(store, manifest, {split.name: split.form.features for split in self.splits})
+        finish(store, self.identity, splits, {split.name: split.form.features for split in self.splits})
 
 
 def _students(manifest: Manifest) -> str:
