@@ -135,7 +135,7 @@ def spoil(folder: Path, what: str) -> None:
         ("damaged", r"stage_1/data-00000.*is damaged \(its checksum"),
         ("cut", r"stage_1/data-00000.*is damaged"),
         ("missing", r"stage_1/data-00000.*is missing: copy it there"),
-        ("newer", "has format 99, this version reads up to 2: upgrade"),
+        ("newer", "has format 99, this version reads up to 3: upgrade"),
         ("no manifest", "no extracted curriculum in .* .no manifest.json.: make one with `tutelage extract`"),
         ("not JSON", "is not the manifest of an extracted curriculum"),
         ("maps", "target_stats.safetensors.*is damaged"),
@@ -153,13 +153,19 @@ def test_a_damaged_curriculum_is_refused(
     assert "tutelage inspect:" in capsys.readouterr().err
 
 
-def test_a_curriculum_of_format_1_trains_the_same_student(extracted: Callable[..., Path], tmp_path: Path) -> None:
-    """It lacks what rows of joint stages are described by."""
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_curriculum_of_an_older_format_trains_the_same_student(
+    extracted: Callable[..., Path], tmp_path: Path, version: int
+) -> None:
+    """Both lack the digest and the checksums of the files of `datasets`, 1 also what rows of joint stages are described by."""
     folder = extracted()
     new = train(tmp_path / "new", folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    for form in manifest["identity"]["forms"].values():
-        del form["beside"]
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    del manifest["digest"]
+    manifest["files"] = {name: value for name, value in manifest["files"].items() if not name.endswith("state.json")}
+    if version == 1:
+        for form in manifest["identity"]["forms"].values():
+            del form["beside"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": version}))
     old = train(tmp_path / "old", folder)
     assert old.student.metrics["loss"] == new.student.metrics["loss"]

@@ -49,7 +49,9 @@ IDENTITY = ExtractionIdentity(
     width=16,
     forms={
         "stage_1": RowFormat("int8", 102, "none", True, "states"),
-        "stage_2": RowFormat("float16", 70_000, "tokens", False, "top_k"),
+        "stage_2": RowFormat("int8", 102, "none", True, "states"),
+        "stage_3": RowFormat("float16", 70_000, "tokens", False, "top_k"),
+        "calibration": RowFormat("int8", 102, "none", True, "states"),
     },
     student="layers=2",
     causal=False,
@@ -67,10 +69,11 @@ IDENTITY = ExtractionIdentity(
     centered=True,
     head=HeadSettings(softcap=30.0, scale=0.5, outputs=100),
 )
+SHARDS = (Shard("stage_1/a.arrow", 3, 40, 512, "aa" * 32), Shard("stage_1/b.arrow", 1, 9, 99, "bb" * 32))
 MANIFEST = Manifest(
     IDENTITY,
-    (Split("stage_1", (Shard("a.arrow", 3, 40, 512, "aa"), Shard("b.arrow", 1, 9, 99, "bb"))), Split("evaluation", ())),
-    {"head.safetensors": "cc"},
+    (Split("stage_1", SHARDS), *(Split(name, ()) for name in ("stage_2", "stage_3", "calibration", "evaluation"))),
+    {"head.safetensors": "cc" * 32},
     environment={"torch": "2.13", "threads": 2},
 )
 RESULT = RunResult(
@@ -126,7 +129,7 @@ def test_a_plan_is_read_back_as_it_was(causal_teacher: Path, request_fields: dic
 def test_nested_values_have_their_own_types() -> None:
     again = Manifest.from_json(MANIFEST.to_json())
     assert isinstance(again.identity.curriculum.stages[-1], OutputStage)
-    assert isinstance(again.identity.forms["stage_2"], RowFormat)
+    assert isinstance(again.identity.forms["stage_3"], RowFormat)
     assert isinstance(again.identity.head, HeadSettings)
     assert isinstance(again.splits[0].shards[1], Shard)
     assert (again.splits[0].rows, again.splits[0].tokens, again.splits[0].bytes) == (4, 49, 611)
