@@ -172,6 +172,11 @@ def claim(store: Store, identity: ExtractionIdentity) -> bool:
     the folder holds a different extraction, or something else. One process calls it, before any writes to the folder."""
     whose = Claim(PROGRESS_FILE, identity.unnamed(), "an extracted curriculum")
     if not store.exists(MANIFEST_FILE):
+        if not store.exists(PROGRESS_FILE) and not store.is_empty():
+            found = (
+                f"is not empty and does not contain {whose.what} (it has neither {MANIFEST_FILE} nor {PROGRESS_FILE})"
+            )
+            raise UserError(f"{str(store)!r} {found}: copy what is missing again, or choose a different --output_dir")
         claim_folder(store, whose)
         return False
     check_same(store, replace(whose, record=MANIFEST_FILE), read_manifest(store).identity.unnamed())
@@ -218,7 +223,8 @@ def check_shards_exist(store: Store, split: Split) -> None:
 
 def _check_exists(store: Store, name: str) -> None:
     if not store.exists(name):
-        raise UserError(f"{name} of the extracted curriculum '{store}' is missing: copy it there, or extract again")
+        found = f"{name} of the extracted curriculum '{store}' is missing"
+        raise UserError(f"{found}: copy it there, or extract again ({MANIFEST_FILE} lists it)")
 
 
 def open_split(store: Store, split: Split) -> Dataset:
@@ -229,8 +235,8 @@ def open_split(store: Store, split: Split) -> Dataset:
     for shard in split.shards:
         if (size := store.size(shard.file)) != shard.bytes:
             raise UserError(
-                f"shard {shard.file} of the extracted curriculum {str(store)!r} is damaged: it has {size:,} bytes, the "
-                f"manifest says {shard.bytes:,}; copy it again, or extract again"
+                f"shard {shard.file} of the extracted curriculum {str(store)!r} is damaged: it has {size:,} bytes, "
+                f"{MANIFEST_FILE} says {shard.bytes:,}; copy it again, or extract again"
             )
         path = store.fetch(shard.file, comparing(store, shard.file, shard.sha256))
         with as_user_error(
@@ -260,6 +266,6 @@ def comparing(store: Store, name: str, expected: str) -> Check:
 def _compare(store: Store, name: str, found: str, expected: str) -> None:
     if found != expected:
         raise UserError(
-            f"{name} of the extracted curriculum {str(store)!r} is damaged (its checksum is not the manifest's): copy it "
-            "again, or delete it and extract again"
+            f"{name} of the extracted curriculum {str(store)!r} is damaged (its checksum is not the manifest's), or "
+            f"{MANIFEST_FILE} is: copy it again, or extract again"
         )
