@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -107,6 +108,24 @@ def test_a_write_that_fails_leaves_the_last_good_file_and_nothing_else(tmp_path:
     with largest_file(4096), pytest.raises(UserError, match=r"could not write '.*a.safetensors': File too large; free"):
         write_atomically(path, "x" * 10_000)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("function", ["replace", "fsync", "open"])
+def test_an_error_of_the_disk_is_one_line_with_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, function: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    write_atomically(tmp_path / "a.json", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, function, fail)
+        with pytest.raises(
+            UserError, match=rf"could not write '.*a.json': {os.strerror(number)}; free space there, or"
+        ):
+            write_atomically(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_errors_of_libraries_that_write_name_the_path(tmp_path: Path) -> None:

@@ -12,7 +12,22 @@ import pytest
 from tutelage.core.errors import UserError
 from tutelage.io.store import Store
 
-BAD = ("../x", "a/../../x", "..", "/etc/x", "C:x", "a/C:x", "a\\..\\x", "a\0", "a//b", "./a", "a/", "", "a\nb")
+BAD = (
+    "../x",
+    "a/../../x",
+    "..",
+    "/etc/x",
+    "C:x",
+    "a/C:x",
+    "a\\..\\x",
+    "a\0",
+    "a//b",
+    "./a",
+    "a/",
+    "",
+    "a\nb",
+    "a\ud800",
+)
 
 
 @pytest.fixture

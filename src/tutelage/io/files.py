@@ -59,7 +59,7 @@ def sync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    with writing_errors(path):
+    with writing_errors(_LEFTOVER.sub("", str(path))):  # of a file that is itself a temporary one, the last name
         path.parent.mkdir(parents=True, exist_ok=True)
         # made here and new: whoever writes to it follows no link that was put in its place
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

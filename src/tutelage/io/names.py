@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tutelage.core.errors import UserError
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\]")  # with halves of characters, which no file name can have
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 

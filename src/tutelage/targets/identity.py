@@ -39,7 +39,7 @@ class DataIdentity(Record):
     streamed: bool  # whether the rows are the first ones of a stream
 
     def __post_init__(self) -> None:
-        check_range("rows", self.rows, 1)
+        check_range("rows", self.rows, 1, 2**53)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class ExtractionIdentity(Record):
     def __post_init__(self) -> None:
         for name in ("width", "longest", "batch_size", "step_examples", "calibration_samples", "shard_tokens"):
             check_range(name, getattr(self, name), 1)
-        for name in ("kept", "seed"):
-            check_range(name, getattr(self, name), 0)
+        check_range("kept", self.kept, 0)
+        check_range("seed", self.seed, 0, 2**32 - 1)
         check_positive("mlm_probability", self.mlm_probability)
         check_range("mlm_probability", self.mlm_probability, 0, 1)
         if missing := [name for name in self.splits if name not in self.forms and name != "evaluation"]:

@@ -41,7 +41,7 @@ class Shard(Record):
     def __post_init__(self) -> None:
         check_files({self.file: self.sha256})
         for name in ("rows", "tokens", "bytes"):
-            check_range(f"{name} of {self.file}", getattr(self, name), 0)
+            check_range(f"{name} of {self.file}", getattr(self, name), 0, 2**53)
 
 
 @dataclass(frozen=True)

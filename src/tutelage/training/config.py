@@ -121,7 +121,10 @@ class CurriculumConfig(TrainingArguments):
     )
     trust_remote_code: bool = option("Run model code that comes with a checkpoint.", False)
     curriculum_dir: str | None = option("Train from this extracted curriculum, not from a teacher.")
-    check_curriculum: bool = option("Verify the checksums of a local curriculum_dir first; false skips this.", True)
+    check_curriculum: bool = option(
+        "Verify the checksums of a local curriculum_dir, or of the shards that an extraction finds; false skips this.",
+        True,
+    )
     layer_map: str | None = option(
         "Hidden stages as student:teacher, e.g. '1:2,2:4' or 'final:final' (in Python also as pairs); default: "
         "final:final where warm_start transplants the head, else the blocks that the student starts from, or uniform."

@@ -219,7 +219,8 @@ class ExtractionJob:
             for split in self.splits
             for number in range(len(split.shards))
         ]
-        mine = [planned for planned in numbered[group.rank :: group.size] if planned[0].done(planned[1]) is None]
+        check = self.args.check_curriculum
+        mine = [planned for planned in numbered[group.rank :: group.size] if planned[0].done(planned[1], check) is None]
         quiet = quiet_unless_terminal(self.args.disable_tqdm) or group.rank != 0
         tokens, start = 0, time.perf_counter()
         with tqdm(total=len(mine), desc="Extracting", unit="shard", disable=quiet) as bar:
