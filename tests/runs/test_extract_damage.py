@@ -210,6 +210,66 @@ def test_a_manifest_with_values_that_no_extraction_has_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda v: v["files"].update({"head.safetensors": "abc"}),
+            "the checksum of head.safetensors is 'abc', not the 64 dig",
+        ),
+        (
+            lambda v: v["splits"].pop(),
+            "it has the splits stage_1, .*calibration, not stage_1, .*calibration, evaluation",
+        ),
+        (lambda v: v.update(format=0), "format must be a number from 1 to 3, got 0"),
+        (lambda v: v["splits"][0]["shards"][0].update(rows=-1), "rows of stage_1/data.* must be a number from 0 to"),
+        (
+            lambda v: v["identity"]["forms"]["stage_1"].update(content="all"),
+            "unknown content 'all': use one of states, pooled",
+        ),
+        (lambda v: v["identity"]["teacher"].update(blocks=0), "blocks must be at least 1, got 0"),
+        (lambda v: v["identity"]["head"].update(scale=0), "scale must be positive and finite, got 0"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(folder: Path, change: Callable[[Any], Any], message: str) -> None:
+    edit(folder / MANIFEST_FILE, change, seal=True)
+    with pytest.raises(UserError, match=f"manifest.json .*{message}"):
+        ExtractedCurriculum(folder)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_opened(folder: Path) -> None:
+    edit(folder / MANIFEST_FILE, lambda values: values["files"].pop("target_stats.safetensors"), seal=True)
+    found = ExtractedCurriculum(folder)
+    with pytest.raises(
+        UserError, match=r"the manifest of the extracted curriculum .* lists no target_stats.safetensors"
+    ):
+        found.target_maps(found.curriculum, 16)
+
+
+def test_a_file_that_changes_during_the_extraction_is_noticed_at_its_end(
+    extracted: Extracted, wholes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ShardWriter.write
+
+    def spoil(self: ShardWriter, number: int, batches: Any) -> Any:
+        (tmp_path / "cut" / "head.safetensors").unlink(missing_ok=True)
+        return write(self, number, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", spoil)
+        with pytest.raises(UserError, match=r"head.safetensors in .* was changed during the extraction: run the same"):
+            extracted("cut")
+    assert content(extracted("cut")) == content(wholes["extraction"])
+
+
+def test_a_folder_without_its_records_is_refused(extracted: Extracted, folder: Path) -> None:
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(
+        UserError, match=r"does not contain an extracted .*neither manifest.json nor extraction.json.: copy"
+    ):
+        extracted()
+
+
+@pytest.mark.parametrize(
     "name", ["../out", "/tmp/out", "stage_1/../../out", "stage_1\\..\\out", "C:out", "evaluation/x"]
 )
 @pytest.mark.parametrize("far", [False, True])

@@ -57,7 +57,7 @@ class Split(Record):
     shards: tuple[Shard, ...]
 
     def __post_init__(self) -> None:
-        if stray := [shard.file for shard in self.shards if not re.fullmatch(rf"{self.name}/[^/]+", shard.file)]:
+        if stray := [shard.file for shard in self.shards if shard.file.rpartition("/")[0] != self.name]:
             raise UserError(f"split {self.name!r} has the shard {stray[0]!r}, which is not in its folder")
 
     @property
