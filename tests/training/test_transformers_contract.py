@@ -37,6 +37,7 @@ from tutelage.training.trainer import CurriculumTrainer
 SOURCE = Path(tutelage.__file__).parent
 TRAINER = "transformers.Trainer"
 ARGUMENTS = "transformers.TrainingArguments"
+CHECKPOINTS = "training/checkpointing.py"
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ CONTRACT = (
     Relied(TRAINER, "_get_collator_with_removed_columns", parameters="data_collator ..."),
     Relied(TRAINER, "_set_signature_columns_if_needed", parameters=""),
     Relied(TRAINER, "log", parameters="logs start_time"),
-    Relied(TRAINER, "_save_checkpoint", parameters="model trial"),
-    Relied(TRAINER, "_save", parameters="output_dir state_dict"),
-    Relied(TRAINER, "create_model_card", parameters="..."),
-    Relied(TRAINER, "_load_from_checkpoint", parameters="resume_from_checkpoint model"),
-    Relied(TRAINER, "_load_best_model", parameters=""),
+    Relied(TRAINER, "_save_checkpoint", CHECKPOINTS, "model trial"),
+    Relied(TRAINER, "_save", CHECKPOINTS, "output_dir state_dict"),
+    Relied(TRAINER, "create_model_card", CHECKPOINTS, "..."),
+    Relied(TRAINER, "_load_from_checkpoint", CHECKPOINTS, "resume_from_checkpoint model"),
+    Relied(TRAINER, "_load_best_model", CHECKPOINTS, ""),
     Relied(TRAINER, "evaluate", parameters="..."),
     Relied(
         TRAINER,
@@ -83,7 +84,7 @@ CONTRACT = (
     ),
     # private methods of Trainer that we call
     Relied(TRAINER, "_prepare_inputs", parameters="inputs"),
-    Relied(TRAINER, "_get_output_dir", parameters="trial"),
+    Relied(TRAINER, "_get_output_dir", CHECKPOINTS, "trial"),
     # attributes of Trainer that we set, and private ones that we read
     Relied(TRAINER, "model_accepts_loss_kwargs"),
     Relied(TRAINER, "model"),
@@ -94,6 +95,9 @@ CONTRACT = (
     Relied(TRAINER, "state"),
     Relied(TRAINER, "control"),
     Relied(TRAINER, "_signature_columns"),
+    Relied(TRAINER, "_tr_loss", CHECKPOINTS),
+    Relied(TRAINER, "_total_loss_scalar", CHECKPOINTS),
+    Relied(TRAINER, "_globalstep_last_logged", CHECKPOINTS),
     # fields of TrainingArguments that we redefine or set
     Relied(ARGUMENTS, "_n_gpu", "training/resolution.py"),
     Relied(ARGUMENTS, "train_sampling_strategy", "runs/extraction/options.py"),
@@ -110,6 +114,7 @@ CONTRACT = (
             "num_train_epochs",
             "max_steps",
             "save_total_limit",
+            "resume_from_checkpoint",
             "dataloader_pin_memory",
             "logging_nan_inf_filter",
             "fsdp",
@@ -167,8 +172,8 @@ def test_it_exists_with_the_parameters_we_expect(relied: Relied) -> None:
         (Relied("accelerate.Accelerator", "_optimisers"), "no such name"),
         (Relied("accelerate.hooks.add_hook_to_module", "_hf_hooks"), "no such name"),
         (Relied("transformers.Coach", "train", parameters=""), "no such owner"),
-        (Relied(TRAINER, "_save", parameters="folder"), "expected parameters (folder), found (output_dir, state_dict)"),
-        (Relied(TRAINER, "_save", parameters="state_dict ..."), "found (output_dir, state_dict)"),
+        (Relied(TRAINER, "_save", CHECKPOINTS, "folder"), "expected parameters (folder), found (output_dir, state_dict)"),
+        (Relied(TRAINER, "_save", CHECKPOINTS, "state_dict ..."), "found (output_dir, state_dict)"),
     ],
 )
 def test_a_difference_is_found(relied: Relied, expected: str) -> None:

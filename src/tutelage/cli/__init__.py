@@ -2,13 +2,21 @@
 
 Everything that a command does is in `tutelage.runs` and `tutelage.reproduction`."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
 
 from tutelage.core.errors import UserError
+from tutelage.core.interrupts import Interrupted, interrupts
 
 _COMMANDS = ("plan", "distill", "extract", "inspect", "evaluate", "compare", "report", "diagnose")
+# what to do after an interruption
+_CONTINUED = {
+    "distill": "; --resume auto continues the run",
+    "extract": "; the same command continues",
+    "compare": "; the same command continues",
+}
 _HELP = """usage: tutelage COMMAND ...
 
   tutelage plan --teacher T --student S       blocks, stage map and predicted cost; trains nothing
@@ -29,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for a user's mistake, which is one line on stderr; 1 for a bug of tutelage, with its traceback;
-        130 when interrupted."""
+        130 when interrupted (Ctrl-C), 143 when terminated (SIGTERM)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP, end="")
@@ -43,18 +51,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in _COMMANDS:
         print(f"tutelage: there is no command {command!r}: use one of {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
-    try:
-        from tutelage.cli.commands import run_command  # heavy imports only once the command is known
+    with interrupts.handled(f"tutelage {command}"):
+        return _run(command, arguments[1:])
 
-        run_command(command, arguments[1:])
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    """Run a command that there is, and return its exit code."""
+    try:
+        with interrupts.importing():
+            from tutelage.cli.commands import run_command  # heavy imports only once the command is known
+
+        run_command(command, arguments)
     except UserError as error:
         print(f"tutelage {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"tutelage {command}: interrupted", file=sys.stderr)
-        return 130
-    except Exception:
+    except KeyboardInterrupt as stop:
+        line = f"tutelage {command}: interrupted {stop}".rstrip()
+        print(f"{line}{_CONTINUED.get(command, '')}", file=sys.stderr)
+        return stop.exit_code if isinstance(stop, Interrupted) else 130
+    except Exception as error:
+        if (full := _disk_error(error)) is not None:
+            where = f"could not write {full.filename or 'a temporary file'!r}"
+            print(
+                f"tutelage {command}: {where}: {full.strerror}; free space there, or use a different disk",
+                file=sys.stderr,
+            )
+            return 2
         traceback.print_exc()
         print(f"tutelage {command}: this is a bug of tutelage; please report it with the lines above", file=sys.stderr)
         return 1
     return 0
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The OSError of a disk without space, or of one that cannot be written, that is behind an error; None for any other."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from tutelage.cli.help import CommandHelp, progress, render_help
 from tutelage.core.errors import check_positive, check_range
+from tutelage.core.interrupts import interrupts
 from tutelage.runs.distill import describe, distill
 from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.runs.evaluate import EvaluateOptions, evaluate
@@ -59,7 +60,7 @@ class InspectOptions:
 
 
 def _distill(run: RunOptions, args: CurriculumConfig) -> None:
-    result = distill(run, args)
+    result = distill(run, args, log=progress)
     if args.process_index == 0:
         print(describe(result, str(args.output_dir)))
 
@@ -174,7 +175,9 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     datasets_logging.set_verbosity(CRITICAL)  # its reasons are in our errors
     quiet_unless_terminal()
     if name in _REPRODUCTION:
-        pkgutil.resolve_name(_REPRODUCTION[name])(arguments)
+        with interrupts.importing():
+            command_of_reproduction = pkgutil.resolve_name(_REPRODUCTION[name])
+        command_of_reproduction(arguments)
         return
     command = _COMMANDS[name]
     folders = []

@@ -1,11 +1,13 @@
 """One distillation run, from options to a folder with the student in it."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers.trainer_callback import PrinterCallback
 
-from tutelage.io.files import write_atomically, writing_errors
+from tutelage.core.errors import UserError
+from tutelage.io.files import write_atomically
 from tutelage.runs.environment import environment, quiet_unless_terminal
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
 from tutelage.runs.model_card import write_card
@@ -14,22 +16,28 @@ from tutelage.runs.results import RESULT_FILE, Budget, ModelMetrics, RunResult
 from tutelage.tasks.language import perplexity
 from tutelage.tasks.loading import count_parameters
 from tutelage.tasks.students import weights_of
-from tutelage.training.checks import check_output_dir
+from tutelage.training.checks import check_output_dir, check_same_folder
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import evaluation_metrics
+from tutelage.training.saving import AUTO, resume_choice, saving_errors
 from tutelage.training.trainer import CurriculumTrainer
 
 
-def distill(options: RunOptions | None = None, args: CurriculumConfig | None = None) -> RunResult:
+def distill(
+    options: RunOptions | None = None,
+    args: CurriculumConfig | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> RunResult:
     """Train a student (by default the embedded one) and write it, with its records, to `args.output_dir`.
+
+    With `args.resume_from_checkpoint="auto"` the same call starts the run, continues it, or reads what it ended with; `log` is
+    told of the last.
 
     Raises:
         UserError: settings that cannot work, or a loss that is no longer finite (`TrainingDiverged`)."""
     options, args = with_defaults(options or RunOptions(), copy.copy(args or CurriculumConfig()))
     args.disable_tqdm = quiet_unless_terminal(args.disable_tqdm)
-    words: dict[str | None, bool] = {None: False, "false": False, "no": False, "true": True, "yes": True}
-    asked = args.resume_from_checkpoint
-    resume = words.get(asked and asked.lower(), asked)
+    resume = resume_choice(args.resume_from_checkpoint)
     folder = Path(args.output_dir or ".")
     if args.process_index == 0:
         check_output_dir(folder, bool(resume), args.overwrite_output_dir)
@@ -39,19 +47,33 @@ def distill(options: RunOptions | None = None, args: CurriculumConfig | None = N
     trainer = CurriculumTrainer(inputs.student, inputs.source, args, *rows, inputs.tokenizer, inputs.collator)
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
+    if resume == AUTO and (made := _finished(trainer)) is not None:
+        log(f"{str(folder)!r} contains this run, and it is finished: nothing was trained")
+        return made
     trainer.train(resume_from_checkpoint=resume)
     result = _result(trainer, inputs)
-    with writing_errors(folder):
+    with saving_errors(folder):
         trainer.save_model()
-    if trainer.is_world_process_zero():
-        write_atomically(folder / RESULT_FILE, result.to_json() + "\n")
-        source = f"{Path(result.names['teacher']).name} to " if trainer.source.parameters is not None else ""
-        title = f"{result.method}: {source}{result.names['student']}"
-        plot_run(trainer.metrics_file.read(), folder / "loss.png", title)
-        write_card(folder, result, trainer.curriculum, trainer.args, weights)
+        if trainer.is_world_process_zero():
+            source = f"{Path(result.names['teacher']).name} to " if trainer.source.parameters is not None else ""
+            title = f"{result.method}: {source}{result.names['student']}"
+            plot_run(trainer.metrics_file.read(), folder / "loss.png", title)
+            write_card(folder, result, trainer.curriculum, trainer.args, weights)
+            write_atomically(folder / RESULT_FILE, result.to_json() + "\n")  # last: with it the run is finished
     if args.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def _finished(trainer: CurriculumTrainer) -> RunResult | None:
+    """What the run in the folder ended with; None where it did not end. UserError where the folder contains a different run."""
+    file = trainer.folder / RESULT_FILE
+    if not file.is_file() or not check_same_folder(trainer.folder, trainer.curriculum, trainer.identity()):
+        return None
+    try:
+        return RunResult.from_json(file.read_text(encoding="utf-8"))
+    except (UserError, ValueError):  # damaged: it is made again from the last checkpoint
+        return None
 
 
 def _result(trainer: CurriculumTrainer, inputs: RunInputs) -> RunResult:

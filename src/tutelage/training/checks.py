@@ -1,8 +1,8 @@
 """Checks made before any compute is spent."""
 
 import hashlib
+import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +22,10 @@ from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import STREAMED, TargetSource
 from tutelage.tasks.base import Task
+from tutelage.training import saving
 from tutelage.training.data import Limits, readable_rows
-from tutelage.training.records import CURRICULUM_FILE, METRICS_FILE, TARGETS_FILE, checkpoints
+from tutelage.training.objective import StageObjective
+from tutelage.training.records import CURRICULUM_FILE, IDENTITY_FILE, METRICS_FILE, TARGETS_FILE, checkpoints
 
 
 class TrainingDiverged(UserError):
@@ -176,7 +178,7 @@ def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
     if not ours and any(output_dir.glob("*.safetensors")):
         raise UserError(f"{where} contains a model that was not made by a run of tutelage: choose a different folder")
     if ours and not resuming and not overwrite:
-        how = "resume the run with --resume_from_checkpoint true, or replace it with --overwrite_output_dir true"
+        how = "resume the run with --resume auto, or replace it with --overwrite_output_dir true"
         raise UserError(f"{where} already contains a run. Choose a different folder, {how}")
 
 
@@ -188,7 +190,28 @@ def check_not_read(output_dir: str | None, *sources: str | None) -> None:
             raise UserError(f"the run would overwrite {str(path)!r}, which it reads: choose a different output_dir")
 
 
-def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, overwrite: bool) -> None:
+def enter_output_dir(
+    output_dir: Path, asked: str | bool | None, curriculum: Curriculum, identity: dict[str, str], overwrite: bool
+) -> Path | None:
+    """Make `output_dir` this run's; returns the checkpoint that the run continues from, None where it starts.
+
+    `asked` is `resume_from_checkpoint`. Raises UserError for the folder of a different run, and errors of `find_checkpoint`."""
+    choice = saving.resume_choice(asked)
+    if choice == saving.AUTO and overwrite:
+        raise UserError(
+            "resume_from_checkpoint=auto continues a run, overwrite_output_dir replaces it: give one of them"
+        )
+    checkpoint = saving.find_checkpoint(choice, output_dir)
+    # a run of ours that was killed before its first checkpoint starts again
+    again = choice == saving.AUTO and checkpoint is None and check_same_folder(output_dir, curriculum, identity)
+    claim_output_dir(output_dir, curriculum, identity, checkpoint is not None, overwrite or again)
+    saving.remove_leftovers(output_dir)
+    return checkpoint
+
+
+def claim_output_dir(
+    output_dir: Path, curriculum: Curriculum, identity: dict[str, str], resuming: bool, overwrite: bool
+) -> None:
     """Make `output_dir` this run's: refuse the folder of a different run, and a resume with a different curriculum."""
     store, whose = Store(output_dir), Claim(CURRICULUM_FILE, curriculum.to_dict(), "a run")
     if store.exists(CURRICULUM_FILE) and resuming:
@@ -196,27 +219,63 @@ def claim_output_dir(output_dir: Path, curriculum: Curriculum, resuming: bool, o
         return
     check_output_dir(output_dir, resuming, overwrite)
     if overwrite:
-        for stale in (TARGETS_FILE, METRICS_FILE, "result.json", "loss.png", "README.md", "model*.safetensors*"):
+        for stale in ("result.json", TARGETS_FILE, METRICS_FILE, "loss.png", "README.md", "model*.safetensors*"):
             for file in output_dir.glob(stale):
                 file.unlink()
         for folder in checkpoints(output_dir):
-            shutil.rmtree(folder)
+            saving.discard(folder)
+    store.write(IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
     store.write(CURRICULUM_FILE, curriculum.to_json() + "\n")
 
 
-def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, dataset: Any) -> dict[str, str]:
-    """What makes a run the same run when it is resumed: curriculum, targets, data, rate and batch."""
+def check_same_folder(output_dir: Path, curriculum: Curriculum, identity: dict[str, str]) -> bool:
+    """Whether `output_dir` contains a run; UserError where it is a different one than this."""
+    store = Store(output_dir)
+    if not store.exists(CURRICULUM_FILE):
+        return False
+    check_same(store, Claim(CURRICULUM_FILE, curriculum.to_dict(), "a run"), read_record(store, CURRICULUM_FILE))
+    was = read_record(store, IDENTITY_FILE) if store.exists(IDENTITY_FILE) else {}
+    check_same_run(was, identity, f"the run in {str(output_dir)!r}")
+    return True
+
+
+# Settings that change the student; those of the method are in the curriculum. Some are not in every transformers.
+_SETTINGS = (
+    *("data_seed", "train_sampling_strategy", "length_column_name", "ignore_data_skip", "dataloader_drop_last"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("bf16", "fp16", "tf32", "student_dtype", "full_determinism", "neftune_noise_alpha", "use_liger_kernel"),
+    *("auto_find_batch_size", "remove_unused_columns", "calibration_samples", "embedding_loss", "blocks"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
+
+
+def run_identity(args: Any, objective: StageObjective, dataset: Any, collator: Any) -> dict[str, str]:
+    """What makes a run the same run when it is resumed: curriculum, targets, data, the student's shape and every setting that
+    changes the student."""
 
     def digest(content: str) -> str:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    collator = getattr(collator, "collator", collator)  # inside a `CheckedCollator`
+    fields = getattr(collator, "__dict__", {}).items()
+    collating = sorted((name, value) for name, value in fields if isinstance(value, bool | int | float | str))
+    config = getattr(objective.student, "config", None)
+    heads = [getattr(config, name, None) for name in ("model_type", "num_attention_heads", "num_key_value_heads")]
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in objective.student.named_parameters()]
     identity = {
-        "curriculum": digest(curriculum.to_json()),
+        "curriculum": digest(objective.curriculum.to_json()),
+        "student": digest(f"{heads} {shapes}"),
         "learning rate": str(args.learning_rate),
-        "batch size": str(args.step_examples(args.world_size)),
+        # dropout and masks are drawn for each micro-batch, so that 4 x 2 examples are not 8 x 1
+        "batch size": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+        "number of processes": str(args.world_size),
         "seed": str(args.seed),
         "dropout": "disabled" if args.disable_dropout else "the model's",
-        **source.identity(),
+        "data collator": f"{type(collator).__name__} {digest(str(collating))}",
+        **{name: str(getattr(args, name, None)) for name in _SETTINGS},
+        "accelerator_config": str(args.accelerator_config.to_dict()),
+        **objective.source.identity(),
     }
     if isinstance(dataset, IterableDataset):
         identity["data"] = STREAMED
@@ -226,9 +285,18 @@ def run_identity(args: Any, curriculum: Curriculum, source: TargetSource, datase
     return identity
 
 
-def check_same_run(was: dict[str, str], now: dict[str, str], checkpoint: str) -> None:
-    """Refuse to resume a run from the checkpoint of a different run."""
+def check_fills_a_batch(dataset: Any, args: Any) -> None:
+    """Refuse training rows that are fewer than a batch, where incomplete batches are dropped."""
+    size, processes = args.per_device_train_batch_size, args.world_size
+    if args.dataloader_drop_last and hasattr(dataset, "__len__") and len(dataset) < size * processes:
+        batch = f"{size} examples" if processes == 1 else f"{size} examples on each of {processes} devices"
+        found = f"the training dataset has {len(dataset)} rows, fewer than a batch of {batch}"
+        raise UserError(f"{found}, and dataloader_drop_last leaves out incomplete batches: no step would be made")
+
+
+def check_same_run(was: Mapping[str, str], now: Mapping[str, str], which: str) -> None:
+    """Refuse to resume `which` run, or checkpoint of one, with different settings."""
     different = [name for name in was if was[name] != now.get(name)]
     if different:
-        what = f"checkpoint {checkpoint!r} was created with a different {' and '.join(different)}"
+        what = f"{which} was created with a different {' and '.join(different)}"
         raise UserError(f"{what}. Resume with the original settings, or start a new run in a different output_dir")

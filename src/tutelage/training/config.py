@@ -95,6 +95,11 @@ class CurriculumConfig(TrainingArguments):
     per_device_eval_batch_size: int = option("Examples per device in evaluation.", 16)
     logging_steps: float = option("Optimiser steps between logs.", 10)
     save_total_limit: int | None = option("Checkpoints kept.", 2)
+    resume_from_checkpoint: str | None = option(
+        "auto: start the run, or continue the one in output_dir; true: from its newest checkpoint; or a checkpoint's folder.",
+        None,
+        "--resume",
+    )
 
     preset: str = option("Settings that are not given: default, or paper (arXiv:2503.17494).", "default")
     method: str | None = option(

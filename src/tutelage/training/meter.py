@@ -48,6 +48,15 @@ class Meter:
         parts, self._parts = self._parts, {}
         return {name: round(float(self._total(value)) / steps, 6) for name, value in parts.items()}
 
+    def part_sums(self) -> dict[str, float]:
+        """The sums that `parts` will divide, for a checkpoint; every device must call this alike."""
+        return {name: float(self._total(value)) for name, value in self._parts.items()}
+
+    def restore(self, first: bool) -> None:
+        """Continue from the `progress` of a checkpoint; one device, the `first`, holds the sums of all."""
+        self._parts_from = self.progress.logged_step
+        self._parts = {name: torch.tensor(value if first else 0.0) for name, value in self.progress.parts.items()}
+
     def settle(self) -> Progress:
         """Bring tokens and seconds up to date; every device must call this alike."""
         if self._token_counts:

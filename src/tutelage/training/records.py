@@ -1,22 +1,21 @@
-"""What a run leaves behind besides weights: metrics.jsonl, curriculum.json, and the progress kept in checkpoints."""
+"""What a run leaves behind besides weights: metrics.jsonl, the progress kept in checkpoints, and the names of its files."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from tutelage.core.errors import UserError, as_user_error
+from tutelage.core.errors import UserError
+from tutelage.core.records import Record
 from tutelage.io.files import write_atomically, writing_errors
 
 CURRICULUM_FILE = "curriculum.json"
+IDENTITY_FILE = "identity.json"
 TARGETS_FILE = "target_stats.safetensors"
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
@@ -30,8 +29,8 @@ def evaluation_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class Progress:
-    """Totals of a run so far; written last into each checkpoint, which is complete only with it."""
+class Progress(Record):
+    """Totals of a run so far, and what the next log line is made from; in the last file of each checkpoint."""
 
     stage: int = 0  # index of the stage the last step belonged to
     samples: int = 0  # examples the student has trained on, over all devices
@@ -39,12 +38,14 @@ class Progress:
     student_flops: float = 0.0  # student forward and backward
     teacher_flops: float = 0.0  # teacher forward, calibration included
     seconds: float = 0.0  # wall-clock seconds of training, calibration included, evaluation and saving left out
+    total_loss: float = 0.0  # sum of the losses of all steps up to the last log line
+    loss_sum: float = 0.0  # sum of the losses of the steps since then
+    parts: dict[str, float] = field(default_factory=dict)  # sums of the parts of these losses
+    logged_step: int = 0  # optimiser step of the last log line
+    metrics_bytes: int = 0  # size of metrics.jsonl
+    statistics: str = ""  # SHA-256 of the statistics of the target maps, where the run stores them
     identity: dict[str, str] = field(default_factory=dict)
     """What the run trains from, and how: a resumed run must be the same one."""
-
-    def save(self, folder: Path) -> None:
-        """Write into a checkpoint folder."""
-        write_atomically(folder / PROGRESS_FILE, json.dumps(dataclasses.asdict(self)))
 
     def totals(self) -> dict[str, float]:
         """What a log line says."""
@@ -56,22 +57,6 @@ class Progress:
             "teacher_flops": self.teacher_flops,
             "seconds": self.seconds,
         }
-
-    @classmethod
-    def load(cls, folder: Path) -> Progress:
-        """Read from a checkpoint folder."""
-        return cls(**json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8")))
-
-
-@contextmanager
-def reading_checkpoint(folder: Path) -> Iterator[None]:
-    """Turn what reading a damaged checkpoint raises into a UserError that names the one before it."""
-    complete = [path for path in checkpoints(folder.parent) if (path / PROGRESS_FILE).is_file()]
-    older = complete[: complete.index(folder)] if folder in complete else []
-    how = f"resume from {str(older[-1])!r}" if older else "start the run again with overwrite_output_dir"
-    kinds = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
-    with as_user_error(f"checkpoint {str(folder)!r} is damaged, so {how}", *kinds):
-        yield
 
 
 class MetricsFile:
@@ -86,16 +71,31 @@ class MetricsFile:
             handle.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a last line cut short by a kill is left out."""
+        """All records; a last line cut short by a kill is left out. UserError for a line that is not a record."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        found: list[dict[str, Any]] = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                found.append(json.loads(line))
+                found[-1]["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"line {number} of {str(self.path)!r} is damaged: delete the line") from error
+        return found
 
-    def keep_until(self, step: int) -> None:
-        """Drop what was logged after `step`, when a run resumes from an earlier checkpoint."""
-        kept = [record for record in self.read() if record["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+    def synced_size(self) -> int:
+        """Bytes of the file, all of them on the disk."""
+        if not self.path.exists():
+            return 0
+        with writing_errors(self.path), open(self.path, "rb") as handle:
+            os.fsync(handle.fileno())
+            return os.fstat(handle.fileno()).st_size
+
+    def keep(self, size: int) -> None:
+        """Drop what was logged after the file had `size` bytes, when a run resumes from the checkpoint of then."""
+        if self.path.exists():
+            kept = self.path.read_bytes()[:size]
+            write_atomically(self.path, kept[: kept.rfind(b"\n") + 1].decode("utf-8"))
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -104,21 +104,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Those that were written to their end."""
+    return [folder for folder in checkpoints(output_dir) if (folder / PROGRESS_FILE).is_file()]
+
+
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end, if any."""
-    return next((folder for folder in reversed(checkpoints(output_dir)) if (folder / PROGRESS_FILE).is_file()), None)
-
-
-def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: a folder, True for the newest complete one, else none.
-
-    Raises UserError where there is none, or it was not written to its end."""
-    if not asked:
-        return None
-    found = last_complete_checkpoint(output_dir) if asked is True else Path(asked)
-    if found is None:
-        raise UserError(f"no complete checkpoint in {str(output_dir)!r} to resume from")
-    if not (found / PROGRESS_FILE).is_file():
-        how = "resume from an earlier one, or with resume_from_checkpoint=True from the newest complete one"
-        raise UserError(f"checkpoint {asked!r} is missing or was not written to its end: {how}")
-    return found
+    return next(reversed(complete_checkpoints(output_dir)), None)

@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import PACKED, batch_positions
+from tutelage.core.interrupts import interrupts
 from tutelage.io.files import writing_errors
-from tutelage.targets.checkpoints import load_checkpoint
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.base import EvaluationTools
-from tutelage.training import checks, packing, records, sharding
+from tutelage.training import checks, packing, records, saving, sharding
+from tutelage.training.checkpointing import CheckpointedTrainer
 from tutelage.training.compilation import whole_graphs
 from tutelage.training.config import CurriculumConfig
+from tutelage.training.continuation import Continuation
 from tutelage.training.data import checked, readable_rows
 from tutelage.training.feed import StageFeed
 from tutelage.training.meter import Meter
@@ -35,7 +38,7 @@ from tutelage.training.records import MetricsFile, Progress
 from tutelage.training.transition import StageTransition
 
 
-class CurriculumTrainer(Trainer):
+class CurriculumTrainer(CheckpointedTrainer):
     """Trains `model` from `teacher_model` by any `Curriculum`.
 
     Args:
@@ -48,12 +51,6 @@ class CurriculumTrainer(Trainer):
         curriculum: stages of your own; None builds them from `args`.
 
     Raises UserError for anything that cannot work, before any compute is spent."""
-
-    args: CurriculumConfig
-    model: Any
-    train_dataset: Any
-    objective: StageObjective
-    curriculum: Curriculum
 
     def __init__(
         self,
@@ -106,69 +103,52 @@ class CurriculumTrainer(Trainer):
         if sharding.configure(self.accelerator, self.objective, bool(args.fsdp)):
             self.model.to(args.device)  # it is sharded when training begins
         self.source.to(args.device)
-
-    @property
-    def progress(self) -> Progress:
-        """Totals of the run so far."""
-        return self.meter.progress
-
-    def _sum_over_devices(self, count: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(count.to(self.args.device)[None]).sum(0) if self.args.world_size > 1 else count
+        checks.check_fills_a_batch(self.train_dataset, self.args)
+        self.add_callback(Continuation(self))
 
     # ---- Stages ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Run the whole curriculum, or resume it; see `transformers.Trainer.train`."""
-        checkpoint = records.find_checkpoint(resume_from_checkpoint, self.folder)
+        """Run the whole curriculum, or resume it; see `transformers.Trainer.train`. `resume_from_checkpoint="auto"` starts the
+        run, or continues what is in `output_dir`."""
+        identity = self.identity()
+        found: list[Path | None] = [None]
         if self.is_world_process_zero():
-            resuming, overwrite = checkpoint is not None, self.args.overwrite_output_dir
-            checks.claim_output_dir(self.folder, self.curriculum, resuming, overwrite)
-        self.accelerator.wait_for_everyone()
-        identity = checks.run_identity(self.args, self.curriculum, self.source, self.train_dataset)
-        identity["sharding"] = "FSDP2" if self.is_fsdp_enabled else "none"  # checkpoints have different files
+            overwrite = self.args.overwrite_output_dir
+            where: Any = (self.folder, resume_from_checkpoint, self.curriculum, identity, overwrite)
+            found = [checks.enter_output_dir(*where)]
+        (checkpoint,) = broadcast_object_list(found)
         progress, self._resumed_stage = Progress(identity=identity), None
         if checkpoint is not None:
-            with records.reading_checkpoint(checkpoint):
-                progress = Progress.load(checkpoint)
-            checks.check_same_run(progress.identity, identity, str(checkpoint))
+            progress = saving.read_progress(checkpoint)
+            checks.check_same_run(progress.identity, identity, f"checkpoint {str(checkpoint)!r}")
             self._resumed_stage = progress.stage
+            self.args.eval_on_start = False  # it was evaluated when it was made
         self.meter = Meter(progress, self.args.world_size, self._sum_over_devices)
         self.transition.entered = None
         if checkpoint is not None and self._finished(checkpoint):
-            return TrainOutput(self.state.global_step, 0.0, {})
+            return TrainOutput(self.state.global_step, self._mean_loss(), {})
         try:
-            output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            with interrupts.finishing():
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             self.transition.set_trainable(self.transition.all)
+        self._check_steps()
         self._check_weights()
-        return output
-
-    def _finished(self, checkpoint: Path) -> bool:
-        """Load a checkpoint of a run that is complete; False, and nothing loaded, for any other."""
-        with records.reading_checkpoint(checkpoint):
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < self.curriculum.total_steps:
-            return False
-        self.state = state
-        self._load_from_checkpoint(str(checkpoint))
-        self.transition.entered = self.objective.stage_index = len(self.curriculum.stages) - 1
-        return True
-
-    def _check_weights(self) -> None:
-        if self._sum_over_devices(torch.tensor(float(not sharding.are_finite(self.model.parameters())))):
-            raise self._diverged("a weight is not finite")
+        return TrainOutput(output.global_step, self._mean_loss(), output.metrics)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Let `Trainer` prepare the stage objective in the student's place, for the stage that the run is in."""
         resuming = resume_from_checkpoint is not None
         if resuming and self.is_world_process_zero():
-            self.metrics_file.keep_until(self.state.global_step)
+            self.metrics_file.keep(self.progress.metrics_bytes)
         if resuming and self.is_fsdp_enabled:
             self._load_from_checkpoint(resume_from_checkpoint)
         self.meter.start()
         writes = self.is_world_process_zero()
         path, run = self.folder / records.TARGETS_FILE, self.progress.identity
         file = StatisticsFile(path, resuming, writes, shared=True, checkpoint=resume_from_checkpoint, run=run)
+        saving.check_statistics(file, self.progress.statistics)
         with self.accelerator.autocast():
             self.transition.prepare(file, self.feed, self.args.device, fresh=not resuming)
             if self.is_fsdp_enabled or self.curriculum.stage_trains == "new":  # while it is whole; finds empty stages
@@ -214,7 +194,9 @@ class CurriculumTrainer(Trainer):
             self.transition.set_trainable(self.transition.trainable)
             if not self.objective.stage.continues:
                 self._renew_optimizer()
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.ran_out = not batches
+        return batches, items
 
     def _renew_optimizer(self) -> None:
         self.optimizer = self.lr_scheduler = None
@@ -248,6 +230,9 @@ class CurriculumTrainer(Trainer):
         """Restore the optimiser, unless the checkpoint ends a stage and the next one begins with a new one."""
         index, local = self.curriculum.stage_at(self.state.global_step)
         if local > 0 or self.curriculum.stages[index].continues:
+            if checkpoint is not None and not (Path(checkpoint) / "scheduler.pt").is_file():
+                found = f"checkpoint {checkpoint!r} has no state of the optimiser (it was saved with save_only_model)"
+                raise UserError(f"{found}: the run cannot be resumed from it; start it again")
             model, self.model = self.model, self.objective.student  # FSDP names parameters as in the student
             super()._load_optimizer_and_scheduler(checkpoint)
             self.model = model
@@ -283,12 +268,6 @@ class CurriculumTrainer(Trainer):
         self.meter.count(inputs, self.transition.costs[self.objective.stage_index])
         return loss
 
-    def _diverged(self, what: str) -> checks.TrainingDiverged:
-        stage, last = self.objective.stage, records.last_complete_checkpoint(self.folder)
-        where = f"step {self.state.global_step + 1}, stage {self.objective.stage_index + 1} ({stage.name})"
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
-        return checks.TrainingDiverged(f"{what} at {where}; {kept}; lower learning_rate, or raise warmup_steps")
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Measured FLOPs of a micro-step, teacher included, for `total_flos`."""
         cost = self.transition.costs.get(self.objective.stage_index)
@@ -315,48 +294,13 @@ class CurriculumTrainer(Trainer):
         """As in transformers; also appends to metrics.jsonl."""
         progress = self.meter.settle()
         logs |= self.meter.parts(self.state.global_step) if "loss" in logs else {}
+        logs |= {"train_loss": self._mean_loss()} if "train_loss" in logs else {}
         super().log(logs, start_time)
         if self.is_world_process_zero() and self.transition.entered is not None:
             stage = {"stage": self.objective.stage_index + 1, "stage_name": self.objective.stage.name}
             where = {"method": self.curriculum.method, **stage, "step": self.state.global_step}
             found = {key: value for key, value in logs.items() if key not in ("epoch", "total_flos")}
             self.metrics_file.append({**where, **progress.totals(), **found})
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in transformers; refuses weights that are not finite, and ends with the file that makes it complete."""
-        with self.meter.stopped(), writing_errors(self.folder):
-            self._check_weights()
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                self.progress.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
-            self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the plain student and its tokenizer; nothing of tutelage, and no pickle, beside it."""
-        folder = Path(output_dir or self.folder)
-        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        with sharding.whole_parameters(self.model, wanted=self.args.should_save):
-            if self.args.should_save:
-                self.task.save(self.model, folder)
-        if processor is not None and self.args.should_save:
-            processor.save_pretrained(folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, unless the folder has a card already (`tutelage distill` writes a fuller one)."""
-        if not (self.folder / "README.md").exists():
-            super().create_model_card(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        standard = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
-        with records.reading_checkpoint(Path(resume_from_checkpoint)):
-            if not self.is_fsdp_enabled:
-                self.task.restore(self.model, Path(resume_from_checkpoint), standard)
-            elif not sharding.is_sharded(self.objective):  # Trainer asks again after sharding
-                load_checkpoint(self.model, resume_from_checkpoint, what="student")
-
-    def _load_best_model(self) -> None:
-        standard, best = super()._load_best_model, Path(str(self.state.best_model_checkpoint))
-        standard() if self.is_fsdp_enabled else self.task.restore(self.model, best, standard)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; its time does not count as training, and a collator that draws masks draws the same each time."""
