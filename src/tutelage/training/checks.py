@@ -240,7 +240,7 @@ def check_same_folder(output_dir: Path, curriculum: Curriculum, identity: dict[s
 
 
 # Settings that change the student; those of the method are in the curriculum. Some are not in every transformers.
-_SETTINGS = (
+SETTINGS = (
     *("data_seed", "train_sampling_strategy", "length_column_name", "ignore_data_skip", "dataloader_drop_last"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
     *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -273,7 +273,7 @@ def run_identity(args: Any, objective: StageObjective, dataset: Any, collator: A
         "seed": str(args.seed),
         "dropout": "disabled" if args.disable_dropout else "the model's",
         "data collator": f"{type(collator).__name__} {digest(str(collating))}",
-        **{name: str(getattr(args, name, None)) for name in _SETTINGS},
+        **{name: str(getattr(args, name, None)) for name in SETTINGS},
         "accelerator_config": str(args.accelerator_config.to_dict()),
         **objective.source.identity(),
     }

@@ -194,7 +194,12 @@ class CurriculumTrainer(CheckpointedTrainer):
             self.transition.set_trainable(self.transition.trainable)
             if not self.objective.stage.continues:
                 self._renew_optimizer()
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except ValueError as error:
+            if "end of all iterable data" not in str(error):
+                raise
+            batches, items = [], None  # accelerate's words for a stream that gave nothing at all
         self.ran_out = not batches
         return batches, items
 
