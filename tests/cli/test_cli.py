@@ -28,7 +28,7 @@ STUDENT_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-RECORD_FILES = {"README.md", "curriculum.json", "loss.png", "metrics.jsonl", "result.json"}
+RECORD_FILES = {"README.md", "curriculum.json", "identity.json", "loss.png", "metrics.jsonl", "result.json"}
 
 
 # ---- plan ----
