@@ -16,6 +16,7 @@ same bytes."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -72,7 +73,13 @@ class Scene:
             return ["compare", *_flags({**fixed, **fields})]
         if what == "extract":
             return ["extract", *_flags({**fixed, **train, "method": "extraction", "shard_tokens": 100})]
-        saving = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1, "logging_steps": 2, "resume": "auto"}
+        saving = {
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "save_total_limit": 1,
+            "logging_steps": 2,
+            "resume": "auto",
+        }
         saving |= {"eval_strategy": "steps", "eval_steps": 4}
         if what == "disk":
             stored = self.root / f"curriculum-{task}"
@@ -122,15 +129,15 @@ def start(command: list[str], folder: Path, at: int | None, report: Path) -> Any
     return process
 
 
-def run(command: list[str], folder: Path, report: Path, at: int | None = None, after: float | None = None) -> dict[str, Any]:
+def run(
+    command: list[str], folder: Path, report: Path, at: int | None = None, after: float | None = None
+) -> dict[str, Any]:
     """Run a command to its end, or kill it at event `at`, or `after` so many seconds: what it reports, empty if killed."""
     process = start(command, folder, at, report)
     process.join(PATIENCE if after is None else after)
     if process.is_alive() or after is not None or not report.is_file():
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with its workers
-        except ProcessLookupError:
-            pass
         process.join()
     found: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else {}
     return found
@@ -208,7 +215,7 @@ def _problem(what: str, folder: Path, ended: dict[str, Any], expected: Any, repo
 def ranks(scene: Scene, seed: int) -> Outcome:
     """Kill one of two processes of a run: all must end, with an exit code that is not 0."""
     outcome, folder = Outcome("ranks", scene.tasks[0]), scene.root / "ranks"
-    command = scene.command("distill", scene.tasks[0], folder) + ["--max_steps=100000"]
+    command = [*scene.command("distill", scene.tasks[0], folder), "--max_steps=100000"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tutelage"]
     log = scene.root / "ranks.log"
     with open(log, "w", encoding="utf-8") as handle:
@@ -280,7 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {"seed": options.seed, "cases": counts, "tasks": options.tasks, "environment": environment()}
         problems = [vars(outcome) for outcome in bad]
         cases = [vars(outcome) for outcome in outcomes]
-        write_atomically(options.output, json.dumps({**settings, "problems": problems, "outcomes": cases}, indent=1) + "\n")
+        write_atomically(
+            options.output, json.dumps({**settings, "problems": problems, "outcomes": cases}, indent=1) + "\n"
+        )
     return 1 if bad else 0
 
 

@@ -163,6 +163,15 @@ def test_the_classifier_of_reviews_is_fine_tuned(tmp_path: Path, embedding_teach
     assert config.id2label == {0: "fresh", 1: "rotten"}
 
 
+def test_the_long_run_from_disk_saves_and_measures(tmp_path: Path) -> None:
+    long: Any = importlib.import_module("reliability_long")
+    samples = long.measure(tmp_path, minutes=0.04, between=1)
+    assert list((tmp_path / "run").glob("checkpoint-*/progress.json"))
+    assert samples[-1]["files"] >= samples[0]["files"] > 0 and samples[-1]["resident_mb"] > 1
+    line = [{"seconds": 60.0 * minute, "resident_mb": 100 + minute} for minute in range(10)]
+    assert long.slope(line, "resident_mb") == pytest.approx(60)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_an_example_imports_from_the_package_alone(path: Path) -> None:
     nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]

@@ -363,9 +363,7 @@ def test_a_folder_that_contains_a_different_run(refused: Refused, tmp_path: Path
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "curriculum.json").write_text("{}")
     line = refused(output_dir=tmp_path / "old")
-    assert (
-        "already contains a run. Choose a different folder, resume the run with --resume auto" in line
-    )
+    assert "already contains a run. Choose a different folder, resume the run with --resume auto" in line
     assert (tmp_path / "old" / "curriculum.json").read_text() == "{}"
 
 

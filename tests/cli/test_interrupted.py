@@ -111,7 +111,11 @@ def test_a_run_killed_before_its_result_evaluates_again_and_logs_the_same(
 
 
 def test_a_full_disk_anywhere_is_one_line(
-    causal_teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    causal_teacher: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         try:

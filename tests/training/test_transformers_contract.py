@@ -172,7 +172,10 @@ def test_it_exists_with_the_parameters_we_expect(relied: Relied) -> None:
         (Relied("accelerate.Accelerator", "_optimisers"), "no such name"),
         (Relied("accelerate.hooks.add_hook_to_module", "_hf_hooks"), "no such name"),
         (Relied("transformers.Coach", "train", parameters=""), "no such owner"),
-        (Relied(TRAINER, "_save", CHECKPOINTS, "folder"), "expected parameters (folder), found (output_dir, state_dict)"),
+        (
+            Relied(TRAINER, "_save", CHECKPOINTS, "folder"),
+            "expected parameters (folder), found (output_dir, state_dict)",
+        ),
         (Relied(TRAINER, "_save", CHECKPOINTS, "state_dict ..."), "found (output_dir, state_dict)"),
     ],
 )
