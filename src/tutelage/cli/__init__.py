@@ -32,6 +32,11 @@ Without options a command works on the teacher and text that come with tutelage.
 `tutelage COMMAND --help` lists the options of a command."""
 
 
+def _is_text(word: str) -> bool:
+    """Whether a word of a command line can be printed and be the name of a file; a byte that is not UTF-8 cannot."""
+    return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -42,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0
+    if (wrong := next((word for word in arguments if not _is_text(word)), None)) is not None:
+        print(f"tutelage: {wrong!r} is not text that UTF-8 and file names can hold: correct it", file=sys.stderr)
+        return 2
     command = arguments[0]
     if command == "--version":
         from tutelage import __version__

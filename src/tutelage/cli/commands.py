@@ -11,7 +11,7 @@ from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 from tutelage.cli.help import CommandHelp, progress, render_help
-from tutelage.core.errors import check_positive, check_range
+from tutelage.core.errors import LARGEST, UserError, check_positive, check_range, check_texts
 from tutelage.core.interrupts import interrupts
 from tutelage.runs.distill import describe, distill
 from tutelage.runs.environment import quiet_unless_terminal
@@ -24,6 +24,7 @@ from tutelage.runs.plan import describe_plan, plan
 from tutelage.runs.plan_extraction import ExtractionRequest, describe_extraction_plan, plan_extraction, read_count
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.manifest import MANIFEST_FILE
+from tutelage.tasks.loading import MOST_WIDTH
 from tutelage.tasks.registry import get_task
 from tutelage.training.config import CurriculumConfig, option
 
@@ -47,8 +48,9 @@ class PlanOptions:
     tokens_per_second: float | None = option("Tokens per second of the teacher's forward pass, as measured.")
 
     def __post_init__(self) -> None:
-        check_range("projection_dim", self.projection_dim, 1)
-        check_range("runs", self.runs, 1)
+        check_texts(self)
+        check_range("projection_dim", self.projection_dim, 1, MOST_WIDTH)
+        check_range("runs", self.runs, 1, LARGEST)
         check_positive("tokens_per_second", self.tokens_per_second)
 
 
@@ -72,6 +74,8 @@ def _extract(run: RunOptions, args: CurriculumConfig, options: ExtractOptions) -
 
 
 def _inspect(folder: str, inspect: InspectOptions, output: PrintOptions) -> None:
+    if not folder.strip():
+        raise UserError(f"the folder is empty text: name one, or leave it out for {_EXTRACTED}")
     extracted = ExtractedCurriculum(folder, check=not inspect.quick)
     if output.json:
         print(extracted.store.read(MANIFEST_FILE), end="")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.cli.help import Parser, progress
+from tutelage.cli.help import Parser, check_words, progress
 from tutelage.core.errors import UserError
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipe import Recipe
@@ -35,6 +35,7 @@ def compare_command(arguments: Sequence[str]) -> None:
     parser = _parser()
     mine, fields = _split(parser, arguments)
     options, rest = parser.parse_known_args(mine)
+    check_words(vars(options))
     if options.recipe and options.config:
         raise UserError(f"--config and {options.recipe} were given: give one of the two")
     options.recipe = options.recipe or options.config
@@ -123,6 +124,7 @@ def report_command(arguments: Sequence[str]) -> None:
     text = "output_dir of tutelage compare; default: the newest one below comparisons"
     parser.add_argument("folder", nargs="?", help=text)
     given = parser.parse_args(arguments).folder
+    check_words({"the folder": given})
     written = sorted(Path("comparisons").glob("*/comparison.json"), key=lambda file: file.stat().st_mtime)
     if given is None and not written:
         raise UserError("there is no comparison below ./comparisons: make one with tutelage compare, or give a folder")

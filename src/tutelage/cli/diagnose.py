@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.cli.compare import read_overrides
-from tutelage.cli.help import Parser, progress
+from tutelage.cli.help import Parser, check_words, progress
 from tutelage.core.errors import UserError
 from tutelage.reproduction.diagnose_language import NgramProbe, diagnose_language
 from tutelage.reproduction.diagnose_parity import diagnose_parity
@@ -35,6 +35,7 @@ def diagnose_command(arguments: Sequence[str]) -> None:
     probe.add_argument("--blocks", help="dotted name of the list of blocks, where several are found")
     options, rest = parser.parse_known_args(arguments)
     given = vars(options)
+    check_words(given)
     recipe, teacher, folder = (given.pop(name) for name in ("recipe", "teacher", "output_dir"))
     if recipe is None:
         if rest:

@@ -74,6 +74,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see {self.prog} --help")
 
 
+def check_words(given: Mapping[str, Any]) -> None:
+    """Raise UserError for an option of a parser that is empty text."""
+    for name, value in given.items():
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and not word.strip():
+                raise UserError(f"{name} is empty: give a value, or leave it out")
+
+
 def progress(line: str) -> None:
     """Say what is being done, on stderr."""
     print(line, file=sys.stderr, flush=True)

@@ -1,8 +1,14 @@
 """The one exception that means a user's mistake, and the checks that raise it."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+LARGEST = 2**31 - 1
+"""The largest count that a setting may have: what a signed integer of 32 bits holds."""
 
 
 class UserError(ValueError):
@@ -11,20 +17,44 @@ class UserError(ValueError):
     The command line prints it as one line and exits with code 2. Any other exception is a bug of tutelage."""
 
 
-def check_range(name: str, value: float | None, least: int, most: float = math.inf) -> None:
+def check_range(name: str, value: Any, least: int, most: float = math.inf) -> None:
     """Raise UserError where a setting is not a finite number from `least` to `most`; None means not given."""
-    if value is None or (least <= value <= most and math.isfinite(value)):
+    if value is None:
+        return
+    _check_number(name, value)
+    if least <= value <= most and math.isfinite(value):
         return
     expected = f"at least {least}" if least else "a number from 0 up"
-    if most < math.inf:
+    if most < LARGEST or value > most:
         expected = f"a number from {least} to {most}"
     raise UserError(f"{name} must be {expected}, got {value}")
 
 
-def check_positive(name: str, value: float | None) -> None:
+def check_positive(name: str, value: Any) -> None:
     """Raise UserError where a setting is not a finite number above 0; None means not given."""
-    if value is not None and not 0 < value < math.inf:
+    if value is None:
+        return
+    _check_number(name, value)
+    if not 0 < value < math.inf:
         raise UserError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real):
+        raise UserError(f"{name} must be a number, got {value!r}")
+
+
+def check_texts(options: Any) -> None:
+    """Raise UserError for a field of a dataclass of options that is empty text, or text that no file can hold."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(text, str) or text == field.default:
+                continue
+            if not text.strip():
+                raise UserError(f"{field.name} is empty: give a value, or leave it out")
+            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"{field.name} is {text!r}, which has characters that no file can hold: correct it")
 
 
 @contextmanager

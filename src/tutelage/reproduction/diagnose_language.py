@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.errors import UserError, check_range
+from tutelage.core.errors import LARGEST, UserError, check_range, check_texts
 from tutelage.core.forward import forward_to
 from tutelage.core.inputs import model_inputs, position_mask
 from tutelage.core.records import Record
@@ -21,11 +21,13 @@ from tutelage.io.files import write_atomically
 from tutelage.reproduction.display import save_plot
 from tutelage.reproduction.probes import ngram_explained
 from tutelage.runs.environment import environment
+from tutelage.runs.escaping import as_label
 from tutelage.runs.plots import COLORS
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.loading import load_tokenizer
 from tutelage.tasks.registry import detect_task
 from tutelage.tasks.text import read_dataset, split_dataset, tokenize
+from tutelage.training.checks import check_dataset
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class NgramProbe:
     blocks: str | None = None  # dotted name of the teacher's list of blocks, where several are found
 
     def __post_init__(self) -> None:
+        check_texts(self)
         check_range("length", self.length, 1, len(COLORS))
-        check_range("max_samples", self.max_samples, 1)
+        for name in ("max_samples", "max_length"):
+            check_range(name, getattr(self, name), 1, LARGEST)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
     for part in _texts(probe):
         rows = tokenize(part, tokenizer, task, probe.max_length, probe.text_column)
         rows = rows.select(range(min(probe.max_samples, len(rows))))
+        check_dataset(rows, [model], task, "probed")
         sides.append(_states_and_contexts(source, DataLoader(rows, batch_size=16, collate_fn=collate), probe.length))
     (states, contexts), (held_out, held_out_contexts) = sides
     layers = {
@@ -85,7 +90,6 @@ def diagnose_language(probe: NgramProbe, folder: Path) -> LanguageDiagnosis:
     }
     positions = (len(contexts), len(held_out_contexts))
     found = LanguageDiagnosis(probe.teacher, probe.dataset, positions, layers, environment())
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "ngrams.json", found.to_json() + "\n")
     _plot(found, folder / "ngrams.png")
     return found
@@ -157,5 +161,5 @@ def _plot(found: LanguageDiagnosis, path: Path) -> None:
         axis.plot(range(len(places)), scores, "o-", markersize=3, color=COLORS[index], label=label)
     axis.set_xticks(range(len(places)), places)
     axis.set(xlabel="place in the teacher (0 = embedding)", ylabel="variance explained on held-out text")
-    axis.set_title(f"What the last tokens explain: {Path(found.teacher).name}")
+    axis.set_title(as_label(f"What the last tokens explain: {Path(found.teacher).name}"))
     save_plot(figure, path)

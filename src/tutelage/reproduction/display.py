@@ -1,7 +1,6 @@
 """Tables, numbers and plots as reports show them."""
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tutelage.runs.escaping import as_markdown
 from tutelage.runs.plots import save_figure
 
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -28,12 +28,6 @@ class Table:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         text = "\n".join(f"| {' | '.join(as_markdown(cell, '<br>') for cell in line)} |" for line in lines)
         return f"{text}\n\n{as_markdown(self.note)}" if self.note else text
-
-
-def as_markdown(text: str, line_break: str = " ") -> str:
-    """Text that Markdown shows as it is."""
-    escaped = re.sub(r"([\\`*\[\]|])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
-    return line_break.join(escaped.splitlines())
 
 
 def listed(values: Iterable[Any]) -> str:

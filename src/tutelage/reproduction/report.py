@@ -17,11 +17,12 @@ from typing import Any
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.stages import HiddenStage
 from tutelage.io.files import write_atomically
-from tutelage.reproduction.display import Table, as_markdown, show_number
+from tutelage.reproduction.display import Table, show_number
 from tutelage.reproduction.report_curves import AXES, MethodCurves, draw_curves, method_curves
 from tutelage.reproduction.report_tables import COST_NAMES, detail_tables, settings_words, stage_words, summary_table
 from tutelage.reproduction.results import Comparison
 from tutelage.reproduction.summary import headline
+from tutelage.runs.escaping import as_markdown
 
 _DARK_COLORS = {"#000000": "#FFFFFF"}  # the one method colour that a dark page would hide
 _LONG_CELL = 40  # characters of a line of a cell; longer ones wrap

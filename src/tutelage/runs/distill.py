@@ -1,6 +1,7 @@
 """One distillation run, from options to a folder with the student in it."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tutelage.runs.results import RESULT_FILE, Budget, ModelMetrics, RunResult
 from tutelage.tasks.language import perplexity
 from tutelage.tasks.loading import count_parameters
 from tutelage.tasks.students import weights_of
-from tutelage.training.checks import check_output_dir, check_same_folder
+from tutelage.training.checks import TrainingDiverged, check_output_dir, check_same_folder
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import evaluation_metrics
 from tutelage.training.saving import AUTO, resume_choice, saving_errors
@@ -83,6 +84,9 @@ def _result(trainer: CurriculumTrainer, inputs: RunInputs) -> RunResult:
     teacher: dict[str, float] = {}
     for name, value in evaluation_metrics(trainer.evaluate()).items():
         (teacher if name.startswith("teacher_") else student)[name.removeprefix("teacher_")] = value
+    if (wrong := next((name for name, value in student.items() if not math.isfinite(value)), None)) is not None:
+        found = f"the {wrong} of the trained student on held-out data is {student[wrong]}"
+        raise TrainingDiverged(f"{found}: lower learning_rate, or raise warmup_steps")
     if "loss" in teacher and trainer.task.per_position:
         teacher["perplexity"] = perplexity(teacher["loss"])
     spent, steps = trainer.progress, trainer.state.global_step

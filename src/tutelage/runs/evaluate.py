@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from tutelage.core.errors import UserError, check_range
+from tutelage.core.errors import LARGEST, UserError, check_range, check_texts
 from tutelage.core.records import Record
 from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.runs.inputs import DEFAULT_MLM_PROBABILITY, check_data_numbers, first_rows, sequence_length
@@ -60,8 +60,14 @@ class EvaluateOptions:
     trust_remote_code: bool = option("Run model code that comes with a checkpoint.", False)
 
     def __post_init__(self) -> None:
+        check_texts(self)
         check_data_numbers(self.max_length, self.max_samples, self.mlm_probability)
-        check_range("batch_size", self.batch_size, 1)
+        check_range("batch_size", self.batch_size, 1, LARGEST)
+        for name, needed in (("blocks", "teacher"), ("dataset_split", "dataset")):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise UserError(
+                    f"{name} is of the {needed}, but no {needed} was given: give --{needed}, or leave {name} out"
+                )
 
 
 @dataclass(frozen=True)

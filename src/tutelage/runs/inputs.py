@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from tutelage.core.errors import UserError, check_positive, check_range
+from tutelage.core.errors import LARGEST, UserError, check_positive, check_range, check_texts
 from tutelage.core.inputs import usable_positions
 from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.live import LiveTargets
@@ -53,14 +53,15 @@ class RunOptions:
     streaming: bool = option("Read the dataset only as far as max_steps needs it, e.g. from object storage.", False)
 
     def __post_init__(self) -> None:
+        check_texts(self)
         check_data_numbers(self.max_length, self.max_samples, self.mlm_probability)
         check_range("eval_fraction", self.eval_fraction, 0, 1)
 
 
 def check_data_numbers(max_length: int | None, max_samples: int | None, mlm_probability: float | None) -> None:
     """Raise UserError for numbers that no run or evaluation can have."""
-    check_range("max_length", max_length, 1)
-    check_range("max_samples", max_samples, 1)
+    check_range("max_length", max_length, 1, LARGEST)
+    check_range("max_samples", max_samples, 1, LARGEST)
     check_positive("mlm_probability", mlm_probability)
     check_range("mlm_probability", mlm_probability, 0, 1)
 

@@ -6,6 +6,7 @@ from typing import Any
 from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.stages import JointStage
 from tutelage.io.files import write_atomically
+from tutelage.runs.escaping import as_code, as_markdown
 from tutelage.runs.results import RunResult
 from tutelage.tasks.registry import get_task
 from tutelage.training.config import CurriculumConfig
@@ -32,9 +33,11 @@ def write_card(
     if weights == "teacher" and curriculum.residual_basis is not None:
         start += f", residual basis {curriculum.residual_basis}"
     differing = ", ".join(f"{name}={value}" for name, value in different.items())
-    preset = f"{args.preset}; deviations: {differing}" if differing else args.preset
-    budget, task, teacher = result.budget, get_task(result.task), Path(result.names["teacher"]).name
-    stages = "\n".join(f"| {n} | {stage.name} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1))
+    preset = as_markdown(f"{args.preset}; deviations: {differing}" if differing else args.preset)
+    budget, task, teacher = result.budget, get_task(result.task), as_markdown(Path(result.names["teacher"]).name)
+    stages = "\n".join(
+        f"| {n} | {as_markdown(stage.name)} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1)
+    )
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
     rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
     metrics = "\n".join(f"| {name} | {_show(mine)} | {_show(theirs)} |" for name, mine, theirs in rows)
@@ -54,8 +57,8 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 | | |
 |---|---|
 | Teacher | {teacher} |
-| Student | `{result.names["student"]}` |
-| Data | {Path(result.names["dataset"]).name} |
+| Student | {as_code(result.names["student"])} |
+| Data | {as_markdown(Path(result.names["dataset"]).name)} |
 | Method | {curriculum.method} |
 | Preset | {preset} |
 | Student starts from | {start} |

@@ -1,6 +1,7 @@
 """Options of a run as text: from a YAML file, and to the parser that reads flags."""
 
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
 
 # names that options had once, and the ones they have now
 RENAMED = {
@@ -64,17 +65,32 @@ def read_options(path: Path, example: str = "method: extraction") -> dict[str, A
     """A YAML file's options: each value as text, a list of texts, or None where it is left empty; `example` is for messages.
 
     YAML alone reads `1:2` as 62 and `1e-3` as a string; text is parsed as flags are. Raises UserError for any other file."""
-    if not path.is_file():
+    where = f"config {str(path)!r}"
+    if not os.path.isfile(path):
         raise UserError(f"no config file {str(path)!r}: give an existing YAML file")
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
+        root = yaml.compose(text, yaml.SafeLoader)
+        values = yaml.safe_load(text)
         words = yaml.load(text, yaml.BaseLoader)  # every scalar a string
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config {str(path)!r} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(
+            f"{where} has lists or mappings too deep inside each other: options are one level deep"
+        ) from error
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{where} is not valid YAML: {error}") from error
+    values, words = values or {}, words or {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"config {str(path)!r} must be a mapping of options, e.g. `{example}`")
-    texts = {key: json.dumps(value) if isinstance(value, dict) else words[key] for key, value in values.items()}
+        raise UserError(f"{where} must be a mapping of options, e.g. `{example}`")
+    names = [] if root is None else [key.value for key, _ in root.value]
+    if repeated := [name for name in names if name == "<<" or names.count(name) > 1]:
+        how = "merges another mapping with" if repeated[0] == "<<" else "has twice"
+        raise UserError(f"{where} {how} {repeated[0]!r}: write every option once, by itself")
+    with as_user_error(where, TypeError, ValueError):  # a date or bytes inside a mapping
+        texts = {key: json.dumps(value) if isinstance(value, dict) else words[key] for key, value in values.items()}
+    for key, value in texts.items():
+        if not all(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{where}: {key} must be one value or a list of values, not a list of lists or mappings")
     return {key: None if values[key] is None else text for key, text in texts.items()}
 
 
@@ -111,6 +127,8 @@ def read_value(value: Any, hint: Any) -> Any:
             raise ValueError
         return text in ("true", "yes", "1")
     if hint is int and isinstance(value, str):
+        if value.strip().lstrip("+-").isdecimal():
+            return int(value)
         number = float(value)  # 2e6 and 2_000_000 alike
         if not number.is_integer():  # nor inf or nan
             raise ValueError

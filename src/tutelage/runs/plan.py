@@ -21,6 +21,7 @@ from tutelage.tasks.embedded import DEFAULT_STUDENT, DEFAULT_TEACHER
 from tutelage.tasks.loading import count_parameters, load_config
 from tutelage.tasks.registry import detect_task, get_task
 from tutelage.tasks.students import WEIGHTS, feed_forward_width, is_untrained, language_config, student_config
+from tutelage.training.checks import compare_sizes
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.costs import FlopCounter, StageCost
 from tutelage.training.feed import StageFeed
@@ -112,6 +113,7 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         counts = [count for count in map(task.output_count, (student_model, teacher_model)) if count is not None]
         source.attach(one_shot(1), student_model, min(counts, default=None))
         objective = StageObjective(student_model, source, container=args.blocks)
+        compare_sizes(student_model, source)
         student_model.__dict__[WEIGHTS] = "random" if is_untrained(student) else "own"
         args = decide_start(args, student_model, source)
         blocks = len(objective.blocks), len(source.block_names)

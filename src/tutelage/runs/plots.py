@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from tutelage.io.files import replacing
+from tutelage.runs.escaping import as_label
 
 # colour-blind safe (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -24,14 +25,14 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     for number, stage in enumerate(dict.fromkeys(record["stage"] for record in training)):
         steps, losses = zip(*((r["step"], r["loss"]) for r in training if r["stage"] == stage), strict=True)
         name = next(record["stage_name"] for record in training if record["stage"] == stage)
-        axis.plot(steps, losses, ".-", color=COLORS[number % len(COLORS)], label=f"stage {stage}: {name}")
+        axis.plot(steps, losses, ".-", color=COLORS[number % len(COLORS)], label=as_label(f"stage {stage}: {name}"))
     for part, color in (("output_loss", COLORS[2]), ("hidden_loss", COLORS[3])):  # of a joint stage
         if points := [(record["step"], record[part]) for record in training if part in record]:
             axis.plot(*zip(*points, strict=True), ":", color=color, label=part.replace("_", " "))
     evaluated = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     if evaluated:
         axis.plot(*zip(*evaluated, strict=True), "k--o", markersize=3, label="held-out loss")
-    axis.set(xlabel="optimiser steps", ylabel="loss (each stage has its own)", title=title)
+    axis.set(xlabel="optimiser steps", ylabel="loss (each stage has its own)", title=as_label(title))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.legend()

@@ -116,7 +116,7 @@ class Task(ABC):
 
     def build(self, config: PreTrainedConfig, shape: Mapping[str, Any] | None = None) -> nn.Module:
         """A randomly initialised model; `shape` is the `teacher_shape` of the teacher, None without a teacher."""
-        kinds = (KeyError, ValueError, TypeError, RuntimeError)
+        kinds = (KeyError, ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
         with as_user_error(f"could not build the {config.model_type} student", *kinds):
             return self.class_for(config).from_config(config)
 

@@ -3,6 +3,7 @@
 Only safetensors (and GGUF) are read, never pickles; remote code runs only if the user asks for it."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,17 @@ from tutelage.core.errors import UserError, as_user_error, reason_of
 
 _SAFE = ("model*.safetensors", "*.gguf")  # the names that `from_pretrained` looks for
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MOST_BLOCKS, MOST_WIDTH = 10_000, 2**17
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 
 
 def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A model's configuration from a folder or the Hub; UserError if there is none."""
+    """A model's configuration from a folder or the Hub; UserError if there is none, or its model would be too large."""
+    check_name(path, what)
+    file = Path(path) / "config.json"
+    if file.is_file():
+        with as_user_error(f"could not read the config of {what} {path!r}"):
+            check_sizes(json.loads(file.read_text(encoding="utf-8")), f"the config of {what} {path!r}")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{what} folder {path!r} has no config.json: it is not a Hugging Face model folder")
     try:
@@ -31,6 +39,24 @@ def load_config(path: str, *, what: str = "teacher", trust_remote_code: bool = F
             f"no {what} at {path!r}: there is no local folder of that name, and it was not found on the Hub "
             f"({reason_of(error)}); give an existing folder or a Hub name such as org/model"
         ) from error
+
+
+def check_name(path: str, what: str) -> None:
+    """Raise UserError for a path that no file can have."""
+    if any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+        raise UserError(f"no {what} {path[:60] + '...'!r}: no file or folder can have a name of {len(path)} characters")
+
+
+def check_sizes(fields: Any, where: str) -> None:
+    """Raise UserError for fields of a configuration that ask for more blocks, or wider ones, than any model has.
+
+    To build such a model takes all memory, before any library finds a mistake."""
+    if isinstance(fields, dict):
+        for name, value in fields.items():
+            most = MOST_WIDTH if name in _WIDTHS else MOST_BLOCKS
+            if isinstance(value, int) and value > most and ("layer" in name or name in _WIDTHS):
+                raise UserError(f"{where} has {name}={value}: models of at most {most} can be built")
+            check_sizes(value, where)
 
 
 def check_weights(path: str, *, what: str = "teacher") -> None:
@@ -127,6 +153,7 @@ def has_class(auto_class: Any, config: PreTrainedConfig) -> bool:
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer stored at `path`, padding with its end token if it has no other; None where there is none, UserError if a
     local one is damaged."""
+    check_name(path, "tokenizer")
     folder = Path(path)
     if folder.is_file() or (folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]):
         return None

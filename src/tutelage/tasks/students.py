@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import text_config
 from tutelage.tasks.base import Task
 from tutelage.tasks.initialization.layout import PER_BLOCK
-from tutelage.tasks.loading import has_class, has_weights, load_config
+from tutelage.tasks.loading import MOST_BLOCKS, MOST_WIDTH, check_name, check_sizes, has_class, has_weights, load_config
 
 WEIGHTS = "_tutelage_weights"  # where a model keeps what its weights are: `random`, `own` or `teacher` (initialised)
 _FINGERPRINT = "_tutelage_fingerprint"  # where `make_student` keeps what tells weights that were changed since
@@ -28,7 +29,12 @@ _ALIASES = {
 # names of the feed-forward width, by architecture family; a preset may say intermediate_size for each
 _FEED_FORWARD = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner", "hidden_dim", "d_ff", "dff")
 _HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
-_SIZES = {"num_hidden_layers", "hidden_size", *_HEADS, *_FEED_FORWARD}
+# sizes, and the largest that a preset may have
+_SIZES = {
+    **{"num_hidden_layers": MOST_BLOCKS, "hidden_size": MOST_WIDTH},
+    **dict.fromkeys(_HEADS, MOST_WIDTH),
+    **dict.fromkeys(_FEED_FORWARD, 2**20),
+}
 
 
 def student_config(student: str, teacher: PreTrainedConfig, task: Task | None = None) -> PreTrainedConfig:
@@ -49,14 +55,16 @@ def student_config(student: str, teacher: PreTrainedConfig, task: Task | None = 
                 setattr(whole, name, text)
                 return _untrained(whole)
         return text
+    check_name(student, "student")
     path = Path(student)
     if path.is_file():
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(fields, dict) or "model_type" not in fields:
             raise UserError(f"student config {student!r} has no model_type: it is not a transformers configuration")
+        check_sizes(fields, f"student config {student!r}")
         with as_user_error(f"student config {student!r} cannot be used"):
             return AutoConfig.for_model(**fields)
     return load_config(student, what="student")
@@ -70,7 +78,7 @@ def language_config(config: PreTrainedConfig, task: Task | None) -> PreTrainedCo
 
 def is_preset(student: str) -> bool:
     """Whether `student` is a preset, not a folder, a file or a Hub name."""
-    return "=" in student and not Path(student).exists()
+    return "=" in student and not os.path.exists(student)  # a preset may be longer than a file's name
 
 
 def is_untrained(student: str) -> bool:
@@ -147,18 +155,21 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
             f"student preset {text!r}: each head has {size} values, but rotary position embeddings need an even number: change "
             "hidden_size, heads or head_dim"
         )
+    if hasattr(config, "validate"):  # as it would be only when the trained student is saved
+        with as_user_error(f"student preset {text!r} cannot be made"):
+            config.validate()
     return _untrained(config)
 
 
 def _settings(text: str, config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that a preset sets, by their usual names."""
-    settings: dict[str, Any] = {}
+    given: list[tuple[str, Any]] = []
     for part in text.split(","):
         key, _, value = part.partition("=")
         if "=" not in part or not key.strip():
             raise UserError(f"student preset {text!r}: {part!r} is not a setting such as layers=3")
-        with as_user_error(f"student preset {text!r}: cannot read {part!r}", yaml.YAMLError):
-            settings[_ALIASES.get(key.strip(), key.strip())] = yaml.safe_load(value)
+        with as_user_error(f"student preset {text!r}: cannot read {part!r}"):
+            given.append((_ALIASES.get(key.strip(), key.strip()), yaml.safe_load(value)))
     for needed in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         if getattr(config, needed, None) is None:
             raise UserError(
@@ -166,15 +177,22 @@ def _settings(text: str, config: PreTrainedConfig) -> dict[str, Any]:
                 "none: give a folder or a config.json as the student"
             )
     common = {own: name for name, own in config.attribute_map.items()}  # GPT-2's n_embd is hidden_size
-    settings = {common.get(key, key): value for key, value in settings.items()}
-    if "intermediate_size" in settings and (own := _feed_forward_name(config)):
-        settings[own] = settings.pop("intermediate_size")
+    neurons = _feed_forward_name(config) or "intermediate_size"
+    settings: dict[str, Any] = {}
+    for key, value in given:
+        name = common.get(key, key)
+        name = neurons if name == "intermediate_size" else name
+        if name in settings:
+            raise UserError(f"student preset {text!r} has {name} twice: leave one of them out")
+        settings[name] = value
     known = {*config.to_dict(), *config.attribute_map}
     if unknown := [key for key in settings if key not in known]:
         raise UserError(f"student preset {text!r}: {type(config).__name__} has no field {unknown[0]!r}")
     for key, value in settings.items():
         if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"student preset {text!r}: {key} must be a positive whole number, got {value!r}")
+        if key in _SIZES and value > _SIZES[key]:
+            raise UserError(f"student preset {text!r}: {key} must be at most {_SIZES[key]}, got {value}")
     return settings
 
 

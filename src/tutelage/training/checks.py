@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +24,13 @@ from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import STREAMED, TargetSource
 from tutelage.tasks.base import Task
+from tutelage.tasks.loading import count_parameters
 from tutelage.training import saving
 from tutelage.training.data import Limits, readable_rows
 from tutelage.training.objective import StageObjective
 from tutelage.training.records import CURRICULUM_FILE, IDENTITY_FILE, METRICS_FILE, TARGETS_FILE, checkpoints
+
+_log = logging.getLogger(__name__)
 
 
 class TrainingDiverged(UserError):
@@ -67,6 +72,14 @@ def shared_outputs(student: nn.Module, source: TargetSource, tokenizer: PreTrain
     rest = f"outputs beyond the tokenizer's {len(tokenizer)} entries are left out of the loss"
     warnings.warn(f"{what}: {rest}", UserWarning, stacklevel=3)
     return len(tokenizer)
+
+
+def compare_sizes(student: nn.Module, source: TargetSource) -> None:
+    """Say so where a student has more parameters than its teacher."""
+    mine = count_parameters(student)
+    if source.parameters is not None and mine > source.parameters:
+        what = "The student has more parameters (%s) than its teacher (%s): it will be neither smaller nor faster"
+        _log.warning(what, f"{mine:,}", f"{source.parameters:,}")
 
 
 def check_output_names(student: nn.Module, source: TargetSource) -> None:
@@ -168,7 +181,9 @@ def check_best_metric(name: str | None, metrics: Mapping[str, float]) -> None:
 def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
     """Refuse a folder that contains a different run, or a model that no run made."""
     where = f"output_dir {str(output_dir)!r}"
-    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if re.match(r"[a-z][\w+.-]+:/", str(output_dir)):
+        raise UserError(f"{where} is a URL: a student is written to a folder on this machine")
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if os.path.exists(folder))
     if not existing.is_dir():
         place = "a file" if existing == output_dir else f"inside a file, {str(existing)!r}"
         raise UserError(f"{where} is {place}: choose a folder")

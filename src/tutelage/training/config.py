@@ -9,9 +9,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import is_liger_kernel_available
 
 from tutelage.core.curriculum import METHODS, NORMALIZE, RESIDUAL, STAGE_TRAINS, STUDENT_INITS
-from tutelage.core.errors import UserError, as_user_error, check_positive, check_range
+from tutelage.core.errors import LARGEST, UserError, as_user_error, check_positive, check_range, check_texts
 from tutelage.core.residual import BASES
 
 _DEFAULT: dict[str, Any] = {
@@ -59,13 +60,20 @@ _CHOICES = {
 }
 # names of settings, and the smallest and largest value that they may have
 _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
-    (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1, math.inf),
-    (("calibration_samples", "logits_chunk_size", "top_k"), 1, math.inf),
+    (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1, LARGEST),
+    (("calibration_samples", "logits_chunk_size", "top_k", "num_stages"), 1, LARGEST),
+    (("eval_accumulation_steps", "torch_empty_cache_steps", "ddp_bucket_cap_mb", "ddp_timeout"), 1, LARGEST),
+    (("save_total_limit",), 0, LARGEST),
     (("learning_rate", "stage_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), 0, math.inf),
-    (("hidden_weight",), 0, math.inf),
-    (("dataloader_num_workers", "neftune_noise_alpha"), 0, math.inf),
+    (("hidden_weight", "eval_delay", "neftune_noise_alpha", "adam_epsilon"), 0, math.inf),
+    (("adam_beta1", "adam_beta2", "label_weight", "stage_fraction"), 0, 1),
+    (("dataloader_num_workers",), 0, 1024),
+    (("dataloader_prefetch_factor",), 1, LARGEST),
     (("seed", "data_seed", "projection_seed"), 0, 2**32 - 1),
 )
+_POSITIVE = ("temperature", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "stage_fraction")
+# settings that `transformers` reads as JSON if they begin with a brace, and keeps as text otherwise
+_MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 
 
 def option(help: str, default: Any = None, *aliases: str) -> Any:
@@ -94,7 +102,7 @@ class CurriculumConfig(TrainingArguments):
     max_steps: int = option("Optimiser steps of the whole curriculum; replaces num_train_epochs.", -1)
     per_device_eval_batch_size: int = option("Examples per device in evaluation.", 16)
     logging_steps: float = option("Optimiser steps between logs.", 10)
-    save_total_limit: int | None = option("Checkpoints kept.", 2)
+    save_total_limit: int | None = option("Checkpoints kept; 0 keeps all.", 2)
     resume_from_checkpoint: str | None = option(
         "auto: start the run, or continue the one in output_dir; true: from its newest checkpoint; or a checkpoint's folder.",
         None,
@@ -183,15 +191,7 @@ class CurriculumConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"unknown preset {self.preset!r}: use one of {', '.join(PRESETS)}")
-        for names, least, most in _RANGES:
-            for name in names:
-                check_range(name, getattr(self, name), least, most)
-        check_positive("temperature", self.temperature)
-        check_positive("num_train_epochs", self.num_train_epochs)
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise UserError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
-        if self.output_dir == "":
-            raise UserError("output_dir is empty: name a folder, or leave it out")
+        self._check_values()
         if self.fsdp == "true":  # as YAML files and flags of this program say it
             self.fsdp = True  # type: ignore[assignment]
         open_choices = [name for name in ("learning_rate", "warmup_steps") if getattr(self, name) is None]
@@ -201,10 +201,7 @@ class CurriculumConfig(TrainingArguments):
             super().__post_init__()
         for name in open_choices:
             setattr(self, name, None)
-        installed = get_available_reporting_integrations()
-        for name in self.report_to or []:
-            if name in INTEGRATION_TO_CALLBACK and name not in installed:
-                raise UserError(f"report_to names {name!r}, which is not installed: install it, or leave it out")
+        self._check_libraries()
         self.check_choices()
         if self.embedding_loss not in ("cosine", "mse"):
             raise UserError(f"unknown embedding_loss {self.embedding_loss!r}: use 'cosine' or 'mse'")
@@ -217,6 +214,44 @@ class CurriculumConfig(TrainingArguments):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning needs an accelerator, and warns without one
         self.logging_nan_inf_filter = False  # the trainer stops at a loss that is not finite; the filter would hide it
+
+    def _check_values(self) -> None:
+        """Raise UserError for numbers and texts that no run can have."""
+        check_texts(self)
+        for names, least, most in _RANGES:
+            for name in names:
+                check_range(name, getattr(self, name, None), least, most)
+        for name in _POSITIVE:
+            check_positive(name, getattr(self, name))
+        given: Any = self.stage_steps
+        if isinstance(given, int):
+            self.stage_steps = [given]
+        for steps in self.stage_steps or ():
+            check_range("stage_steps", steps, 1, LARGEST)
+        if self.max_steps != -1 and not 1 <= self.max_steps <= LARGEST:
+            found = f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}"
+            raise UserError(
+                found if self.max_steps < 1 else f"max_steps must be at most {LARGEST}, got {self.max_steps}"
+            )
+
+    def _check_libraries(self) -> None:
+        """Raise UserError for what a library would refuse in the middle of a run, or silently leave out."""
+        installed = get_available_reporting_integrations()
+        for name in self.report_to or []:
+            if name in INTEGRATION_TO_CALLBACK and name not in installed:
+                raise UserError(f"report_to names {name!r}, which is not installed: install it, or leave it out")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("use_liger_kernel needs liger-kernel, which is not installed: install it, or leave it out")
+        if self.torch_compile:  # which compiles nothing yet
+            backend, mode = str(self.torch_compile_backend), self.torch_compile_mode
+            with as_user_error(f"torch_compile cannot have the backend {backend!r} and the mode {mode!r}"):
+                torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+        for name in _MAPPINGS:
+            if isinstance(given := getattr(self, name, None), str):
+                raise UserError(f"{name} must be a mapping as JSON, e.g. '{{\"key\": 1}}', got {given!r}")
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+            if getattr(self, name, None) and not self.dataloader_num_workers:
+                raise UserError(f"{name} is for worker processes: give dataloader_num_workers too, or leave {name} out")
 
     def check_choices(self) -> None:
         """Raise UserError for a method, start, basis or `stage_trains` that there is not."""

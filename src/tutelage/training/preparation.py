@@ -94,6 +94,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     ]
     outputs = checks.shared_outputs(student, source, tokenizer)
     checks.check_output_names(student, source)
+    checks.compare_sizes(student, source)
     longest = checks.check_dataset(given.train_dataset, models, task, "training")
     longest_held_out = checks.check_dataset(eval_dataset, models, task, "evaluation")
     _choose_attention(models, args, longest_held_out if given.train_dataset is None else longest)

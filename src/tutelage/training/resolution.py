@@ -10,7 +10,7 @@ from typing import Any
 
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
-from tutelage.core.errors import UserError
+from tutelage.core.errors import LARGEST, UserError, check_range
 from tutelage.core.stages import LayerMap, choose_blocks, parse_layer_map, uniform_layer_map
 from tutelage.targets.folder import OF_THE_START
 from tutelage.targets.source import FixedSettings, Reading
@@ -152,7 +152,9 @@ def _budget(args: CurriculumConfig, fixed: FixedSettings, reading: Reading, rows
     batches = rows // size if args.dataloader_drop_last else math.ceil(rows / size)
     # as transformers counts: an epoch's last step may have fewer micro-batches
     steps_per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(args.value("num_train_epochs") * steps_per_epoch)
+    steps = math.ceil(args.value("num_train_epochs") * steps_per_epoch)
+    check_range("the number of optimiser steps of num_train_epochs", steps, 1, LARGEST)
+    return steps
 
 
 def _fixed_layer_map(args: CurriculumConfig, fixed: FixedSettings) -> LayerMap | None:

@@ -67,7 +67,7 @@ def extract(
         UserError: settings that cannot work, or a folder that contains something else; or the disk is full: what was whole
             stays, and the same command resumes with it."""
     run, args = run or RunOptions(), args or CurriculumConfig()
-    check_options(args, options)
+    check_options(args)
     run, args = with_defaults(*choose_stages(run, args, options))
     store = Store(args.output_dir or ".")
     state = PartialState()

@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass
 
 from tutelage.core.blocks import FINAL, Place
-from tutelage.core.errors import UserError, check_range
+from tutelage.core.errors import LARGEST, UserError, check_range, check_texts
 from tutelage.runs.inputs import RunOptions
 from tutelage.targets.rows import DTYPES
+from tutelage.tasks.loading import MOST_WIDTH
 from tutelage.training.config import CurriculumConfig, option
 
 _log = logging.getLogger(__name__)
@@ -32,8 +33,16 @@ class ExtractOptions:
     devices: int = option("Devices that the student will train on, which divides the data among the stages.", 1)
     all_stages: bool = option("Store every row for every stage, for many epochs.", False)
 
+    def __post_init__(self) -> None:
+        check_texts(self)
+        check_range("projection_dim", self.projection_dim, 1, MOST_WIDTH)
+        for name in ("shard_tokens", "devices"):
+            check_range(name, getattr(self, name), 1, LARGEST)
+        if self.dtype not in DTYPES:
+            raise UserError(f"unknown dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
 
-def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:
+
+def check_options(args: CurriculumConfig) -> None:
     """Raise UserError for settings that no extraction can have."""
     if args.curriculum_dir is not None:
         raise UserError("an extraction runs the teacher: leave curriculum_dir out")
@@ -45,10 +54,6 @@ def check_options(args: CurriculumConfig, options: ExtractOptions) -> None:
             raise UserError(f"{name} is chosen when a student is trained: leave it out of the extraction")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"an extraction follows a random or sequential order, not {args.train_sampling_strategy!r}")
-    for name in ("shard_tokens", "devices", "projection_dim"):
-        check_range(name, getattr(options, name), 1)
-    if options.dtype not in DTYPES:
-        raise UserError(f"unknown dtype {options.dtype!r}: use one of {', '.join(DTYPES)}")
 
 
 def choose_stages(

@@ -35,6 +35,8 @@ class Schedule:
         for epoch in range(start // self.rows, math.ceil(stop / self.rows)):
             before = epoch * self.rows
             seen.update(dict.fromkeys(self.order(epoch)[max(0, start - before) : stop - before]))
+            if len(seen) == self.rows:
+                break
         return list(seen)
 
     def order(self, epoch: int) -> list[int]:
