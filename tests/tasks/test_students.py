@@ -45,6 +45,7 @@ def _forward(config: PreTrainedConfig) -> torch.Tensor:
 
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 4}
+GROUPED_EIGHTS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 GROUPED = {**SMALL, "intermediate_size": 160, "num_key_value_heads": 2}
 
 # teacher, fields of the student `layers=3,hidden_size=32` that follow
@@ -132,7 +133,7 @@ def test_heads_follow_key_value_heads_that_are_given(preset: str) -> None:
     assert (student.num_attention_heads, student.num_key_value_heads, student.head_dim) == (8, 2, 8)
     assert _forward(student).shape == (1, 5, 72)
     assert student_config("kv_heads=1", teacher).num_attention_heads == 9
-    assert student_config("kv_heads=6,hidden_size=40", teacher).num_attention_heads == 6
+    assert student_config("kv_heads=6,hidden_size=48", teacher).num_attention_heads == 6
 
 
 def test_the_head_size_stays_the_teachers_and_key_value_groups_stay_whole() -> None:
@@ -173,7 +174,7 @@ def test_a_feed_forward_width_that_the_configuration_leaves_open_is_four_times_t
 
 
 def test_a_width_that_the_head_size_does_not_divide_gets_fewer_heads() -> None:
-    student = student_config("hidden_size=26", llama_config())
+    student = student_config("hidden_size=26", Qwen3Config(**GROUPED_EIGHTS))
     assert (student.num_attention_heads, student.head_dim) == (4, 8)
     assert _forward(student).shape == (1, 5, 26)
     # without a head size of its own: 3 heads would have to be 26 / 3; 2 would be odd (13), as rotary positions cannot be

@@ -25,7 +25,7 @@ def check_range(name: str, value: Any, least: int, most: float = math.inf) -> No
     if least <= value <= most and math.isfinite(value):
         return
     expected = f"at least {least}" if least else "a number from 0 up"
-    if most < LARGEST or value > most:
+    if most not in (LARGEST, math.inf) or value > most:
         expected = f"a number from {least} to {most}"
     raise UserError(f"{name} must be {expected}, got {value}")
 

@@ -34,10 +34,10 @@ def write_card(
         start += f", residual basis {curriculum.residual_basis}"
     differing = ", ".join(f"{name}={value}" for name, value in different.items())
     preset = as_markdown(f"{args.preset}; deviations: {differing}" if differing else args.preset)
-    budget, task, teacher = result.budget, get_task(result.task), as_markdown(Path(result.names["teacher"]).name)
-    stages = "\n".join(
-        f"| {n} | {as_markdown(stage.name)} | {stage.steps} |" for n, stage in enumerate(curriculum.stages, 1)
-    )
+    budget, task = result.budget, get_task(result.task)
+    teacher, data = (as_markdown(Path(result.names[name]).name) for name in ("teacher", "dataset"))
+    numbered = enumerate(curriculum.stages, 1)
+    stages = "\n".join(f"| {n} | {as_markdown(stage.name)} | {stage.steps} |" for n, stage in numbered)
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
     rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
     metrics = "\n".join(f"| {name} | {_show(mine)} | {_show(theirs)} |" for name, mine, theirs in rows)
@@ -52,14 +52,14 @@ tags:
 
 # Student of {teacher}
 
-Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["tutelage"]}, method `{curriculum.method}`.
+Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["tutelage"]}, method {as_code(curriculum.method)}.
 
 | | |
 |---|---|
 | Teacher | {teacher} |
 | Student | {as_code(result.names["student"])} |
-| Data | {as_markdown(Path(result.names["dataset"]).name)} |
-| Method | {curriculum.method} |
+| Data | {data} |
+| Method | {as_markdown(curriculum.method)} |
 | Preset | {preset} |
 | Student starts from | {start} |
 {_hidden_row(curriculum)}| Budget | {curriculum.total_steps:,} steps, {budget.samples:,} samples, {budget.tokens:,} tokens |

@@ -156,7 +156,7 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
             "hidden_size, heads or head_dim"
         )
     if hasattr(config, "validate"):  # as it would be only when the trained student is saved
-        with as_user_error(f"student preset {text!r} cannot be made"):
+        with as_user_error(f"student preset {text!r} cannot be made (change hidden_size or heads)"):
             config.validate()
     return _untrained(config)
 
