@@ -22,8 +22,7 @@ _START = {
 def write_card(
     folder: Path, result: RunResult, curriculum: Curriculum, args: CurriculumConfig, weights: str = "own"
 ) -> None:
-    """Write README.md: teacher, data, method, budget and metrics; `weights` that the student came with, as in
-    `tutelage.tasks.students.WEIGHTS`."""
+    """Write README.md; `weights` are what the student came with, as in `tutelage.tasks.students.WEIGHTS`."""
     different = deviations(args, curriculum)
     if weights == "own":
         different.pop("student_init", None)

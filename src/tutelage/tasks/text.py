@@ -10,12 +10,14 @@ import uuid
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.errors import UserError, as_user_error, reason_of
 from tutelage.io.store import Store
 from tutelage.tasks.base import Task
+from tutelage.tasks.pieces import token_ids, truncated
 
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _OPTIONS = {".txt": {"keep_linebreaks": True}}
@@ -202,7 +204,7 @@ def tokenize(
         if "label" in needed:
             _check_column(sample, "label", "int", "class numbers")
         rows = data.map(
-            lambda batch: tokenizer(batch[text_column], truncation=True, max_length=max_length),
+            lambda batch: truncated(batch[text_column], tokenizer, max_length),
             batched=True,
             remove_columns=[name for name in columns if name != "label" or name not in needed],
             **({} if streamed else {"desc": "Tokenising"}),
@@ -237,18 +239,20 @@ def _pack(
     """Blocks of `max_length` tokens. `lines` are the numbers of the texts if they are the lines of one document, else empty."""
     if lines:
         texts = ["".join(texts)]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(texts, tokenizer)
     before, after = _special_tokens(tokenizer)
     if task.causal:  # a block may begin anywhere in a document
         end = after if tokenizer.eos_token_id in (None, *after) else [*after, tokenizer.eos_token_id]
         begin = before if not lines or lines[0] == 0 else []
-        stream = [token for document in ids for token in (*begin, *document, *([] if lines else end))]
+        ids = [np.concatenate([begin, document, [] if lines else end]) for document in ids]
         before, after = [], []
-    else:
-        stream = [token for document in ids for token in document]
+    stream = np.concatenate(ids).astype(np.int64)
     body = max_length - len(before) - len(after)
-    blocks = [[*before, *stream[start : start + body], *after] for start in range(0, len(stream) - body + 1, body)]
-    return {"input_ids": blocks}  # the collator makes the labels
+    count = len(stream) // body
+    inner = stream[: count * body].reshape(count, body)
+    sides = [np.tile(np.array(part, dtype=np.int64), (count, 1)) for part in (before, after)]
+    blocks = np.concatenate([sides[0], inner, sides[1]], axis=1)
+    return {"input_ids": list(blocks)}  # the collator makes the labels
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

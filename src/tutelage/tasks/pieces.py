@@ -1,0 +1,90 @@
+"""Tokenise any amount of text in bounded memory: a tokenizer holds about 150 bytes per character of what it is given at once."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tutelage.core.errors import UserError
+
+PIECE = 1 << 20  # characters that are tokenised at once
+_AROUND = 200  # characters on each side of a cut that say whether it changes the tokens
+_TRIED = 40  # places of each kind that are tried for a cut
+
+
+def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """The tokens of each text, without special tokens.
+
+    A text of more than `PIECE` characters is cut where the tokens on both sides are those of the uncut text; UserError where
+    there is no such place, as in a long text without spaces."""
+    pieces = [(number, piece) for number, text in enumerate(texts) for piece in _pieces(text, tokenizer)]
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    for group in _groups([piece for _, piece in pieces]):
+        encoded = _encode([pieces[index][1] for index in group], tokenizer)
+        for index, ids in zip(group, encoded, strict=True):
+            found[pieces[index][0]].append(np.array(ids, dtype=np.int64))
+    return [np.concatenate(parts) for parts in found]
+
+
+def truncated(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
+    """What the tokenizer makes of each text, with special tokens and truncated; the end of a long text, which truncation
+    drops, is not read."""
+    columns: dict[str, list[Any]] = {}
+    begun = [text[:PIECE] for text in texts]
+    for group in _groups(begun):
+        encoded = dict(tokenizer([begun[index] for index in group], truncation=True, max_length=max_length))
+        for place, index in enumerate(group):
+            if len(texts[index]) > PIECE and len(encoded["input_ids"][place]) < max_length:  # a text of few tokens
+                again = tokenizer(texts[index], truncation=True, max_length=max_length)
+                encoded = {name: [*values[:place], again[name], *values[place + 1 :]] for name, values in encoded.items()}
+        for name, values in encoded.items():
+            columns.setdefault(name, []).extend(values)
+    return columns
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[int]]:
+    """Numbers of neighbouring texts that have `PIECE` characters together, or of one that has more."""
+    group: list[int] = []
+    size = 0
+    for number, text in enumerate(texts):
+        if group and size + len(text) > PIECE:
+            yield group
+            group, size = [], 0
+        group.append(number)
+        size += len(text)
+    if group:
+        yield group
+
+
+def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE:
+        end, following = _cut(text, start + PIECE, tokenizer)
+        yield text[start:end]
+        start = following
+    yield text[start:]
+
+
+def _cut(text: str, latest: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Where a piece ends, at most at `latest`, and where the next one begins: at the same place, or after the one space there,
+    which some tokenizers put before every text."""
+    first = latest - PIECE // 2
+    spaces = [first + match.start() for match in re.finditer(r"\s", text[first:latest])][: -_TRIED - 1 : -1]
+    for place in (*spaces, *range(latest, latest - _TRIED, -1)):
+        around = text[place - _AROUND : place + _AROUND]
+        for following in (place, place + 1) if text[place] == " " else (place,):
+            parts = [text[place - _AROUND : place], text[following : place + _AROUND]]
+            whole, before, after = _encode([around, *parts], tokenizer)
+            if whole == before + after:
+                return place, following
+    found = f"a text of {len(text):,} characters has no place before character {latest:,} where it can be cut"
+    raise UserError(
+        f"{found}, and at most {PIECE:,} characters are tokenised at once: divide it into several documents or lines"
+    )
