@@ -84,8 +84,8 @@ def _result(trainer: CurriculumTrainer, inputs: RunInputs) -> RunResult:
     teacher: dict[str, float] = {}
     for name, value in evaluation_metrics(trainer.evaluate()).items():
         (teacher if name.startswith("teacher_") else student)[name.removeprefix("teacher_")] = value
-    if (wrong := next((name for name, value in student.items() if not math.isfinite(value)), None)) is not None:
-        found = f"the {wrong} of the trained student on held-out data is {student[wrong]}"
+    if not math.isfinite(reached := student[trainer.task.metric]):
+        found = f"the {trainer.task.metric} of the trained student on held-out data is {reached}"
         raise TrainingDiverged(f"{found}: lower learning_rate, or raise warmup_steps")
     if "loss" in teacher and trainer.task.per_position:
         teacher["perplexity"] = perplexity(teacher["loss"])

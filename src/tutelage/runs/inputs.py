@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,21 @@ def _read(options: RunOptions, encode: Callable[[Any], Any]) -> tuple[Dataset, D
     """Training and evaluation rows of a dataset that is read whole."""
     train_part, eval_part = _divided(options)
     train = encode(train_part)
-    return train, _held_out(options, encode) if eval_part is None else first_rows(
-        encode(eval_part), options.max_samples
-    )
+    if eval_part is None:
+        return train, _held_out(options, encode)
+    with _named(
+        f"the held-out part of the dataset ({len(eval_part)} of its rows; name an eval_dataset to use another)"
+    ):
+        return train, first_rows(encode(eval_part), options.max_samples)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Say which data a mistake is in."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def _divided(options: RunOptions) -> tuple[Any, Any]:
@@ -176,7 +189,8 @@ def _held_out(options: RunOptions, encode: Callable[[Any], Any]) -> Dataset:
     """Rows of `eval_dataset`."""
     assert options.eval_dataset is not None
     data = read_dataset(options.eval_dataset)
-    return first_rows(encode(next(iter(data.values())) if isinstance(data, dict) else data), options.max_samples)
+    with _named(f"eval_dataset {options.eval_dataset!r}"):
+        return first_rows(encode(next(iter(data.values())) if isinstance(data, dict) else data), options.max_samples)
 
 
 def first_rows(rows: Dataset, count: int | None) -> Dataset:

@@ -1,4 +1,4 @@
-"""Tokenise any amount of text in bounded memory: a tokenizer holds about 150 bytes per character of what it is given at once."""
+"""Tokenise any amount of text in bounded memory: a tokenizer holds about 150 bytes per character that it is given at once."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,9 @@ def truncated(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_leng
         for place, index in enumerate(group):
             if len(texts[index]) > PIECE and len(encoded["input_ids"][place]) < max_length:  # a text of few tokens
                 again = tokenizer(texts[index], truncation=True, max_length=max_length)
-                encoded = {name: [*values[:place], again[name], *values[place + 1 :]] for name, values in encoded.items()}
+                encoded = {
+                    name: [*values[:place], again[name], *values[place + 1 :]] for name, values in encoded.items()
+                }
         for name, values in encoded.items():
             columns.setdefault(name, []).extend(values)
     return columns

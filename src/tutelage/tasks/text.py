@@ -148,7 +148,8 @@ def keep_rows(stream: IterableDataset, count: int) -> Dataset:
     folder = tempfile.mkdtemp(prefix="tutelage-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     first = functools.partial(itertools.islice, stream, count)
-    return Dataset.from_generator(first, cache_dir=folder, fingerprint=uuid.uuid4().hex)
+    with as_user_error("could not read the rows of the stream"):  # such as rows of different types
+        return Dataset.from_generator(first, cache_dir=folder, fingerprint=uuid.uuid4().hex)
 
 
 def split_dataset(data: Dataset | DatasetDict, eval_fraction: float) -> tuple[Dataset, Dataset]:
@@ -182,9 +183,11 @@ def tokenize(
     streamed = isinstance(data, IterableDataset)
     sample = data.with_format(None)
     if isinstance(sample, IterableDataset):
-        sample = Dataset.from_list(list(sample.take(_SAMPLE)))
+        with as_user_error("could not read the first rows of the stream"):  # such as rows of different types
+            sample = Dataset.from_list(list(sample.take(_SAMPLE)))
     columns = sample.column_names
     if "input_ids" in columns:
+        check_token_ids(sample, "the dataset")
         longest = max(len(ids or ()) for ids in sample["input_ids"])
         if longest > max_length:
             found = f"the dataset has a sequence of {longest} tokens, the model takes {max_length}: truncate it"
@@ -223,6 +226,13 @@ def tokenize(
     if next(iter(packed), None) is None:
         raise UserError(f"the text is too short for one block of {max_length} tokens: lower --max_length or add text")
     return packed
+
+
+def check_token_ids(data: Dataset, where: str) -> None:
+    """Raise UserError for a column `input_ids` that does not have lists of whole numbers."""
+    kind = data.features["input_ids"]
+    if "int" not in str(getattr(getattr(kind, "feature", None), "dtype", "")):
+        raise UserError(f"{where} has input_ids of the type {kind}: each row needs a list of whole numbers")
 
 
 def _check_column(data: Dataset, column: str, wanted: str, meaning: str) -> None:

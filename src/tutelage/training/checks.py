@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from pyarrow import compute, types
@@ -25,6 +26,7 @@ from tutelage.io.store import Store
 from tutelage.targets.source import STREAMED, TargetSource
 from tutelage.tasks.base import Task
 from tutelage.tasks.loading import count_parameters
+from tutelage.tasks.text import check_token_ids
 from tutelage.training import saving
 from tutelage.training.data import Limits, readable_rows
 from tutelage.training.objective import StageObjective
@@ -120,47 +122,62 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], task: Task, name: s
     known = getattr(dataset, "longest", None)  # of a dataset that makes its rows
     shortest, longest, first, last = 1, known or 1, 0, 0
     limits = Limits.of(models, task)
-    for ids, labels in _columns(rows, where) if known is None else ():
+    for ids, labels, masks in _columns(rows, where) if known is None else ():
         lengths, numbers = compute.list_value_length(ids), compute.min_max(compute.list_flatten(ids)).as_py()
         shortest, longest = min(shortest, compute.min(lengths).as_py()), max(longest, compute.max(lengths).as_py())
         first, last = min(first, numbers["min"] or 0), max(last, numbers["max"] or 0)
-        if labels is not None:
-            _check_labels(labels, lengths, limits, where)
+        if labels is not None and limits.classes is not None:
+            _check_labels(labels, lengths, limits, task, where)
+        if masks is not None:
+            _check_mask(masks, lengths, where)
     if shortest < 1:
         raise UserError(f"{where} has a row without tokens: drop it")
     limits.check_tokens(where, longest, first, last)
     return longest if known or isinstance(rows, Dataset) else None
 
 
-def _columns(dataset: Any, where: str) -> Iterator[tuple[Any, Any]]:
-    """Token ids and labels (None without such a column) as Arrow arrays, some rows at a time; of rows that are not in Arrow,
-    or made from it as they are read, which may be slow, 64 spread evenly."""
+def _columns(dataset: Any, where: str) -> Iterator[tuple[Any, Any, Any]]:
+    """Token ids, labels and attention masks (None without such a column) as Arrow arrays, some rows at a time; of rows that
+    are not in Arrow, or made from it as they are read, which may be slow, 64 spread evenly."""
+    columns = ("input_ids", "labels", "attention_mask")
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         rows = [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // 64))]
-        names = [name for name in ("input_ids", "labels") if name in rows[0]]
+        names = [name for name in columns if name in rows[0]]
         dataset = Dataset.from_list([{name: torch.as_tensor(row[name]).tolist() for name in names} for row in rows])
-    kinds = dataset.features
-    if "int" not in str(getattr(getattr(kinds["input_ids"], "feature", None), "dtype", "")):
-        raise UserError(
-            f"{where} has input_ids of the type {kinds['input_ids']}: each row needs a list of whole numbers"
-        )
+    check_token_ids(dataset, where)
     for table in dataset.with_format("arrow").iter(10_000):
         ids = table["input_ids"].combine_chunks()
         if ids.null_count or compute.list_flatten(ids).null_count:
             raise UserError(f"{where} has input_ids without a value: drop these rows")
-        yield ids, table["labels"].combine_chunks() if "labels" in table.column_names else None
+        given = (table[name].combine_chunks() if name in table.column_names else None for name in columns[1:])
+        yield ids, *given
 
 
-def _check_labels(labels: Any, lengths: Any, limits: Limits, where: str) -> None:
-    if hasattr(labels, "values"):  # a label at each position
-        if not compute.list_value_length(labels).equals(lengths):
-            raise UserError(
-                f"{where} has rows with more or fewer labels than tokens: give one label per token, -100 for none"
-            )
-        labels = compute.list_flatten(labels)
-    if types.is_integer(labels.type):
-        values = labels.cast("int64").fill_null(IGNORED_LABEL).to_numpy(zero_copy_only=False)
-        limits.check_labels(where, torch.tensor(values))
+def _check_labels(labels: Any, lengths: Any, limits: Limits, task: Task, where: str) -> None:
+    """Refuse labels that are no classes, or not one per token, or per row, as the task has them."""
+    per_token, expected = hasattr(labels, "values"), "a whole number per row"
+    if task.per_position:
+        expected = "a list of whole numbers per row, one per token"
+    if per_token and not compute.list_value_length(labels).equals(lengths):
+        what = "rows with more or fewer labels than tokens"
+        raise UserError(f"{where} has {what}: give one label per token, {IGNORED_LABEL} for none")
+    values = compute.list_flatten(labels) if per_token else labels
+    of_text = "label" in task.columns
+    if not types.is_integer(values.type) or (task.per_position and not per_token) or (of_text and per_token):
+        raise UserError(f"{where} has labels of the type {labels.type}: expected {expected}")
+    if values.null_count:
+        raise UserError(f"{where} has labels without a value: give {IGNORED_LABEL} for none")
+    limits.check_labels(where, torch.tensor(values.cast("int64").to_numpy(zero_copy_only=False)))
+
+
+def _check_mask(masks: Any, lengths: Any, where: str) -> None:
+    """Refuse attention masks of other lengths than the rows, or with other values than 0 and 1."""
+    if not hasattr(masks, "values") or not compute.list_value_length(masks).equals(lengths):
+        raise UserError(f"{where} has attention masks without one number per token: correct them or drop the column")
+    values = compute.list_flatten(masks)
+    numbers = types.is_integer(values.type) or types.is_floating(values.type) or types.is_boolean(values.type)
+    if not numbers or values.null_count or not np.isin(values.to_numpy(zero_copy_only=False), (0, 1)).all():
+        raise UserError(f"{where} has attention masks with other values than 0 and 1: correct them or drop the column")
 
 
 def check_recomputing(student: nn.Module, asked: bool) -> None:
