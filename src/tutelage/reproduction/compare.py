@@ -157,10 +157,6 @@ def _check(recipe: Recipe, variants: Sequence[Variant], match: str, jobs: int | 
             raise UserError(f"{name} are empty: give at least one")
         if len(set(values)) != len(values):
             raise UserError(f"{name} are repeated: {listed(values)}")
-    if min((*seeds, *tuning)) < 0:
-        raise UserError(f"seeds must not be negative: {listed((*seeds, *tuning))}")
-    if not all(0 < rate < float("inf") for rate in recipe.learning_rates):
-        raise UserError(f"learning_rates must be positive and finite: {listed(recipe.learning_rates)}")
     if shared := set(seeds) & set(tuning):
         raise UserError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
     if not tuning and any(len(candidates(variant, recipe.learning_rates)) > 1 for variant in variants):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tutelage.core.errors import UserError, check_range
+from tutelage.core.errors import LARGEST, UserError, check_positive, check_range
 from tutelage.reproduction.statistics import as_good
 from tutelage.reproduction.teachers import Teacher, TeacherRule, trained_teacher
 from tutelage.reproduction.variants import Variant
@@ -57,6 +57,10 @@ class Recipe(ABC):
 
     def __post_init__(self) -> None:
         at_least_one(self, "batch_size", "budget_samples", "eval_every", "eval_samples")
+        for seed in (*self.seeds, *self.tuning_seeds):
+            check_range("each of the seeds", seed, 0, LARGEST)
+        for rate in self.learning_rates:
+            check_positive("each of the learning_rates", rate)
         if not 0 < self.tuning_share <= 1:
             raise UserError(f"tuning_share is a fraction of the budget, above 0 and at most 1: got {self.tuning_share}")
         if self.budget_samples < self.batch_size:
@@ -162,6 +166,8 @@ class PaperRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("teacher_seed", self.teacher_seed, 0, LARGEST)
+        check_positive("teacher_learning_rate", self.teacher_learning_rate)
         if self.teacher_is_given and not Path(self.teacher).is_dir():
             known = " or ".join(map(repr, self.teachers))
             raise UserError(f"unknown teacher {self.teacher!r}: use {known}, or the folder of a finished teacher")
@@ -225,10 +231,10 @@ class PaperRecipe(Recipe):
         """Every setting that a trained teacher depends on, besides its rule and arguments."""
 
 
-def at_least_one(recipe: Any, *names: str) -> None:
-    """Raise UserError where one of these fields is below 1."""
+def at_least_one(recipe: Any, *names: str, most: int = LARGEST) -> None:
+    """Raise UserError where one of these fields is below 1, or above `most`."""
     for name in names:
-        check_range(name, getattr(recipe, name), 1)
+        check_range(name, getattr(recipe, name), 1, most)
 
 
 def change_fields(values: _Fields, changes: Mapping[str, Any], name: str) -> _Fields:

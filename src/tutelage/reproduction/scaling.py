@@ -48,8 +48,10 @@ class ScalingSettings(Record):
     target: float = 0.99  # held-out accuracy that counts as solved
 
     def __post_init__(self) -> None:
-        for name in ("ks", "ds", "teachers"):
+        for name in ("ks", "ds", "teachers", "seeds", "learning_rates"):
             values = getattr(self, name)
+            if not values:
+                raise UserError(f"{name} are empty: give at least one")
             if len(set(values)) != len(values):
                 raise UserError(f"{name} are repeated: {', '.join(map(str, values))}")
         if len(self.ds) < 2:

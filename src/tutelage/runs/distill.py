@@ -84,7 +84,7 @@ def _result(trainer: CurriculumTrainer, inputs: RunInputs) -> RunResult:
     teacher: dict[str, float] = {}
     for name, value in evaluation_metrics(trainer.evaluate()).items():
         (teacher if name.startswith("teacher_") else student)[name.removeprefix("teacher_")] = value
-    if not math.isfinite(reached := student[trainer.task.metric]):
+    if not math.isfinite(reached := student.get(trainer.task.metric, 0.0)):
         found = f"the {trainer.task.metric} of the trained student on held-out data is {reached}"
         raise TrainingDiverged(f"{found}: lower learning_rate, or raise warmup_steps")
     if "loss" in teacher and trainer.task.per_position:

@@ -55,6 +55,8 @@ def build_grammar(levels: int = 7, symbols: int = 3, seed: int = 0, rules: int =
     for name, value, least in (("levels", levels, 2), ("symbols", symbols, 1), ("rules", rules, 1)):
         if value < least:
             raise UserError(f"a grammar needs {name} of at least {least}, got {value}")
+    if levels > 12:
+        raise UserError(f"a grammar needs levels of at most 12, got {levels}: strings have up to 3^(levels-1) symbols")
     check_seed(seed)
     counts = (1, *[symbols] * (levels - 1))
     largest, available = max(counts[:-1]), symbols**2 + symbols**3

@@ -18,12 +18,12 @@ from datasets import concatenate_datasets
 from torch import nn
 from transformers import LlamaConfig, ModernBertConfig
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, PaperRecipe, at_least_one
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
-from tutelage.tasks.loading import load_tokenizer
+from tutelage.tasks.loading import MOST_BLOCKS, MOST_WIDTH, load_tokenizer
 from tutelage.tasks.pcfg import PcfgDataset, pcfg_collator, pcfg_config
 from tutelage.tasks.pcfg_grammar import Grammar, build_grammar
 from tutelage.tasks.registry import get_task
@@ -62,7 +62,8 @@ class LanguageRecipe(PaperRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(self, "layers", "teacher_heads", "student_heads", "head_width")
+        at_least_one(self, "layers", "teacher_heads", "student_heads", "head_width", most=MOST_BLOCKS)
+        check_range("teacher_heads * head_width", self.teacher_heads * self.head_width, 1, MOST_WIDTH)
         at_least_one(self, "teacher_samples", "teacher_checkpoints")
 
     @abstractmethod

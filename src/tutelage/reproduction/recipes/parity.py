@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, default_data_collator
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_positive, check_range
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, plain_variant
-from tutelage.tasks.loading import load_model
+from tutelage.tasks.loading import MOST_BLOCKS, load_model
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig, check_parity, planted_teacher
 
 PLANTED = "planted"
+_MOST_BITS, _MOST_NEURONS = 10_000, 1_000_000
 _ABOVE_CHANCE = 0.6  # below this held-out accuracy a teacher was made for a different parity
 
 
@@ -58,6 +59,9 @@ class ParityRecipe(PaperRecipe):
             found = f"budget too small for the stages: stage_samples {self.stage_samples} of budget_samples"
             raise UserError(f"{found} {self.budget_samples}")
         check_parity(self.d, self.k, self.support)
+        check_range("d", self.d, 1, _MOST_BITS)
+        check_positive("target", self.target)
+        check_range("target", self.target, 0, 1)
 
     @property
     def coordinates(self) -> tuple[int, ...]:
@@ -144,9 +148,8 @@ class ParityMLPRecipe(ParityRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(self, "teacher_width", "student_width")
-        if self.planted_noise < 0:
-            raise UserError(f"planted_noise must not be negative, got {self.planted_noise}")
+        at_least_one(self, "teacher_width", "student_width", most=_MOST_NEURONS)
+        check_range("planted_noise", self.planted_noise, 0)
         if self.match_activation not in ("pre", "post"):
             raise UserError(f"unknown match_activation {self.match_activation!r}: use 'pre' or 'post'")
 
@@ -210,7 +213,7 @@ class ParityTransformerRecipe(ParityRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(self, "layers", "teacher_heads", "student_heads", "head_width")
+        at_least_one(self, "layers", "teacher_heads", "student_heads", "head_width", most=MOST_BLOCKS)
 
     @cached_property
     def coordinates(self) -> tuple[int, ...]:
