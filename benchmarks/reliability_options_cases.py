@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# options of a command that is sound; {w} is the folder of `reliability_world`, {out} an output folder of its own
+# options of a command that is sound; {w} is the folder of `reliability_options_world`, {out} an output folder of its own
 _RUN = (
     "--dataset={w}/text.txt --output_dir={out} --max_steps=2 --max_length=16 --per_device_train_batch_size=4 "
     "--calibration_samples=8 --max_samples=6 --use_cpu=true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ import pytest
 from datasets import Dataset
 
 from tests.cli.conftest import budget
-from tests.conftest import save_llama
+from tests.conftest import llama_config, save_llama
 from tutelage.cli import main
+from tutelage.core.errors import UserError
+from tutelage.runs.evaluate import EvaluateOptions
+from tutelage.runs.extraction.options import ExtractOptions
+from tutelage.runs.inputs import RunOptions
+from tutelage.training.config import CurriculumConfig
 
 BEST = {
     "load_best_model_at_end": "true",
@@ -108,6 +114,49 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("plan", {"curriculum_dir": "nowhere"}, "give teacher and student in place of curriculum_dir"),
     ("plan", {"num_train_epochs": 1, "max_steps": -1}, "give max_steps in place of num_train_epochs"),
     ("plan", {"tokens": "many"}, "cannot read 'many' as a count"),
+    ("distill", {"student": ""}, "student is empty: give a value, or leave it out"),
+    ("evaluate", {"teacher": " "}, "teacher is empty: give a value, or leave it out"),
+    ("extract", {"stages": ""}, "stages is empty: give a value, or leave it out"),
+    ("evaluate", {"blocks": "z"}, "blocks is of the teacher, but no teacher was given: give --teacher"),
+    ("plan", {"student": "layers=2,layers=3"}, "has num_hidden_layers twice: leave one of them out"),
+    ("plan", {"student": "layers=2,num_hidden_layers=3"}, "has num_hidden_layers twice: leave one of them out"),
+    ("plan", {"student": "layers=2,hidden_size=2001-99-99"}, "cannot read 'hidden_size=2001-99-99'"),
+    ("plan", {"student": "layers=10000000"}, "num_hidden_layers must be at most 10000, got 10000000"),
+    ("plan", {"student": "hidden_size=999999999"}, "hidden_size must be at most 131072, got 999999999"),
+    ("plan", {"student": "{files}/deep.json"}, "has num_hidden_layers=10000000: models of at most 10000 can be built"),
+    ("plan", {"teacher": "{files}/deep"}, "has num_hidden_layers=10000000: models of at most 10000 can be built"),
+    ("plan", {"teacher": "t" * 300}, "no file or folder can have a name of 300 characters"),
+    ("distill", {"save_steps": -1}, "save_steps must be positive and finite, got -1.0"),
+    ("distill", {"logging_steps": "inf"}, "logging_steps must be positive and finite, got inf"),
+    ("distill", {"eval_steps": "nan"}, "eval_steps must be positive and finite, got nan"),
+    ("distill", {"adam_beta1": "nan"}, "adam_beta1 must be a number from 0 to 1, got nan"),
+    ("distill", {"label_weight": "nan"}, "label_weight must be a number from 0 to 1, got nan"),
+    ("distill", {"save_total_limit": -1}, "save_total_limit must be a number from 0 up, got -1"),
+    ("distill", {"ddp_timeout": 0}, "ddp_timeout must be at least 1, got 0"),
+    ("distill", {"num_stages": 0}, "num_stages must be at least 1, got 0"),
+    ("distill", {"stage_steps": -1}, "stage_steps must be at least 1, got -1"),
+    ("extract", {"top_k": 0}, "top_k must be at least 1, got 0"),
+    ("extract", {"max_steps": 10**20}, "max_steps must be at most 2147483647"),
+    ("extract", {"num_train_epochs": 1e30, **EPOCHS}, "optimiser steps of num_train_epochs must be a number from 1 to"),
+    ("distill", {"per_device_train_batch_size": 10**20}, "must be a number from 1 to 2147483647, got 1000000"),
+    ("extract", {"projection_dim": 999999999}, "projection_dim must be a number from 1 to 131072, got 999999999"),
+    ("distill", {"learning_rate": 1e30}, "the loss of the trained student on held-out data is nan|the loss is nan"),
+    ("distill", {"output_dir": "s3://bucket/run"}, "is a URL: a student is written to a folder on this machine"),
+    ("distill", {"use_liger_kernel": "true"}, "use_liger_kernel needs liger-kernel, which is not installed"),
+    ("distill", {"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs must be a mapping as JSON"),
+    ("distill", {"torch_compile_mode": "x"}, "torch_compile cannot have the backend 'inductor' and the mode 'x'"),
+    ("distill", {"dataloader_persistent_workers": "true"}, "dataloader_persistent_workers is for worker processes"),
+    ("plan", {"config": "{files}/merge.yaml"}, "merges another mapping with '<<': write every option once"),
+    ("plan", {"config": "{files}/twice.yaml"}, "has twice 'max_steps': write every option once"),
+    ("plan", {"config": "{files}/nested.yaml"}, "has lists or mappings too deep inside each other"),
+    ("plan", {"config": "{files}/keys.yaml"}, "must be a mapping of options"),
+    ("plan", {"config": "{files}/lists.yaml"}, "layer_map must be one value or a list of values"),
+    ("plan", {"config": "{files}/date.yaml"}, "Object of type date is not JSON serializable"),
+    ("inspect", {"folder": ""}, "the folder is empty text: name one"),
+    ("report", {"folder": ""}, "the folder is empty: give a value"),
+    ("diagnose", {"dataset": ""}, "dataset is empty: give a value, or leave it out"),
+    ("diagnose", {"max_length": 0}, "max_length must be at least 1, got 0"),
+    ("compare", {"output_dir": ""}, "output_dir is empty: give a value, or leave it out"),
 ]
 
 
@@ -121,6 +170,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut.parquet").write_bytes(b"PAR1")
     (root / "latin.yaml").write_bytes(b"method: na\xefve\n")
     (root / "list.yaml").write_text("- one_shot\n")
+    deep = llama_config().to_dict() | {"num_hidden_layers": 10**7}
+    (root / "deep").mkdir()
+    for name in ("deep.json", "deep/config.json"):
+        (root / name).write_text(json.dumps(deep))
+    (root / "merge.yaml").write_text("<<: {max_steps: 2}\n")
+    (root / "twice.yaml").write_text("max_steps: 2\nmax_steps: 3\n")
+    (root / "nested.yaml").write_text("layer_map: " + "[" * 1000 + "]" * 1000)
+    (root / "keys.yaml").write_text("1: 2\n")
+    (root / "lists.yaml").write_text("layer_map: [[1, 2]]\n")
+    (root / "date.yaml").write_text("teacher_quantization: {a: 2001-01-01}\n")
     (root / "unknown.json").write_text('{"model_type": "nothing"}')
     teacher = save_llama(root / "broken")
     for name in ("broken-config", "wrong-config", "broken-tokenizer"):
@@ -154,7 +213,7 @@ def test_a_bad_option_is_one_line_with_exit_code_2(
         known |= {"dataset": corpus / "text.txt", "output_dir": tmp_path / "out"}
     if command == "evaluate":
         known = {"model": causal_teacher, "dataset": corpus / "text.txt", "max_length": 16, "max_samples": 4}
-    if command == "inspect":
+    if command in ("inspect", "report", "diagnose", "compare"):
         known = {}
     folder = [options.pop("folder")] if "folder" in options else []
     assert main([command, *folder, *(f"--{name}={value}" for name, value in {**known, **options}.items())]) == 2
@@ -163,3 +222,52 @@ def test_a_bad_option_is_one_line_with_exit_code_2(
     assert line.startswith(f"tutelage {command}: ")
     # which library finds the mistake first depends on the version of transformers
     assert any(part in line for part in message.split("|"))
+
+
+@pytest.mark.parametrize("word", ["--teacher=\udcff", "--student=a\0b"])
+def test_a_word_that_no_file_can_have_as_its_name_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"tutelage: {word!r} is not text that UTF-8 and file names can hold: correct it"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("distill", {"save_total_limit": 0}), ("extract", {"devices": 2**31 - 1}), ("distill", {"top_k": 10**6})],
+)
+def test_a_large_or_small_value_that_can_work_works(
+    command: str, options: dict[str, Any], causal_teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    known = {"teacher": causal_teacher, "student": "layers=2,hidden_size=16", "dataset": corpus / "text.txt"}
+    given = {**known, "output_dir": tmp_path / "out", **options}
+    assert main([command, *(f"--{name}={value}" for name, value in given.items()), *budget(max_steps=2)]) == 0
+
+
+def test_python_gets_the_errors_of_the_command_line() -> None:
+    for make, message in (
+        (lambda: CurriculumConfig(top_k=0), "top_k must be at least 1, got 0"),
+        (lambda: CurriculumConfig(learning_rate="fast"), "learning_rate must be a number, got 'fast'"),
+        (lambda: CurriculumConfig(temperature="high"), "temperature must be a number, got 'high'"),
+        (lambda: RunOptions(dataset="\udcff"), "which has characters that no file can hold: correct it"),
+        (lambda: RunOptions(student=""), "student is empty: give a value, or leave it out"),
+        (lambda: ExtractOptions(devices=0), "devices must be at least 1, got 0"),
+        (lambda: EvaluateOptions(blocks="z"), "blocks is of the teacher, but no teacher was given"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+    assert CurriculumConfig(stage_steps=3).stage_steps == [3]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", ["distill", "plan"])
+def test_a_student_larger_than_its_teacher_gets_a_warning_with_both_numbers(
+    command: str, causal_teacher: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known: dict[str, Any] = {
+        "teacher": causal_teacher,
+        "student": "layers=4,intermediate_size=128",
+        "method": "one_shot",
+    }
+    if command == "distill":
+        known |= {"dataset": corpus / "text.txt", "output_dir": tmp_path / "out"}
+    assert main([command, *(f"--{name}={value}" for name, value in known.items()), *budget(max_steps=1)]) == 0
+    assert "The student has more parameters (68,256) than its teacher (43,680): it will be neither" in caplog.text

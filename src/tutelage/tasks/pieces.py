@@ -18,13 +18,14 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     """The tokens of each text, without special tokens.
 
     A text of more than `PIECE` characters is cut where the tokens on both sides are those of the uncut text; UserError where
-    there is no such place, as in a long text without spaces."""
-    pieces = [(number, piece) for number, text in enumerate(texts) for piece in _pieces(text, tokenizer)]
+    there is no such place, as in a very long word."""
+    pieces = [(number, *piece) for number, text in enumerate(texts) for piece in _pieces(text, tokenizer)]
     found: list[list[np.ndarray]] = [[] for _ in texts]
-    for group in _groups([piece for _, piece in pieces]):
+    for group in _groups([piece for _, piece, _ in pieces]):
         encoded = _encode([pieces[index][1] for index in group], tokenizer)
         for index, ids in zip(group, encoded, strict=True):
-            found[pieces[index][0]].append(np.array(ids, dtype=np.int64))
+            number, _, dropped = pieces[index]
+            found[number].append(np.array(ids[dropped:], dtype=np.int64))
     return [np.concatenate(parts) for parts in found]
 
 
@@ -65,27 +66,30 @@ def _groups(texts: Sequence[str]) -> Iterator[list[int]]:
         yield group
 
 
-def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    start = 0
+def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int]]:
+    """Pieces of a text, and how many tokens to drop from the beginning of each."""
+    start, dropped = 0, 0
     while len(text) - start > PIECE:
-        end, following = _cut(text, start + PIECE, tokenizer)
-        yield text[start:end]
-        start = following
-    yield text[start:]
+        end, following, then_dropped = _cut(text, start + PIECE, tokenizer)
+        yield text[start:end], dropped
+        start, dropped = following, then_dropped
+    yield text[start:], dropped
 
 
-def _cut(text: str, latest: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Where a piece ends, at most at `latest`, and where the next one begins: at the same place, or after the one space there,
-    which some tokenizers put before every text."""
+def _cut(text: str, latest: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
+    """Where a piece ends, at most at `latest`; where the next one begins; and how many of its tokens to drop.
+
+    The next one begins at the same place or after the space there, and the first token is kept or dropped: some tokenizers
+    put a space before every text."""
     first = latest - PIECE // 2
     spaces = [first + match.start() for match in re.finditer(r"\s", text[first:latest])][: -_TRIED - 1 : -1]
     for place in (*spaces, *range(latest, latest - _TRIED, -1)):
-        around = text[place - _AROUND : place + _AROUND]
+        whole, before = _encode([text[place - _AROUND : place + _AROUND], text[place - _AROUND : place]], tokenizer)
         for following in (place, place + 1) if text[place] == " " else (place,):
-            parts = [text[place - _AROUND : place], text[following : place + _AROUND]]
-            whole, before, after = _encode([around, *parts], tokenizer)
-            if whole == before + after:
-                return place, following
+            (after,) = _encode([text[following : place + _AROUND]], tokenizer)
+            for dropped in (0, 1):
+                if whole == before + after[dropped:]:
+                    return place, following, dropped
     found = f"a text of {len(text):,} characters has no place before character {latest:,} where it can be cut"
     raise UserError(
         f"{found}, and at most {PIECE:,} characters are tokenised at once: divide it into several documents or lines"
