@@ -115,7 +115,7 @@ def test_a_different_teacher_dataset_or_tokenizer_is_refused(
         ({"stages": ["final", "2"]}, r"each deeper than the one before, final at most as the last.*got final 2"),
         ({"stages": ["2", "2"]}, r"stages must be teacher blocks.*got 2 2"),
         ({"stages": ["0"]}, r"stages must be teacher blocks from 1"),
-        ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
+        ({"projection_dim": 0}, "projection_dim must be a number from 1 to 131072, got 0"),
         ({"projection": "orthogonal", "projection_dim": 1000}, "orthogonal"),
         ({"curriculum_dir": "elsewhere"}, "an extraction runs the teacher: leave curriculum_dir out"),
         ({"stages": ["two"]}, r"stages must be teacher blocks"),

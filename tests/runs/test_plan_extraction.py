@@ -79,7 +79,7 @@ def test_plan_with_tokens_on_the_command_line(causal_teacher: Path, capsys: pyte
         (["--tokens_per_second", "0"], "tokens_per_second must be positive and finite, got 0.0"),
         (["--tokens_per_second", "nan"], "tokens_per_second must be positive and finite"),
         (["--runs", "0"], "runs must be at least 1, got 0"),
-        (["--projection_dim", "-4"], "projection_dim must be at least 1, got -4"),
+        (["--projection_dim", "-4"], "projection_dim must be a number from 1 to 131072, got -4"),
     ],
 )
 def test_numbers_that_make_no_sense(

@@ -35,8 +35,6 @@ def write_card(
     preset = as_markdown(f"{args.preset}; deviations: {differing}" if differing else args.preset)
     budget, task = result.budget, get_task(result.task)
     teacher, data = (as_markdown(Path(result.names[name]).name) for name in ("teacher", "dataset"))
-    numbered = enumerate(curriculum.stages, 1)
-    stages = "\n".join(f"| {n} | {as_markdown(stage.name)} | {stage.steps} |" for n, stage in numbered)
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
     rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
     metrics = "\n".join(f"| {name} | {_show(mine)} | {_show(theirs)} |" for name, mine, theirs in rows)
@@ -69,7 +67,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 
 | stage | what | steps |
 |---|---|---|
-{stages}
+{_stage_rows(curriculum)}
 
 ## Held-out metrics
 
@@ -80,6 +78,11 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 ![Loss](loss.png)
 """
     write_atomically(folder / "README.md", text)
+
+
+def _stage_rows(curriculum: Curriculum) -> str:
+    numbered = enumerate(curriculum.stages, 1)
+    return "\n".join(f"| {number} | {as_markdown(stage.name)} | {stage.steps} |" for number, stage in numbered)
 
 
 def _hidden_row(curriculum: Curriculum) -> str:

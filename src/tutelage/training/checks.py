@@ -165,9 +165,10 @@ def _check_labels(labels: Any, lengths: Any, limits: Limits, task: Task, where: 
     of_text = "label" in task.columns
     if not types.is_integer(values.type) or (task.per_position and not per_token) or (of_text and per_token):
         raise UserError(f"{where} has labels of the type {labels.type}: expected {expected}")
+    numbers = values.cast("int64").fill_null(IGNORED_LABEL).to_numpy(zero_copy_only=False)
+    limits.check_labels(where, torch.tensor(numbers))
     if values.null_count:
         raise UserError(f"{where} has labels without a value: give {IGNORED_LABEL} for none")
-    limits.check_labels(where, torch.tensor(values.cast("int64").to_numpy(zero_copy_only=False)))
 
 
 def _check_mask(masks: Any, lengths: Any, where: str) -> None:
