@@ -82,7 +82,7 @@ def test_an_unknown_match_is_refused(tmp_path: Path) -> None:
 def test_a_refused_comparison_leaves_its_folder_free(tmp_path: Path, given_teacher: str) -> None:
     fields: dict[str, Any] = {"teacher": given_teacher, "eval_samples": 1024}
     with pytest.raises(ValueError, match="is beyond the teacher"):
-        compare(tiny(target=1.0, **fields), tmp_path / "o", ["scratch"], log=silent)
+        compare(tiny(target=1.01, **fields), tmp_path / "o", ["scratch"], log=silent)
     made(tiny(target=0.6, **fields), tmp_path / "o", ["scratch"])
 
 

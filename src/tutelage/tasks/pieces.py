@@ -1,6 +1,7 @@
 """Tokenise any amount of text in bounded memory: a tokenizer holds about 150 bytes per character that it is given at once."""
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,13 +21,14 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     A text of more than `PIECE` characters is cut where the tokens on both sides are those of the uncut text; UserError where
     there is no such place, as in a very long word."""
     pieces = [(number, *piece) for number, text in enumerate(texts) for piece in _pieces(text, tokenizer)]
-    found: list[list[np.ndarray]] = [[] for _ in texts]
+    # each grows in its place: an array per piece would keep the allocator from giving back what the tokenizer held
+    found = [array("q") for _ in texts]
     for group in _groups([piece for _, piece, _ in pieces]):
         encoded = _encode([pieces[index][1] for index in group], tokenizer)
         for index, ids in zip(group, encoded, strict=True):
             number, _, dropped = pieces[index]
-            found[number].append(np.array(ids[dropped:], dtype=np.int64))
-    return [np.concatenate(parts) for parts in found]
+            found[number].extend(ids[dropped:])
+    return [np.array(ids, dtype=np.int64) for ids in found]
 
 
 def truncated(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:

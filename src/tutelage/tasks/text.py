@@ -254,9 +254,10 @@ def _pack(
     if task.causal:  # a block may begin anywhere in a document
         end = after if tokenizer.eos_token_id in (None, *after) else [*after, tokenizer.eos_token_id]
         begin = before if not lines or lines[0] == 0 else []
-        ids = [np.concatenate([begin, document, [] if lines else end]) for document in ids]
+        ahead, behind = (np.array(part, dtype=np.int64) for part in (begin, [] if lines else end))
+        ids = [np.concatenate([ahead, document, behind]) for document in ids]
         before, after = [], []
-    stream = np.concatenate(ids).astype(np.int64)
+    stream = np.concatenate(ids)
     body = max_length - len(before) - len(after)
     count = len(stream) // body
     inner = stream[: count * body].reshape(count, body)

@@ -61,7 +61,6 @@ class ParityRecipe(PaperRecipe):
         check_parity(self.d, self.k, self.support)
         check_range("d", self.d, 1, _MOST_BITS)
         check_positive("target", self.target)
-        check_range("target", self.target, 0, 1)
 
     @property
     def coordinates(self) -> tuple[int, ...]:
