@@ -21,14 +21,21 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     A text of more than `PIECE` characters is cut where the tokens on both sides are those of the uncut text; UserError where
     there is no such place, as in a very long word."""
     pieces = [(number, *piece) for number, text in enumerate(texts) for piece in _pieces(text, tokenizer)]
-    # each grows in its place: an array per piece would keep the allocator from giving back what the tokenizer held
     found = [array("q") for _ in texts]
     for group in _groups([piece for _, piece, _ in pieces]):
-        encoded = _encode([pieces[index][1] for index in group], tokenizer)
-        for index, ids in zip(group, encoded, strict=True):
-            number, _, dropped = pieces[index]
-            found[number].extend(ids[dropped:])
+        _append([pieces[index] for index in group], tokenizer, found)
     return [np.array(ids, dtype=np.int64) for ids in found]
+
+
+def _append(
+    pieces: Sequence[tuple[int, str, int]], tokenizer: PreTrainedTokenizerBase, found: "list[array[int]]"
+) -> None:
+    """Append the tokens of pieces (number of the text, piece, tokens to drop) to those of their texts.
+
+    Nothing of what the tokenizer returns may outlive the call: lists that are alive when the next pieces are tokenised keep the
+    allocator from using their memory again (1.9 GB more for 50 MB of text)."""
+    for (number, _, dropped), ids in zip(pieces, _encode([piece for _, piece, _ in pieces], tokenizer), strict=True):
+        found[number].extend(ids[dropped:])
 
 
 def truncated(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,10 +243,12 @@ class CurriculumConfig(TrainingArguments):
                 raise UserError(f"report_to names {name!r}, which is not installed: install it, or leave it out")
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise UserError("use_liger_kernel needs liger-kernel, which is not installed: install it, or leave it out")
-        if self.torch_compile:  # which compiles nothing yet
-            backend, mode = str(self.torch_compile_backend), self.torch_compile_mode
-            with as_user_error(f"torch_compile cannot have the backend {backend!r} and the mode {mode!r}"):
-                torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+        backend, mode = str(self.torch_compile_backend), self.torch_compile_mode
+        if self.torch_compile and (backend, mode) != ("inductor", None):
+            what = f"torch_compile cannot have the backend {backend!r} and the mode {mode!r}"
+            with as_user_error(what), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler's own imports
+                torch.compile(torch.nn.Identity(), backend=backend, mode=mode)  # which compiles nothing yet
         for name in _MAPPINGS:
             if isinstance(given := getattr(self, name, None), str):
                 raise UserError(f"{name} must be a mapping as JSON, e.g. '{{\"key\": 1}}', got {given!r}")

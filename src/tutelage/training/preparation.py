@@ -15,7 +15,7 @@ from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import text_config
-from tutelage.core.stages import JointStage
+from tutelage.core.stages import JointStage, fitting_layer_map, parse_layer_map
 from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.identity import data_fingerprint, model_hash, tokenizer_hash
@@ -195,9 +195,12 @@ def _start(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> 
         warnings.warn("the student brings its own weights: student_init='teacher' leaves it alone", stacklevel=3)
     if weights != "random" or args.warm_start not in (None, "none"):  # a warm start would write over these weights
         return "random", given
+    layer_map = args.layer_map if reads(args, "layer_map") else None
+    if layer_map is not None and source.blocks is not None:  # one that cannot work is no reason for random weights
+        pairs = parse_layer_map(layer_map) if isinstance(layer_map, str) else layer_map
+        fitting_layer_map(pairs, len(find_blocks(source.task.backbone(student), args.blocks)), source.blocks)
     blocks = _start_blocks(args, student, source)
     try:
-        layer_map = args.layer_map if reads(args, "layer_map") else None
         source.check_start(student, args.residual_basis, layer_map, blocks)
     except UserError as error:
         if args.residual_basis is not None or given is not None:  # they ask for the start
