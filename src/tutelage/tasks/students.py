@@ -141,6 +141,9 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
         # keep the mixture of attention types: each block has the type of the one that the uniform layer map pairs it with
         if kinds := getattr(config, name, None):
             setattr(config, name, [kinds[max(1, round(s * depth / new_depth)) - 1] for s in range(1, new_depth + 1)])
+    for name, value in config.to_dict().items():
+        if depth > 1 and value == list(range(depth)):  # each block by its number, such as kv_source_layers
+            setattr(config, name, list(range(new_depth)))
     for key, value in settings.items():
         with as_user_error(f"student preset {text!r}: {key}={value} cannot be used"):
             setattr(config, key, value)
@@ -156,7 +159,7 @@ def _preset(text: str, teacher: PreTrainedConfig) -> PreTrainedConfig:
             "hidden_size, heads or head_dim"
         )
     if hasattr(config, "validate"):  # as it would be only when the trained student is saved
-        with as_user_error(f"student preset {text!r} cannot be made (change hidden_size or heads)"):
+        with as_user_error(f"student preset {text!r} cannot be saved by transformers, so change it"):
             config.validate()
     return _untrained(config)
 
