@@ -155,8 +155,8 @@ def test_schedules_have_rows_of_their_own(tmp_path: Path) -> None:
         trials=(
             Trial(Candidate(0.1, "two"), unit, score=75_200),
             Trial(Candidate(0.03, "two"), unit, stopped_after=76_800),
-            Trial(Candidate(0.1, "four"), unit),
-            Trial(Candidate(0.03, "four"), unit, diverged=True),
+            Trial(Candidate(0.1, "pace-4"), unit),
+            Trial(Candidate(0.03, "pace-4"), unit, diverged=True),
         ),
     )
     write(tmp_path, dataclasses.replace(empty(), methods=(method,)))
@@ -164,7 +164,7 @@ def test_schedules_have_rows_of_their_own(tmp_path: Path) -> None:
     header, _, two, four = table_of(text, "Learning rates tried")
     assert header == ["method", "0.03", "0.1"]
     assert two == ["progressive two", "> 76.8k", "75.2k ✓"]
-    assert four == ["progressive four", "diverged", "-"]
+    assert four == ["progressive pace-4", "diverged", "-"]
     assert table_of(text, "Results in detail")[2][1] == "0.1, two"
     assert "Scores are samples to target. ✓ marks" in text
 

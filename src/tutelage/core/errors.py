@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -17,7 +17,12 @@ class UserError(ValueError):
     The command line prints it as one line and exits with code 2. Any other exception is a bug of tutelage."""
 
 
-def check_range(name: str, value: Any, least: int, most: float = math.inf) -> None:
+def check_finite(**values: float | None) -> None:
+    """Raise UserError where one of these values is not a finite number; None means not given."""
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, got {value}")
+
     """Raise UserError where a setting is not a finite number from `least` to `most`; None means not given."""
     if value is None:
         return
@@ -55,6 +60,12 @@ def check_texts(options: Any) -> None:
                 raise UserError(f"{field.name} is empty: give a value, or leave it out")
             if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
                 raise UserError(f"{field.name} is {text!r}, which has characters that no file can hold: correct it")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError where a setting is none of those that there are."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 @contextmanager

@@ -4,29 +4,30 @@ import contextlib
 import dataclasses
 import json
 import threading
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
-from tutelage.core.curriculum import Curriculum
+from filelock import FileLock, Timeout
+
 from tutelage.core.errors import UserError
-from tutelage.core.stages import OutputStage
 from tutelage.io.claim import Claim, claim
+from tutelage.io.files import writing_errors
 from tutelage.io.store import Store
 from tutelage.reproduction.display import listed
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import COMPARISON_FILE, COSTS, Comparison, MethodResult
 from tutelage.reproduction.run_builder import RunBuilder
-from tutelage.reproduction.runner import Runner, Workers
+from tutelage.reproduction.runner import Runner, portable
 from tutelage.reproduction.summary import summarise
 from tutelage.reproduction.teachers import Teacher, TeacherRecord
 from tutelage.reproduction.tuning import tune
 from tutelage.reproduction.variants import Variant, candidates, plain_variant
+from tutelage.reproduction.workers import Workers
 from tutelage.runs.environment import environment
 
 _SETTINGS_FILE = "settings.json"
+_LOCK_FILE = ".lock"  # there while a process works in the folder
 
 Log = Callable[[str], None]
 
@@ -61,24 +62,24 @@ def compare(
     if sketch is not None:  # what cannot work with a teacher of this shape is refused before the training
         builder = RunBuilder(recipe, Teacher(sketch, "untrained"), output_dir)
         builder.check([variant for variant in variants if variant.method != "progressive"])  # needs checkpoints
-    _claim(output_dir, recipe, match)
-    log(f"teacher of {recipe.name}/{recipe.size}")
-    teacher = recipe.make_teacher(output_dir)
-    _check_target(recipe, teacher)
-    if methods is None and not teacher.checkpoints and any(v.method == "progressive" for v in variants):
-        log("progressive distillation is left out: this teacher came without checkpoints of its training")
-        variants = [variant for variant in variants if variant.method != "progressive"]
-    runner = Runner(recipe, teacher, output_dir, match)
-    runner.builder.check(variants)
-    record = _Record(recipe, output_dir, _begun(recipe, teacher, match, command), log)
-    record.begin(variants)
-    if jobs == 1:
-        for variant in variants:
-            _run_method(runner, variant, record)
-    else:
-        with contextlib.nullcontext(jobs) if isinstance(jobs, Workers) else Workers(jobs) as workers:
-            _run_side_by_side(workers, runner, variants, record)
-    return record.end()
+    with _claimed(output_dir, recipe, match):
+        log(f"teacher of {recipe.name}/{recipe.size}")
+        teacher = recipe.make_teacher(output_dir)
+        _check_target(recipe, teacher)
+        if methods is None and not teacher.checkpoints and any(v.method == "progressive" for v in variants):
+            log("progressive distillation is left out: this teacher came without checkpoints of its training")
+            variants = [variant for variant in variants if variant.method != "progressive"]
+        runner = Runner(recipe, teacher, output_dir, match)
+        runner.builder.check(variants)
+        record = _Record(recipe, output_dir, _begun(recipe, teacher, match, command), log)
+        record.begin(variants)
+        if jobs == 1:
+            for variant in variants:
+                _run_method(runner, variant, record)
+        else:
+            with contextlib.nullcontext(jobs) if isinstance(jobs, Workers) else Workers(jobs) as workers:
+                _run_side_by_side(workers, runner, variants, record)
+        return record.end()
 
 
 class _Record:
@@ -123,7 +124,7 @@ def _run_side_by_side(workers: Workers, runner: Runner, variants: Sequence[Varia
             for done in as_completed(started):
                 done.result()
         except BaseException:
-            workers.shutdown(cancel_futures=True)  # the runs that have not begun are not needed
+            workers.end()  # what they have not finished is resumed when the command is given again
             raise
 
 
@@ -135,7 +136,7 @@ def _run_method(runner: Runner, variant: Variant, record: _Record) -> None:
         record.log(f"{variant.name} diverged at every learning rate that was tried: add smaller learning_rates")
         record.put(result)
         return
-    result = dataclasses.replace(result, curriculum=_portable(runner.curriculum(variant, best)))
+    result = dataclasses.replace(result, curriculum=portable(runner.curriculum(variant, best)))
     record.log(f"{variant.name}: learning rate {best.label}, seeds {listed(runner.recipe.seeds)}")
     for runs in runner.runs(variant, best, runner.recipe.seeds):
         result = dataclasses.replace(result, runs=(*result.runs, *runs))
@@ -175,19 +176,33 @@ def _check_target(recipe: Recipe, teacher: Teacher) -> None:
         )
 
 
-def _claim(output_dir: Path, recipe: Recipe, match: str) -> None:
-    """Take the folder for this comparison; UserError where it contains something else."""
-    store = Store(output_dir)
-    if [file.name for file in output_dir.glob("*")] == [_SETTINGS_FILE]:
-        store.remove(_SETTINGS_FILE)  # of a comparison that was refused before it wrote anything else
-    mine = {"recipe": recipe.name, "size": recipe.size, "match": match, **_settings(recipe)}
-    claim(store, Claim(_SETTINGS_FILE, mine, "a comparison"))
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Everything that the runs depend on, as JSON values."""
-    whole = {**recipe.settings(), **recipe.identity(), "metric": recipe.metric, "target": recipe.target}
-    return typing.cast(dict[str, Any], json.loads(json.dumps(whole, default=str)))
+@contextlib.contextmanager
+def _claimed(folder: Path, recipe: Recipe, match: str) -> Iterator[None]:
+    """Take the folder for this comparison, and let no other process work in it meanwhile; UserError where it contains
+    something else, or another process works in it."""
+    store, lock = Store(folder), FileLock(folder / _LOCK_FILE)
+    mine = {"recipe": recipe.name, "size": recipe.size, "match": match, **recipe.all_settings()}
+    names = {file.name for file in folder.glob("*") if not file.name.endswith(".tmp")}
+    unused = names <= {_SETTINGS_FILE, _LOCK_FILE} and not folder.is_file()
+    if unused or _SETTINGS_FILE in names:  # a folder that contains something else stays as it is
+        with writing_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise UserError(
+                    f"another process is making the comparison in {str(folder)!r}: wait until it has ended, or choose a "
+                    "different --output_dir"
+                ) from None
+    try:
+        if unused:  # at most, a comparison was refused or killed before it wrote anything else
+            store.write(_SETTINGS_FILE, json.dumps(mine, indent=1, default=str) + "\n")
+        claim(store, Claim(_SETTINGS_FILE, mine, "a comparison"))
+        yield
+    finally:
+        if lock.is_locked:
+            (folder / _LOCK_FILE).unlink(missing_ok=True)
+        lock.release()
 
 
 def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) -> Comparison:
@@ -198,17 +213,8 @@ def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) ->
         complete=False,
         match=match,
         budget=recipe.budget_samples,
-        settings=_settings(recipe),
+        settings=recipe.all_settings(),
         teacher=TeacherRecord(teacher.description, teacher.metrics, teacher.samples, teacher.converged_at),
         environment=environment(),
         **same,
     )
-
-
-def _portable(curriculum: Curriculum) -> Curriculum:
-    """A curriculum for the record: checkpoints by name, wherever this machine keeps them."""
-    stages = list(curriculum.stages)
-    for index, stage in enumerate(stages):
-        if isinstance(stage, OutputStage) and stage.teacher_checkpoint is not None:
-            stages[index] = dataclasses.replace(stage, teacher_checkpoint=Path(stage.teacher_checkpoint).name)
-    return dataclasses.replace(curriculum, stages=tuple(stages))

@@ -1,6 +1,7 @@
 """What methods are compared on: a teacher, students, data, and the settings that all methods have in common."""
 
 import dataclasses
+import json
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,11 @@ class Recipe(ABC):
     def identity(self) -> dict[str, Any]:
         """What the runs depend on besides `settings()`: for the record, and to recognise the same comparison."""
         return {}
+
+    def all_settings(self) -> dict[str, Any]:
+        """Everything that the runs depend on, as JSON values."""
+        whole = {**self.settings(), **self.identity(), "metric": self.metric, "target": self.target}
+        return typing.cast(dict[str, Any], json.loads(json.dumps(whole, default=str)))
 
     def check(self) -> None:
         """Raise UserError where the data cannot be used; reads them if need be."""

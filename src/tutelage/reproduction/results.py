@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_choice, check_finite, check_range
 from tutelage.core.records import Record
-from tutelage.io.files import write_atomically
+from tutelage.reproduction.sealed import read_sealed, write_sealed
 from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedRatio
 from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Candidate, Variant
@@ -28,6 +28,11 @@ class CurvePoint(Record):
     seconds: float
     metrics: dict[str, float]  # held-out metrics; a value that was not finite is left out
 
+    def __post_init__(self) -> None:
+        for name in COSTS:
+            check_range(name, getattr(self, name), 0)
+        check_finite(**self.metrics)
+
     def cost(self, name: str) -> float:
         """The cost called `name`, one of `COSTS`."""
         return float(getattr(self, name))
@@ -42,6 +47,12 @@ class RunRecord(Record):
     diverged: str | None = None  # what diverged, where training had to stop
     at_target: CurvePoint | None = None
     """The first point of the curve at the target; None where there is none, or no target."""
+
+    def __post_init__(self) -> None:
+        check_range("seed", self.seed, 0)
+        samples = [point.samples for point in self.curve]
+        if samples != sorted(samples):
+            raise UserError(f"the curve of seed {self.seed} is not in order of samples")
 
     @property
     def final(self) -> dict[str, float]:
@@ -73,6 +84,10 @@ class Trial(Record):
     final: float | None = None  # median of the final metric
     stopped_after: int | None = None  # samples after which a run that did not reach the target was stopped
     diverged: bool = False
+
+    def __post_init__(self) -> None:
+        check_finite(score=self.score, final=self.final)
+        check_range("stopped_after", self.stopped_after, 0)
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,10 @@ class Ratio(Record):
     seeds: int  # seeds that both have run
     paired: PairedRatio  # over the seeds on which at least one reached the target
 
+    def __post_init__(self) -> None:
+        check_choice("cost", self.cost, COSTS)
+        check_range("seeds", self.seeds, 0)
+
 
 @dataclass(frozen=True)
 class Comparison(Record):
@@ -134,6 +153,14 @@ class Comparison(Record):
     ratios: tuple[Ratio, ...] = ()
     verdict: str = ""
 
+    def __post_init__(self) -> None:
+        check_choice("match", self.match, COSTS)
+        check_choice("better", self.better, ("higher", "lower"))
+        check_range("budget", self.budget, 1)
+        check_finite(target=self.target)
+        for seed in self.seeds:
+            check_range("seeds", seed, 0)
+
     def method(self, name: str) -> MethodResult:
         """The result of a variant; KeyError where there is none."""
         return {method.name: method for method in self.methods}[name]
@@ -155,13 +182,13 @@ class Comparison(Record):
         if not path.is_file():
             raise UserError(f"found no {COMPARISON_FILE} in {str(folder)!r}: make one with tutelage compare")
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return read_sealed(path, cls, needs_digest=False)  # results of earlier versions have none
         except UserError as error:
-            why = "it was written by an earlier version of tutelage, or is not a comparison"
             raise UserError(
-                f"cannot read {str(path)!r} ({error}): {why}. Make it again with tutelage compare"
+                f"{error}. The file was damaged or edited, or is of an earlier version of tutelage: delete it and give the "
+                "command of the comparison again, which reads the finished runs"
             ) from error
 
     def write(self, folder: Path) -> None:
         """Write the file that `read` reads."""
-        write_atomically(folder / COMPARISON_FILE, self.to_json() + "\n")
+        write_sealed(folder / COMPARISON_FILE, self)

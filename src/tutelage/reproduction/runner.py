@@ -1,36 +1,38 @@
 """Making the runs of a comparison, with equal budgets, and their curves.
 
-A finished run is a folder that contains run.json, so a comparison that was stopped resumes with the missing runs.
+A finished run is a folder that contains run.json, so a comparison that was stopped resumes with the missing runs. A run.json
+that is damaged, or of a different run, is made again.
 A run depends only on its settings and seeds, so the number of processes changes only the seconds."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
+import logging
 import math
-import multiprocessing
-import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.stages import HiddenStage
-from tutelage.io.files import write_atomically
+from tutelage.core.errors import UserError, check_range
+from tutelage.core.records import Record
+from tutelage.core.stages import HiddenStage, OutputStage
+from tutelage.io.files import writing_errors
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import CurvePoint, RunRecord
 from tutelage.reproduction.run_builder import RunBuilder
+from tutelage.reproduction.sealed import read_sealed, write_sealed
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, plain_variant
-from tutelage.runs.environment import quiet_unless_terminal
+from tutelage.reproduction.workers import Workers
 from tutelage.training.checks import TrainingDiverged
 from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics, last_complete_checkpoint
 from tutelage.training.trainer import CurriculumTrainer
@@ -38,6 +40,27 @@ from tutelage.training.trainer import CurriculumTrainer
 _RUN_FILE = "run.json"
 _PILOT_STEPS = {"flops": 4, "seconds": 24}  # per stage: FLOPs do not vary, seconds do
 _CALIBRATION = "calibration"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _RunFile(Record):
+    """Contents of run.json."""
+
+    run: str  # which run it is: a digest of all that the run depends on
+    records: tuple[RunRecord, ...]  # one for each seed
+
+
+@dataclass(frozen=True)
+class _StepCosts(Record):
+    """Contents of a pilot's file."""
+
+    costs: dict[str, float]  # of one step of each stage, and of calibration
+
+    def __post_init__(self) -> None:
+        for name, cost in self.costs.items():
+            check_range(name, cost, 0)
 
 
 @dataclass(frozen=True)
@@ -86,20 +109,47 @@ class Runner:
             PlannedRun(variant, candidate, group, self.builder.folder(variant, candidate, group, what), limit)
             for group in groups
         ]
+        with self.lock:
+            self.curriculum(variant, candidate)  # measures the cost of a step once for all runs, if they need it
         if self.workers is None:
             yield from map(self.run, planned)
             return
-        with self.lock:
-            self.curriculum(variant, candidate)  # measures the cost of a step once for all runs, if they need it
-        make = functools.partial(_run_in_worker, self.recipe, self.root, self.match)
-        started = [self.workers.submit(make, run) for run in planned]
-        yield from (future.result() for future in started)
+        started = []
+        for run in planned:
+            make = functools.partial(_run_in_worker, self.recipe, self.root, self.match, run)
+            kept = self.kept(run)
+            started.append(kept or self.workers.submit(make, f"run {run.folder.relative_to(self.root)}"))
+        yield from (made if isinstance(made, list) else made.result() for made in started)
 
     def run(self, planned: PlannedRun) -> list[RunRecord]:
         """One record per seed; read back if the run was made before."""
+        return self.kept(planned) or self.make(planned)
+
+    def kept(self, planned: PlannedRun) -> list[RunRecord] | None:
+        """The records of a run that was made before; None where it was not, or its file cannot be used, which is said."""
         file = planned.folder / _RUN_FILE
-        if file.exists():
-            return [RunRecord.from_dict(fields) for fields in json.loads(file.read_text(encoding="utf-8"))]
+        if not file.exists():
+            return None
+        try:
+            found = read_sealed(file, _RunFile)
+        except UserError as error:
+            _log.warning("%s: the run is made again", error)
+            return None
+        if found.run != self.identity(planned) or [record.seed for record in found.records] != list(planned.seeds):
+            _log.warning("%s is of a different run: the run is made again", file)
+            return None
+        _remove_checkpoints(planned.folder)
+        return list(found.records)
+
+    def identity(self, planned: PlannedRun) -> str:
+        """A digest of all that a run depends on."""
+        place = planned.folder.relative_to(self.root).as_posix()
+        stages = portable(self.curriculum(planned.variant, planned.candidate)).to_dict()
+        text = json.dumps([place, self.recipe.all_settings(), stages], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def make(self, planned: PlannedRun) -> list[RunRecord]:
+        """Train, and write what came out; from the run's last checkpoint if there is one."""
         diverged = None
         try:
             self.train(planned, [StopAtTarget(self.recipe, planned.seeds, planned.limit)])
@@ -107,21 +157,62 @@ class Runner:
             diverged = str(error)
         metrics = MetricsFile(planned.folder / METRICS_FILE).read()
         curves = _curves(metrics, planned.seeds, self.recipe.replicated)
-        records = [RunRecord(seed, tuple(curve), diverged) for seed, curve in curves.items()]
-        write_atomically(file, json.dumps([record.to_dict() for record in records], allow_nan=False))
-        for checkpoint in planned.folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        return records
+        records = tuple(RunRecord(seed, tuple(curve), diverged) for seed, curve in curves.items())
+        write_sealed(planned.folder / _RUN_FILE, _RunFile(self.identity(planned), records))
+        _remove_checkpoints(planned.folder)  # not before the results are on disk
+        return list(records)
 
     def train(self, planned: PlannedRun, callbacks: Sequence[TrainerCallback]) -> CurriculumTrainer:
-        """Train, from the folder's last checkpoint if there is one."""
-        args = self.builder.arguments(planned.variant, planned.candidate, planned.folder, planned.seeds[0])
+        """Train, from the folder's last checkpoint if there is one that can be used."""
         resume = last_complete_checkpoint(planned.folder)
+        if resume is not None and not self._logged_until(planned.folder, int(resume.name.split("-")[1])):
+            _log.warning("%s is damaged: the run is made again", planned.folder / METRICS_FILE)
+            resume = None
+        try:
+            return self._train(planned, callbacks, resume)
+        except TrainingDiverged:
+            raise
+        except UserError as error:
+            if resume is None or repr(str(resume)) not in str(error):
+                raise
+            _log.warning("%s cannot be used (%s): the run is made again", resume, error)
+            return self._train(planned, callbacks, None)
+
+    def _train(
+        self, planned: PlannedRun, callbacks: Sequence[TrainerCallback], resume: Path | None
+    ) -> CurriculumTrainer:
+        args = self.builder.arguments(planned.variant, planned.candidate, planned.folder, planned.seeds[0])
         args.overwrite_output_dir = args.eval_on_start = resume is None  # a checkpoint was evaluated when it was made
         curriculum = self.curriculum(planned.variant, planned.candidate)
         trainer = self.builder.trainer(args, planned.seeds, curriculum, callbacks)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return trainer
+
+    def _logged_until(self, folder: Path, step: int) -> bool:
+        """Whether the run's metrics have every evaluation up to a step."""
+        every = max(1, self.recipe.eval_every // self.recipe.batch_size)
+        try:
+            records = MetricsFile(folder / METRICS_FILE).read()
+            evaluated = {record["step"] for record in records if evaluation_metrics(record)}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return evaluated >= set(range(0, step + 1, every))
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a finished run."""
+    with writing_errors(folder):
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+
+def portable(curriculum: Curriculum) -> Curriculum:
+    """A curriculum for the record: checkpoints by name, wherever this machine keeps them."""
+    stages = list(curriculum.stages)
+    for index, stage in enumerate(stages):
+        if isinstance(stage, OutputStage) and stage.teacher_checkpoint is not None:
+            stages[index] = dataclasses.replace(stage, teacher_checkpoint=Path(stage.teacher_checkpoint).name)
+    return dataclasses.replace(curriculum, stages=tuple(stages))
 
 
 def _at_equal_cost(builder: RunBuilder, variant: Variant, candidate: Candidate, match: str) -> Curriculum:
@@ -148,8 +239,14 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
     folder = builder.root / "pilot" / builder.folder(whole, candidate, [0]).parent.name
     file = folder.with_name(f"{folder.name}.json")
     if file.exists():
-        kept: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-        return kept
+        try:
+            return read_sealed(file, _StepCosts).costs
+        except UserError as error:
+            if (
+                match == "seconds"
+            ):  # new ones would be different, and the comparison's runs would have different lengths
+                raise UserError(f"{error}. Choose a different --output_dir, or delete {str(builder.root)!r}") from error
+            _log.warning("%s: the cost of a step is measured again", error)
     steps = _PILOT_STEPS[match]
     made = builder.curriculum(variant, candidate, builder.steps())
     short = dataclasses.replace(made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages))
@@ -160,7 +257,7 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
     builder.trainer(args, seeds, short).train()
     found = _measured(folder, match)
     shutil.rmtree(folder)
-    write_atomically(file, json.dumps(found))
+    write_sealed(file, _StepCosts(found))
     return found
 
 
@@ -227,34 +324,6 @@ def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated:
     return curves
 
 
-class Workers(ProcessPoolExecutor):
-    """A pool of `count` processes, each with its part of the machine's threads.
-
-    A process makes its teacher once for as long as runs of the same comparison come in."""
-
-    def __init__(self, count: int):
-        # CUDA rules out a plain fork; a fork server imports the libraries once for all workers, where there is one
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self.count, context = count, multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload([__name__])
-        super().__init__(count, context, _start_worker, (max(1, torch.get_num_threads() // count),))
-
-
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    quiet_unless_terminal(True)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """End with the parent, also where the parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
 _kept: dict[tuple[Path, str], Runner] = {}  # of the present comparison, by its folder and match
 
 
@@ -262,4 +331,4 @@ def _run_in_worker(recipe: Recipe, root: Path, match: str, planned: PlannedRun) 
     if (root, match) not in _kept:
         _kept.clear()
         _kept[root, match] = Runner(recipe, recipe.make_teacher(root), root, match)
-    return _kept[root, match].run(planned)
+    return _kept[root, match].make(planned)

@@ -21,7 +21,7 @@ from tutelage.reproduction.compare import compare
 from tutelage.reproduction.display import Table, listed, save_plot
 from tutelage.reproduction.recipe import change_fields
 from tutelage.reproduction.recipes import resolve
-from tutelage.reproduction.runner import Workers
+from tutelage.reproduction.workers import Workers
 from tutelage.runs.environment import environment
 from tutelage.runs.plots import COLORS
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.core.errors import check_range
 from tutelage.core.records import Record
 
 _DRAWS = 2000
@@ -23,6 +24,10 @@ class Estimate(Record):
     low: float | None = None
     high: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("low", "median", "high"):
+            check_range(name, getattr(self, name), 0)
+
 
 NO_ESTIMATE = Estimate()
 
@@ -35,6 +40,10 @@ class PairedRatio(Record):
     pairs: int  # seeds on which at least one of the two reached the target; the others say nothing
     unreached: int = 0
     """Pairs in which the second method did not reach the target: its budget is used in place of its cost."""
+
+    def __post_init__(self) -> None:
+        check_range("pairs", self.pairs, 0)
+        check_range("unreached", self.unreached, 0, self.pairs)
 
     @property
     def is_bound(self) -> bool:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error, check_finite, check_range
 from tutelage.core.records import Record
-from tutelage.io.files import write_atomically
+from tutelage.io.files import writing_errors
+from tutelage.io.store import sha256_of
+from tutelage.reproduction.sealed import read_sealed, write_sealed
 from tutelage.reproduction.statistics import as_good
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import evaluation_metrics
@@ -26,7 +33,9 @@ if TYPE_CHECKING:
     from tutelage.reproduction.recipe import PaperRecipe
 
 _MANIFEST = "teacher.json"
-_FORMAT = 2  # part of the hash: raise it when training code changes what a setting gives, or the manifest changes
+_FORMAT = 3  # part of the hash: raise it when training code changes what a setting gives, or the manifest changes
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,11 @@ class TeacherRecord(Record):
     samples: int | None = None  # examples that it was trained on
     converged_at: int | None = None  # examples after which it had converged; None without such a rule
 
+    def __post_init__(self) -> None:
+        check_finite(**self.metrics)
+        check_range("samples", self.samples, 0)
+        check_range("converged_at", self.converged_at, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTeacher(TeacherRecord):
@@ -83,29 +97,102 @@ class TrainedTeacher(TeacherRecord):
     curve: tuple[tuple[int, float], ...]  # examples seen, and the rule's metric
     checkpoints: tuple[Checkpoint, ...]  # folders are relative to that of the record
     settings: dict[str, Any]  # all that the teacher depends on
+    files: dict[str, str]  # SHA-256 of every file of the teacher and its checkpoints, by its name below the folder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("transition", self.transition, 0, max(0, len(self.checkpoints) - 1))
+        for samples, value in self.curve:
+            check_range("curve", samples, 0)
+            check_finite(curve=value)
+        for checkpoint in self.checkpoints:
+            if checkpoint.folder != f"at-{checkpoint.samples}":
+                raise UserError(f"checkpoints has the folder {checkpoint.folder!r}, not 'at-{checkpoint.samples}'")
 
 
 def teacher_settings(recipe: PaperRecipe) -> dict[str, Any]:
-    """All that a recipe's teacher depends on."""
+    """All that a recipe's teacher depends on, as JSON values."""
     rule = dataclasses.asdict(recipe.teacher_rule())
-    return {"format": _FORMAT, **recipe.teacher_identity(), "rule": rule, "arguments": recipe.teacher_arguments()}
+    whole = {"format": _FORMAT, **recipe.teacher_identity(), "rule": rule, "arguments": recipe.teacher_arguments()}
+    return typing.cast(dict[str, Any], json.loads(json.dumps(whole, default=str)))
 
 
 def trained_teacher(recipe: PaperRecipe) -> Teacher:
     """The teacher of a recipe: that of the same settings in $TUTELAGE_CACHE (~/.cache/tutelage), else trained now from labels.
-    Raises UserError: it has not converged within the rule's budget."""
+
+    Only one process trains it, and any other one waits. A teacher with a file that is not as it was written is trained again.
+
+    Raises UserError: it has not converged within the rule's budget, or the cache cannot be written."""
     cache = Path(os.environ.get("TUTELAGE_CACHE") or Path.home() / ".cache" / "tutelage")
-    text = json.dumps(teacher_settings(recipe), sort_keys=True, default=str)
+    settings = teacher_settings(recipe)
+    text = json.dumps(settings, sort_keys=True)
     folder = cache / "teachers" / f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    manifest = folder / _MANIFEST
-    if not manifest.exists():
-        if folder.exists():
-            shutil.rmtree(folder)  # an unfinished one
-        _train(folder, recipe)
-    known = TrainedTeacher.from_json(manifest.read_text(encoding="utf-8"))
+    if not (folder / _MANIFEST).exists() or _damage(folder, settings):
+        with _alone(folder):
+            if not folder.exists():  # no other process has trained it meanwhile
+                _train_beside(folder, recipe)
+            elif damage := _damage(folder, settings):
+                _log.warning("%s: the teacher is trained again", damage)
+                _train_beside(folder, recipe)
+    known = read_sealed(folder / _MANIFEST, TrainedTeacher)
     checkpoints = tuple(Checkpoint(part.samples, str(folder / part.folder)) for part in known.checkpoints)
     of_training = (known.metrics, known.samples, known.converged_at, checkpoints, known.transition)
     return Teacher(recipe.load_teacher(str(folder / "final")), known.description, *of_training)
+
+
+def _damage(folder: Path, settings: dict[str, Any]) -> str:
+    """What is not as it was when the teacher was finished; empty where all is."""
+    try:
+        known = read_sealed(folder / _MANIFEST, TrainedTeacher)
+    except UserError as error:
+        return str(error)
+    if known.settings != settings:
+        return f"{str(folder / _MANIFEST)!r} belongs to a teacher with different settings"
+    found = _checksums(folder)
+    different = [name for name, checksum in known.files.items() if found.get(name) != checksum]
+    return f"{str(folder / different[0])!r} is missing or was changed after it was written" if different else ""
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a teacher and of its checkpoints."""
+    checksums = {}
+    with as_user_error(f"cannot read {str(folder)!r}", OSError):
+        for part in ("final", "at-*"):
+            for file in filter(Path.is_file, folder.glob(f"{part}/**/*")):
+                with open(file, "rb") as handle:
+                    checksums[file.relative_to(folder).as_posix()] = sha256_of(handle)
+    return checksums
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no other process train this teacher meanwhile; wait for the one that does."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    with writing_errors(str(lock.lock_file)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            _log.warning("waiting for another process, which is training the same teacher (%s)", folder)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train_beside(folder: Path, recipe: PaperRecipe) -> None:
+    """Train a teacher in a folder of its own, which gets its name when all is written; the caller is `_alone`."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with writing_errors(unfinished):
+        if unfinished.exists():
+            shutil.rmtree(unfinished)  # of a process that was killed
+        unfinished.mkdir()
+    _train(unfinished, recipe)
+    with writing_errors(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
 
 
 class _Watch(TrainerCallback):
@@ -126,7 +213,8 @@ class _Watch(TrainerCallback):
         converged = self.converged_at
         if samples and (converged is None or samples <= converged):
             name = f"at-{samples}"
-            kwargs["model"].save_pretrained(self.folder / name)
+            with writing_errors(self.folder / name):
+                kwargs["model"].save_pretrained(self.folder / name)
             self.checkpoints.append(Checkpoint(samples, name))
         if converged is not None and samples >= rule.factor * converged:
             control.should_training_stop = True
@@ -152,7 +240,6 @@ class _Watch(TrainerCallback):
 
 
 def _train(folder: Path, recipe: PaperRecipe) -> None:
-    folder.mkdir(parents=True)
     rule, batch = recipe.teacher_rule(), recipe.teacher_batch_size
     every = max(1, rule.checkpoint_every // batch)
     settings: dict[str, Any] = {
@@ -171,7 +258,8 @@ def _train(folder: Path, recipe: PaperRecipe) -> None:
             f"the teacher did not reach {rule.metric} {rule.value} within {rule.max_samples:,} samples (it is at "
             f"{watch.curve[-1][1]:.4f}): raise teacher_max_samples, or choose a different teacher_learning_rate"
         )
-    trainer.save_model(str(folder / "final"))
+    with writing_errors(folder / "final"):
+        trainer.save_model(str(folder / "final"))
     samples = trainer.state.global_step * batch
     metrics, kept = evaluation_metrics(trainer.evaluate()), (rule.metric, "loss", "accuracy", "perplexity")
     record = TrainedTeacher(
@@ -183,5 +271,6 @@ def _train(folder: Path, recipe: PaperRecipe) -> None:
         curve=tuple(watch.curve),
         checkpoints=tuple(watch.checkpoints),
         settings=teacher_settings(recipe),
+        files=_checksums(folder),
     )
-    write_atomically(folder / _MANIFEST, record.to_json())
+    write_sealed(folder / _MANIFEST, record)

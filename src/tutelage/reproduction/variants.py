@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutelage.core.curriculum import METHODS, Curriculum
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_choice, check_positive
 from tutelage.core.records import Record
 from tutelage.core.stages import OutputStage
 from tutelage.reproduction.teachers import Teacher
@@ -39,6 +39,11 @@ class Variant(Record):
     """`CurriculumConfig` fields; `schedule` too for progressive distillation."""
     budget_fraction: float = 1.0  # fraction of the comparison's budget that it gets
 
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        if not 0 < self.budget_fraction <= 1:
+            raise UserError(f"budget_fraction must be above 0 and at most 1, got {self.budget_fraction}")
+
     @property
     def settings(self) -> str:
         """The overrides and the fraction of the budget in words; empty for a plain method."""
@@ -52,6 +57,11 @@ class Candidate(Record):
 
     learning_rate: float
     schedule: str | None = None  # progressive: one of `SCHEDULES`
+
+    def __post_init__(self) -> None:
+        check_positive("learning_rate", self.learning_rate)
+        if self.schedule is not None:
+            check_choice("schedule", self.schedule, SCHEDULES)
 
     @property
     def label(self) -> str:
