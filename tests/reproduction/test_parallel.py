@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.reproduction.comparing import METHODS, TRAINED, made, names, silent, timeless, tiny
+from tutelage.cli import main
 from tutelage.core.errors import UserError
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipes import resolve
 from tutelage.reproduction.recipes.parity import ParityMLPRecipe
 from tutelage.reproduction.teachers import Teacher
+from tutelage.reproduction.workers import Workers
 
 
 class BrokenInWorkers(ParityMLPRecipe):
@@ -50,3 +58,81 @@ def test_jobs_that_cannot_work_are_refused(tmp_path: Path, settings: dict[str, A
     with pytest.raises(ValueError, match=message):
         compare(tiny(), tmp_path / "o", METHODS, log=silent, **settings)
     assert not (tmp_path / "o").exists()
+
+
+@contextlib.contextmanager
+def once_running(folder: Path, act: Any) -> Iterator[None]:
+    """Call `act` as soon as a run has begun in the folder."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not list(folder.glob("**/metrics.jsonl")):
+            if done.wait(0.01):
+                return
+        act()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watching.join()
+
+
+def kill_process_of_a_run() -> None:
+    pid = multiprocessing.active_children()[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_the_run_of_a_process_that_is_killed_is_named_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny(budget_samples=16_000, eval_every=160, target=1.0, k=3, d=10)
+    alone = made(recipe, tmp_path / "alone", ["one_shot"])
+    with once_running(tmp_path / "together", kill_process_of_a_run):
+        together = made(recipe, tmp_path / "together", ["one_shot"], jobs=2)
+    assert timeless(together) == timeless(alone)
+    (message,) = caplog.messages
+    assert message.startswith("the process of run runs/one_shot-")
+    assert message.endswith("-seed-0-1 was killed by SIGKILL: the run is made again")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_oddly() -> None:
+    raise type("Odd", (Exception,), {})("not to be pickled")
+
+
+def test_a_run_whose_process_is_killed_each_time_ends_the_comparison(caplog: pytest.LogCaptureFixture) -> None:
+    with Workers(1) as workers:
+        with pytest.raises(UserError, match=r"the process of run 7 was killed by SIGKILL, 3 times: if the memory"):
+            workers.submit(die, "run 7").result()
+        assert len(caplog.messages) == 2
+        with pytest.raises(RuntimeError, match="Odd: not to be pickled"):
+            workers.submit(fail_oddly, "run 8").result()
+        assert workers.submit(os.getpid, "run 9").result() != os.getpid()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_all_processes_and_says_how_to_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    fields = {"d": 8, "k": 2, "teacher": "planted", "teacher_width": 64, "budget_samples": 10**7, "eval_every": 6400}
+    flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    words = ["compare", "parity-mlp/smoke", *flags, "--learning_rates", "1e-9", "--methods", "one_shot", "scratch"]
+    with once_running(tmp_path / "o", lambda: os.kill(os.getpid(), number)):
+        if number == signal.SIGTERM:
+            with pytest.raises(SystemExit) as ended:
+                main([*words, "--jobs", "2", "--output_dir", str(tmp_path / "o")])
+            assert ended.value.code == code
+        else:
+            assert main([*words, "--jobs", "2", "--output_dir", str(tmp_path / "o")]) == code
+    assert "was stopped: give the same command again to resume it" in capsys.readouterr().err
+    assert not multiprocessing.active_children()
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert all("forkserver" in line or "resource_tracker" in line for line in commands)
