@@ -312,7 +312,7 @@ def test_without_plotly_the_rest_is_written(tmp_path: Path, monkeypatch: pytest.
     ("content", "message"),
     [
         (None, r"found no comparison\.json in .*: make one with tutelage compare"),
-        ("{", r"cannot read .*comparison\.json.* \(not JSON: .*Make it again with tutelage compare"),
+        ("{", r"cannot read .*comparison\.json': not JSON: .*give the command of the comparison again"),
         ("[]", "it was written by an earlier version of tutelage, or is not a comparison"),
         ('{"metric": "accuracy", "methods": {"extraction": {}}}', "it was written by an earlier version of tutelage"),
         ('{"metric": "accuracy", "colour": "red"}', "it was written by an earlier version of tutelage"),

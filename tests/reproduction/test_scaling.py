@@ -19,6 +19,7 @@ from tutelage.reproduction.scaling import (
     fit_exponent,
     run_scaling,
 )
+from tutelage.reproduction.sealed import read_sealed
 
 
 def quiet(line: str) -> None:
@@ -71,7 +72,7 @@ def test_scaling_runs_and_resumes(tmp_path: Path) -> None:
     folder = tmp_path / "o"
     lines: list[str] = []
     result = run_scaling("scaling/smoke", TINY_SCALING, folder, log=lines.append)
-    assert ScalingResult.from_json((folder / "scaling.json").read_text(encoding="utf-8")) == result
+    assert read_sealed(folder / "scaling.json", ScalingResult) == result
     assert lines == ["k=2 d=6, planted teacher", "k=2 d=12, planted teacher"]
     assert (result.size, result.settings.ds) == ("smoke", (6, 12))
     points = {(point.d, point.method): point.samples for point in result.points}

@@ -23,6 +23,8 @@ def check_finite(**values: float | None) -> None:
         if value is not None and not math.isfinite(value):
             raise UserError(f"{name} must be a finite number, got {value}")
 
+
+def check_range(name: str, value: Any, least: int, most: float = math.inf) -> None:
     """Raise UserError where a setting is not a finite number from `least` to `most`; None means not given."""
     if value is None:
         return

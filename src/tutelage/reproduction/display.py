@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from tutelage.runs.escaping import as_markdown
+from tutelage.runs.escaping import as_cell, as_markdown
 from tutelage.runs.plots import save_figure
 
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -26,7 +26,7 @@ class Table:
     def to_markdown(self) -> str:
         """The rows, and the note below them."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        text = "\n".join(f"| {' | '.join(as_markdown(cell, '<br>') for cell in line)} |" for line in lines)
+        text = "\n".join(f"| {' | '.join(map(as_cell, line))} |" for line in lines)
         return f"{text}\n\n{as_markdown(self.note)}" if self.note else text
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter
 from tutelage.reproduction.display import show_number
 from tutelage.reproduction.results import Comparison, MethodResult
 from tutelage.runs import plots
+from tutelage.runs.escaping import as_label
 
 AXES = {"samples": "training samples", "flops": plots.AXES["flops"], "seconds": plots.AXES["seconds"]}
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}  # plotly's name: matplotlib's
@@ -105,10 +106,10 @@ def draw_curves(curves: Sequence[MethodCurves], comparison: Comparison, axis: st
         for line in lines:
             ax.plot(line.x, line.y, linewidth=0.8, alpha=0.45, **style)
         ax.fill_between(band.x, band.low, band.high, color=curve.color, alpha=0.15, linewidth=0)
-        ax.plot(band.x, band.median, linewidth=2.2, label=curve.name.replace("$", r"\$"), **style)
+        ax.plot(band.x, band.median, linewidth=2.2, label=as_label(curve.name), **style)
     if comparison.target is not None:
         ax.axhline(comparison.target, color="#777777", linestyle=":", label=f"target {show_number(comparison.target)}")
-    ax.set(xlabel=AXES[axis], ylabel=f"held-out {comparison.metric}".replace("$", r"\$"))
+    ax.set(xlabel=AXES[axis], ylabel=as_label(f"held-out {comparison.metric}"))
     ax.grid(alpha=0.3)
     if axis != "seconds":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))

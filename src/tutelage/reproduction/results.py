@@ -185,8 +185,8 @@ class Comparison(Record):
             return read_sealed(path, cls, needs_digest=False)  # results of earlier versions have none
         except UserError as error:
             raise UserError(
-                f"{error}. The file was damaged or edited, or is of an earlier version of tutelage: delete it and give the "
-                "command of the comparison again, which reads the finished runs"
+                f"{error}. The file was damaged or edited, or it was written by an earlier version of tutelage, or is not a "
+                "comparison: delete it and give the command of the comparison again, which reads the finished runs"
             ) from error
 
     def write(self, folder: Path) -> None:

@@ -256,7 +256,8 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
     args.eval_strategy, args.save_strategy = "no", "no"
     builder.trainer(args, seeds, short).train()
     found = _measured(folder, match)
-    shutil.rmtree(folder)
+    with writing_errors(folder):
+        shutil.rmtree(folder)
     write_sealed(file, _StepCosts(found))
     return found
 

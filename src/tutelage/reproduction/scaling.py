@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_finite, check_positive, check_range
 from tutelage.core.records import Record
 from tutelage.io.files import write_atomically
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.display import Table, listed, save_plot
 from tutelage.reproduction.recipe import change_fields
 from tutelage.reproduction.recipes import resolve
+from tutelage.reproduction.sealed import write_sealed
 from tutelage.reproduction.workers import Workers
 from tutelage.runs.environment import environment
+from tutelage.runs.escaping import as_code, as_label, as_markdown
 from tutelage.runs.plots import COLORS
 
 SCALING_METHODS = ("extraction", "one_shot", "scratch")
@@ -56,6 +58,8 @@ class ScalingSettings(Record):
                 raise UserError(f"{name} are repeated: {', '.join(map(str, values))}")
         if len(self.ds) < 2:
             raise UserError(f"an exponent needs at least two values of ds, got {list(self.ds)}")
+        check_range("budget_samples", self.budget_samples, 1)
+        check_range("stage_samples", self.stage_samples, 1)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,13 @@ class ScalingPoint(Record):
     learning_rate: float | None  # the one chosen; None where training diverged at all of them
     samples: tuple[float | None, ...]  # samples to the target of each seed; None where it was not reached
 
+    def __post_init__(self) -> None:
+        check_range("k", self.k, 1)
+        check_range("d", self.d, 1)
+        check_positive("learning_rate", self.learning_rate)
+        for value in self.samples:
+            check_range("samples", value, 0)
+
 
 @dataclass(frozen=True)
 class PowerLaw(Record):
@@ -78,6 +89,11 @@ class PowerLaw(Record):
     ci95: tuple[float | None, float | None]  # bootstrap 95% interval of the exponent
     intercept: float | None
     unreached: int  # runs left out because they did not reach the target: the true slope is then steeper than the fit
+
+    def __post_init__(self) -> None:
+        low, high = self.ci95
+        check_finite(exponent=self.exponent, low=low, high=high, intercept=self.intercept)
+        check_range("unreached", self.unreached, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +218,7 @@ def run_scaling(
 def _write(folder: Path, result: ScalingResult) -> ScalingResult:
     fits = fit_methods(result.settings, result.points)
     fitted = dataclasses.replace(result, fits=fits, verdict=_verdict(fits))
-    write_atomically(folder / "scaling.json", fitted.to_json() + "\n")
+    write_sealed(folder / "scaling.json", fitted)
     _plot(fitted, folder / "scaling.png")
     _write_table(fitted, folder / "report.md")
     return fitted
@@ -241,7 +257,7 @@ def _plot(result: ScalingResult, path: Path) -> None:
             axis = axes[row][column]
             _panel(axis, result, [fit for fit in result.fits if (fit.k, fit.teacher) == (k, teacher)])
             _theory(axis, result, k)
-            axis.set(xscale="log", yscale="log", xlabel="d", title=f"k = {k}, {teacher} teacher")
+            axis.set(xscale="log", yscale="log", xlabel="d", title=as_label(f"k = {k}, {teacher} teacher"))
             axis.set_xticks(settings.ds, [str(d) for d in settings.ds])
             axis.minorticks_off()
         axes[row][0].set_ylabel(f"samples to {settings.target:.0%}")
@@ -284,10 +300,10 @@ def _write_table(result: ScalingResult, path: Path) -> None:
     )
     parts = [
         f"# scaling/{result.size}",
-        f"`{result.command}`; {machine['machine']}, torch {machine['torch']}, transformers {machine['transformers']}.",
+        f"{as_code(result.command)}; {machine['machine']}, torch {machine['torch']}, transformers {machine['transformers']}.",
         Table("scaling", columns, [_row(fit, result) for fit in result.fits], note).to_markdown(),
         "![Samples against d](scaling.png)",
-        "\n".join(f"- {line}" for line in result.verdict.splitlines()),
+        "\n".join(f"- {as_markdown(line)}" for line in result.verdict.splitlines()),
     ]
     write_atomically(path, "\n\n".join(parts) + "\n")
 

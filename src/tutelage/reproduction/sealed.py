@@ -26,5 +26,7 @@ def read_sealed(path: Path, kind: type[_Kind], needs_digest: bool = True) -> _Ki
         values = json.loads(path.read_text(encoding="utf-8"))
         has_digest = isinstance(values, dict) and "digest" in values
         return kind.from_dict(unsealed(values) if needs_digest or has_digest else values)
-    except (OSError, ValueError, RecursionError) as error:  # a UserError is a ValueError
+    except (OSError, UserError) as error:
         raise UserError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {str(path)!r}: not JSON: {error}") from error

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, as_user_error
 from tutelage.runs.environment import quiet_unless_terminal
 
 _ATTEMPTS = 3  # a run is begun this many times before its process being killed is taken for its fault
@@ -114,10 +114,14 @@ class _Process:
     """One process, and the pipe to it."""
 
     def __init__(self, context: Any, threads: int):
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, threads))
-        self.process.start()
-        theirs.close()
+        # a fork server makes its socket in TMPDIR
+        with as_user_error(
+            "could not start a process (give fewer --jobs, or set TMPDIR to a different folder)", OSError
+        ):
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs, threads))
+            self.process.start()
+            theirs.close()
 
     def call(self, make: Callable[[], Any]) -> Any:
         """What `_serve` sends; EOFError or ConnectionError where the process has ended."""

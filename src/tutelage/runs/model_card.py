@@ -34,6 +34,7 @@ def write_card(
     differing = ", ".join(f"{name}={value}" for name, value in different.items())
     preset = as_markdown(f"{args.preset}; deviations: {differing}" if differing else args.preset)
     budget, task = result.budget, get_task(result.task)
+    student = as_code(result.names["student"]).replace("|", r"\|")  # in a table
     teacher, data = (as_markdown(Path(result.names[name]).name) for name in ("teacher", "dataset"))
     rows = [("parameters", result.student.parameters, result.teacher.parameters)]
     rows += [(name, value, result.teacher.metrics.get(name)) for name, value in result.student.metrics.items()]  # type: ignore[misc]
@@ -54,7 +55,7 @@ Trained with [tutelage](https://arxiv.org/abs/2503.17494) {result.environment["t
 | | |
 |---|---|
 | Teacher | {teacher} |
-| Student | {as_code(result.names["student"])} |
+| Student | {student} |
 | Data | {data} |
 | Method | {as_markdown(curriculum.method)} |
 | Preset | {preset} |
