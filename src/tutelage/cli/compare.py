@@ -71,7 +71,9 @@ def _saying_how_to_resume(folder: Path) -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

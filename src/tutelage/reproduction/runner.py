@@ -29,6 +29,7 @@ from tutelage.io.files import writing_errors
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import CurvePoint, RunRecord
 from tutelage.reproduction.run_builder import RunBuilder
+from tutelage.reproduction.run_metrics import NOTE_FILE, NoteMetrics, are_whole
 from tutelage.reproduction.sealed import read_sealed, write_sealed
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, plain_variant
@@ -165,7 +166,8 @@ class Runner:
     def train(self, planned: PlannedRun, callbacks: Sequence[TrainerCallback]) -> CurriculumTrainer:
         """Train, from the folder's last checkpoint if there is one that can be used."""
         resume = last_complete_checkpoint(planned.folder)
-        if resume is not None and not self._logged_until(planned.folder, int(resume.name.split("-")[1])):
+        every = max(1, self.recipe.eval_every // self.recipe.batch_size)
+        if resume and not are_whole(planned.folder, range(0, int(resume.name.split("-")[1]) + 1, every)):
             _log.warning("%s is damaged: the run is made again", planned.folder / METRICS_FILE)
             resume = None
         try:
@@ -184,19 +186,9 @@ class Runner:
         args = self.builder.arguments(planned.variant, planned.candidate, planned.folder, planned.seeds[0])
         args.overwrite_output_dir = args.eval_on_start = resume is None  # a checkpoint was evaluated when it was made
         curriculum = self.curriculum(planned.variant, planned.candidate)
-        trainer = self.builder.trainer(args, planned.seeds, curriculum, callbacks)
+        trainer = self.builder.trainer(args, planned.seeds, curriculum, [*callbacks, NoteMetrics()])
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return trainer
-
-    def _logged_until(self, folder: Path, step: int) -> bool:
-        """Whether the run's metrics have every evaluation up to a step."""
-        every = max(1, self.recipe.eval_every // self.recipe.batch_size)
-        try:
-            records = MetricsFile(folder / METRICS_FILE).read()
-            evaluated = {record["step"] for record in records if evaluation_metrics(record)}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return False
-        return evaluated >= set(range(0, step + 1, every))
 
 
 def _remove_checkpoints(folder: Path) -> None:
@@ -204,6 +196,7 @@ def _remove_checkpoints(folder: Path) -> None:
     with writing_errors(folder):
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        (folder / NOTE_FILE).unlink(missing_ok=True)
 
 
 def portable(curriculum: Curriculum) -> Curriculum:
