@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from filelock import FileLock
 
 from tests.reproduction.comparing import TRAINED, changed, made, silent, timeless, tiny
 from tests.reproduction.reporting import comparison
+from tutelage.cli import main
 from tutelage.core.errors import UserError
 from tutelage.core.records import sealed, unsealed
 from tutelage.reproduction import teachers
@@ -84,6 +86,14 @@ def test_a_comparison_that_was_edited_is_refused(tmp_path: Path) -> None:
         Comparison.read(tmp_path)
     edit(tmp_path / COMPARISON_FILE, lambda values: values.pop("digest"))  # as results of earlier versions
     assert Comparison.read(tmp_path).methods[0].runs[0].curve[0].seconds == 0.25
+
+
+def test_the_result_of_a_different_comparison_is_not_mixed_with_this_one(tmp_path: Path) -> None:
+    made(tiny(), tmp_path / "mine", ["one_shot"])
+    made(tiny(student_width=8), tmp_path / "other", ["scratch"])
+    (tmp_path / "other" / COMPARISON_FILE).replace(tmp_path / "mine" / COMPARISON_FILE)
+    with pytest.raises(UserError, match=r"mine/comparison\.json' is of a different comparison: delete it"):
+        compare(tiny(), tmp_path / "mine", ["one_shot"], log=silent)
 
 
 def other_digit(path: Path) -> None:
@@ -263,3 +273,23 @@ def test_two_processes_do_not_make_one_comparison(tmp_path: Path) -> None:
             compare(tiny(), tmp_path, ["one_shot"], log=silent)
         assert (tmp_path / ".lock").exists()
     made(tiny(), tmp_path, ["one_shot"])
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"), [(200, "settings.json"), (2_000, "model.safetensors|at-"), (1_500, "teacher.json|at-|final")]
+)
+def test_a_disk_without_room_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int, file: str
+) -> None:
+    resource: Any = pytest.importorskip("resource", reason="limits of file sizes are those of Unix")
+    flags = [
+        word for name, value in TRAINED.items() if not isinstance(value, tuple) for word in (f"--{name}", str(value))
+    ]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        code = main(["compare", "parity-mlp/smoke", *flags, "--output_dir", str(tmp_path / "o")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert code == 2 and re.search(f"could not write '.*({file}).*': .*; free space there", line), line

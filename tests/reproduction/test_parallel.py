@@ -89,7 +89,7 @@ def kill_process_of_a_run() -> None:
 def test_the_run_of_a_process_that_is_killed_is_named_and_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = tiny(budget_samples=16_000, eval_every=160, target=1.0, k=3, d=10)
+    recipe = tiny(budget_samples=3_200, eval_every=160, target=1.0, k=3, d=10)
     alone = made(recipe, tmp_path / "alone", ["one_shot"])
     with once_running(tmp_path / "together", kill_process_of_a_run):
         together = made(recipe, tmp_path / "together", ["one_shot"], jobs=2)

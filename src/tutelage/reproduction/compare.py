@@ -91,7 +91,15 @@ class _Record:
 
     def begin(self, variants: Sequence[Variant]) -> None:
         """Put the variants after those that are already in the folder, which stay in the report."""
-        earlier = Comparison.read(self.folder).methods if (self.folder / COMPARISON_FILE).exists() else ()
+        file = self.folder / COMPARISON_FILE
+        earlier: tuple[MethodResult, ...] = ()
+        if file.exists():
+            kept, mine = Comparison.read(self.folder), self.comparison
+            if (kept.recipe, kept.match, kept.settings) != (mine.recipe, mine.match, mine.settings):
+                raise UserError(
+                    f"{str(file)!r} is of a different comparison: delete it, or put the right one in its place"
+                )
+            earlier = kept.methods
         methods = {method.name: method for method in earlier} | {v.name: MethodResult(v) for v in variants}
         self.comparison = dataclasses.replace(self.comparison, methods=tuple(methods.values()))
 

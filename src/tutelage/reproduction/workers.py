@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -39,7 +39,7 @@ class Workers:
         self.count, self._context = count, multiprocessing.get_context(method)
         if method == "forkserver":
             self._context.set_forkserver_preload(["tutelage.reproduction.runner"])
-        self._threads = ThreadPoolExecutor(count)
+        self._threads = ThreadPoolExecutor(count, initializer=_block_interrupts)
         self._mine, self._lock, self._ended = threading.local(), threading.Lock(), False
         self._processes: list[_Process] = []
 
@@ -53,7 +53,9 @@ class Workers:
         """End the processes now; runs that have not begun are not made."""
         self._ended = True
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._close(0.0)
+        with self._lock:
+            for process in self._processes:
+                process.end(0.0)
 
     def __enter__(self) -> Workers:
         return self
@@ -62,15 +64,10 @@ class Workers:
         if kind is not None:
             self.end()
         self._threads.shutdown()
-        self._close(_PATIENCE)
-
-    def _close(self, patience: float) -> None:
-        with self._lock:
-            processes, self._processes = self._processes, []
-        for process in processes:
-            process.close()
-        for process in processes:
-            process.end(patience)
+        for process in self._processes:
+            process.pipe.close()  # the process ends when it finds its pipe closed
+        for process in self._processes:
+            process.end(_PATIENCE)
 
     def _make(self, make: Callable[[], Any], name: str) -> Any:
         for attempt in range(1, _ATTEMPTS + 1):
@@ -133,11 +130,6 @@ class _Process:
             raise EOFError
         return self.pipe.recv()
 
-    def close(self) -> None:
-        """Let the process end once its run is finished."""
-        with contextlib.suppress(OSError):
-            self.pipe.close()
-
     def end(self, patience: float) -> None:
         """End the process, after some seconds in which it may end by itself."""
         for stop in (self.process.terminate, self.process.kill):
@@ -155,6 +147,13 @@ class _Process:
         if code is not None and code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"ended with the exit code {code}"
+
+
+def _block_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal. Those that this thread starts inherit that it does not take it."""
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # which would unblock it again
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _serve(pipe: Connection, threads: int) -> None:
