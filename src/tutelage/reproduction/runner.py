@@ -235,9 +235,7 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
         try:
             return read_sealed(file, _StepCosts).costs
         except UserError as error:
-            if (
-                match == "seconds"
-            ):  # new ones would be different, and the comparison's runs would have different lengths
+            if match == "seconds":  # a second measurement differs, and the runs would have different lengths
                 raise UserError(f"{error}. Choose a different --output_dir, or delete {str(builder.root)!r}") from error
             _log.warning("%s: the cost of a step is measured again", error)
     steps = _PILOT_STEPS[match]
@@ -276,13 +274,15 @@ class StopAtTarget(TrainerCallback):
     """Ends a run when all seeds have reached the target, or at a limit; evaluates at the end."""
 
     def __init__(self, recipe: Recipe, seeds: Sequence[int], limit: float | None):
-        self.recipe, self.limit, self.waiting = recipe, limit, set(range(len(seeds)))
+        self.recipe, self.limit, self.seeds = recipe, limit, seeds
+        self.waiting = set(range(len(seeds)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.waiting = set(range(len(self.seeds)))
         for record in MetricsFile(Path(args.output_dir) / METRICS_FILE).read():  # of a run that is resumed
             self._note(record)
 

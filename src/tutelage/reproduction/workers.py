@@ -123,9 +123,8 @@ class _Process:
     def call(self, make: Callable[[], Any]) -> Any:
         """What `_serve` sends; EOFError or ConnectionError where the process has ended."""
         self.pipe.send(make)
-        wait(
-            [self.pipe, self.process.sentinel]
-        )  # children of a process that was killed can keep its end of the pipe open
+        # not the pipe alone: children of a process that was killed can keep its end of it open
+        wait([self.pipe, self.process.sentinel])
         if not self.pipe.poll():
             raise EOFError
         return self.pipe.recv()
@@ -158,9 +157,7 @@ def _block_interrupts() -> None:
 
 def _serve(pipe: Connection, threads: int) -> None:
     """Make the runs that are asked for, until the other end is closed."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of a terminal: the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     torch.set_num_threads(threads)
     quiet_unless_terminal(True)
     threading.Thread(target=_follow_parent, daemon=True).start()
