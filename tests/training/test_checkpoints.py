@@ -79,8 +79,8 @@ def test_leftovers_of_a_killed_run_do_not_count_and_are_cleaned(make_trainer: Ma
     (run / "checkpoint-7").mkdir(parents=True)
     (run / ".student.tmp").mkdir()
     for name in (
-        "identity.json.tmp",
-        "curriculum.json.tmp",
+        "identity.json.0123456789abcdef.tmp",
+        "curriculum.json.0123456789abcdef.tmp",
         "checkpoint-7/model.safetensors",
         ".student.tmp/config.json",
     ):
@@ -166,7 +166,7 @@ def test_a_checkpoint_with_a_changed_number_or_an_added_file_is_damaged(finished
     content = json.loads((newest / PROGRESS_FILE).read_text())
     content["progress"]["samples"] += 1
     (newest / PROGRESS_FILE).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"progress\.json was changed"):
+    with pytest.raises(UserError, match=r"progress\.json cannot be read: it was changed"):
         saving.find_checkpoint(str(newest), run)
     flip(run / "checkpoint-1" / "optimizer.pt")
     with (

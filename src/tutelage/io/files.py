@@ -17,7 +17,7 @@ from tutelage.core.errors import UserError, reason_of
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 # how libraries in Rust (tokenizers) and C++ (torch) say that a file could not be written, in exceptions of no special class
-_WRITING = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container")
+_WRITING = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|cannot be opened")
 
 
 def is_leftover(name: str | Path) -> bool:
@@ -47,12 +47,13 @@ def writing_errors(path: str | Path, via: str | Path | None = None, only: Collec
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Wait until the content of a file, or the names in a folder, are on the disk. Not every file system can sync a folder."""
+    with suppress(*([OSError] if path.is_dir() else [])):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -69,8 +70,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # not every file system can sync a folder
-            sync(path.parent)
+        sync(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:

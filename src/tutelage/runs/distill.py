@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.trainer_callback import PrinterCallback
 
 from tutelage.core.errors import UserError
-from tutelage.io.files import write_atomically
+from tutelage.io.files import write_atomically, writing_errors
 from tutelage.runs.environment import environment, quiet_unless_terminal
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
 from tutelage.runs.model_card import write_card
@@ -20,7 +20,7 @@ from tutelage.tasks.students import weights_of
 from tutelage.training.checks import TrainingDiverged, check_output_dir, check_same_folder
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import evaluation_metrics
-from tutelage.training.saving import AUTO, resume_choice, saving_errors
+from tutelage.training.saving import AUTO, resume_choice
 from tutelage.training.trainer import CurriculumTrainer
 
 
@@ -53,7 +53,7 @@ def distill(
         return made
     trainer.train(resume_from_checkpoint=resume)
     result = _result(trainer, inputs)
-    with saving_errors(folder):
+    with writing_errors(folder):
         trainer.save_model()
         if trainer.is_world_process_zero():
             source = f"{Path(result.names['teacher']).name} to " if trainer.source.parameters is not None else ""

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerState
 
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
+from tutelage.io.files import writing_errors
 from tutelage.targets.checkpoints import load_checkpoint
 from tutelage.training import checks, records, saving, sharding
 from tutelage.training.config import CurriculumConfig
@@ -62,6 +63,7 @@ class CheckpointedTrainer(Trainer):
         self.transition.entered = self.objective.stage_index = len(self.curriculum.stages) - 1
         if self.is_world_process_zero():
             self.metrics_file.keep(self.progress.metrics_bytes)
+            saving.rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
         self._total_loss_scalar = self.progress.total_loss + self.progress.loss_sum
         self.log({"train_loss": self._mean_loss()})
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -101,7 +103,7 @@ class CheckpointedTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with self.meter.stopped(), saving.saving_errors(folder):
+            with self.meter.stopped(), writing_errors(folder):
                 self._check_weights()
                 if self.args.should_save:
                     saving.discard(folder)

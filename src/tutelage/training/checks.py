@@ -24,6 +24,7 @@ from tutelage.core.inputs import IGNORED_LABEL
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
 from tutelage.targets.source import STREAMED, TargetSource
+from tutelage.targets.stored_rows import StoredRows
 from tutelage.tasks.base import Task
 from tutelage.tasks.loading import count_parameters
 from tutelage.tasks.text import check_token_ids
@@ -312,6 +313,8 @@ def run_identity(args: Any, objective: StageObjective, dataset: Any, collator: A
     }
     if isinstance(dataset, IterableDataset):
         identity["data"] = STREAMED
+    elif isinstance(dataset, StoredRows):  # the extraction is in the identity; rows may be far away
+        identity["data"] = str(len(dataset))
     elif dataset is not None and hasattr(dataset, "__len__"):
         rows = [dataset[index] for index in sorted({0, len(dataset) // 2, len(dataset) - 1})]
         identity["data"] = digest(f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}")

@@ -4,40 +4,29 @@ A checkpoint is complete with its last file, progress.json, which has the SHA-25
 are on the disk before it is written, and older checkpoints are deleted after that. Nothing is loaded from a checkpoint before
 its files were compared with these checksums."""
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
-from tutelage.core.errors import UserError, as_user_error
-from tutelage.io.files import write_atomically, writing_errors
+from tutelage.core.errors import UserError, as_user_error, reason_of
+from tutelage.core.records import Sealed
+from tutelage.io.files import is_leftover, sync, write_atomically
 from tutelage.io.store import sha256_of
 from tutelage.targets.source import StatisticsFile
-from tutelage.training.records import (
-    CURRICULUM_FILE,
-    IDENTITY_FILE,
-    METRICS_FILE,
-    PROGRESS_FILE,
-    TARGETS_FILE,
-    Progress,
-    checkpoints,
-    complete_checkpoints,
-)
+from tutelage.training.records import PROGRESS_FILE, Progress, checkpoints, complete_checkpoints
 
 AUTO = "auto"  # of `resume_from_checkpoint`: start, or continue what is there
 _WORDS: dict[str, str | bool] = {**{"false": False, "no": False, "never": False, "true": True, "yes": True}, AUTO: AUTO}
 _STAGING = ".student.tmp"
-_OWN_FILES = (CURRICULUM_FILE, IDENTITY_FILE, TARGETS_FILE, METRICS_FILE, "result.json", "loss.png", "README.md")
 # beginnings of the names that are loaded from a checkpoint
 _LOADED = ("model", "pytorch_model", "adapter_", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state")
-_REFUSALS = ("PytorchStreamWriter", "inline_container", "file write failed", "cannot be opened")
 
 
 def resume_choice(asked: str | bool | None) -> str | bool:
@@ -45,16 +34,12 @@ def resume_choice(asked: str | bool | None) -> str | bool:
     return _WORDS.get(asked.lower(), asked) if isinstance(asked, str) else bool(asked)
 
 
-@contextmanager
-def saving_errors(folder: Path) -> Iterator[None]:
-    """As `writing_errors`; also of `torch.save`, whose errors are not OSErrors."""
-    with writing_errors(folder):
-        try:
-            yield
-        except RuntimeError as error:
-            if any(words in str(error) for words in _REFUSALS):
-                raise OSError(f"torch.save: {str(error).strip().splitlines()[0]}") from error
-            raise
+@dataclass(frozen=True)
+class _Complete(Sealed):
+    """The file that completes a checkpoint."""
+
+    progress: Progress
+    files: dict[str, str]  # SHA-256 of every other file, by path below the checkpoint
 
 
 # ---- Writing ----
@@ -63,15 +48,13 @@ def saving_errors(folder: Path) -> Iterator[None]:
 def complete(folder: Path, progress: Progress) -> None:
     """Make a checkpoint complete: put its files on the disk, then write the last one, with their checksums."""
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
-            files[path.relative_to(folder).as_posix()] = sha256_of(handle)
-    _sync_folders(folder)
-    content = {"progress": progress.to_dict(), "files": files}
-    write_atomically(folder / PROGRESS_FILE, json.dumps({**content, "sha256": _digest(content)}))
-    _sync_folders(folder)
-    _sync_folders(folder.parent, below=False)
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = sha256_of_file(path)
+    sync(folder)
+    write_atomically(folder / PROGRESS_FILE, json.dumps(_Complete(progress, files).to_dict()))
+    sync(folder.parent)
 
 
 def discard(folder: Path) -> None:
@@ -100,9 +83,8 @@ def remove_leftovers(output_dir: Path) -> None:
         if not (folder / PROGRESS_FILE).is_file():
             discard(folder)
     discard(output_dir / _STAGING)
-    for path in output_dir.glob("*.tmp"):
-        if path.name.lstrip(".").startswith(_OWN_FILES):
-            path.unlink()
+    for path in filter(is_leftover, output_dir.glob("*")):
+        path.unlink()
 
 
 @contextmanager
@@ -118,23 +100,10 @@ def whole_files(folder: Path) -> Iterator[Path]:
         if path.is_dir():
             target.mkdir(exist_ok=True)
             continue
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync(path)
         os.replace(path, target)
     discard(staging)
-    _sync_folders(folder, below=False)
-
-
-def _sync_folders(folder: Path, below: bool = True) -> None:
-    """Put the names of the files in a folder, and in those `below` it, on the disk."""
-    if not hasattr(os, "O_DIRECTORY"):  # a system that does not sync folders
-        return
-    for path in [folder, *(path for path in (folder.rglob("*") if below else ()) if path.is_dir())]:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync(folder)
 
 
 # ---- Reading ----
@@ -170,7 +139,7 @@ def find_checkpoint(asked: str | bool, output_dir: Path) -> Path | None:
 
 def read_progress(folder: Path) -> Progress:
     """The progress in a checkpoint."""
-    return _read(folder)[0]
+    return _read(folder).progress
 
 
 def check_whole(folder: Path) -> None:
@@ -222,29 +191,22 @@ def _step(folder: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read(folder: Path) -> tuple[Progress, dict[str, str]]:
-    """Progress and checksums of a checkpoint; ValueError where its last file is damaged."""
-    content = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
-        raise ValueError(f"{PROGRESS_FILE} was changed")
-    return Progress.from_dict(content["progress"]), content["files"]
+def _read(folder: Path) -> _Complete:
+    return _Complete.from_json((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a complete checkpoint, in words; None where every file is as it was saved."""
+    name = PROGRESS_FILE
     try:
-        _, files = _read(folder)
+        files = _read(folder).files
         for name, expected in files.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if sha256_of_file(folder / name) != expected:
                 return f"{name} was changed"
-    except (OSError, ValueError, RecursionError, KeyError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read: {reason_of(error)}"
     there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     added = [name for name in there if Path(name).name.startswith(_LOADED) and name not in files]
     return f"{added[0]} was added" if added else None
