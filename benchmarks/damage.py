@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
@@ -103,8 +104,19 @@ def damage(folder: Path, draw: random.Random, subject: Subject) -> Damage:
 Done = tuple[str, tuple[str, ...]] | None  # in words, and the files; None where a folder has nothing of the kind
 
 
+def _one(names: list[str], draw: random.Random) -> str:
+    """First a kind of file, then a file: folders have many files of few kinds."""
+    kinds = sorted({_kind(name) for name in names})
+    kind = draw.choice(kinds)
+    return draw.choice([name for name in names if _kind(name) == kind])
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "0", Path(name).name)
+
+
 def _flip(folder: Path, names: list[str], draw: random.Random, subject: Subject) -> Done:
-    name = draw.choice([name for name in names if (folder / name).stat().st_size])
+    name = _one([name for name in names if (folder / name).stat().st_size], draw)
     content = bytearray((folder / name).read_bytes())
     place = draw.randrange(len(content))
     content[place] ^= 1 << draw.randrange(8)
@@ -113,7 +125,7 @@ def _flip(folder: Path, names: list[str], draw: random.Random, subject: Subject)
 
 
 def _truncate(folder: Path, names: list[str], draw: random.Random, subject: Subject) -> Done:
-    name = draw.choice([name for name in names if (folder / name).stat().st_size])
+    name = _one([name for name in names if (folder / name).stat().st_size], draw)
     content = (folder / name).read_bytes()
     kept = draw.choice((0, draw.randrange(len(content)), len(content) - 1))
     (folder / name).write_bytes(content[:kept])
@@ -121,7 +133,7 @@ def _truncate(folder: Path, names: list[str], draw: random.Random, subject: Subj
 
 
 def _delete(folder: Path, names: list[str], draw: random.Random, subject: Subject) -> Done:
-    name = draw.choice(names)
+    name = _one(names, draw)
     (folder / name).unlink()
     return f"{name} is deleted", (name,)
 
@@ -132,20 +144,20 @@ def _older(folder: Path, names: list[str], draw: random.Random, subject: Subject
     different = [name for name in common if older and (older / name).read_bytes() != (folder / name).read_bytes()]
     if older is None or not different:
         return None
-    name = draw.choice(different)
+    name = _one(different, draw)
     shutil.copy(older / name, folder / name)
     return f"{name} is an older one", (name,)
 
 
 def _rename(folder: Path, names: list[str], draw: random.Random, subject: Subject) -> Done:
-    name = draw.choice(names)
+    name = _one(names, draw)
     new = draw.choice((f"{name}.old", f"{name}x", f"{Path(name).parent}/moved-{Path(name).name}"))
     (folder / name).rename(folder / new)
     return f"{name} is called {new}", (name, str(Path(new)))
 
 
 def _swap(folder: Path, names: list[str], draw: random.Random, subject: Subject) -> Done:
-    one = draw.choice(names)
+    one = _one(names, draw)
     content = (folder / one).read_bytes()
     same = [name for name in names if Path(name).suffix == Path(one).suffix and (folder / name).read_bytes() != content]
     if not same:
@@ -213,7 +225,7 @@ def _some_json(folder: Path, names: list[str], draw: random.Random) -> tuple[str
     names = [name for name in names if name.endswith(".json") and any(_places(_read_json(folder / name)))]
     if not names:
         return None
-    name = draw.choice(names)
+    name = _one(names, draw)
     return name, _read_json(folder / name)
 
 

@@ -1,10 +1,11 @@
-"""The harness that damages folders notices what must not happen, and finds nothing of it in curricula."""
+"""The harness that damages folders notices what must not happen, and finds nothing of it."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,15 @@ def test_a_name_that_leads_outside_has_the_right_digest(damage: Any, folder: Pat
     assert values == sealed({name: value for name, value in values.items() if name != "digest"})
 
 
-def test_damaged_curricula_are_refused_or_repaired_or_train_the_same_student(
-    damage: Any, causal_teacher: Path, corpus: Path, tmp_path: Path
+@pytest.mark.parametrize(("family", "count"), [("curricula", 12), ("runs", 10), ("comparisons", 8)])
+def test_damaged_folders_are_refused_or_repaired_or_give_the_same(
+    damage: Any, tmp_path: Path, family: str, count: int
 ) -> None:
-    """Two cases of each kind of curriculum; `python benchmarks/reliability_damage.py` runs hundreds."""
+    """A few cases of each; `python benchmarks/reliability_damage.py` runs hundreds."""
     program: Any = importlib.import_module("reliability_damage")
-    subjects = program.curricula(tmp_path, causal_teacher, corpus / "text.jsonl")
-    cases = program.run_cases(subjects, range(12), seed=2, scratch=tmp_path / "cases")
+    subjects = program.FAMILIES[family](tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an older checkpoint is used
+        cases = program.run_cases(subjects, range(count), seed=2, scratch=tmp_path / "cases")
     assert [case for case in cases if not case.good] == []
-    assert len({case.kind for case in cases}) > 4 and {case.subject for case in cases} == {s.name for s in subjects}
+    assert len({case.kind for case in cases}) > 3 and {case.subject for case in cases} == {s.name for s in subjects}
