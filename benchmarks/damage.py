@@ -280,5 +280,9 @@ def _copy(folder: Path, to: Path) -> Path:
 
 
 def contents(folder: Path, names: list[str] | None = None) -> dict[str, str | None]:
-    """SHA-256 of the files in a folder (default: of all) by path below it; None for one that is not there."""
-    return {name: _digest(folder / name) for name in (_files(folder) if names is None else names)}
+    """SHA-256 of the files in a folder (default: of all) by path below it, of JSON the values; None: not there."""
+    found = {}
+    for name in _files(folder) if names is None else names:
+        values = _read_json(folder / name) if name.endswith(".json") and (folder / name).is_file() else None
+        found[name] = _digest(folder / name) if values is None else json.dumps(values)
+    return found

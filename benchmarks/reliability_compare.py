@@ -45,7 +45,7 @@ FIELDS: dict[str, Any] = {
 }
 # of the kill cases: runs that take seconds, so that kills fall into them
 LONGER = {"d": 10, "k": 3, "budget_samples": 48_000, "eval_every": 320, "target": 1.0, "teacher_max_samples": 400_000}
-LEFTOVERS = ("*.tmp", "*.unfinished", "checkpoint-*", "*.note.json", ".lock")
+LEFTOVERS = ("*.tmp", "*.unfinished", "checkpoint-*", ".lock")
 RUN, CACHE = "comparison", "cache"
 
 

@@ -122,8 +122,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights at the root of a folder, or below it but in no checkpoint."""
-    files = (path for path in sorted(folder.rglob("*.safetensors")) if "checkpoint-" not in path.as_posix())
+    """SHA-256 of every file of a model's weights at the root of a folder, or below it but in no checkpoint."""
+    files = (path for path in sorted(folder.rglob("model*.safetensors")) if "checkpoint-" not in path.as_posix())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -320,12 +320,44 @@ def test_log_lines_and_the_mean_loss_do_not_show_a_resume(make_trainer: Make, tm
     whole = make_trainer("whole", **settings).train()
     again = make_trainer("again", **settings)
     again.train(str(tmp_path / "whole" / "checkpoint-6"))
-    later = [record for record in faults.rows(tmp_path / "whole") if record["step"] > 6]
-    assert faults.rows(tmp_path / "again") == later
-    assert "hidden_loss" in later[0]
+    lines = faults.rows(tmp_path / "whole")
+    assert faults.rows(tmp_path / "again") == lines  # also in a different folder: those before the checkpoint are in it
+    assert "hidden_loss" in lines[-4]
     ended = make_trainer("whole", **settings).train(resume_from_checkpoint=True)
-    assert ended.training_loss == whole.training_loss == later[-1]["train_loss"]
-    assert len(faults.rows(tmp_path / "whole")) == 8
+    assert ended.training_loss == whole.training_loss == lines[-1]["train_loss"]
+    assert len(lines) == 8 and faults.rows(tmp_path / "whole") == lines
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_log_lines_that_were_damaged_come_back_from_the_checkpoint(
+    make_trainer: Make, tmp_path: Path, faults: Any, damage: str
+) -> None:
+    settings = {**SAVED, "logging_steps": 1, "max_steps": 4}
+    with faults.Faults(tmp_path).watching() as seen:
+        make_trainer("whole", **settings).train()
+    last_step = max(number for number, kind in enumerate(seen.kinds) if kind == "step")
+    with pytest.raises(faults.Killed), faults.Faults(tmp_path, last_step).watching():
+        make_trainer("run", **settings).train("auto")
+    file = tmp_path / "run" / "metrics.jsonl"
+    assert complete_checkpoints(tmp_path / "run")
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        os.truncate(file, 10)
+    else:
+        flip(file)
+    make_trainer("run", **settings).train("auto")
+    assert faults.rows(tmp_path / "run") == faults.rows(tmp_path / "whole")
+
+
+def test_a_run_whose_curriculum_file_is_lost_goes_on_from_its_checkpoint(make_trainer: Make, tmp_path: Path) -> None:
+    make_trainer("run", **SAVED).train()
+    before = (tmp_path / "run" / "curriculum.json").read_text()
+    (tmp_path / "run" / "curriculum.json").unlink()
+    with pytest.raises(UserError, match="already contains a run"):
+        make_trainer("run", **SAVED).train()
+    make_trainer("run", **SAVED).train("auto")
+    assert (tmp_path / "run" / "curriculum.json").read_text() == before
 
 
 def test_a_damaged_log_line_is_named(make_trainer: Make, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from tutelage.io.files import writing_errors
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import CurvePoint, RunRecord
 from tutelage.reproduction.run_builder import RunBuilder
-from tutelage.reproduction.run_metrics import NOTE_FILE, NoteMetrics, are_whole
 from tutelage.reproduction.sealed import read_sealed, write_sealed
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, plain_variant
@@ -166,10 +165,6 @@ class Runner:
     def train(self, planned: PlannedRun, callbacks: Sequence[TrainerCallback]) -> CurriculumTrainer:
         """Train, from the folder's last checkpoint if there is one that can be used."""
         resume = last_complete_checkpoint(planned.folder)
-        every = max(1, self.recipe.eval_every // self.recipe.batch_size)
-        if resume and not are_whole(planned.folder, range(0, int(resume.name.split("-")[1]) + 1, every)):
-            _log.warning("%s is damaged: the run is made again", planned.folder / METRICS_FILE)
-            resume = None
         try:
             return self._train(planned, callbacks, resume)
         except TrainingDiverged:
@@ -186,7 +181,7 @@ class Runner:
         args = self.builder.arguments(planned.variant, planned.candidate, planned.folder, planned.seeds[0])
         args.overwrite_output_dir = args.eval_on_start = resume is None  # a checkpoint was evaluated when it was made
         curriculum = self.curriculum(planned.variant, planned.candidate)
-        trainer = self.builder.trainer(args, planned.seeds, curriculum, [*callbacks, NoteMetrics()])
+        trainer = self.builder.trainer(args, planned.seeds, curriculum, callbacks)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return trainer
 
@@ -196,7 +191,6 @@ def _remove_checkpoints(folder: Path) -> None:
     with writing_errors(folder):
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        (folder / NOTE_FILE).unlink(missing_ok=True)
 
 
 def portable(curriculum: Curriculum) -> Curriculum:

@@ -62,7 +62,7 @@ class CheckpointedTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.transition.entered = self.objective.stage_index = len(self.curriculum.stages) - 1
         if self.is_world_process_zero():
-            self.metrics_file.keep(self.progress.metrics_bytes)
+            self.metrics_file.restore(checkpoint)
             saving.rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
         self._total_loss_scalar = self.progress.total_loss + self.progress.loss_sum
         self.log({"train_loss": self._mean_loss()})
@@ -112,6 +112,7 @@ class CheckpointedTrainer(Trainer):
                 self._note_progress()
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    self.metrics_file.copy_to(folder)
                     saving.complete(folder, self.progress)
                     saving.rotate(folder, limit, self.state.best_model_checkpoint)
                 self.accelerator.wait_for_everyone()
@@ -123,7 +124,6 @@ class CheckpointedTrainer(Trainer):
         progress, loss = self.progress, self._sum_over_devices(self._tr_loss)
         progress.loss_sum, progress.parts = float(loss) / self.args.world_size, self.meter.part_sums()
         progress.total_loss, progress.logged_step = self._total_loss_scalar, self._globalstep_last_logged
-        progress.metrics_bytes = self.metrics_file.synced_size()
         progress.statistics = saving.sha256_of_file(self.folder / records.TARGETS_FILE)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

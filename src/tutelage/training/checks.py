@@ -31,7 +31,14 @@ from tutelage.tasks.text import check_token_ids
 from tutelage.training import saving
 from tutelage.training.data import Limits, readable_rows
 from tutelage.training.objective import StageObjective
-from tutelage.training.records import CURRICULUM_FILE, IDENTITY_FILE, METRICS_FILE, TARGETS_FILE, checkpoints
+from tutelage.training.records import (
+    CURRICULUM_FILE,
+    IDENTITY_FILE,
+    METRICS_FILE,
+    TARGETS_FILE,
+    checkpoints,
+    complete_checkpoints,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -208,9 +215,10 @@ def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
         raise UserError(f"{where} is {place}: choose a folder")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{where} cannot be written: choose a folder that you may write to")
-    ours = (output_dir / CURRICULUM_FILE).exists()
+    ours = (output_dir / CURRICULUM_FILE).exists() or bool(complete_checkpoints(output_dir))
     if not ours and any(output_dir.glob("*.safetensors")):
-        raise UserError(f"{where} contains a model that was not made by a run of tutelage: choose a different folder")
+        found = f"contains a model that was not made by a run of tutelage (there is no {CURRICULUM_FILE})"
+        raise UserError(f"{where} {found}: choose a different folder")
     if ours and not resuming and not overwrite:
         how = "resume the run with --resume auto, or replace it with --overwrite_output_dir true"
         raise UserError(f"{where} already contains a run. Choose a different folder, {how}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,6 @@ class Progress(Record):
     loss_sum: float = 0.0  # sum of the losses of the steps since then
     parts: dict[str, float] = field(default_factory=dict)  # sums of the parts of these losses
     logged_step: int = 0  # optimiser step of the last log line
-    metrics_bytes: int = 0  # size of metrics.jsonl
     statistics: str = ""  # SHA-256 of the statistics of the target maps, where the run stores them
     identity: dict[str, str] = field(default_factory=dict)
     """What the run trains from, and how: a resumed run must be the same one."""
@@ -83,19 +82,15 @@ class MetricsFile:
                 raise UserError(f"line {number} of {str(self.path)!r} is damaged: delete the line") from error
         return found
 
-    def synced_size(self) -> int:
-        """Bytes of the file, all of them on the disk."""
-        if not self.path.exists():
-            return 0
-        with writing_errors(self.path), open(self.path, "rb") as handle:
-            os.fsync(handle.fileno())
-            return os.fstat(handle.fileno()).st_size
-
-    def keep(self, size: int) -> None:
-        """Drop what was logged after the file had `size` bytes, when a run resumes from the checkpoint of then."""
+    def copy_to(self, folder: Path) -> None:
+        """Put what was logged so far into a checkpoint."""
         if self.path.exists():
-            kept = self.path.read_bytes()[:size]
-            write_atomically(self.path, kept[: kept.rfind(b"\n") + 1].decode("utf-8"))
+            shutil.copyfile(self.path, folder / self.path.name)
+
+    def restore(self, folder: Path) -> None:
+        """What had been logged when a checkpoint was made, and nothing after it, whatever became of the file since."""
+        copy = folder / self.path.name
+        write_atomically(self.path, copy.read_text(encoding="utf-8") if copy.exists() else "")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

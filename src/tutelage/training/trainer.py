@@ -141,7 +141,7 @@ class CurriculumTrainer(CheckpointedTrainer):
         """Let `Trainer` prepare the stage objective in the student's place, for the stage that the run is in."""
         resuming = resume_from_checkpoint is not None
         if resuming and self.is_world_process_zero():
-            self.metrics_file.keep(self.progress.metrics_bytes)
+            self.metrics_file.restore(Path(resume_from_checkpoint))
         if resuming and self.is_fsdp_enabled:
             self._load_from_checkpoint(resume_from_checkpoint)
         self.meter.start()
