@@ -151,7 +151,7 @@ def result_of(what: str, folder: Path) -> Any:
     if what.startswith("compare"):
         found = {}
         for file in sorted(folder.rglob("run.json")):
-            records = json.loads(file.read_text(encoding="utf-8"))
+            records = json.loads(file.read_text(encoding="utf-8"))["records"]
             for record in records:
                 record["curve"] = [untimed(point) for point in record["curve"]]
             found[str(file.relative_to(folder))] = records
