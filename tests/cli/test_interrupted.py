@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,15 @@ def test_a_finished_run_says_so_and_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
     assert main(flags(causal_teacher, corpus, whole, learning_rate=0.5)) == 2
     assert "was created with a different learning rate" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_student_is_lost_writes_it_again(
+    causal_teacher: Path, corpus: Path, tmp_path: Path, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    run(*flags(causal_teacher, corpus, tmp_path / "copy"))
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_run_killed_before_its_result_evaluates_again_and_logs_the_same(

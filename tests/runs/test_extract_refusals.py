@@ -108,6 +108,8 @@ def test_a_different_teacher_dataset_or_tokenizer_is_refused(
         ({"dtype": "int4"}, "unknown dtype 'int4': use one of int8, float16, float32"),
         ({"shard_tokens": 0}, "shard_tokens must be at least 1"),
         ({"method": "scratch"}, "method 'scratch' reads no finished teacher's states"),
+        ({"resume_from_checkpoint": "true"}, "an extraction always continues what is in output_dir"),
+        ({"overwrite_output_dir": True}, "an extraction overwrites nothing"),
         ({"label_weight": 0.5}, "label_weight is chosen when a student is trained"),
         ({"hidden_weight": 0.5, "method": "joint"}, "hidden_weight is chosen when a student is trained"),
         ({"layer_map": "1:9"}, "the teacher has blocks 1 to 4"),

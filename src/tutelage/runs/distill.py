@@ -68,8 +68,9 @@ def distill(
 
 def _finished(trainer: CurriculumTrainer) -> RunResult | None:
     """What the run in the folder ended with; None where it did not end. UserError where the folder contains a different run."""
-    file = trainer.folder / RESULT_FILE
-    if not file.is_file() or not check_same_folder(trainer.folder, trainer.curriculum, trainer.identity()):
+    file, weights = trainer.folder / RESULT_FILE, trainer.folder.rglob("model*.safetensors")
+    own = [path for path in weights if "checkpoint-" not in path.parent.name]
+    if not (file.is_file() and own) or not check_same_folder(trainer.folder, trainer.curriculum, trainer.identity()):
         return None
     try:
         return RunResult.from_json(file.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from tutelage.runs.inputs import RunOptions
 from tutelage.targets.rows import DTYPES
 from tutelage.tasks.loading import MOST_WIDTH
 from tutelage.training.config import CurriculumConfig, option
+from tutelage.training.saving import AUTO
 
 _log = logging.getLogger(__name__)
 # Outputs kept where nothing is given; the rest is merged into one bucket.
@@ -52,6 +53,11 @@ def check_options(args: CurriculumConfig) -> None:
     for name in ("label_weight", "hidden_weight"):
         if getattr(args, name):
             raise UserError(f"{name} is chosen when a student is trained: leave it out of the extraction")
+    if args.resume_from_checkpoint not in (None, AUTO):
+        found = "an extraction always continues what is in output_dir"
+        raise UserError(f"{found}: leave resume_from_checkpoint out, or choose a different output_dir")
+    if args.overwrite_output_dir:
+        raise UserError("an extraction overwrites nothing: leave overwrite_output_dir out, and delete the folder yourself")
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"an extraction follows a random or sequential order, not {args.train_sampling_strategy!r}")
 
