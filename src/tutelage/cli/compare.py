@@ -1,12 +1,10 @@
 """`tutelage compare` and `tutelage report`: parse, call, print."""
 
 import argparse
-import contextlib
 import hashlib
 import json
 import shlex
-import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +47,7 @@ def compare_command(arguments: Sequence[str]) -> None:
     command = shlex.join(["tutelage", "compare", *arguments])
     folder = Path(options.output_dir or Path("comparisons") / _slug(options, overrides))
     if name is not None and name.partition("/")[0] == "scaling" and not _is_file(name):
-        with _saying_how_to_resume(folder):
-            _scaling(options, overrides, folder, command)
+        _scaling(options, overrides, folder, command)
         return
     if name is None or _is_file(name):
         recipe: Recipe = user_recipe(None if name is None else Path(name), overrides)
@@ -59,28 +56,8 @@ def compare_command(arguments: Sequence[str]) -> None:
         recipe = resolve(name, {renamed.get(key, key): value for key, value in overrides.items()})
     methods = _methods(options, recipe.default_methods)
     match = options.match or "samples"
-    with _saying_how_to_resume(folder):
-        result = compare(recipe, folder, methods, match=match, jobs=options.jobs, command=command, log=progress)
+    result = compare(recipe, folder, methods, match=match, jobs=options.jobs, command=command, log=progress)
     print(f"{result.verdict}\n\nmetrics: {folder / 'comparison.json'}\nreport:  {write_report(folder)}")
-
-
-@contextlib.contextmanager
-def _saying_how_to_resume(folder: Path) -> Iterator[None]:
-    """On Ctrl-C and SIGTERM, let the comparison end its processes, and say how to resume it; SIGTERM gives exit code 143."""
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        progress(f"the comparison in {str(folder)!r} was stopped: give the same command again to resume it")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -57,7 +57,9 @@ def check_options(args: CurriculumConfig) -> None:
         found = "an extraction always continues what is in output_dir"
         raise UserError(f"{found}: leave resume_from_checkpoint out, or choose a different output_dir")
     if args.overwrite_output_dir:
-        raise UserError("an extraction overwrites nothing: leave overwrite_output_dir out, and delete the folder yourself")
+        raise UserError(
+            "an extraction overwrites nothing: leave overwrite_output_dir out, and delete the folder yourself"
+        )
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"an extraction follows a random or sequential order, not {args.train_sampling_strategy!r}")
 
