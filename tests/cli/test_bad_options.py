@@ -156,6 +156,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("report", {"folder": ""}, "the folder is empty: give a value"),
     ("diagnose", {"dataset": ""}, "dataset is empty: give a value, or leave it out"),
     ("diagnose", {"max_length": 0}, "max_length must be at least 1, got 0"),
+    ("report", {"folder": "f" * 300}, "f/scaling.json': File name too long; give a different path"),
+    ("distill", {"output_dir": "o" * 300}, "o/curriculum.json': File name too long; give a different path"),
+    ("distill", {"dataset": "d" * 300}, "d': File name too long; give a different path"),
     ("compare", {"output_dir": ""}, "output_dir is empty: give a value, or leave it out"),
 ]
 

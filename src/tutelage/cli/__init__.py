@@ -11,6 +11,8 @@ from tutelage.core.errors import UserError
 from tutelage.core.interrupts import Interrupted, interrupts
 
 _COMMANDS = ("plan", "distill", "extract", "inspect", "evaluate", "compare", "report", "diagnose")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
 # what to do after an interruption
 _CONTINUED = {
     "distill": "; --resume auto continues the run",
@@ -78,12 +80,8 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         print(f"{line}{_CONTINUED.get(command, '')}", file=sys.stderr)
         return stop.exit_code if isinstance(stop, Interrupted) else 130
     except Exception as error:
-        if (full := _disk_error(error)) is not None:
-            where = f"could not write {full.filename or 'a temporary file'!r}"
-            print(
-                f"tutelage {command}: {where}: {full.strerror}; free space there, or use a different disk",
-                file=sys.stderr,
-            )
+        if (line := _of_the_machine(error)) is not None:
+            print(f"tutelage {command}: {line}", file=sys.stderr)
             return 2
         traceback.print_exc()
         print(f"tutelage {command}: this is a bug of tutelage; please report it with the lines above", file=sys.stderr)
@@ -91,10 +89,13 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The OSError of a disk without space, or of one that cannot be written, that is behind an error; None for any other."""
+def _of_the_machine(error: BaseException | None) -> str | None:
+    """What an error says where the disk or a path is behind it, not tutelage; None for any other."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            return error
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            where = f"could not write {error.filename or 'a temporary file'!r}"
+            return f"{where}: {error.strerror}; free space there, or use a different disk"
+        if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
+            return f"could not open {error.filename!r}: {error.strerror}; give a different path"
         error = error.__cause__ or error.__context__
     return None
