@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.launch import launch
-from tests.runs.conftest import STUDENT, files_of
+from tests.runs.conftest import STUDENT, files_of, settings, texts, train
 from tutelage.cli import main
 from tutelage.io.store import Store
+from tutelage.runs.extraction.job import extract
 from tutelage.targets import manifest as storage
 
 
@@ -57,15 +58,32 @@ def test_one_and_three_processes_write_the_same_curriculum(corpus: Path, causal_
     assert found[0] == found[1]
 
 
-def test_two_processes_train_one_student_from_disk(extracted: Callable[..., Path], tmp_path: Path) -> None:
-    folder = extracted(max_steps=12, per_device_train_batch_size=8)
-    students = []
+STORED = ("extraction", "joint", "one_shot")
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.02, "max_steps": 6}
+
+
+def students(root: Path, teacher: Path, corpus: Path, processes: int) -> None:
+    """A student of every method, live and from disk, on 8 examples a step."""
+    settings = {**SGD, "per_device_train_batch_size": 8 // processes}
+    checkpoints = {"progressive": {"teacher_checkpoints": [str(teacher)]}}
+    for method in (*STORED, "progressive", "scratch"):
+        folder, own = root / f"{method}-{processes}", checkpoints.get(method, {})
+        train(folder, None, texts(corpus), teacher=teacher, method=method, **settings, **own)
+    for method in STORED:
+        train(root / f"stored-{method}-{processes}", root / f"curriculum-{method}", method=method, **settings)
+
+
+def test_two_processes_equal_one_for_every_method(corpus: Path, causal_teacher: Path, tmp_path: Path) -> None:
+    for method in STORED:
+        args = settings(tmp_path / f"curriculum-{method}", causal_teacher, method=method, **SGD)
+        args.per_device_train_batch_size = 8
+        extract(texts(corpus), args, log=lambda line: None)
     for processes in (1, 2):
-        output = tmp_path / f"student-{processes}"
-        options = [f"--curriculum_dir={folder}", f"--student={STUDENT}", f"--output_dir={output}", "--optim=sgd"]
-        options += [f"--per_device_train_batch_size={8 // processes}", "--use_cpu=true", "--save_strategy=no"]
-        launch(processes, tutelage_command, "distill", *options)
-        students.append(load_file(output / "model.safetensors"))
-    one, two = students
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+        launch(processes, students, tmp_path, causal_teacher, corpus, processes)
+    moved = set()
+    for name in (*STORED, "progressive", "scratch", *(f"stored-{method}" for method in STORED)):
+        one, two = (load_file(tmp_path / f"{name}-{processes}" / "model.safetensors") for processes in (1, 2))
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        moved.add(round(sum(float(value.norm()) for value in one.values()), 3))
+    assert len(moved) >= 4  # the methods train different students
