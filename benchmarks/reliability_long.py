@@ -62,7 +62,7 @@ class Watch(TrainerCallback):
         control.should_training_stop = control.should_training_stop or now - self.began >= self.seconds
 
 
-def measure(root: Path, minutes: float, between: float = 60.0) -> list[dict[str, float]]:
+def measure(root: Path, minutes: float, between: float = 60.0, logging_steps: int = 100) -> list[dict[str, float]]:
     """Train for so many minutes, with a checkpoint every `between` seconds."""
     teacher, text = make_teacher("causal", root / "teacher"), make_text(root / "text.jsonl", 400)
     run = RunOptions(student="layers=2,hidden_size=16", dataset=str(text), max_length=16, max_samples=8)
@@ -77,7 +77,7 @@ def measure(root: Path, minutes: float, between: float = 60.0) -> list[dict[str,
     how = ExtractOptions(all_stages=True)  # every row for every stage: the run may read them as often as it likes
     extract(run, CurriculumConfig(output_dir=str(root / "stored"), **stored), how, log=lambda line: None)
     folder = root / "run"
-    common |= {"logging_steps": 100, "save_steps": 10**7, "max_steps": 10**7}
+    common |= {"logging_steps": logging_steps, "save_steps": 10**7, "max_steps": 10**7}
     args = CurriculumConfig(output_dir=str(folder), curriculum_dir=str(root / "stored"), **common)
     inputs = load_inputs(RunOptions(student=run.student), args)
     watch = Watch(folder, 60 * minutes, between)
@@ -101,14 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--between", type=float, default=60, help="seconds between checkpoints")
+    parser.add_argument("--logging_steps", type=int, default=100, help="the trainer keeps every log line in memory")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        samples = measure(Path(folder), options.minutes, options.between)
+        samples = measure(Path(folder), options.minutes, options.between, options.logging_steps)
     last = samples[-1]
     found = {
         "minutes": round(last["seconds"] / 60, 2),
         "steps": last["step"],
+        "log_lines_about": last["step"] // options.logging_steps,
         "checkpoints_about": int(last["seconds"] // options.between),
         "resident_mb": [round(sample["resident_mb"], 1) for sample in (samples[0], samples[len(samples) // 2], last)],
         "resident_mb_per_hour": round(slope(samples, "resident_mb"), 2),
