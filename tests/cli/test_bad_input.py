@@ -371,7 +371,10 @@ def test_the_teachers_own_folder(refused: Refused, causal_teacher: Path) -> None
     before = (causal_teacher / "model.safetensors").read_bytes()
     for overwrite in ("false", "true"):
         line = refused(output_dir=causal_teacher, overwrite_output_dir=overwrite)
-        assert "contains a model that was not made by a run of tutelage (there is no curriculum.json): choose" in line
+        assert (
+            "contains model.safetensors, which was not made by a run of tutelage (there is no curriculum.json): choose"
+            in line
+        )
     assert (causal_teacher / "model.safetensors").read_bytes() == before
 
 

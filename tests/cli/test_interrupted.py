@@ -81,6 +81,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_continues_it(
     ends = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path, whole)]
     for end in ends:
         end["budget"].pop("seconds")
+        end.pop("digest")
     assert ends[0] == ends[1]
 
 
@@ -97,12 +98,17 @@ def test_a_finished_run_says_so_and_is_left_alone(
     assert "was created with a different learning rate" in capsys.readouterr().err
 
 
-def test_a_finished_run_whose_student_is_lost_writes_it_again(
-    causal_teacher: Path, corpus: Path, tmp_path: Path, whole: Path
+@pytest.mark.parametrize("name", ["model.safetensors", "result.json"])
+def test_a_finished_run_whose_student_or_result_is_damaged_writes_it_again(
+    causal_teacher: Path, corpus: Path, tmp_path: Path, whole: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(whole, tmp_path / "copy")
-    (tmp_path / "copy" / "model.safetensors").unlink()
+    content = bytearray((whole / name).read_bytes())
+    content[-20] ^= 1
+    (tmp_path / "copy" / name).write_bytes(content)
     run(*flags(causal_teacher, corpus, tmp_path / "copy"))
+    assert f"{tmp_path / 'copy' / name} is" in caplog.text
+    assert json.loads((tmp_path / "copy" / "result.json").read_text())["files"]["model.safetensors"]
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 

@@ -17,7 +17,7 @@ from tests.conftest import make_tokenizer
 from tutelage.core.errors import UserError
 from tutelage.io import files
 from tutelage.io.claim import Claim, claim
-from tutelage.io.files import is_leftover, replacing, temporary_folder, write_atomically, writing_errors
+from tutelage.io.files import alone, is_leftover, replacing, temporary_folder, write_atomically, writing_errors
 from tutelage.io.store import Store
 
 NUMBERS = Claim("numbers.json", {"numbers": 3}, "numbers")
@@ -121,8 +121,9 @@ def test_an_error_of_the_disk_is_one_line_with_the_path(
     write_atomically(tmp_path / "a.json", "old")
     with monkeypatch.context() as patch:
         patch.setattr(files.os, function, fail)
+        free = "free space there, or " if number in files.NO_SPACE else ""
         with pytest.raises(
-            UserError, match=rf"could not write '.*a.json': {os.strerror(number)}; free space there, or"
+            UserError, match=rf"could not write '.*a.json': {os.strerror(number)}; {free}choose a different folder"
         ):
             write_atomically(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
@@ -135,6 +136,8 @@ def test_errors_of_libraries_that_write_name_the_path(tmp_path: Path) -> None:
         temporary_folder("tokenizer") as folder,
     ):
         make_tokenizer().save_pretrained(folder)
+    with pytest.raises(UserError, match=r"could not write 'w': .*iostream error"), writing_errors("w"):
+        raise RuntimeError("basic_ios::clear: iostream error")  # torch.save on a disk that is full
     with pytest.raises(UserError, match=r"could not write 'weights': .*PytorchStreamWriter"), writing_errors("weights"):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0")
     with pytest.raises(RuntimeError, match="shape"), writing_errors("weights"):
@@ -147,4 +150,18 @@ def test_a_temporary_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeyp
         pytest.raises(UserError, match=r"could not make a temporary folder: .*none.*; free space there, or set TMPDIR"),
         temporary_folder("C"),
     ):
+        pass
+
+
+def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="folders are locked on Unix")
+    folder = tmp_path / "new"
+    with alone(folder, "training"):
+        with (
+            pytest.raises(UserError, match=r"another process is training in '.*new': wait until"),
+            alone(folder, "training"),
+        ):
+            pass
+        assert not list(folder.iterdir())
+    with alone(folder, "training"):
         pass

@@ -18,6 +18,7 @@ from tests.reproduction.reporting import comparison
 from tutelage.cli import main
 from tutelage.core.errors import UserError
 from tutelage.core.records import sealed, unsealed
+from tutelage.io.files import alone
 from tutelage.reproduction import teachers
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipes import resolve
@@ -257,22 +258,23 @@ def test_of_two_processes_that_need_a_teacher_one_trains_it(
 # ---- Folders and processes ----
 
 
-@pytest.mark.parametrize("names", [["settings.json.tmp"], ["settings.json", ".lock"], [".lock"]])
+@pytest.mark.parametrize("names", [["settings.json.0123456789abcdef.tmp"], ["settings.json"]])
 def test_what_a_comparison_that_was_killed_left_behind_does_not_keep_others_out(
     tmp_path: Path, names: list[str]
 ) -> None:
     for name in names:
         (tmp_path / name).write_text("{")
     made(tiny(), tmp_path, ["one_shot"])
-    assert not (tmp_path / ".lock").exists()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_two_processes_do_not_make_one_comparison(tmp_path: Path) -> None:
     made(tiny(), tmp_path, ["one_shot"])
-    with FileLock(tmp_path / ".lock", is_singleton=False):
-        with pytest.raises(UserError, match=r"another process is making the comparison in .*: wait until"):
-            compare(tiny(), tmp_path, ["one_shot"], log=silent)
-        assert (tmp_path / ".lock").exists()
+    with (
+        alone(tmp_path, "making the comparison"),
+        pytest.raises(UserError, match=r"another process is making the comparison in .*: wait until"),
+    ):
+        compare(tiny(), tmp_path, ["one_shot"], log=silent)
     made(tiny(), tmp_path, ["one_shot"])
 
 

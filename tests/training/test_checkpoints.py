@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
@@ -76,6 +78,7 @@ def test_a_run_killed_at_any_write_continues_as_if_it_had_not_been(
 
 def test_leftovers_of_a_killed_run_do_not_count_and_are_cleaned(make_trainer: Make, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    make_trainer(method="one_shot", max_steps=1).train()
     (run / "checkpoint-7").mkdir(parents=True)
     (run / ".student.tmp").mkdir()
     for name in (
@@ -86,8 +89,44 @@ def test_leftovers_of_a_killed_run_do_not_count_and_are_cleaned(make_trainer: Ma
     ):
         (run / name).touch()
     (run / "mine.tmp").touch()
-    make_trainer(method="one_shot", max_steps=1).train()
+    make_trainer(method="one_shot", max_steps=1).train("auto")
     assert {path.name for path in run.iterdir()} == {"identity.json", "curriculum.json", "metrics.jsonl", "mine.tmp"}
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/model.safetensors", "metrics.jsonl", "model.safetensors"])
+def test_a_folder_of_something_else_stays_as_it_is(make_trainer: Make, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("mine")
+    for asked in (None, "auto"):
+        with pytest.raises(
+            UserError, match=f"contains {name.partition('/')[0]}, which was not made by a run of tutelage"
+        ):
+            make_trainer(method="one_shot", max_steps=1).train(asked)
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "{", '{"seed": "0"}'])
+def test_a_run_whose_identity_is_lost_is_not_started_again(
+    make_trainer: Make, tmp_path: Path, content: str | None
+) -> None:
+    make_trainer(method="one_shot", max_steps=1, save_strategy="no").train("auto")
+    file = tmp_path / "run" / "identity.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(UserError, match=r"identity\.json.* start the run again with overwrite_output_dir|damaged"):
+        make_trainer(method="one_shot", max_steps=1, save_strategy="no").train("auto")
+
+
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+def test_a_changed_row_makes_it_a_different_run(make_trainer: Make, column: str) -> None:
+    rows = token_rows(9)["input_ids"]
+    labels = [[1] * len(row) for row in rows]
+    data = {"train_dataset": Dataset.from_dict({"input_ids": rows, "labels": labels}), "method": "one_shot"}
+    was = make_trainer(**data).identity()
+    changed = {"input_ids": [list(row) for row in rows], "labels": [list(row) for row in labels]}
+    changed[column][3][0] += 1
+    data["train_dataset"] = Dataset.from_dict(changed)
+    now = make_trainer("other", **data).identity()
+    assert [name for name in now if now[name] != was[name]] == ["data"]
 
 
 def test_a_run_without_a_checkpoint_starts_again_only_as_the_same_run(make_trainer: Make) -> None:
@@ -128,7 +167,9 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["flipped", "older", "missing", "cut"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_of_a_checkpoint_is_named(finished: Path, tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_of_a_checkpoint_is_named(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     file = run / "checkpoint-2" / name
@@ -148,8 +189,8 @@ def test_a_damaged_file_of_a_checkpoint_is_named(finished: Path, tmp_path: Path,
         return
     with pytest.raises(UserError, match=r"checkpoint-2' is damaged, so resume from '.*checkpoint-1' \("):
         saving.find_checkpoint(True, run)
-    with pytest.warns(UserWarning, match=r"checkpoint-2' is damaged \(.*\): the one before it is used"):
-        assert saving.find_checkpoint("auto", run) == run / "checkpoint-1"
+    assert saving.find_checkpoint("auto", run) == run / "checkpoint-1"
+    assert re.search(r"checkpoint-2' is damaged \(.*\): the one before it is used", caplog.text)
 
 
 def test_a_checkpoint_with_a_changed_number_or_an_added_file_is_damaged(finished: Path, tmp_path: Path) -> None:
@@ -169,10 +210,7 @@ def test_a_checkpoint_with_a_changed_number_or_an_added_file_is_damaged(finished
     with pytest.raises(UserError, match=r"progress\.json cannot be read: it was changed"):
         saving.find_checkpoint(str(newest), run)
     flip(run / "checkpoint-1" / "optimizer.pt")
-    with (
-        pytest.warns(UserWarning, match="checkpoint-2"),
-        pytest.raises(UserError, match="checkpoint-1' is damaged, so start"),
-    ):
+    with pytest.raises(UserError, match="checkpoint-1' is damaged, so start"):
         saving.find_checkpoint("auto", run)
 
 

@@ -11,7 +11,6 @@ from tutelage.core.errors import UserError
 from tutelage.core.interrupts import Interrupted, interrupts
 
 _COMMANDS = ("plan", "distill", "extract", "inspect", "evaluate", "compare", "report", "diagnose")
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
 # what to do after an interruption
 _CONTINUED = {
@@ -80,8 +79,8 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         print(f"{line}{_CONTINUED.get(command, '')}", file=sys.stderr)
         return stop.exit_code if isinstance(stop, Interrupted) else 130
     except Exception as error:
-        if (line := _of_the_machine(error)) is not None:
-            print(f"tutelage {command}: {line}", file=sys.stderr)
+        if (found := _of_the_machine(error)) is not None:
+            print(f"tutelage {command}: {found}", file=sys.stderr)
             return 2
         traceback.print_exc()
         print(f"tutelage {command}: this is a bug of tutelage; please report it with the lines above", file=sys.stderr)
@@ -91,8 +90,10 @@ def _run(command: str, arguments: Sequence[str]) -> int:
 
 def _of_the_machine(error: BaseException | None) -> str | None:
     """What an error says where the disk or a path is behind it, not tutelage; None for any other."""
+    from tutelage.io.files import NO_SPACE  # not before it is needed: it imports safetensors
+
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             where = f"could not write {error.filename or 'a temporary file'!r}"
             return f"{where}: {error.strerror}; free space there, or use a different disk"
         if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:

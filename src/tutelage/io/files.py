@@ -1,6 +1,7 @@
 """Write files so that nobody reads them half-written."""
 
 import errno
+import importlib
 import os
 import re
 import secrets
@@ -9,15 +10,17 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from tutelage.core.errors import UserError, reason_of
 
+_locks: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 # how libraries in Rust (tokenizers) and C++ (torch) say that a file could not be written, in exceptions of no special class
-_WRITING = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|cannot be opened")
+_WRITING = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|cannot be opened|iostream error")
 
 
 def is_leftover(name: str | Path) -> bool:
@@ -41,9 +44,8 @@ def writing_errors(path: str | Path, via: str | Path | None = None, only: Collec
             raise
         reason = getattr(error, "strerror", None) or reason_of(error)
         where, how = (f" by way of {str(via)!r}", "set TMPDIR to") if via else ("", "choose")
-        raise UserError(
-            f"could not write {str(path)!r}{where}: {reason}; free space there, or {how} a different folder"
-        ) from error
+        free = "free space there, or " if number in (None, *NO_SPACE) else ""
+        raise UserError(f"could not write {str(path)!r}{where}: {reason}; {free}{how} a different folder") from error
 
 
 def sync(path: Path) -> None:
@@ -54,6 +56,29 @@ def sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Let no other process that asks for it work in a folder meanwhile; it is made if it is not there, and nothing is left in
+    it. UserError where another process does `what` there. Without effect where the system or the file system has no locks of
+    folders (Windows, some network disks)."""
+    with writing_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if _locks is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                _locks.flock(handle, _locks.LOCK_EX | _locks.LOCK_NB)
+            except BlockingIOError:
+                found = f"another process is {what} in {str(folder)!r}"
+                raise UserError(f"{found}: wait until it has ended, or choose a different output_dir") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

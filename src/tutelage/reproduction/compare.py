@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from tutelage.core.errors import UserError
 from tutelage.io.claim import Claim, claim
-from tutelage.io.files import writing_errors
+from tutelage.io.files import alone, is_leftover
 from tutelage.io.store import Store
 from tutelage.reproduction.display import listed
 from tutelage.reproduction.recipe import Recipe
@@ -27,7 +25,6 @@ from tutelage.reproduction.workers import Workers
 from tutelage.runs.environment import environment
 
 _SETTINGS_FILE = "settings.json"
-_LOCK_FILE = ".lock"  # there while a process works in the folder
 
 Log = Callable[[str], None]
 
@@ -188,29 +185,14 @@ def _check_target(recipe: Recipe, teacher: Teacher) -> None:
 def _claimed(folder: Path, recipe: Recipe, match: str) -> Iterator[None]:
     """Take the folder for this comparison, and let no other process work in it meanwhile; UserError where it contains
     something else, or another process works in it."""
-    store, lock = Store(folder), FileLock(folder / _LOCK_FILE)
+    store = Store(folder)
     mine = {"recipe": recipe.name, "size": recipe.size, "match": match, **recipe.all_settings()}
-    names = {file.name for file in folder.glob("*") if not file.name.endswith(".tmp")}
-    unused = names <= {_SETTINGS_FILE, _LOCK_FILE} and not folder.is_file()
-    if unused or _SETTINGS_FILE in names:  # a folder that contains something else stays as it is
-        with writing_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                raise UserError(
-                    f"another process is making the comparison in {str(folder)!r}: wait until it has ended, or choose a "
-                    "different --output_dir"
-                ) from None
-    try:
-        if unused:  # at most, a comparison was refused or killed before it wrote anything else
+    with alone(folder, "making the comparison"):
+        # at most, a comparison was refused or killed before it wrote anything else
+        if {file.name for file in folder.iterdir() if not is_leftover(file)} <= {_SETTINGS_FILE}:
             store.write(_SETTINGS_FILE, json.dumps(mine, indent=1, default=str) + "\n")
         claim(store, Claim(_SETTINGS_FILE, mine, "a comparison"))
         yield
-    finally:
-        if lock.is_locked:
-            (folder / _LOCK_FILE).unlink(missing_ok=True)
-        lock.release()
 
 
 def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) -> Comparison:

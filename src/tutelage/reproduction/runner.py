@@ -34,7 +34,8 @@ from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, plain_variant
 from tutelage.reproduction.workers import Workers
 from tutelage.training.checks import TrainingDiverged
-from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics, last_complete_checkpoint
+from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics
+from tutelage.training.saving import AUTO, find_checkpoint
 from tutelage.training.trainer import CurriculumTrainer
 
 _RUN_FILE = "run.json"
@@ -164,20 +165,11 @@ class Runner:
 
     def train(self, planned: PlannedRun, callbacks: Sequence[TrainerCallback]) -> CurriculumTrainer:
         """Train, from the folder's last checkpoint if there is one that can be used."""
-        resume = last_complete_checkpoint(planned.folder)
         try:
-            return self._train(planned, callbacks, resume)
-        except TrainingDiverged:
-            raise
+            resume = find_checkpoint(AUTO, planned.folder)
         except UserError as error:
-            if resume is None or repr(str(resume)) not in str(error):
-                raise
-            _log.warning("%s cannot be used (%s): the run is made again", resume, error)
-            return self._train(planned, callbacks, None)
-
-    def _train(
-        self, planned: PlannedRun, callbacks: Sequence[TrainerCallback], resume: Path | None
-    ) -> CurriculumTrainer:
+            _log.warning("%s: the run is made again", error)
+            resume = None
         args = self.builder.arguments(planned.variant, planned.candidate, planned.folder, planned.seeds[0])
         args.overwrite_output_dir = args.eval_on_start = resume is None  # a checkpoint was evaluated when it was made
         curriculum = self.curriculum(planned.variant, planned.candidate)

@@ -164,7 +164,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     while True:
         try:
             make = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # closed, or the process there was killed
             return
         try:
             pipe.send((make(), None, ""))

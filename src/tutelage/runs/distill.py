@@ -1,14 +1,17 @@
 """One distillation run, from options to a folder with the student in it."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import PrinterCallback
 
-from tutelage.core.errors import UserError
-from tutelage.io.files import write_atomically, writing_errors
+from tutelage.io.files import alone, write_atomically, writing_errors
 from tutelage.runs.environment import environment, quiet_unless_terminal
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
 from tutelage.runs.model_card import write_card
@@ -19,9 +22,12 @@ from tutelage.tasks.loading import count_parameters
 from tutelage.tasks.students import weights_of
 from tutelage.training.checks import TrainingDiverged, check_output_dir, check_same_folder
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.records import evaluation_metrics
-from tutelage.training.saving import AUTO, resume_choice
+from tutelage.training.records import CURRICULUM_FILE, IDENTITY_FILE, METRICS_FILE, TARGETS_FILE, evaluation_metrics
+from tutelage.training.saving import AUTO, resume_choice, sha256_of_file
 from tutelage.training.trainer import CurriculumTrainer
+
+_RECORDS = (CURRICULUM_FILE, IDENTITY_FILE, METRICS_FILE, TARGETS_FILE, RESULT_FILE, "loss.png", "README.md")
+_log = logging.getLogger(__name__)
 
 
 def distill(
@@ -48,11 +54,23 @@ def distill(
     trainer = CurriculumTrainer(inputs.student, inputs.source, args, *rows, inputs.tokenizer, inputs.collator)
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    if resume == AUTO and (made := _finished(trainer)) is not None:
-        log(f"{str(folder)!r} contains this run, and it is finished: nothing was trained")
-        return made
-    trainer.train(resume_from_checkpoint=resume)
-    result = _result(trainer, inputs)
+    with alone(folder, "training") if trainer.is_world_process_zero() else nullcontext():
+        asked = resume == AUTO and trainer.is_world_process_zero()  # other machines may not have the folder
+        (made,) = broadcast_object_list([_finished(trainer) if asked else None])
+        if made is not None:
+            log(f"{str(folder)!r} contains this run, and it is finished: nothing was trained")
+            return made
+        trainer.train(resume_from_checkpoint=resume)
+        result = _result(trainer, inputs)
+        result = _write(trainer, result, weights)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return result
+
+
+def _write(trainer: CurriculumTrainer, result: RunResult, weights: str) -> RunResult:
+    """Write the student and what is said of it; returns the result with the student's checksums, on the first process."""
+    folder = trainer.folder
     with writing_errors(folder):
         trainer.save_model()
         if trainer.is_world_process_zero():
@@ -60,22 +78,35 @@ def distill(
             title = f"{result.method}: {source}{result.names['student']}"
             plot_run(trainer.metrics_file.read(), folder / "loss.png", title)
             write_card(folder, result, trainer.curriculum, trainer.args, weights)
+            result = replace(result, files=_student_files(folder))
             write_atomically(folder / RESULT_FILE, result.to_json() + "\n")  # last: with it the run is finished
-    if args.push_to_hub:
-        trainer.push_to_hub()
     return result
 
 
+def _student_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of the student in a run's folder."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    own = [name for name in names if name not in _RECORDS and not name.startswith(("checkpoint-", "runs/", "."))]
+    return {name: sha256_of_file(folder / name) for name in own}
+
+
 def _finished(trainer: CurriculumTrainer) -> RunResult | None:
-    """What the run in the folder ended with; None where it did not end. UserError where the folder contains a different run."""
-    file, weights = trainer.folder / RESULT_FILE, trainer.folder.rglob("model*.safetensors")
-    own = [path for path in weights if "checkpoint-" not in path.parent.name]
-    if not (file.is_file() and own) or not check_same_folder(trainer.folder, trainer.curriculum, trainer.identity()):
+    """What the run in the folder ended with; None where it did not end, or its student or result was damaged. UserError where
+    the folder contains a different run."""
+    folder = trainer.folder
+    if not (folder / RESULT_FILE).is_file():
         return None
+    check_same_folder(folder, trainer.curriculum, trainer.identity())
     try:
-        return RunResult.from_json(file.read_text(encoding="utf-8"))
-    except (UserError, ValueError):  # damaged: it is made again from the last checkpoint
+        made = RunResult.from_json((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _log.warning("%s is damaged (%s): it is made again", folder / RESULT_FILE, error)
         return None
+    for name, checksum in made.files.items():
+        if sha256_of_file(folder / name) != checksum:
+            _log.warning("%s is missing or was changed since the run ended: it is made again", folder / name)
+            return None
+    return made
 
 
 def _result(trainer: CurriculumTrainer, inputs: RunInputs) -> RunResult:

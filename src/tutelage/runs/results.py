@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tutelage.core.records import Record
+from tutelage.core.records import Record, Sealed
 
 RESULT_FILE = "result.json"
 
@@ -33,7 +33,7 @@ class Budget(Record):
 
 
 @dataclass(frozen=True)
-class RunResult(Record):
+class RunResult(Sealed):
     """A finished distillation; `result.json` holds it."""
 
     names: dict[str, str]  # of teacher, student and dataset, as they were given
@@ -44,3 +44,4 @@ class RunResult(Record):
     teacher: ModelMetrics
     budget: Budget
     environment: dict[str, str | int]
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file of the student, by path below the folder

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.errors import UserError, check_positive, check_range
+from tutelage.core.errors import LARGEST, UserError, check_positive, check_range
 from tutelage.core.records import Record
 from tutelage.targets.rows import INPUT_COLUMNS, RowFormat, content_hash
 
@@ -27,8 +27,8 @@ class TeacherIdentity(Record):
     outputs: int  # outputs of its head; 0 where none are shared
 
     def __post_init__(self) -> None:
-        check_range("blocks", self.blocks, 1)
-        check_range("outputs", self.outputs, 0)
+        check_range("blocks", self.blocks, 1, LARGEST)
+        check_range("outputs", self.outputs, 0, LARGEST)
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ class ExtractionIdentity(Record):
     head: HeadSettings | None  # None where no head is transplanted
 
     def __post_init__(self) -> None:
-        for name in ("width", "longest", "batch_size", "step_examples", "calibration_samples", "shard_tokens"):
-            check_range(name, getattr(self, name), 1)
-        check_range("kept", self.kept, 0)
+        for name in ("width", "longest", "batch_size", "calibration_samples", "shard_tokens"):
+            check_range(name, getattr(self, name), 1, LARGEST)
+        check_range("step_examples", self.step_examples, 1, 2**53)
+        check_range("kept", self.kept, 0, LARGEST)
         check_range("seed", self.seed, 0, 2**32 - 1)
         check_positive("mlm_probability", self.mlm_probability)
         check_range("mlm_probability", self.mlm_probability, 0, 1)

@@ -94,6 +94,8 @@ class Manifest(Sealed):
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Manifest":
         if isinstance(fields, Mapping) and fields.get("format") in (1, 2) and "digest" not in fields:
+            if "dataset_dict.json" in (fields.get("files") or ()):  # which only newer formats list
+                raise UserError("it was changed: its digest is missing")
             return super(Sealed, cls).from_dict(fields)
         return super().from_dict(fields)
 
@@ -242,7 +244,11 @@ def open_split(store: Store, split: Split) -> Dataset:
         with as_user_error(
             f"could not read {path}"
         ):  # bytes that are not Arrow, with a checksum that was made for them
-            parts.append(Dataset.from_file(str(path)))
+            rows = Dataset.from_file(str(path))
+        if len(rows) != shard.rows:
+            found = f"shard {shard.file} of the extracted curriculum {str(store)!r} has {len(rows):,} rows"
+            raise UserError(f"{found}, {MANIFEST_FILE} says {shard.rows:,}: copy it again, or extract again")
+        parts.append(rows)
     return concatenate_datasets(parts)
 
 

@@ -26,6 +26,7 @@ class CheckpointedTrainer(Trainer):
     args: CurriculumConfig
     model: Any
     train_dataset: Any
+    eval_dataset: Any
     objective: StageObjective
     curriculum: Curriculum
     transition: StageTransition
@@ -47,9 +48,14 @@ class CheckpointedTrainer(Trainer):
         """Whether a flag is set on one of the devices; every device must call this alike."""
         return bool(self._sum_over_devices(torch.tensor(float(flag))))
 
+    @functools.cached_property
+    def _data(self) -> dict[str, str]:
+        """What tells the data from others; every row is read once."""
+        return checks.data_identity(self.train_dataset, self.eval_dataset)
+
     def identity(self) -> dict[str, str]:
         """What makes this run the same run when it is resumed."""
-        identity = checks.run_identity(self.args, self.objective, self.train_dataset, self.data_collator)
+        identity = checks.run_identity(self.args, self.objective, self._data, self.data_collator)
         return {**identity, "sharding": "FSDP2" if self.is_fsdp_enabled else "none"}  # checkpoints have different files
 
     def _finished(self, checkpoint: Path) -> bool:

@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import IGNORED_LABEL
+from tutelage.core.records import sealed, unsealed
 from tutelage.io.claim import Claim, check_same, read_record
 from tutelage.io.store import Store
+from tutelage.targets.identity import data_fingerprint
 from tutelage.targets.source import STREAMED, TargetSource
 from tutelage.targets.stored_rows import StoredRows
 from tutelage.tasks.base import Task
@@ -216,8 +218,9 @@ def check_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
     if not os.access(existing, os.W_OK):
         raise UserError(f"{where} cannot be written: choose a folder that you may write to")
     ours = (output_dir / CURRICULUM_FILE).exists() or bool(complete_checkpoints(output_dir))
-    if not ours and any(output_dir.glob("*.safetensors")):
-        found = f"contains a model that was not made by a run of tutelage (there is no {CURRICULUM_FILE})"
+    foreign = (next(output_dir.glob(name), None) for name in ("*.safetensors", "checkpoint-*", METRICS_FILE))
+    if not ours and (path := next(filter(None, foreign), None)) is not None:
+        found = f"contains {path.name}, which was not made by a run of tutelage (there is no {CURRICULUM_FILE})"
         raise UserError(f"{where} {found}: choose a different folder")
     if ours and not resuming and not overwrite:
         how = "resume the run with --resume auto, or replace it with --overwrite_output_dir true"
@@ -241,7 +244,7 @@ def enter_output_dir(
     choice = saving.resume_choice(asked)
     if choice == saving.AUTO and overwrite:
         raise UserError(
-            "resume_from_checkpoint=auto continues a run, overwrite_output_dir replaces it: give one of them"
+            "resume_from_checkpoint=auto continues a run, overwrite_output_dir replaces it: give one of the two"
         )
     checkpoint = saving.find_checkpoint(choice, output_dir)
     # a run of ours that was killed before its first checkpoint starts again
@@ -266,7 +269,7 @@ def claim_output_dir(
                 file.unlink()
         for folder in checkpoints(output_dir):
             saving.discard(folder)
-    store.write(IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
+    store.write(IDENTITY_FILE, json.dumps(sealed(identity), indent=1) + "\n")
     store.write(CURRICULUM_FILE, curriculum.to_json() + "\n")
 
 
@@ -276,7 +279,14 @@ def check_same_folder(output_dir: Path, curriculum: Curriculum, identity: dict[s
     if not store.exists(CURRICULUM_FILE):
         return False
     check_same(store, Claim(CURRICULUM_FILE, curriculum.to_dict(), "a run"), read_record(store, CURRICULUM_FILE))
-    was = read_record(store, IDENTITY_FILE) if store.exists(IDENTITY_FILE) else {}
+    whole = f"{str(output_dir / IDENTITY_FILE)!r}, which says what the run was made from"
+    if not store.exists(IDENTITY_FILE):
+        raise UserError(f"found no {whole}: start the run again with overwrite_output_dir in place of resume")
+    try:
+        was = unsealed(read_record(store, IDENTITY_FILE))
+    except UserError as error:
+        how = "start the run again with overwrite_output_dir in place of resume"
+        raise UserError(f"cannot read {whole} ({error}): {how}") from error
     check_same_run(was, identity, f"the run in {str(output_dir)!r}")
     return True
 
@@ -292,13 +302,33 @@ SETTINGS = (
 )
 
 
-def run_identity(args: Any, objective: StageObjective, dataset: Any, collator: Any) -> dict[str, str]:
+def data_identity(train: Any, evaluation: Any) -> dict[str, str]:
+    """What tells the data of a run from others: every row of a `datasets.Dataset`, three rows of another dataset with a
+    length."""
+    several = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    held_out = {f"evaluation data {name}".strip(): rows for name, rows in several.items()}
+    return {name: _rows_identity(rows) for name, rows in {"data": train, **held_out}.items() if rows is not None}
+
+
+def _rows_identity(dataset: Any) -> str:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return STREAMED
+    if isinstance(dataset, Dataset):
+        return data_fingerprint(dataset)[:16]
+    if isinstance(dataset, StoredRows):  # the extraction is in the identity; rows may be far away
+        return str(len(dataset))
+    rows = [dataset[index] for index in sorted({0, len(dataset) // 2, len(dataset) - 1})]
+    values = [[torch.as_tensor(row[name]).tolist() for name in ("input_ids", "labels") if name in row] for row in rows]
+    return _digest(f"{len(dataset)} {values}")
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def run_identity(args: Any, objective: StageObjective, data: Mapping[str, str], collator: Any) -> dict[str, str]:
     """What makes a run the same run when it is resumed: curriculum, targets, data, the student's shape and every setting that
-    changes the student."""
-
-    def digest(content: str) -> str:
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
+    changes the student. `data` is its `data_identity`."""
     collator = getattr(collator, "collator", collator)  # inside a `CheckedCollator`
     fields = getattr(collator, "__dict__", {}).items()
     collating = sorted((name, value) for name, value in fields if isinstance(value, bool | int | float | str))
@@ -306,26 +336,22 @@ def run_identity(args: Any, objective: StageObjective, dataset: Any, collator: A
     heads = [getattr(config, name, None) for name in ("model_type", "num_attention_heads", "num_key_value_heads")]
     shapes = [(name, tuple(parameter.shape)) for name, parameter in objective.student.named_parameters()]
     identity = {
-        "curriculum": digest(objective.curriculum.to_json()),
-        "student": digest(f"{heads} {shapes}"),
+        "curriculum": _digest(objective.curriculum.to_json()),
+        "student": _digest(f"{heads} {shapes}"),
         "learning rate": str(args.learning_rate),
         # dropout and masks are drawn for each micro-batch, so that 4 x 2 examples are not 8 x 1
         "batch size": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
         "number of processes": str(args.world_size),
         "seed": str(args.seed),
         "dropout": "disabled" if args.disable_dropout else "the model's",
-        "data collator": f"{type(collator).__name__} {digest(str(collating))}",
+        "data collator": f"{type(collator).__name__} {_digest(str(collating))}",
         **{name: str(getattr(args, name, None)) for name in SETTINGS},
         "accelerator_config": str(args.accelerator_config.to_dict()),
         **objective.source.identity(),
+        **data,
     }
-    if isinstance(dataset, IterableDataset):
-        identity["data"] = STREAMED
-    elif isinstance(dataset, StoredRows):  # the extraction is in the identity; rows may be far away
-        identity["data"] = str(len(dataset))
-    elif dataset is not None and hasattr(dataset, "__len__"):
-        rows = [dataset[index] for index in sorted({0, len(dataset) // 2, len(dataset) - 1})]
-        identity["data"] = digest(f"{len(dataset)} {[torch.as_tensor(r['input_ids']).tolist() for r in rows]}")
+    if args.load_best_model_at_end:  # evaluations choose the student
+        identity["evaluations"] = f"{args.eval_strategy} {args.eval_steps}"
     return identity
 
 
@@ -340,7 +366,7 @@ def check_fills_a_batch(dataset: Any, args: Any) -> None:
 
 def check_same_run(was: Mapping[str, str], now: Mapping[str, str], which: str) -> None:
     """Refuse to resume `which` run, or checkpoint of one, with different settings."""
-    different = [name for name in was if was[name] != now.get(name)]
+    different = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if different:
         what = f"{which} was created with a different {' and '.join(different)}"
         raise UserError(f"{what}. Resume with the original settings, or start a new run in a different output_dir")

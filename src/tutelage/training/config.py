@@ -249,6 +249,11 @@ class CurriculumConfig(TrainingArguments):
             with as_user_error(what), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler's own imports
                 torch.compile(torch.nn.Identity(), backend=backend, mode=mode)  # which compiles nothing yet
+        if self.save_only_model and str(self.resume_from_checkpoint).lower() == "auto":
+            found = "with save_only_model a checkpoint has nothing that a run continues from"
+            raise UserError(f"{found}: leave it out, or leave out resume_from_checkpoint=auto")
+        if self.metric_for_best_model is not None and self.eval_strategy == "no":
+            raise UserError("metric_for_best_model needs evaluations: give eval_strategy too, or leave it out")
         for name in _MAPPINGS:
             if isinstance(given := getattr(self, name, None), str):
                 raise UserError(f"{name} must be a mapping as JSON, e.g. '{{\"key\": 1}}', got {given!r}")

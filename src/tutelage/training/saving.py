@@ -5,9 +5,9 @@ are on the disk before it is written, and older checkpoints are deleted after th
 its files were compared with these checksums."""
 
 import json
+import logging
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from tutelage.io.store import sha256_of
 from tutelage.targets.source import StatisticsFile
 from tutelage.training.records import PROGRESS_FILE, Progress, checkpoints, complete_checkpoints
 
+_log = logging.getLogger(__name__)
 AUTO = "auto"  # of `resume_from_checkpoint`: start, or continue what is there
 _WORDS: dict[str, str | bool] = {**{"false": False, "no": False, "never": False, "true": True, "yes": True}, AUTO: AUTO}
 _STAGING = ".student.tmp"
@@ -133,7 +134,7 @@ def find_checkpoint(asked: str | bool, output_dir: Path) -> Path | None:
             return folder
         if asked != AUTO or folder == found[-1]:
             raise damaged(folder, damage)
-        warnings.warn(f"checkpoint {str(folder)!r} is damaged ({damage}): the one before it is used", stacklevel=3)
+        _log.warning("checkpoint %r is damaged (%s): the one before it is used", str(folder), damage)
     return None
 
 
@@ -151,7 +152,11 @@ def check_whole(folder: Path) -> None:
 def damaged(folder: Path, what: str) -> UserError:
     """The error about a damaged checkpoint, which names the one before it."""
     older = [path for path in complete_checkpoints(folder.parent) if _step(path) < _step(folder)]
-    how = f"resume from {str(older[-1])!r}" if older else "start the run again with overwrite_output_dir"
+    how = (
+        f"resume from {str(older[-1])!r}"
+        if older
+        else "start the run again with overwrite_output_dir in place of resume"
+    )
     return UserError(f"checkpoint {str(folder)!r} is damaged, so {how} ({what})")
 
 

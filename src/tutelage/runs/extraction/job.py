@@ -4,6 +4,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tutelage.core.curriculum import RESIDUAL
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config
 from tutelage.core.processes import Group
-from tutelage.io.files import temporary_folder
+from tutelage.io.files import alone, temporary_folder
 from tutelage.io.store import Store
 from tutelage.runs.environment import quiet_unless_terminal
 from tutelage.runs.extraction.encoder import Columns, Encoder
@@ -72,11 +73,12 @@ def extract(
     store = Store(args.output_dir or ".")
     state = PartialState()
     job = ExtractionJob(load_inputs(run, args, options.devices), args, options, state.device, run.streaming)
-    group = Group.of_all(state.device)
-    if not group.first(lambda: job.claim(store, log)):
-        job.write(store, group, log)
-        state.wait_for_everyone()
-        group.first(lambda: job.finish(store))
+    group, first = Group.of_all(state.device), state.is_main_process
+    with alone(store.local, "extracting") if store.local is not None and first else nullcontext():
+        if not group.first(lambda: job.claim(store, log)):
+            job.write(store, group, log)
+            state.wait_for_everyone()
+            group.first(lambda: job.finish(store))
     return read_manifest(store)
 
 
