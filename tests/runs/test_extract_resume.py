@@ -162,10 +162,16 @@ def test_a_curriculum_of_an_older_format_trains_the_same_student(
     new = train(tmp_path / "new", folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["digest"]
-    manifest["files"] = {name: value for name, value in manifest["files"].items() if not name.endswith("state.json")}
+    newer = ("state.json", "dataset_info.json", "dataset_dict.json")
+    all_files = manifest["files"]
+    manifest["files"] = {name: value for name, value in all_files.items() if not name.endswith(newer)}
     if version == 1:
         for form in manifest["identity"]["forms"].values():
             del form["beside"]
+    edited = {**manifest, "format": version, "files": all_files}  # not how an older version wrote it
+    (folder / "manifest.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match="it was changed: its digest is missing"):
+        train(tmp_path / "edited", folder)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": version}))
     old = train(tmp_path / "old", folder)
     assert old.student.metrics["loss"] == new.student.metrics["loss"]
