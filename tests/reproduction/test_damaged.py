@@ -279,7 +279,8 @@ def test_two_processes_do_not_make_one_comparison(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "file"), [(200, "settings.json"), (2_000, "model.safetensors|at-"), (1_500, "teacher.json|at-|final|identity.json")]
+    ("limit", "file"),
+    [(200, "settings.json"), (2_000, "model.safetensors|at-"), (1_500, "teacher.json|at-|final|identity.json")],
 )
 def test_a_disk_without_room_is_said_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int, file: str

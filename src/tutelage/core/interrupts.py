@@ -50,7 +50,7 @@ class Interrupts:
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """End the process at once inside: an exception amid an import is not raised cleanly, and nothing is lost."""
+        """End the process at once inside: an exception during an import is not raised cleanly, and nothing is lost."""
         self._importing = True
         try:
             yield

@@ -54,8 +54,8 @@ class Record:
 
 
 class Sealed(Record):
-    """A record whose JSON carries a digest of its other fields, so that a change by accident or by hand is noticed. It is no
-    signature: whoever means to can compute it."""
+    """A record whose JSON carries a digest of its other fields, so that a change by accident or by hand is noticed. It is not
+    a signature: anyone can compute it."""
 
     def to_dict(self) -> dict[str, Any]:
         return sealed(super().to_dict())

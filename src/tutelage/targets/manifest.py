@@ -162,7 +162,7 @@ def is_there(store: Store, shard: Shard, check: bool) -> bool:
 
 
 def check_files(checksums: Mapping[str, str]) -> None:
-    """Raise UserError for a name that leads out of the folder, or a checksum that is none."""
+    """Raise UserError for a name that leads out of the folder, or for a checksum that is not one of SHA-256."""
     for name, checksum in checksums.items():
         check_name(name, "it")
         if not _SHA256.fullmatch(checksum):
