@@ -158,6 +158,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("diagnose", {"max_length": 0}, "max_length must be at least 1, got 0"),
     ("distill", {"save_only_model": "true", "resume": "auto"}, "with save_only_model a checkpoint has nothing"),
     ("distill", {"metric_for_best_model": "foo", "eval_strategy": "no"}, "metric_for_best_model needs evaluations"),
+    ("compare", {"variant": "--"}, "'--variant=--' has no value: give one, or leave the option out"),
+    ("distill", {"output_dir": "--"}, "'--output_dir=--' has no value: give one, or leave the option out"),
     ("report", {"folder": "f" * 300}, "f/scaling.json': File name too long; give a different path"),
     ("distill", {"output_dir": "o" * 300}, "o/curriculum.json': File name too long; give a different path"),
     ("distill", {"dataset": "d" * 300}, "d': File name too long; give a different path"),

@@ -60,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in _COMMANDS:
         print(f"tutelage: there is no command {command!r}: use one of {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
+    if (
+        wrong := next((word for word in arguments if word.endswith("=--")), None)
+    ) is not None:  # argparse drops such a value
+        print(f"tutelage {command}: {wrong!r} has no value: give one, or leave the option out", file=sys.stderr)
+        return 2
     with interrupts.handled(f"tutelage {command}"):
         return _run(command, arguments[1:])
 
