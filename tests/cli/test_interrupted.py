@@ -19,6 +19,7 @@ from transformers import Trainer
 from tests.cli.conftest import budget, run
 from tutelage.cli import main
 from tutelage.core.interrupts import Interrupted, Interrupts
+from tutelage.io.files import alone
 from tutelage.runs import distill as distill_module
 
 TIMES = ("seconds", "runtime", "per_second", "_time")
@@ -176,3 +177,16 @@ def test_a_signal_amid_the_imports_is_one_line() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "tutelage distill: interrupted\n")
+
+
+@pytest.mark.parametrize("command", ["distill", "extract"])
+def test_another_process_in_the_folder_is_named_and_left_alone(
+    causal_teacher: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    pytest.importorskip("fcntl", reason="folders are locked on Unix")
+    given = [f"--teacher={causal_teacher}", f"--dataset={corpus / 'text.jsonl'}", "--student=layers=2,hidden_size=16"]
+    words = [command, *given, f"--output_dir={tmp_path / 'out'}", "--max_steps=1", "--use_cpu=true", "--max_length=16"]
+    with alone(tmp_path / "out", "working"):
+        assert main(words) == 2
+        assert "another process is" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+    assert main(words) == 0
