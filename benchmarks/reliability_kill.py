@@ -89,7 +89,7 @@ class Scene:
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
-    return [f"--{name}={value}" if name != "methods" else f"--methods={value}" for name, value in options.items()]
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 @dataclass

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import make_tokenizer
+from tests.limits import largest_file
 from tutelage.core.errors import UserError
 from tutelage.io import files
 from tutelage.io.claim import Claim, claim
@@ -21,17 +19,6 @@ from tutelage.io.files import alone, is_leftover, replacing, temporary_folder, w
 from tutelage.io.store import Store
 
 NUMBERS = Claim("numbers.json", {"numbers": 3}, "numbers")
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file that this process writes may become larger."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def killed(*_: object, **__: object) -> None:

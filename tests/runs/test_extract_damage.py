@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.limits import largest_file
 from tests.runs.conftest import no_space_left, settings, texts, train
 from tutelage.core.errors import UserError
 from tutelage.core.records import sealed
@@ -375,17 +374,6 @@ def test_what_only_an_unfinished_extraction_has_is_removed_from_a_finished_one(
         (folder / name).write_text("{}")
     extracted()
     assert content(folder) == before
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file that this process writes may become larger."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
+from tests.limits import largest_file
 from tests.training.conftest import llama, make_trainer, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.core.errors import UserError
@@ -411,16 +411,6 @@ def test_a_damaged_log_line_is_named(make_trainer: Make, tmp_path: Path) -> None
 # ---- A full disk ----
 
 
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("size", [20, 4_000, 15_000, 30_000])
 def test_a_file_that_cannot_be_written_is_one_error_and_the_last_checkpoint_stays(
     make_trainer: Make, tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
@@ -433,7 +423,7 @@ def test_a_file_that_cannot_be_written_is_one_error_and_the_last_checkpoint_stay
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     trainer = make_trainer(callbacks=[Full()], **settings)
-    with file_size_limit(-1), pytest.raises(UserError, match=r"could not write '.*': .*; free space there, or choose"):
+    with largest_file(-1), pytest.raises(UserError, match=r"could not write '.*': .*; free space there, or choose"):
         trainer.train()
     assert saving.find_checkpoint("auto", tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
     again = make_trainer(**settings)

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, is_text
 from tutelage.core.interrupts import Interrupted, interrupts
 
 _COMMANDS = ("plan", "distill", "extract", "inspect", "evaluate", "compare", "report", "diagnose")
@@ -33,11 +33,6 @@ Without options a command works on the teacher and text that come with tutelage.
 `tutelage COMMAND --help` lists the options of a command."""
 
 
-def _is_text(word: str) -> bool:
-    """Whether a word of a command line can be printed and be the name of a file; a byte that is not UTF-8 cannot."""
-    return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -48,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0
-    if (wrong := next((word for word in arguments if not _is_text(word)), None)) is not None:
+    if (wrong := next((word for word in arguments if not is_text(word)), None)) is not None:
         print(f"tutelage: {wrong!r} is not text that UTF-8 and file names can hold: correct it", file=sys.stderr)
         return 2
     command = arguments[0]
@@ -60,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in _COMMANDS:
         print(f"tutelage: there is no command {command!r}: use one of {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
-    if (
-        wrong := next((word for word in arguments if word.endswith("=--")), None)
-    ) is not None:  # argparse drops such a value
+    # argparse drops such a value
+    if (wrong := next((word for word in arguments if word.endswith("=--")), None)) is not None:
         print(f"tutelage {command}: {wrong!r} has no value: give one, or leave the option out", file=sys.stderr)
         return 2
     with interrupts.handled(f"tutelage {command}"):

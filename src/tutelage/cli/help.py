@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from transformers import TrainingArguments
 
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_text
 
 _WIDTH = 100
 _TRANSFORMERS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -77,9 +77,7 @@ class Parser(argparse.ArgumentParser):
 def check_words(given: Mapping[str, Any]) -> None:
     """Raise UserError for an option of a parser that is empty text."""
     for name, value in given.items():
-        for word in value if isinstance(value, list) else [value]:
-            if isinstance(word, str) and not word.strip():
-                raise UserError(f"{name} is empty: give a value, or leave it out")
+        check_text(name, value)
 
 
 def progress(line: str) -> None:

@@ -54,14 +54,22 @@ def _check_number(name: str, value: Any) -> None:
 def check_texts(options: Any) -> None:
     """Raise UserError for a field of a dataclass of options that is empty text, or text that no file can hold."""
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(text, str) or text == field.default:
-                continue
-            if not text.strip():
-                raise UserError(f"{field.name} is empty: give a value, or leave it out")
-            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-                raise UserError(f"{field.name} is {text!r}, which has characters that no file can hold: correct it")
+        if (value := getattr(options, field.name)) != field.default:
+            check_text(field.name, value)
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise UserError where a setting, or an entry of its list, is empty text, or text that no file can hold."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str) and not text.strip():
+            raise UserError(f"{name} is empty: give a value, or leave it out")
+        if isinstance(text, str) and not is_text(text):
+            raise UserError(f"{name} is {text!r}, which has characters that no file can hold: correct it")
+
+
+def is_text(word: str) -> bool:
+    """Whether a word can be printed and be the name of a file; a byte that is not UTF-8 cannot."""
+    return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -70,12 +70,13 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            try:
-                _locks.flock(handle, _locks.LOCK_EX | _locks.LOCK_NB)
-            except BlockingIOError:
-                found = f"another process is {what} in {str(folder)!r}"
-                raise UserError(f"{found}: wait until it has ended, or choose a different output_dir") from None
+        try:
+            _locks.flock(handle, _locks.LOCK_EX | _locks.LOCK_NB)
+        except BlockingIOError:
+            found = f"another process is {what} in {str(folder)!r}"
+            raise UserError(f"{found}: wait until it has ended, or choose a different output_dir") from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)

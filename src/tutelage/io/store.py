@@ -31,6 +31,14 @@ def sha256_of(handle: Any) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file on this machine; empty where there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as handle:
+        return sha256_of(handle)
+
+
 class Store:
     """Files below a folder or URL; of a folder elsewhere, `kept` fetched files stay on this machine at a time, and the oldest
     goes first. Every method raises UserError for an address that cannot be reached, a file that cannot be written, or a name

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback
 from tutelage.core.errors import UserError, as_user_error, check_finite, check_range
 from tutelage.core.records import Record
 from tutelage.io.files import writing_errors
-from tutelage.io.store import sha256_of
+from tutelage.io.store import sha256_of_file
 from tutelage.reproduction.sealed import read_sealed, write_sealed
 from tutelage.reproduction.statistics import as_good
 from tutelage.training.config import CurriculumConfig
@@ -159,8 +159,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     with as_user_error(f"cannot read {str(folder)!r}", OSError):
         for part in ("final", "at-*"):
             for file in filter(Path.is_file, folder.glob(f"{part}/**/*")):
-                with open(file, "rb") as handle:
-                    checksums[file.relative_to(folder).as_posix()] = sha256_of(handle)
+                checksums[file.relative_to(folder).as_posix()] = sha256_of_file(file)
     return checksums
 
 

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import PrinterCallback
 
+from tutelage.core.processes import Group
 from tutelage.io.files import alone, write_atomically, writing_errors
+from tutelage.io.store import sha256_of_file
 from tutelage.runs.environment import environment, quiet_unless_terminal
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
 from tutelage.runs.model_card import write_card
@@ -23,7 +24,7 @@ from tutelage.tasks.students import weights_of
 from tutelage.training.checks import TrainingDiverged, check_output_dir, check_same_folder
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import CURRICULUM_FILE, IDENTITY_FILE, METRICS_FILE, TARGETS_FILE, evaluation_metrics
-from tutelage.training.saving import AUTO, resume_choice, sha256_of_file
+from tutelage.training.saving import AUTO, resume_choice
 from tutelage.training.trainer import CurriculumTrainer
 
 _RECORDS = (CURRICULUM_FILE, IDENTITY_FILE, METRICS_FILE, TARGETS_FILE, RESULT_FILE, "loss.png", "README.md")
@@ -55,9 +56,8 @@ def distill(
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
     with alone(folder, "training") if trainer.is_world_process_zero() else nullcontext():
-        asked = resume == AUTO and trainer.is_world_process_zero()  # other machines may not have the folder
-        (made,) = broadcast_object_list([_finished(trainer) if asked else None])
-        if made is not None:
+        first = Group.of_all(args.device).first  # other machines may not have the folder
+        if resume == AUTO and (made := first(lambda: _finished(trainer))) is not None:
             log(f"{str(folder)!r} contains this run, and it is finished: nothing was trained")
             return made
         trainer.train(resume_from_checkpoint=resume)

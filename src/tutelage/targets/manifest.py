@@ -21,7 +21,7 @@ from tutelage.core.records import Record, Sealed
 from tutelage.io.claim import Claim, check_same
 from tutelage.io.claim import claim as claim_folder
 from tutelage.io.names import check_name
-from tutelage.io.store import Check, Store, sha256_of
+from tutelage.io.store import Check, Store, sha256_of_file
 from tutelage.targets.identity import ExtractionIdentity
 
 FORMAT = 3  # 2 had no digest and no checksums of the files of `datasets`, 1 no joint stages; both are read too
@@ -141,8 +141,7 @@ class ShardWriter:
                     out.write_batch(pa.record_batch(arrays, schema))
                     rows += len(arrays[0])
                     tokens += len(columns["input_ids"].flatten())
-            with path.open("rb") as written:
-                shard = Shard(self.file(number), rows, tokens, path.stat().st_size, sha256_of(written))
+            shard = Shard(self.file(number), rows, tokens, path.stat().st_size, sha256_of_file(path))
         write_receipt(self.store, shard)
         return shard
 
@@ -263,8 +262,7 @@ def comparing(store: Store, name: str, expected: str) -> Check:
     """Compares a fetched file with its checksum in the manifest."""
 
     def compare(path: Path) -> None:
-        with path.open("rb") as fetched:
-            _compare(store, name, sha256_of(fetched), expected)
+        _compare(store, name, sha256_of_file(path), expected)
 
     return compare
 

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerState
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.io.files import writing_errors
+from tutelage.io.store import sha256_of_file
 from tutelage.targets.checkpoints import load_checkpoint
 from tutelage.training import checks, records, saving, sharding
 from tutelage.training.config import CurriculumConfig
@@ -130,7 +131,7 @@ class CheckpointedTrainer(Trainer):
         progress, loss = self.progress, self._sum_over_devices(self._tr_loss)
         progress.loss_sum, progress.parts = float(loss) / self.args.world_size, self.meter.part_sums()
         progress.total_loss, progress.logged_step = self._total_loss_scalar, self._globalstep_last_logged
-        progress.statistics = saving.sha256_of_file(self.folder / records.TARGETS_FILE)
+        progress.statistics = sha256_of_file(self.folder / records.TARGETS_FILE)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the plain student and its tokenizer; nothing of tutelage, and no pickle, beside it."""

@@ -279,14 +279,14 @@ def check_same_folder(output_dir: Path, curriculum: Curriculum, identity: dict[s
     if not store.exists(CURRICULUM_FILE):
         return False
     check_same(store, Claim(CURRICULUM_FILE, curriculum.to_dict(), "a run"), read_record(store, CURRICULUM_FILE))
-    whole = f"{str(output_dir / IDENTITY_FILE)!r}, which says what the run was made from"
+    where = f"{str(output_dir / IDENTITY_FILE)!r}, which says what the run was made from"
+    how = "start the run again with overwrite_output_dir in place of resume"
     if not store.exists(IDENTITY_FILE):
-        raise UserError(f"found no {whole}: start the run again with overwrite_output_dir in place of resume")
+        raise UserError(f"found no {where}: {how}")
     try:
         was = unsealed(read_record(store, IDENTITY_FILE))
     except UserError as error:
-        how = "start the run again with overwrite_output_dir in place of resume"
-        raise UserError(f"cannot read {whole} ({error}): {how}") from error
+        raise UserError(f"cannot read {where} ({error}): {how}") from error
     check_same_run(was, identity, f"the run in {str(output_dir)!r}")
     return True
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tutelage.core.errors import UserError, as_user_error, reason_of
 from tutelage.core.records import Sealed
 from tutelage.io.files import is_leftover, sync, write_atomically
-from tutelage.io.store import sha256_of
+from tutelage.io.store import sha256_of_file
 from tutelage.targets.source import StatisticsFile
 from tutelage.training.records import PROGRESS_FILE, Progress, checkpoints, complete_checkpoints
 
@@ -181,14 +181,6 @@ def check_statistics(file: StatisticsFile, expected: str) -> None:
             own = file.found() == path
         if own and sha256_of_file(path) != expected:
             raise UserError(how)
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file; empty where there is none."""
-    if not path.exists():
-        return ""
-    with open(path, "rb") as handle:
-        return sha256_of(handle)
 
 
 def _step(folder: Path) -> int:

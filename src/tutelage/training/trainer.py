@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -21,6 +20,7 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import PACKED, batch_positions
 from tutelage.core.interrupts import interrupts
+from tutelage.core.processes import Group
 from tutelage.io.files import writing_errors
 from tutelage.targets.source import StatisticsFile
 from tutelage.tasks.base import EvaluationTools
@@ -112,12 +112,8 @@ class CurriculumTrainer(CheckpointedTrainer):
         """Run the whole curriculum, or resume it; see `transformers.Trainer.train`. `resume_from_checkpoint="auto"` starts the
         run, or continues what is in `output_dir`."""
         identity = self.identity()
-        found: list[Path | None] = [None]
-        if self.is_world_process_zero():
-            overwrite = self.args.overwrite_output_dir
-            where: Any = (self.folder, resume_from_checkpoint, self.curriculum, identity, overwrite)
-            found = [checks.enter_output_dir(*where)]
-        (checkpoint,) = broadcast_object_list(found)
+        where: Any = (self.folder, resume_from_checkpoint, self.curriculum, identity, self.args.overwrite_output_dir)
+        checkpoint = Group.of_all(self.args.device).first(lambda: checks.enter_output_dir(*where))
         progress, self._resumed_stage = Progress(identity=identity), None
         if checkpoint is not None:
             progress = saving.read_progress(checkpoint)

@@ -14,7 +14,7 @@ from datasets import Features
 
 from tutelage.core.errors import UserError
 from tutelage.core.records import Sealed
-from tutelage.io.store import Store, sha256_of
+from tutelage.io.store import Store, sha256_of_file
 from tutelage.runs.environment import environment
 from tutelage.targets.folder import STATISTICS_FILE, STUDENT_FOLDER, stray_files
 from tutelage.targets.identity import ExtractionIdentity
@@ -74,8 +74,7 @@ def put_folder(store: Store, folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
-        with file.open("rb") as handle:
-            found[name] = sha256_of(handle)
+        found[name] = sha256_of_file(file)
         with store.writing(name) as path:
             shutil.copyfile(file, path)
     return found
