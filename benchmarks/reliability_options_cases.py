@@ -83,7 +83,7 @@ RECIPE_NUMBERS = {
         "0 -1 1.5 nan inf x 1e30": "batch_size budget_samples eval_every eval_samples d k teacher_width student_width "
         "stage_samples",
         POSITIVE: "learning_rates teacher_learning_rate target",
-        "-1 1e30 1.5 nan x": "seeds teacher_seed",
+        "-1 1e30 1.5 nan x": "seeds teacher_seeds",
         "0 1.1 nan x": "tuning_share",
         "0 -1 nan x": "teacher_factor jobs",
     },

@@ -53,7 +53,7 @@ def draw(source: Path, picture: Path) -> None:
         median = median_curve(curves)
         axes.plot(*zip(*median, strict=True), color=color, linewidth=2.2, label=label)
         axes.annotate(f"{median[-1][1]:.3f}", median[-1], (0, 6), textcoords="offset points", color=color)
-    teacher = comparison.teacher.metrics["loss"]
+    teacher = comparison.teachers[0].metrics["loss"]
     axes.axhline(teacher, color="0.35", linestyle=":", label=f"teacher ({teacher:.3f})")
     axes.set(xlabel="training FLOPs, the teacher's included", ylabel="held-out loss (nats per masked token)")
     axes.xaxis.set_major_formatter(EngFormatter())

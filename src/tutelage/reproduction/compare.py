@@ -6,25 +6,31 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
 
 from tutelage.core.errors import UserError
 from tutelage.io.claim import Claim, claim
 from tutelage.io.files import alone, is_leftover
 from tutelage.io.store import Store
 from tutelage.reproduction.display import listed
-from tutelage.reproduction.recipe import Recipe
-from tutelage.reproduction.results import COMPARISON_FILE, COSTS, Comparison, MethodResult
+from tutelage.reproduction.recipe import PaperRecipe, Recipe
+from tutelage.reproduction.results import COMPARISON_FILE, Comparison, MethodResult
 from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.runner import Runner, portable
+from tutelage.reproduction.search import RATE
 from tutelage.reproduction.summary import summarise
 from tutelage.reproduction.teachers import Teacher, TeacherRecord
-from tutelage.reproduction.tuning import tune
-from tutelage.reproduction.variants import Variant, candidates, plain_variant
+from tutelage.reproduction.tuning import axes_of, first_candidate, is_searched, tune
+from tutelage.reproduction.variants import COSTS, Variant, plain_variant
 from tutelage.reproduction.workers import Workers
 from tutelage.runs.environment import environment
 
 _SETTINGS_FILE = "settings.json"
+
+_UNKNOWN = Teacher(nn.Identity(), "not made yet")
 
 Log = Callable[[str], None]
 
@@ -50,15 +56,19 @@ def compare(
         command: the command that repeats the comparison, for the record.
         log: called with a line of progress.
 
+    On several teachers (`recipe.teacher_seeds`), each has a folder of its own below `output_dir`.
+
     Raises UserError: settings that cannot work, among them a target above what the teacher reaches, or a folder
     that contains a different comparison."""
     asked = recipe.default_methods if methods is None else methods
     variants = [method if isinstance(method, Variant) else plain_variant(method) for method in asked]
     _check(recipe, variants, match, jobs)
+    if isinstance(recipe, PaperRecipe) and len(recipe.teacher_seeds) > 1:
+        return _on_each_teacher(recipe, output_dir, variants if methods else None, _How(match, jobs, command, log))
     sketch = recipe.sketch_teacher()
     if sketch is not None:  # what cannot work with a teacher of this shape is refused before the training
-        builder = RunBuilder(recipe, Teacher(sketch, "untrained"), output_dir)
-        builder.check([variant for variant in variants if variant.method != "progressive"])  # needs checkpoints
+        untrained = Teacher(sketch, "untrained")  # without checkpoints, which progressive distillation needs
+        _check_curricula(recipe, untrained, output_dir, [v for v in variants if v.method != "progressive"])
     with _claimed(output_dir, recipe, match):
         log(f"teacher of {recipe.name}/{recipe.size}")
         teacher = recipe.make_teacher(output_dir)
@@ -67,7 +77,7 @@ def compare(
             log("progressive distillation is left out: this teacher came without checkpoints of its training")
             variants = [variant for variant in variants if variant.method != "progressive"]
         runner = Runner(recipe, teacher, output_dir, match)
-        runner.builder.check(variants)
+        _check_curricula(recipe, teacher, output_dir, variants)
         record = _Record(recipe, output_dir, _begun(recipe, teacher, match, command), log)
         record.begin(variants)
         if jobs == 1:
@@ -77,6 +87,67 @@ def compare(
             with contextlib.nullcontext(jobs) if isinstance(jobs, Workers) else Workers(jobs) as workers:
                 _run_side_by_side(workers, runner, variants, record)
         return record.end()
+
+
+@dataclass(frozen=True)
+class _How:
+    """Arguments of `compare` that are the same for every teacher."""
+
+    match: str
+    jobs: int | Workers
+    command: str | None
+    log: Log
+
+
+def _on_each_teacher(
+    recipe: PaperRecipe, output_dir: Path, variants: Sequence[Variant] | None, how: _How
+) -> Comparison:
+    """Compare on one teacher after another. What was chosen with the first is used with the others."""
+    parts: list[Comparison] = []
+    with _claimed(output_dir, recipe, how.match):
+        for seed in recipe.teacher_seeds:
+            one = dataclasses.replace(recipe, teacher_seeds=(seed,))
+            folder = output_dir / f"teacher-{seed}"
+            made = compare(one, folder, variants, match=how.match, jobs=how.jobs, log=how.log)
+            parts.append(made)
+            if len(parts) == 1:
+                asked = None if variants is None else {variant.name for variant in variants}
+                variants = [chosen(method) for method in made.methods if asked is None or method.name in asked]
+            pooled(parts, recipe, how.command).write(output_dir)
+    return Comparison.read(output_dir)
+
+
+def chosen(method: MethodResult) -> Variant:
+    """The variant with what tuning chose for it, so that there is nothing left to search."""
+    candidate = method.tunings[0].candidate
+    if candidate is None:
+        raise UserError(f"{method.name} diverged at every candidate with the first teacher: leave it out")
+    overrides = {**method.variant.overrides, RATE: candidate.learning_rate, **candidate.settings}
+    return dataclasses.replace(method.variant, overrides=overrides, search={})
+
+
+def pooled(parts: Sequence[Comparison], recipe: PaperRecipe, command: str | None) -> Comparison:
+    """One comparison of the runs on several teachers, the first of which the methods were tuned with."""
+    first = parts[0]
+    methods = []
+    for method in first.methods:
+        runs = [
+            dataclasses.replace(run, teacher=index)
+            for index, part in enumerate(parts)
+            for same in part.methods
+            if same.name == method.name
+            for run in same.runs
+        ]
+        methods.append(dataclasses.replace(method, runs=tuple(runs)))
+    whole = dataclasses.replace(
+        first,
+        command=command,
+        complete=len(parts) == len(recipe.teacher_seeds),
+        settings=recipe.all_settings(),
+        teachers=tuple(teacher for part in parts for teacher in part.teachers),
+        methods=tuple(methods),
+    )
+    return summarise(whole, recipe.target)
 
 
 class _Record:
@@ -135,14 +206,14 @@ def _run_side_by_side(workers: Workers, runner: Runner, variants: Sequence[Varia
 
 def _run_method(runner: Runner, variant: Variant, record: _Record) -> None:
     """Tune a variant and run it on the reported seeds; the record has each run once it is finished."""
-    best, trials = tune(runner, variant, record.log)
-    result = MethodResult(variant, best, trials)
+    tuning = tune(runner, variant, record.log)
+    best, result = tuning.candidate, MethodResult(variant, (tuning,))
     if best is None:
         record.log(f"{variant.name} diverged at every learning rate that was tried: add smaller learning_rates")
         record.put(result)
         return
     result = dataclasses.replace(result, curriculum=portable(runner.curriculum(variant, best)))
-    record.log(f"{variant.name}: learning rate {best.label}, seeds {listed(runner.recipe.seeds)}")
+    record.log(f"{variant.name}: chosen {best.label}, seeds {listed(runner.recipe.seeds)}")
     for runs in runner.runs(variant, best, runner.recipe.seeds):
         result = dataclasses.replace(result, runs=(*result.runs, *runs))
         record.put(result)
@@ -165,9 +236,20 @@ def _check(recipe: Recipe, variants: Sequence[Variant], match: str, jobs: int | 
             raise UserError(f"{name} are repeated: {listed(values)}")
     if shared := set(seeds) & set(tuning):
         raise UserError(f"seeds {sorted(shared)} are tuning seeds too: rates must not be chosen on reported seeds")
-    if not tuning and any(len(candidates(variant, recipe.learning_rates)) > 1 for variant in variants):
-        found = "tuning_seeds are empty: give some, or a single learning rate and, for progressive, a single schedule"
-        raise UserError(f"{found} (--variant NAME:method=progressive,schedule=two)")
+    searched = (is_searched(recipe, axes_of(recipe, variant, _UNKNOWN)) for variant in variants)
+    if not tuning and any(searched):
+        raise UserError("tuning_seeds are empty: give some, or trials=1 and a single learning rate, which is then used")
+
+
+def _check_curricula(recipe: Recipe, teacher: Teacher, folder: Path, variants: Sequence[Variant]) -> None:
+    """Refuse variants that cannot be run: what the search begins with, and every rate and value that a variant asks for."""
+    builder = RunBuilder(recipe, teacher, folder)
+    for variant in variants:
+        first = first_candidate(axes_of(recipe, variant, teacher))
+        builder.check(variant, first)
+        for name, values in variant.search.items():
+            for value in values:
+                builder.check(variant, dataclasses.replace(first, settings={**first.settings, name: value}))
 
 
 def _check_target(recipe: Recipe, teacher: Teacher) -> None:
@@ -204,7 +286,7 @@ def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) ->
         match=match,
         budget=recipe.budget_samples,
         settings=recipe.all_settings(),
-        teacher=TeacherRecord(teacher.description, teacher.metrics, teacher.samples, teacher.converged_at),
+        teachers=(TeacherRecord(teacher.description, teacher.metrics, teacher.samples, teacher.converged_at),),
         environment=environment(),
         **same,
     )

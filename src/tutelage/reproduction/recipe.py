@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tutelage.core.errors import LARGEST, UserError, check_positive, check_range
+from tutelage.reproduction.search import Axis
 from tutelage.reproduction.statistics import as_good
 from tutelage.reproduction.teachers import Teacher, TeacherRule, trained_teacher
 from tutelage.reproduction.variants import Variant
@@ -47,13 +48,17 @@ class Recipe(ABC):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the reported runs: initial student, data order and random projection."""
     tuning_seeds: tuple[int, ...] = (1000, 1001)
-    """Seeds on which learning rates and schedules are chosen; never reported."""
+    """Seeds on which learning rates and other settings are chosen; never reported."""
     learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)  # the learning rates that are tried for every method
+    trials: int | None = None
+    """Candidates that are tried for each method: these rates and further ones, and the settings that are searched; default:
+    these rates alone. 1 tries nothing."""
     batch_size: int = 64
     budget_samples: int = 1_920_000  # examples that each method may train on
     eval_every: int = 8_000  # examples between evaluations
-    eval_samples: int = 4096  # held-out examples
-    tuning_share: float = 1.0  # fraction of the budget that tuning runs get
+    fine_eval_every: int | None = None
+    """Examples between evaluations where a run reached the target, to find where exactly; default: no finer ones."""
+    eval_samples: int = 4096  # held-out examples, and as many others for tuning
     size: str = field(default="own", kw_only=True, metadata=FIXED)  # `smoke`, `laptop`, `paper` or `own`
 
     def __post_init__(self) -> None:
@@ -62,8 +67,12 @@ class Recipe(ABC):
             check_range("each of the seeds", seed, 0, LARGEST)
         for rate in self.learning_rates:
             check_positive("each of the learning_rates", rate)
-        if not 0 < self.tuning_share <= 1:
-            raise UserError(f"tuning_share is a fraction of the budget, above 0 and at most 1: got {self.tuning_share}")
+        if self.fine_eval_every is not None:
+            check_range("fine_eval_every", self.fine_eval_every, 1, self.eval_every)
+        if self.trials is not None and self.trials != 1 and self.trials < len(self.learning_rates):
+            found = f"trials={self.trials} is less than the number of learning_rates, {len(self.learning_rates)}"
+            raise UserError(f"{found}: all of them are tried for every method; give more trials, or fewer rates")
+        at_least_one(self, *(() if self.trials is None else ("trials",)))
         if self.budget_samples < self.batch_size:
             raise UserError(f"budget_samples {self.budget_samples} is less than one batch of {self.batch_size}")
 
@@ -128,6 +137,10 @@ class Recipe(ABC):
         """`CurriculumConfig` fields of one method, in addition to `arguments()`."""
         return {}
 
+    def axes(self, method: str, teacher: Teacher) -> dict[str, Axis]:
+        """What is searched for a method besides its rate."""
+        return {}
+
     @abstractmethod
     def make_teacher(self, folder: Path) -> Teacher:
         """Train, load or build the teacher; a recipe may keep things in `folder`, that of the comparison.
@@ -146,8 +159,8 @@ class Recipe(ABC):
         """At least `count` training examples, in the order of the seeds."""
 
     @abstractmethod
-    def eval_data(self, seeds: Sequence[int]) -> Any:
-        """Held-out examples of the seeds."""
+    def eval_data(self, seeds: Sequence[int], tuning: bool = False) -> Any:
+        """Held-out examples of the seeds; those for `tuning` are others."""
 
     @property
     @abstractmethod
@@ -167,16 +180,28 @@ class PaperRecipe(Recipe):
     teachers: ClassVar[tuple[str, ...]] = (TRAINED,)  # teachers that are not folders
 
     teacher: str = TRAINED  # `trained`, or the folder of a finished teacher
-    teacher_seed: int = 0
+    teacher_seeds: tuple[int, ...] = (0,)
+    """Seeds of the teachers; each of several is trained or built, and all methods are compared on each. Settings are chosen
+    with the first."""
     teacher_learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("teacher_seed", self.teacher_seed, 0, LARGEST)
+        if not self.teacher_seeds or len(set(self.teacher_seeds)) != len(self.teacher_seeds):
+            raise UserError(f"teacher_seeds must be different numbers, at least one, got {list(self.teacher_seeds)}")
+        for seed in self.teacher_seeds:
+            check_range("each of the teacher_seeds", seed, 0, LARGEST)
         check_positive("teacher_learning_rate", self.teacher_learning_rate)
         if self.teacher_is_given and not Path(self.teacher).is_dir():
             known = " or ".join(map(repr, self.teachers))
             raise UserError(f"unknown teacher {self.teacher!r}: use {known}, or the folder of a finished teacher")
+        if self.teacher_is_given and len(self.teacher_seeds) > 1:
+            raise UserError(f"teacher {self.teacher!r} is one finished teacher: leave teacher_seeds out")
+
+    @property
+    def teacher_seed(self) -> int:
+        """Seed of the teacher, or of the first one."""
+        return self.teacher_seeds[0]
 
     @property
     def teacher_is_given(self) -> bool:

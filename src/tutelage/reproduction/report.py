@@ -67,7 +67,7 @@ def write_report(folder: Path) -> Path:
     for axis in AXES:
         draw_curves(curves, comparison, axis, folder / f"curves_{axis}.png")
     done = sum(len(method.runs) for method in comparison.methods)
-    expected = max(len(comparison.methods) * len(comparison.seeds), done)
+    expected = max(len(comparison.methods) * comparison.pairs, done)
     report = Report(
         comparison,
         curves,
@@ -99,8 +99,8 @@ def _how_to_read(comparison: Comparison) -> list[str]:
         "'unknown': neither bound holds.",
     ]
     return [
-        "Each method was run once per seed. Thin lines are seeds; the thick line is their median, and the shaded area goes "
-        "from the smallest to the largest value. A run that stopped at the target keeps its last value there.",
+        "Each method was run once per teacher and seed. Thin lines are runs; the thick line is their median, and the "
+        "shaded area goes from the smallest to the largest value. A run that stopped at the target keeps its last value there.",
         "FLOPs include those of the teacher. Seconds are those of the machine under Environment.",
         *([] if comparison.target is None else targets),
         "A dash (-) means that there is no value, or none yet.",

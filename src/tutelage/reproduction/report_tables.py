@@ -13,15 +13,17 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.stages import JointStage, OutputStage, Stage
 from tutelage.reproduction.display import Table, listed, show_number
 from tutelage.reproduction.report_curves import MethodCurves
-from tutelage.reproduction.results import COSTS, Comparison, MethodResult, Ratio, Trial
-from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, Estimate
+from tutelage.reproduction.results import Comparison, MethodResult, Ratio, Trial
+from tutelage.reproduction.search import RATE
+from tutelage.reproduction.statistics import Estimate
+from tutelage.reproduction.variants import COSTS
 
 _VALUE_ROWS = 12  # rows of a method in the table of a plot's values
 COST_NAMES = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def summary_table(comparison: Comparison) -> Table:
-    """The small table of the first screen: samples to the target, final metric, ratio to one-shot."""
+    """The small table of the first screen: samples to the target, final metric, ratio to one-shot, and the search."""
     metric, target, baseline = comparison.metric, comparison.target, comparison.baseline
     columns = ["method", f"final {metric}"]
     rows = [[method.name, _median(method.finals(metric))] for method in comparison.methods]
@@ -32,27 +34,44 @@ def summary_table(comparison: Comparison) -> Table:
             if baseline is not None:
                 row.append("1" if method is baseline else _ratio(comparison.ratio(method.name, baseline.name)))
         columns += [] if baseline is None else [f"ratio to {baseline.name}"]
-    return Table("Results", columns, rows, _facts(comparison))
+    for row, method in zip(rows, comparison.methods, strict=True):
+        row.append(_trials(method))
+    return Table("Results", [*columns, "trials"], rows, _facts(comparison))
+
+
+def _trials(method: MethodResult) -> str:
+    """How many candidates were tried, and what is at an edge of them."""
+    at_edge = f" (at an edge: {listed(method.edges)})" if method.edges else ""
+    return f"{method.trials or 1}{at_edge}"
 
 
 def detail_tables(comparison: Comparison, curves: Sequence[MethodCurves]) -> list[Table]:
     """Everything else, in the order in which a reader may ask for it; tables without rows are left out."""
-    teacher = comparison.teacher.to_dict()
-    metrics = teacher.pop("metrics")
     legend = [(m.name, m.variant.method, m.variant.settings or "the recipe's own") for m in comparison.methods]
     note = "Settings not named here are the recipe's own."
     tables = [
         Table("Methods", ("name", "method", "settings"), legend, note),
         _details(comparison),
         _ratios(comparison),
-        _learning_rates(comparison),
+        _differences(comparison),
+        _tried(comparison),
         _every_run(comparison),
         _values(curves, comparison.metric),
         _pairs("Settings", {**comparison.settings, "command": comparison.command}),
-        _pairs("Teacher", {**teacher, **metrics}),
+        *_teachers(comparison),
         _pairs("Environment", comparison.environment),
     ]
     return [table for table in tables if table.rows]
+
+
+def _teachers(comparison: Comparison) -> list[Table]:
+    several = len(comparison.teachers) > 1
+    tables = []
+    for number, record in enumerate(comparison.teachers, 1):
+        teacher = record.to_dict()
+        metrics = teacher.pop("metrics")
+        tables.append(_pairs(f"Teacher {number}" if several else "Teacher", {**teacher, **metrics}))
+    return tables
 
 
 def _facts(comparison: Comparison) -> str:
@@ -66,17 +85,19 @@ def _facts(comparison: Comparison) -> str:
     if comparison.target is not None:
         goal = f"the target is {show_number(comparison.target)}"
     seeds = listed(comparison.seeds)
-    over = f"Medians over seeds {seeds}." if len(comparison.seeds) > 1 else f"Seed {seeds}."
+    over = f"Medians over seeds {seeds}" if len(comparison.seeds) > 1 else f"Seed {seeds}"
+    teachers = len(comparison.teachers)
+    over += f", each with {teachers} teachers." if teachers > 1 else ", one teacher."
     return f"{budget}. Held-out {comparison.metric}: {comparison.better} is better; {goal}. {over}"
 
 
 def _details(comparison: Comparison) -> Table:
     metric, target = comparison.metric, comparison.target
-    to_target = [] if target is None else ["samples to target, median", _spread(comparison)]
-    columns = ["method", "learning rate", *to_target, f"final {metric}, median (range)", "seconds, median"]
+    to_target = [] if target is None else ["samples to target, median", "range"]
+    columns = ["method", "chosen", "trials", *to_target, f"final {metric}, median (range)", "seconds, median"]
     rows = []
     for method in comparison.methods:
-        row = [method.name, _candidate(method)]
+        row = [method.name, _candidate(method), _trials(method)]
         if target is not None:
             beyond = _beyond(method) if method.runs else "-"
             row += [_reached(method, comparison), _interval(method.samples_to_target, beyond)]
@@ -86,9 +107,29 @@ def _details(comparison: Comparison) -> Table:
 
 
 def _candidate(method: MethodResult) -> str:
-    if method.candidate is None:
-        return "all diverged" if method.diverged else "-"
-    return listed(filter(None, (show_number(method.candidate.learning_rate), method.candidate.schedule)))
+    if not method.tunings:
+        return "-"
+    candidate = method.tunings[0].candidate
+    if candidate is None:
+        return "all diverged"
+    return listed([show_number(candidate.learning_rate), *_words(candidate.settings)])
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{name.replace('_', ' ')} {value}" for name, value in settings.items()]
+
+
+def _differences(comparison: Comparison) -> Table:
+    """Final values against one-shot's, paired by teacher and seed."""
+    rows = []
+    for found in comparison.differences:
+        paired = found.paired
+        if paired.mean is not None:
+            ends = f"{show_number(paired.low)} to {show_number(paired.high)}"
+            rows.append((found.over, show_number(paired.mean), ends, paired.kind, str(paired.pairs)))
+    under = comparison.baseline.name if comparison.baseline else "one_shot"
+    columns = (f"final {comparison.metric} minus that of {under}", "mean", "from, to", "which is", "pairs")
+    return Table("Differences", columns, rows, "Runs of the same teacher and seed are paired.")
 
 
 def _ratios(comparison: Comparison) -> Table:
@@ -99,7 +140,7 @@ def _ratios(comparison: Comparison) -> Table:
         names = f"{ratio.over} / {ratio.under}"
         rows.append((names, COST_NAMES[ratio.cost], show_number(estimate.median), interval, _note(ratio)))
     note = "The cost to the target of the first method, divided by that of the second method, on the same seed."
-    return Table("Ratios", ("ratio", "of", "median", _spread(comparison), "note"), rows, note)
+    return Table("Ratios", ("ratio", "of", "median", "range", "note"), rows, note)
 
 
 def _note(ratio: Ratio) -> str:
@@ -108,14 +149,9 @@ def _note(ratio: Ratio) -> str:
     if not ratio.paired.is_bound:
         return ""
     return (
-        f"at most: {ratio.under} did not reach the target on {ratio.paired.unreached} of {ratio.paired.pairs} seeds, "
+        f"at most: {ratio.under} did not reach the target on {ratio.paired.unreached} of {ratio.paired.pairs} pairs, "
         "so its budget is used in place of its cost"
     )
-
-
-def _spread(comparison: Comparison) -> str:
-    """What the two numbers beside a median are: with few seeds, their bootstrap interval is their range."""
-    return "95% interval" if len(comparison.seeds) >= FEWEST_FOR_INTERVAL else "range"
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -129,20 +165,20 @@ def _ratio(ratio: Ratio | None) -> str:
     return "not reached" if estimate.low is None else f"at least {show_number(estimate.low)}"
 
 
-def _learning_rates(comparison: Comparison) -> Table:
-    units = {trial.unit for method in comparison.methods for trial in method.trials}
-    cells: dict[tuple[str, str], dict[float, str]] = {}  # text by (method, schedule) and rate
+def _tried(comparison: Comparison) -> Table:
+    """Every candidate, and its score on the tuning seeds."""
+    rows = []
     for method in comparison.methods:
-        for trial in method.trials:
-            text = _score(trial) + (f" {trial.unit}" if len(units) > 1 else "")
-            text += " ✓" if trial.candidate == method.candidate else ""
-            row = cells.setdefault((method.name, trial.candidate.schedule or ""), {})
-            row[trial.candidate.learning_rate] = text
-    rates = sorted({rate for row in cells.values() for rate in row})
-    rows = [(" ".join(filter(None, key)), *(row.get(rate, "") for rate in rates)) for key, row in cells.items()]
-    unit = f"Scores are {next(iter(units))}. " if len(units) == 1 else ""
-    note = f"{unit}✓ marks the learning rate that the method was then run with."
-    return Table("Learning rates tried", ("method", *(f"{rate:g}" for rate in rates)), rows, note)
+        for tuning in method.tunings:
+            for trial in tuning.trials:
+                chosen = " ✓" if trial.candidate == tuning.candidate else ""
+                settings = listed(_words(trial.candidate.settings)) or "-"
+                rate = show_number(trial.candidate.learning_rate)
+                rows.append((method.name, rate, settings, _score(trial) + chosen, trial.unit, str(trial.seeds)))
+    note = (
+        "✓ marks what the method was then run with. One that is clearly worse on the first tuning seed has no others."
+    )
+    return Table("Trials", ("method", RATE.replace("_", " "), "settings", "score", "of", "tuning seeds"), rows, note)
 
 
 def _score(trial: Trial) -> str:
@@ -156,14 +192,14 @@ def _every_run(comparison: Comparison) -> Table:
     rows = []
     for method in comparison.methods:
         for run in method.runs:
-            row = [method.name, str(run.seed)]
+            row = [method.name, str(run.teacher + 1), str(run.seed)]
             if target is not None:
                 row += [show_number(run.to_target(cost)) for cost in COSTS]
-                row[2] = _beyond(method) if run.at_target is None else row[2]
+                row[3] = _beyond(method) if run.at_target is None else row[3]
             final = show_number(run.final.get(metric)) + (" (diverged)" if run.diverged else "")
             rows.append((*row, final, show_number(run.seconds)))
     to_target = () if target is None else ("samples to target", "FLOPs to target", "seconds to target")
-    return Table("Every run", ("method", "seed", *to_target, f"final {metric}", "seconds"), rows)
+    return Table("Every run", ("method", "teacher", "seed", *to_target, f"final {metric}", "seconds"), rows)
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> Table:

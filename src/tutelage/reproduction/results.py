@@ -11,12 +11,11 @@ from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError, check_choice, check_finite, check_range
 from tutelage.core.records import Record
 from tutelage.reproduction.sealed import read_sealed, write_sealed
-from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedRatio
+from tutelage.reproduction.statistics import NO_ESTIMATE, Estimate, PairedDifference, PairedRatio
 from tutelage.reproduction.teachers import TeacherRecord
-from tutelage.reproduction.variants import Candidate, Variant
+from tutelage.reproduction.variants import COSTS, Candidate, Variant
 
 COMPARISON_FILE = "comparison.json"
-COSTS = ("samples", "flops", "seconds")
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,12 @@ class RunRecord(Record):
     diverged: str | None = None  # what diverged, where training had to stop
     at_target: CurvePoint | None = None
     """The first point of the curve at the target; None where there is none, or no target."""
+    teacher: int = 0  # index of its teacher in `Comparison.teachers`
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Teacher and seed: runs of two methods that have them in common are compared."""
+        return self.teacher, self.seed
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0)
@@ -84,6 +89,7 @@ class Trial(Record):
     final: float | None = None  # median of the final metric
     stopped_after: int | None = None  # samples after which a run that did not reach the target was stopped
     diverged: bool = False
+    seeds: int = 1  # tuning seeds that were run; fewer than all where it was clearly worse
 
     def __post_init__(self) -> None:
         check_finite(score=self.score, final=self.final)
@@ -91,16 +97,25 @@ class Trial(Record):
 
 
 @dataclass(frozen=True)
+class Tuning(Record):
+    """What a method's search found for one teacher."""
+
+    candidate: Candidate | None = None  # what was chosen; None where every candidate diverged
+    trials: tuple[Trial, ...] = ()  # empty where there was a single candidate
+    edges: tuple[str, ...] = ()
+    """Settings whose chosen value is the smallest or largest one tried: a wider search may change the result."""
+
+
+@dataclass(frozen=True)
 class MethodResult(Record):
     """A variant: how it was tuned, and its runs."""
 
     variant: Variant
-    candidate: Candidate | None = None  # what tuning chose; None before tuning, or where every candidate diverged
-    trials: tuple[Trial, ...] = ()  # empty where there was a single candidate
-    curriculum: Curriculum | None = None  # checkpoints of a teacher by name, without their folder
+    tunings: tuple[Tuning, ...] = ()  # one for each teacher; empty before tuning
+    curriculum: Curriculum | None = None  # of the first teacher; its checkpoints by name, without their folder
     runs: tuple[RunRecord, ...] = ()
     samples_to_target: Estimate = NO_ESTIMATE
-    """Median over the runs; a run that never reached the target counts as beyond the budget."""
+    """Median over the runs, smallest and largest; a run that never reached the target counts as beyond the budget."""
 
     @property
     def name(self) -> str:
@@ -109,8 +124,18 @@ class MethodResult(Record):
 
     @property
     def diverged(self) -> bool:
-        """Whether every candidate diverged."""
-        return bool(self.trials) and self.candidate is None
+        """Whether every candidate diverged, for a teacher."""
+        return any(tuning.candidate is None for tuning in self.tunings)
+
+    @property
+    def trials(self) -> int:
+        """The number of candidates that were tried, the largest over teachers."""
+        return max((len(tuning.trials) for tuning in self.tunings), default=0)
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """The settings that are at an edge of what was tried, for any teacher."""
+        return tuple(dict.fromkeys(name for tuning in self.tunings for name in tuning.edges))
 
     def finals(self, metric: str) -> list[float]:
         """Final values of a metric, of the runs that have one."""
@@ -124,12 +149,21 @@ class Ratio(Record):
     over: str
     under: str
     cost: str  # one of `COSTS`
-    seeds: int  # seeds that both have run
-    paired: PairedRatio  # over the seeds on which at least one reached the target
+    seeds: int  # pairs of teacher and seed that both have run
+    paired: PairedRatio  # over those on which at least one reached the target
 
     def __post_init__(self) -> None:
         check_choice("cost", self.cost, COSTS)
         check_range("seeds", self.seeds, 0)
+
+
+@dataclass(frozen=True)
+class Difference(Record):
+    """The final metric of one variant minus that of a second one, paired by teacher and seed."""
+
+    over: str
+    under: str
+    paired: PairedDifference
 
 
 @dataclass(frozen=True)
@@ -147,10 +181,11 @@ class Comparison(Record):
     target: float | None
     seeds: tuple[int, ...]
     settings: dict[str, Any]  # fields of the recipe, as JSON values
-    teacher: TeacherRecord
+    teachers: tuple[TeacherRecord, ...]
     environment: dict[str, Any]
     methods: tuple[MethodResult, ...] = ()
     ratios: tuple[Ratio, ...] = ()
+    differences: tuple[Difference, ...] = ()  # of every variant and one-shot
     verdict: str = ""
 
     def __post_init__(self) -> None:
@@ -168,6 +203,15 @@ class Comparison(Record):
     def ratio(self, over: str, under: str, cost: str = "samples") -> Ratio | None:
         """The ratio of two variants, where it was computed."""
         return next((r for r in self.ratios if (r.over, r.under, r.cost) == (over, under, cost)), None)
+
+    def difference(self, over: str, under: str) -> Difference | None:
+        """The difference of two variants, where it was computed."""
+        return next((d for d in self.differences if (d.over, d.under) == (over, under)), None)
+
+    @property
+    def pairs(self) -> int:
+        """Runs of each method: seeds for every teacher."""
+        return len(self.seeds) * len(self.teachers)
 
     @property
     def baseline(self) -> MethodResult | None:

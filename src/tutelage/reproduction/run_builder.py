@@ -16,8 +16,9 @@ from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.stages import OutputStage
 from tutelage.reproduction.recipe import Recipe
+from tutelage.reproduction.schedules import build_curriculum
 from tutelage.reproduction.teachers import Teacher
-from tutelage.reproduction.variants import Candidate, Variant, build_curriculum, candidates
+from tutelage.reproduction.variants import PROGRESSIVE, Candidate, Variant
 from tutelage.targets.live import LiveTargets
 from tutelage.tasks.registry import get_task
 from tutelage.training import warm_start
@@ -37,7 +38,7 @@ class RunBuilder:
 
     def folder(self, variant: Variant, candidate: Candidate, seeds: Sequence[int], what: str = "runs") -> Path:
         """Folder of a run; variants of one name and different settings have different folders."""
-        settings = [variant.name, variant.method, dict(variant.overrides), variant.budget_fraction]
+        settings = [variant.name, variant.method, dict(variant.overrides), variant.budget_fraction, variant.match]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
         name = re.sub(r"[^a-z0-9_.=-]+", "-", variant.name.lower())[:60]
         seed = "-".join(map(str, seeds))
@@ -56,32 +57,31 @@ class RunBuilder:
             **{"logging_steps": every, "disable_tqdm": True, "report_to": "none"},
             **recipe.arguments(),
             **recipe.method_arguments(variant.method),
-            **{key: value for key, value in variant.overrides.items() if key != "schedule"},
         }
-        if "layer_map" in variant.overrides:  # the variant's map takes the place of the recipe's uniform one
+        own = {**variant.overrides, **candidate.settings}
+        if "layer_map" in own:  # it takes the place of the recipe's uniform one
             fields.pop("num_stages", None)
-        if "num_stages" in variant.overrides:
+        if "num_stages" in own:
             fields.pop("layer_map", None)
+        fields |= {key: value for key, value in own.items() if key not in PROGRESSIVE}
         return CurriculumConfig(**fields)
 
-    def check(self, variants: Sequence[Variant]) -> None:
-        """Raise UserError where a variant has no curriculum on this recipe, before anything is run."""
-        for variant in variants:
-            student, source = self._models
-            for candidate in candidates(variant, self.recipe.learning_rates):
-                source.attach(self.curriculum(variant, candidate, self.steps()), student)
-                warm_start.check(StageObjective(student, source))
+    def check(self, variant: Variant, candidate: Candidate) -> None:
+        """Raise UserError where a candidate of a variant has no curriculum on this recipe, before anything is run."""
+        student, source = self._models
+        source.attach(self.curriculum(variant, candidate, self.steps(variant.budget_fraction)), student)
+        warm_start.check(StageObjective(student, source))
 
     def steps(self, fraction: float = 1.0) -> int:
-        """Optimiser steps of a fraction of the budget."""
+        """Optimiser steps of `fraction` times the budget."""
         return max(1, int(self.recipe.budget_samples * fraction) // self.recipe.batch_size)
 
     def curriculum(self, variant: Variant, candidate: Candidate, steps: int) -> Curriculum:
         """Curriculum of a run of `steps` optimiser steps."""
         args = decide_start(self.arguments(variant, candidate, self.root, 0), *self._models)
-        fraction = min(1.0, steps / self.steps())
         size, (student, source) = self.recipe.batch_size, self._models
-        curriculum = build_curriculum(args, candidate, self._blocks, self.teacher, steps, size, fraction)
+        settings = {**variant.overrides, **candidate.settings}
+        curriculum = build_curriculum(args, settings, self._blocks, self.teacher, steps, size)
         return with_basis(curriculum, source.task, [student, source.model])
 
     @functools.cached_property
@@ -103,8 +103,9 @@ class RunBuilder:
         seeds: Sequence[int],
         curriculum: Curriculum,
         callbacks: Sequence[TrainerCallback] = (),
+        tuning: bool = False,
     ) -> CurriculumTrainer:
-        """The trainer of a run."""
+        """The trainer of a run; one for `tuning` is evaluated on other held-out data."""
         recipe, teacher = self.recipe, self.teacher.model
         # progressive distillation changes the teacher's weights; a run that ends early must not leave them changed
         if any(isinstance(stage, OutputStage) and stage.teacher_checkpoint for stage in curriculum.stages):
@@ -115,7 +116,7 @@ class RunBuilder:
             teacher_model=teacher if needs_teacher else None,
             args=args,
             train_dataset=recipe.train_data(seeds, curriculum.total_steps * recipe.batch_size),
-            eval_dataset=recipe.eval_data(seeds),
+            eval_dataset=recipe.eval_data(seeds, tuning),
             processing_class=recipe.tokenizer,
             data_collator=recipe.collator,
             curriculum=curriculum,

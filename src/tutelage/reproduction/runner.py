@@ -30,13 +30,13 @@ from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import CurvePoint, RunRecord
 from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.sealed import read_sealed, write_sealed
+from tutelage.reproduction.stopping import FINE_FILE, StopAtTarget
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, plain_variant
 from tutelage.reproduction.workers import Workers
 from tutelage.training.checks import TrainingDiverged
 from tutelage.training.records import METRICS_FILE, MetricsFile, evaluation_metrics
 from tutelage.training.saving import AUTO, find_checkpoint
-from tutelage.training.trainer import CurriculumTrainer
 
 _RUN_FILE = "run.json"
 _PILOT_STEPS = {"flops": 4, "seconds": 24}  # per stage: FLOPs do not vary, seconds do
@@ -73,6 +73,7 @@ class PlannedRun:
     seeds: tuple[int, ...]
     folder: Path
     limit: float | None = None  # samples after which the run is stopped
+    tuning: bool = False  # whether it is evaluated on the held-out data for tuning
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,10 @@ class Runner:
 
     def curriculum(self, variant: Variant, candidate: Candidate) -> Curriculum:
         """Of a length that makes the budgets equal."""
-        if self.match == "samples" or variant.method in ("one_shot", "progressive"):
+        match = variant.match or self.match
+        if match == "samples" or variant.method in ("one_shot", "progressive"):
             return self.builder.curriculum(variant, candidate, self.builder.steps(variant.budget_fraction))
-        return _at_equal_cost(self.builder, variant, candidate, self.match)
+        return _at_equal_cost(self.builder, variant, candidate, match)
 
     def runs(
         self,
@@ -105,9 +107,10 @@ class Runner:
         limit: float | None = None,
     ) -> Iterator[list[RunRecord]]:
         """Records of the runs of some seeds, as they are finished; seeds that are in one model come together."""
+        tuning = what == "tuning"
         groups = [tuple(seeds)] if self.recipe.replicated else [(seed,) for seed in seeds]
         planned = [
-            PlannedRun(variant, candidate, group, self.builder.folder(variant, candidate, group, what), limit)
+            PlannedRun(variant, candidate, group, self.builder.folder(variant, candidate, group, what), limit, tuning)
             for group in groups
         ]
         with self.lock:
@@ -145,8 +148,11 @@ class Runner:
     def identity(self, planned: PlannedRun) -> str:
         """A digest of all that a run depends on."""
         place = planned.folder.relative_to(self.root).as_posix()
-        stages = portable(self.curriculum(planned.variant, planned.candidate)).to_dict()
-        text = json.dumps([place, self.recipe.all_settings(), stages], sort_keys=True)
+        curriculum = portable(self.curriculum(planned.variant, planned.candidate))
+        usual = {part.name: part.default for part in dataclasses.fields(curriculum)}
+        # a field that a later version adds must not make all runs anew
+        chosen = {name: value for name, value in curriculum.to_dict().items() if value != usual[name]}
+        text = json.dumps([place, self.recipe.all_settings(), chosen], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def make(self, planned: PlannedRun) -> list[RunRecord]:
@@ -156,14 +162,14 @@ class Runner:
             self.train(planned, [StopAtTarget(self.recipe, planned.seeds, planned.limit)])
         except TrainingDiverged as error:  # tells something about the learning rate, and must not end the comparison
             diverged = str(error)
-        metrics = MetricsFile(planned.folder / METRICS_FILE).read()
+        metrics = [*MetricsFile(planned.folder / METRICS_FILE).read(), *MetricsFile(planned.folder / FINE_FILE).read()]
         curves = _curves(metrics, planned.seeds, self.recipe.replicated)
         records = tuple(RunRecord(seed, tuple(curve), diverged) for seed, curve in curves.items())
         write_sealed(planned.folder / _RUN_FILE, _RunFile(self.identity(planned), records))
         _remove_checkpoints(planned.folder)  # not before the results are on disk
         return list(records)
 
-    def train(self, planned: PlannedRun, callbacks: Sequence[TrainerCallback]) -> CurriculumTrainer:
+    def train(self, planned: PlannedRun, callbacks: Sequence[TrainerCallback]) -> None:
         """Train, from the folder's last checkpoint if there is one that can be used."""
         try:
             resume = find_checkpoint(AUTO, planned.folder)
@@ -173,9 +179,13 @@ class Runner:
         args = self.builder.arguments(planned.variant, planned.candidate, planned.folder, planned.seeds[0])
         args.overwrite_output_dir = args.eval_on_start = resume is None  # a checkpoint was evaluated when it was made
         curriculum = self.curriculum(planned.variant, planned.candidate)
-        trainer = self.builder.trainer(args, planned.seeds, curriculum, callbacks)
+        if resume is None:
+            (planned.folder / FINE_FILE).unlink(missing_ok=True)
+        trainer = self.builder.trainer(args, planned.seeds, curriculum, callbacks, planned.tuning)
+        for callback in callbacks:
+            if isinstance(callback, StopAtTarget):
+                callback.trainer = trainer
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return trainer
 
 
 def _remove_checkpoints(folder: Path) -> None:
@@ -256,43 +266,13 @@ def _measured(folder: Path, match: str) -> dict[str, float]:
     return found
 
 
-class StopAtTarget(TrainerCallback):
-    """Ends a run when all seeds have reached the target, or at a limit; evaluates at the end."""
-
-    def __init__(self, recipe: Recipe, seeds: Sequence[int], limit: float | None):
-        self.recipe, self.limit, self.seeds = recipe, limit, seeds
-        self.waiting = set(range(len(seeds)))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.waiting = set(range(len(self.seeds)))
-        for record in MetricsFile(Path(args.output_dir) / METRICS_FILE).read():  # of a run that is resumed
-            self._note(record)
-
-    def _note(self, metrics: dict[str, Any]) -> None:
-        recipe, target = self.recipe, self.recipe.target
-        for index in list(self.waiting):
-            name = f"eval_{recipe.metric}_{index}" if recipe.replicated else f"eval_{recipe.metric}"
-            if target is not None and name in metrics and recipe.reached(metrics[name], target):
-                self.waiting.discard(index)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.recipe.stop_at_target or self.recipe.target is None:
-            return
-        self._note(kwargs["metrics"])
-        samples = state.global_step * self.recipe.batch_size
-        if not self.waiting or (self.limit is not None and samples >= self.limit):
-            control.should_training_stop = True
-
-
 def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated: bool) -> dict[int, list[CurvePoint]]:
     """Evaluations of each seed; the cost of a model that contains several seeds is divided among them."""
     seeds_per_model = len(seeds) if replicated else 1
     curves: dict[int, list[CurvePoint]] = {seed: [] for seed in seeds}
-    for record in filter(evaluation_metrics, records):
+    # finer evaluations come after the others, and twice where a run was resumed
+    by_samples = {record["samples"]: record for record in filter(evaluation_metrics, records)}
+    for record in (by_samples[samples] for samples in sorted(by_samples)):
         values = evaluation_metrics(record)
         for index, seed in enumerate(seeds):
             ending = f"_{index}" if replicated else ""

@@ -4,8 +4,9 @@ import dataclasses
 import itertools
 import statistics
 
-from tutelage.reproduction.results import COSTS, Comparison, MethodResult, Ratio
-from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, PairedRatio, as_good, median_interval, paired_ratio
+from tutelage.reproduction.results import Comparison, Difference, MethodResult, Ratio, RunRecord
+from tutelage.reproduction.statistics import PairedRatio, as_good, median_and_range, paired_difference, paired_ratio
+from tutelage.reproduction.variants import COSTS
 
 _LONGEST_HEADLINE = 4  # lines
 
@@ -27,20 +28,36 @@ def summarise(comparison: Comparison, target: float | None) -> Comparison:
         if over.variant.method == "extraction" or under is comparison.baseline
         for cost in COSTS
     ]
-    comparison = dataclasses.replace(comparison, ratios=tuple(ratios))
+    baseline = comparison.baseline
+    differences = [
+        difference_of(method, baseline, comparison.metric) for method in methods if baseline and method is not baseline
+    ]
+    comparison = dataclasses.replace(comparison, ratios=tuple(ratios), differences=tuple(differences))
     return dataclasses.replace(comparison, verdict=verdict(comparison))
 
 
 def ratio_of(over: MethodResult, under: MethodResult, cost: str) -> Ratio:
-    """Cost to the target of `over` in units of that of `under`, paired by seed."""
-    mine, theirs = ({run.seed: run for run in method.runs} for method in (over, under))
-    seeds = [seed for seed in mine if seed in theirs]
+    """Cost to the target of `over` in units of that of `under`, paired by teacher and seed."""
+    pairs = _pairs(over, under)
     paired = paired_ratio(
-        [mine[seed].to_target(cost) for seed in seeds],
-        [theirs[seed].to_target(cost) for seed in seeds],
-        budget=max((theirs[seed].curve[-1].cost(cost) for seed in seeds), default=0),
+        [mine.to_target(cost) for mine, _ in pairs],
+        [theirs.to_target(cost) for _, theirs in pairs],
+        budget=max((theirs.curve[-1].cost(cost) for _, theirs in pairs), default=0),
     )
-    return Ratio(over.name, under.name, cost, len(seeds), paired)
+    return Ratio(over.name, under.name, cost, len(pairs), paired)
+
+
+def difference_of(over: MethodResult, under: MethodResult, metric: str) -> Difference:
+    """Final metric of `over` minus that of `under`, paired by teacher and seed."""
+    pairs = [
+        (a.final[metric], b.final[metric]) for a, b in _pairs(over, under) if metric in a.final and metric in b.final
+    ]
+    return Difference(over.name, under.name, paired_difference([a for a, _ in pairs], [b for _, b in pairs]))
+
+
+def _pairs(over: MethodResult, under: MethodResult) -> list[tuple[RunRecord, RunRecord]]:
+    theirs = {run.pair: run for run in under.runs}
+    return [(run, theirs[run.pair]) for run in over.runs if run.pair in theirs]
 
 
 def _timed(method: MethodResult, comparison: Comparison) -> MethodResult:
@@ -50,7 +67,7 @@ def _timed(method: MethodResult, comparison: Comparison) -> MethodResult:
         if target is not None and run.diverged is None:
             at_target = run.first(comparison.metric, lambda value: as_good(value, target, comparison.better))
         runs.append(dataclasses.replace(run, at_target=at_target))
-    estimate = median_interval([run.to_target("samples") for run in runs])
+    estimate = median_and_range([run.to_target("samples") for run in runs])
     return dataclasses.replace(method, runs=tuple(runs), samples_to_target=estimate)
 
 
@@ -85,7 +102,7 @@ def headline(comparison: Comparison) -> str:
     if baseline.runs:
         found += [_reached(baseline, comparison), _compared(best, baseline, comparison)]
     if len(variants) > 1:
-        found.append(f"{best.name} is the best of {len(variants)} variants of extraction, chosen on these same seeds.")
+        found.append(f"{best.name} is the best of {len(variants)} variants of extraction, chosen on these same runs.")
     return "\n".join(filter(None, found))
 
 
@@ -101,10 +118,10 @@ def _final_values(comparison: Comparison, methods: list[MethodResult]) -> str:
 def _reached(method: MethodResult, comparison: Comparison) -> str:
     target = f"{comparison.metric} {comparison.target:.4g}"
     count = sum(run.at_target is not None for run in method.runs)
-    seeds = f"{count} of {len(method.runs)} seeds"
+    seeds = f"{count} of {len(method.runs)} runs"
     median = method.samples_to_target.median
     if median is not None:
-        return f"{method.name} reached {target} on {seeds}, after {median:,.0f} samples (median)."
+        return f"{method.name} reached {target} in {seeds}, after {median:,.0f} samples (median)."
     most = max((run.curve[-1].samples for run in method.runs if run.curve), default=0)
     finals = method.finals(comparison.metric)
     ended = f"; median final {comparison.metric}: {statistics.median(finals):.4g}" if finals else ""
@@ -120,7 +137,7 @@ def _compared(over: MethodResult, under: MethodResult, comparison: Comparison) -
         return f"Neither {over.name} nor {under.name} reached the target."
     if estimate.median is None:
         return (
-            f"On most seeds {over.name} did not reach the target within the budget where {under.name} did: "
+            f"In most pairs {over.name} did not reach the target within the budget where {under.name} did: "
             f"{under.name} is better here."
         )
     text = f"{over.name} needed {_times(paired)} the samples of {under.name} ({_spread(paired)})"
@@ -135,23 +152,22 @@ def _times(paired: PairedRatio) -> str:
 
 
 def _spread(paired: PairedRatio) -> str:
-    """The interval; with few seeds the bootstrap of their median is their range, not a 95% interval."""
+    """The range over pairs of runs."""
     if paired.pairs == 1:
-        return "1 seed"
-    kind = "95% interval" if paired.pairs >= FEWEST_FOR_INTERVAL else "range"
+        return "1 pair of runs"
     ends = (paired.estimate.low, paired.estimate.high)
     low, high = ("beyond the budget" if end is None else f"{end:.2g}" for end in ends)
-    return f"{kind} over {paired.pairs} seeds: {low} to {high}"
+    return f"{low} to {high} over {paired.pairs} pairs of runs"
 
 
 def _judged(ratio: Ratio) -> str:
     paired, low, high = ratio.paired, ratio.paired.estimate.low, ratio.paired.estimate.high
     if paired.pairs < ratio.seeds:
-        return f" on {paired.pairs} of {ratio.seeds} seeds; on the other seeds neither reached the target."
+        return f" on {paired.pairs} of {ratio.seeds} pairs; on the other pairs neither reached the target."
     if paired.pairs < 3:
-        return ": too few seeds to decide."
+        return ": too few runs to decide."
     if high is not None and high < 1:
-        return f": {ratio.over} is better here."
+        return f": {ratio.over} is better in all of them."
     if low is not None and low > 1 and not paired.is_bound:
-        return f": {ratio.under} is better here."
-    return ": these runs show no significant difference."
+        return f": {ratio.under} is better in all of them."
+    return ": neither is better in all of them."

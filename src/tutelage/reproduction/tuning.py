@@ -1,67 +1,125 @@
-"""Choosing a learning rate, and for progressive distillation a schedule, on seeds that are not reported."""
+"""Choosing a method's learning rate and settings, on seeds and held-out data that are not reported."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from tutelage.core.errors import UserError
+from tutelage.reproduction import schedules
 from tutelage.reproduction.display import listed
 from tutelage.reproduction.recipe import Recipe
-from tutelage.reproduction.results import RunRecord, Trial
+from tutelage.reproduction.results import RunRecord, Trial, Tuning
 from tutelage.reproduction.runner import Runner
-from tutelage.reproduction.statistics import median_interval
-from tutelage.reproduction.variants import Candidate, Variant, candidates
+from tutelage.reproduction.search import RATE, WORST, Axis, Score, Search
+from tutelage.reproduction.statistics import median
+from tutelage.reproduction.teachers import Teacher
+from tutelage.reproduction.variants import Candidate, Variant
 
-_Score = tuple[float, float]  # lower is better: samples to the target or the metric, then the final metric
-_WORST = (float("inf"), float("inf"))
+# Where finals are compared, a candidate that is worse than the best by this fraction on the first tuning seed is not run on the
+# others.
+_CLEARLY_WORSE = 0.01
 
 
-def tune(runner: Runner, variant: Variant, log: Callable[[str], None]) -> tuple[Candidate | None, tuple[Trial, ...]]:
-    """The best candidate on the tuning seeds (None where all diverge), and what each one scored.
+def axes_of(recipe: Recipe, variant: Variant, teacher: Teacher) -> dict[str, Axis]:
+    """What is searched for a variant: the rate, what the recipe searches for its method, and what the variant asks for."""
+    fixed = variant.overrides.get(RATE)
+    rates = Axis(recipe.learning_rates, grows=True) if fixed is None else Axis((fixed,))
+    axes = {RATE: rates}
+    if recipe.trials != 1:
+        axes |= recipe.axes(variant.method, teacher)
+    for name, values in variant.search.items():
+        axes[name] = Axis(tuple(values), ordered=not any(isinstance(value, str | bool) for value in values))
+    return {name: axis for name, axis in axes.items() if name not in variant.overrides or name == RATE}
 
-    Progressive distillation tries every schedule at every rate where a run ends at the target, since slow candidates end early;
-    otherwise every rate on the first schedule, and the other schedules at the best rate."""
+
+def is_searched(recipe: Recipe, axes: Mapping[str, Axis]) -> bool:
+    """Whether there is more than one candidate."""
+    grows = recipe.trials is not None
+    return recipe.trials != 1 and any(len(axis.values) > 1 or (grows and axis.grows) for axis in axes.values())
+
+
+def first_candidate(axes: Mapping[str, Axis]) -> Candidate:
+    """What the search begins with."""
+    values = {name: axis.first for name, axis in axes.items()}
+    return Candidate(values.pop(RATE), schedules.clean(values))
+
+
+def tune(runner: Runner, variant: Variant, log: Callable[[str], None]) -> Tuning:
+    """The best candidate on the tuning seeds (None where all diverge), and what each one scored."""
     recipe = runner.recipe
-    tried = candidates(variant, recipe.learning_rates)
-    if len(tried) == 1:
-        return tried[0], ()
-    short = dataclasses.replace(variant, budget_fraction=variant.budget_fraction * recipe.tuning_share)
-    first_schedule, best_rate = tried[0].schedule, tried[0].learning_rate
+    axes = axes_of(recipe, variant, runner.teacher)
+    if not is_searched(recipe, axes):
+        return Tuning(first_candidate(axes))
     trials: list[Trial] = []
-    best: tuple[_Score, Candidate] | None = None
-    for candidate in tried:
-        other_schedule = candidate.schedule != first_schedule and not recipe.stop_at_target
-        if other_schedule and candidate.learning_rate != best_rate:
-            continue
-        limit = None
-        if best is not None and recipe.stop_at_target:
-            # One that can no longer win is stopped. The median of an even number of seeds is the mean of the middle two, so
-            # a slow one loses for certain only at twice the best.
-            limit = best[0][0] * (1 if len(recipe.tuning_seeds) % 2 else 2)
+    first_seeds: dict[str, float] = {}  # the metric of the first tuning seed, lower is better, by candidate
+
+    def score(candidate: Candidate, best: Score | None) -> Score | None:
+        try:
+            runner.curriculum(variant, candidate)
+        except UserError:  # such as stages that are longer than the run
+            return None
         log(f"{variant.name}: tuning {candidate.label}, seeds {listed(recipe.tuning_seeds)}")
-        made = runner.runs(short, candidate, recipe.tuning_seeds, "tuning", limit)
-        score, trial = _score(recipe, candidate, [record for records in made for record in records])
+        runs = _runs(runner, variant, candidate, best, first_seeds)
+        found, trial = _score(recipe, candidate, runs)
         trials.append(trial)
-        if best is None or score < best[0]:
-            best = (score, candidate)
-            if candidate.schedule == first_schedule:
-                best_rate = candidate.learning_rate
-    assert best is not None
-    return None if all(trial.diverged for trial in trials) else best[1], tuple(trials)
+        return found
+
+    search = Search(axes, recipe.trials, score, schedules.clean)
+    best = search.run()
+    diverged = all(trial.diverged for trial in trials)
+    return Tuning(None if diverged else best, tuple(trials), () if diverged else search.edges)
 
 
-def _score(recipe: Recipe, candidate: Candidate, runs: Sequence[RunRecord]) -> tuple[_Score, Trial]:
+def _runs(
+    runner: Runner, variant: Variant, candidate: Candidate, best: Score | None, first_seeds: dict[str, float]
+) -> list[RunRecord]:
+    """The runs of the tuning seeds, or as many as show that the candidate cannot be the best."""
+    recipe, seeds, limit = runner.recipe, runner.recipe.tuning_seeds, None
+    if recipe.stop_at_target and best is not None:
+        # One that can no longer win is stopped. The median of an even number of seeds is the mean of the middle two, so
+        # a slow one loses for certain only at twice the best.
+        limit = best[0] * (1 if len(seeds) % 2 else 2)
+
+    def make(chosen: Sequence[int]) -> list[RunRecord]:
+        return [run for runs in runner.runs(variant, candidate, chosen, "tuning", limit) for run in runs]
+
+    if recipe.replicated:  # all seeds are one run
+        return make(seeds)
+    (first,) = make(seeds[:1])
+    if recipe.stop_at_target:
+        target = recipe.target
+        assert target is not None
+        arrived = first.first(recipe.metric, lambda value: recipe.reached(value, target)) is not None
+        return [first, *(make(seeds[1:]) if arrived else [])]
+    mine = WORST[0] if first.diverged is not None else _signed(recipe, first.final[recipe.metric])
+    so_far = min(first_seeds.values(), default=WORST[0])
+    first_seeds[candidate.label] = mine
+    if mine > so_far + _CLEARLY_WORSE * abs(so_far):
+        return [first]
+    return [first, *make(seeds[1:])]
+
+
+def _signed(recipe: Recipe, value: float) -> float:
+    return -value if recipe.better == "higher" else value
+
+
+def _score(recipe: Recipe, candidate: Candidate, runs: Sequence[RunRecord]) -> tuple[Score, Trial]:
     unit = "samples to target" if recipe.stop_at_target else f"final {recipe.metric}"
+    count = len(runs)
     if any(run.diverged is not None for run in runs):
-        return _WORST, Trial(candidate, unit, diverged=True)
-    finals = sorted(run.final[recipe.metric] for run in runs)
-    final = finals[len(finals) // 2]
-    signed = -final if recipe.better == "higher" else final
+        return WORST, Trial(candidate, unit, seeds=count, diverged=True)
+    final = median([run.final[recipe.metric] for run in runs])
+    assert final is not None
     if not recipe.stop_at_target:
-        return (signed, 0.0), Trial(candidate, unit, score=final, final=final)
+        # one that was dropped may have a better first seed than the best one's median
+        dropped = count < len(recipe.tuning_seeds)
+        found = WORST if dropped else (_signed(recipe, final), 0.0)
+        return found, Trial(candidate, unit, score=final, final=final, seeds=count)
     target = recipe.target
     assert target is not None
     points = [run.first(recipe.metric, lambda value: recipe.reached(value, target)) for run in runs]
-    median = median_interval([None if point is None else point.samples for point in points]).median
-    if median is None:
+    samples = median([None if point is None else point.samples for point in points])
+    if samples is None:
         stopped = runs[0].curve[-1].samples
-        return (float("inf"), signed), Trial(candidate, unit, final=final, stopped_after=stopped)
-    return (median, signed), Trial(candidate, unit, score=median, final=final)
+        return (WORST[0], _signed(recipe, final)), Trial(
+            candidate, unit, final=final, stopped_after=stopped, seeds=count
+        )
+    return (samples, _signed(recipe, final)), Trial(candidate, unit, score=samples, final=final, seeds=count)

@@ -1,29 +1,33 @@
-"""Methods under comparison: named variants, what is tuned for them, and the curricula they become."""
+"""Methods under comparison: named variants, and what tuning chooses for them."""
 
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.core.curriculum import METHODS, Curriculum
+from tutelage.core.curriculum import METHODS
 from tutelage.core.errors import UserError, check_choice, check_positive
 from tutelage.core.records import Record
-from tutelage.core.stages import OutputStage
-from tutelage.reproduction.teachers import Teacher
 from tutelage.runs.options import read_value
 from tutelage.training.config import CurriculumConfig
-from tutelage.training.resolution import build_curriculum as method_curriculum
-from tutelage.training.resolution import shared_settings
 
-# How progressive distillation uses the teacher's checkpoints: at the teacher's pace, faster, or one checkpoint from
-# the middle of its transition and then the finished teacher (arXiv:2410.05464). All are searched.
 SCHEDULES = ("two", "pace-4", "pace-2", "pace-1")
+PROGRESSIVE: dict[str, Any] = {
+    "schedule": str,  # one of `SCHEDULES`
+    "checkpoint": int,  # with `two`: checkpoints after the one in the middle of the teacher's transition; default: 0
+    "phase_samples": int,  # with `two`: samples on which the checkpoint teaches; default: half of the teacher's
+}
+"""Settings of progressive distillation that are searched, and their types."""
+
+COSTS = ("samples", "flops", "seconds")
+_LARGEST_BUDGET = 16.0  # times the comparison's
+_BETWEEN = "|"  # between the values of a setting that are searched
 
 # The comparison sets these itself, to the same value for every method.
 _OF_THE_RUN = "method task output_dir overwrite_output_dir resume_from_checkpoint curriculum_dir seed data_seed"
-_OF_THE_BUDGET = "max_steps num_train_epochs learning_rate per_device_train_batch_size gradient_accumulation_steps"
+_OF_THE_BUDGET = "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps"
 _OF_EVALUATION = "eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit logging_steps"
 _OF_THE_TEACHER = "train_sampling_strategy teacher_model_name_or_path teacher_checkpoints disable_tqdm report_to"
 CONTROLLED = tuple(" ".join((_OF_THE_RUN, _OF_THE_BUDGET, _OF_EVALUATION, _OF_THE_TEACHER)).split())
@@ -36,18 +40,25 @@ class Variant(Record):
     name: str
     method: str  # one of `METHODS`
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """`CurriculumConfig` fields; `schedule` too for progressive distillation."""
-    budget_fraction: float = 1.0  # fraction of the comparison's budget that it gets
+    """`CurriculumConfig` fields, and for progressive distillation those of `PROGRESSIVE`; none of them is searched."""
+    budget_fraction: float = 1.0  # the budget that it gets, in units of the comparison's
+    search: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # values that are tried, by field
+    match: str | None = None  # the cost, one of `COSTS`, that is equal to one-shot's; None: that of the comparison
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
-        if not 0 < self.budget_fraction <= 1:
-            raise UserError(f"budget_fraction must be above 0 and at most 1, got {self.budget_fraction}")
+        if not 0 < self.budget_fraction <= _LARGEST_BUDGET:
+            found = f"budget_fraction must be above 0 and at most {_LARGEST_BUDGET:g}, got {self.budget_fraction}"
+            raise UserError(found)
+        if self.match is not None:
+            check_choice("match", self.match, COSTS)
 
     @property
     def settings(self) -> str:
-        """The overrides and the fraction of the budget in words; empty for a plain method."""
+        """What differs from the recipe, in words; empty for a plain method."""
         shown = {**self.overrides, **({} if self.budget_fraction == 1 else {"budget": self.budget_fraction})}
+        shown |= {} if self.match is None else {"match": self.match}
+        shown |= {key: _BETWEEN.join(map(_as_text, values)) for key, values in self.search.items()}
         return ", ".join(f"{key}={_as_text(value)}" for key, value in shown.items())
 
 
@@ -56,17 +67,15 @@ class Candidate(Record):
     """What tuning chooses."""
 
     learning_rate: float
-    schedule: str | None = None  # progressive: one of `SCHEDULES`
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # as `Variant.overrides`
 
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
-        if self.schedule is not None:
-            check_choice("schedule", self.schedule, SCHEDULES)
 
     @property
     def label(self) -> str:
         """Short name, also of its folder."""
-        return f"{self.learning_rate:g}" + (f" {self.schedule}" if self.schedule else "")
+        return " ".join([f"{self.learning_rate:g}", *(f"{key}={_as_text(v)}" for key, v in self.settings.items())])
 
 
 def plain_variant(method: str) -> Variant:
@@ -83,10 +92,10 @@ def plain_variant(method: str) -> Variant:
 
 
 def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
-    """A named variant, from `CurriculumConfig` fields as text or values.
+    """A named variant, from `CurriculumConfig` fields as text or values; `1|3|10` are values that are searched.
 
-    There are also `method` (default: the name where it is a method, else extraction), `budget` (a fraction of the
-    comparison's budget) and, for progressive, `schedule`.
+    There are also `method` (default: the name where it is a method, else extraction), `budget` (in units of the
+    comparison's budget), `match` (the cost that is equal to one-shot's) and, for progressive, those of `PROGRESSIVE`.
 
     Raises UserError: a bad name, an unknown method or field, or a value that cannot be read."""
     if not re.fullmatch(r"[\w.+-]+", name):
@@ -98,20 +107,40 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
     if name in METHODS and name != method:
         raise UserError(f"variant {name!r} has the method {method}, but {name} is a method: choose a different name")
     fraction = _read(name, "budget", given.pop("budget", 1.0), float)
-    if not 0 < fraction <= 1:
-        raise UserError(f"variant {name!r}: budget is a fraction, above 0 and at most 1, got {fraction:g}")
-    fields = {field.name for field in dataclasses.fields(CurriculumConfig)}
+    if not 0 < fraction <= _LARGEST_BUDGET:
+        found = f"budget is in units of the comparison's, above 0 and at most {_LARGEST_BUDGET:g}, got {fraction:g}"
+        raise UserError(f"variant {name!r}: {found}")
+    match = given.pop("match", None)
+    if match is not None and (match not in COSTS or method in ("one_shot", "progressive")):
+        raise UserError(f"variant {name!r}: match={match} must be one of {', '.join(COSTS)}, for {_MATCHED}")
+    hints = {**typing.get_type_hints(CurriculumConfig), **PROGRESSIVE}
+    overrides: dict[str, Any] = {}
+    search: dict[str, list[Any]] = {}
     for key, value in given.items():
-        if key == "schedule":
-            if method != "progressive" or value not in SCHEDULES:
-                raise UserError(f"variant {name!r}: schedule={value} is for progressive, one of {', '.join(SCHEDULES)}")
-        elif key in CONTROLLED:
-            raise UserError(f"variant {name!r} cannot set {key}: the comparison sets it, the same for every method")
-        elif key not in fields:
-            raise UserError(f"variant {name!r} has the unknown field {key!r}: fields are those of CurriculumConfig")
-    hints = {**typing.get_type_hints(CurriculumConfig), "schedule": str}
-    overrides = {key: _read(name, key, value, hints[key]) for key, value in given.items()}
-    return Variant(name, method, overrides, fraction)
+        _check_field(name, method, key)
+        texts = _as_text(value).split(_BETWEEN)
+        values = [_read(name, key, text, hints[key]) for text in texts]
+        if key == "schedule" and not set(values) <= set(SCHEDULES):
+            raise UserError(f"variant {name!r}: schedule={value} is not one of {', '.join(SCHEDULES)}")
+        if len(values) == 1:
+            overrides[key] = values[0]
+        else:
+            search[key] = values
+    return Variant(name, method, overrides, fraction, search, match)
+
+
+_MATCHED = "extraction, joint and scratch, whose last stage then gets another length"
+
+
+def _check_field(name: str, method: str, key: str) -> None:
+    """Raise UserError for a field that a variant of this method cannot set."""
+    if key in PROGRESSIVE:
+        if method != "progressive":
+            raise UserError(f"variant {name!r}: {key} is for progressive, not for {method}")
+    elif key in CONTROLLED:
+        raise UserError(f"variant {name!r} cannot set {key}: the comparison sets it, the same for every method")
+    elif key not in {field.name for field in dataclasses.fields(CurriculumConfig)}:
+        raise UserError(f"variant {name!r} has the unknown field {key!r}: fields are those of CurriculumConfig")
 
 
 def parse_variant(text: str) -> Variant:
@@ -162,57 +191,3 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def candidates(variant: Variant, learning_rates: Sequence[float]) -> list[Candidate]:
-    """What may be tried for a variant: the same learning rates for all, with every schedule for progressive."""
-    schedules: Sequence[str | None] = (None,)
-    if variant.method == "progressive":
-        schedules = [variant.overrides["schedule"]] if "schedule" in variant.overrides else SCHEDULES
-    return [Candidate(rate, schedule) for schedule in schedules for rate in learning_rates]
-
-
-def build_curriculum(
-    args: CurriculumConfig,
-    candidate: Candidate,
-    blocks: tuple[int, int],
-    teacher: Teacher,
-    steps: int,
-    batch_size: int,
-    fraction: float = 1.0,
-) -> Curriculum:
-    """The curriculum of a run of `steps` steps, `fraction` of the comparison's budget, of `batch_size` examples each.
-
-    `blocks` are the numbers of blocks of student and teacher. Progressive distillation uses the candidate's schedule, which
-    `fraction` shortens too, and the teacher's checkpoints; UserError where there are none, or for what the builders refuse."""
-    if args.method != "progressive":
-        return method_curriculum(args, blocks, steps)
-    if not teacher.checkpoints:
-        found = "progressive distillation needs checkpoints of the teacher's training, and this teacher has none"
-        raise UserError(f"{found} ({teacher.description}): leave progressive out of --methods")
-    assert candidate.schedule is not None
-    uses: list[tuple[int, str | None]] = []
-    left = steps
-    for count, folder in _schedule(candidate.schedule, teacher, batch_size / fraction):
-        count = min(count, left - 1)  # the finished teacher comes last, at least for one step
-        if count < 1:
-            break
-        uses.append((count, folder))
-        left -= count
-    stages = tuple(
-        OutputStage(count, teacher_checkpoint=folder, label_weight=args.label_weight, continues=number > 0)
-        for number, (count, folder) in enumerate([*uses, (left, None)])
-    )
-    return Curriculum("progressive", stages, **shared_settings(args, blocks))
-
-
-def _schedule(name: str, teacher: Teacher, batch_size: float) -> list[tuple[int, str]]:
-    times = [checkpoint.samples for checkpoint in teacher.checkpoints]
-    if name == "two":
-        middle = teacher.checkpoints[len(times) // 2 if teacher.transition is None else teacher.transition]
-        return [(max(1, int(middle.samples // 2 // batch_size)), middle.folder)]
-    pace = int(name.removeprefix("pace-"))
-    return [
-        (max(1, int((checkpoint.samples - before) // (pace * batch_size))), checkpoint.folder)
-        for before, checkpoint in zip([0, *times], teacher.checkpoints, strict=False)
-    ]

@@ -15,6 +15,7 @@ _PARITY_PAPER: dict[str, Any] = {"d": 100, "k": 6, "seeds": (0, 1, 2)}
 _MLP: dict[str, dict[str, Any]] = {
     "smoke": {
         **{"d": 16, "k": 3, "teacher_width": 500, "student_width": 50, "seeds": (0, 1), "learning_rates": (0.1,)},
+        **{"trials": 1, "fine_eval_every": None},
         **{"budget_samples": 96_000, "eval_every": 3_200, "eval_samples": 1024, "stage_samples": 6_400},
         **{"teacher_max_samples": 400_000, "teacher_checkpoint_every": 3_200},
     },
@@ -26,20 +27,21 @@ _MLP: dict[str, dict[str, Any]] = {
 }
 _TRANSFORMER: dict[str, dict[str, Any]] = {
     "laptop": {
-        **{"d": 20, "k": 4, "tuning_seeds": (1000,), "learning_rates": (3e-4, 1e-3, 3e-3), "budget_samples": 128_000},
+        **{"d": 20, "k": 4, "learning_rates": (3e-4, 1e-3, 3e-3), "budget_samples": 128_000},
         **{"eval_every": 3_200, "eval_samples": 2048, "stage_samples": 3_200, "stage_learning_rate": 3e-3},
         **{"teacher_learning_rate": 3e-4, "teacher_batch_size": 64, "teacher_max_samples": 1_000_000},
         **{"teacher_checkpoint_every": 3_200},
     },
     "smoke": {
-        **{"d": 8, "k": 2, "teacher_heads": 4, "student_heads": 2, "seeds": (0,), "tuning_seeds": (1000, 1001)},
+        **{"d": 8, "k": 2, "teacher_heads": 4, "student_heads": 2, "seeds": (0,)},
         **{"learning_rates": (1e-3,), "stage_learning_rate": 1e-3, "teacher_learning_rate": 1e-3},
+        **{"trials": 1, "fine_eval_every": None},
         **{"budget_samples": 12_800, "eval_every": 1_280, "eval_samples": 512, "stage_samples": 2_560},
         **{"teacher_max_samples": 100_000, "teacher_checkpoint_every": 1_280},
     },
     "paper": {
         **_PARITY_PAPER,
-        **{"teacher_heads": 32, "tuning_seeds": (1000, 1001), "batch_size": 32, "teacher_batch_size": 32},
+        **{"teacher_heads": 32, "batch_size": 32, "teacher_batch_size": 32},
         **{"budget_samples": 8_000_000, "eval_every": 32_000, "eval_samples": 4096, "stage_samples": 320_000},
         **{"stage_learning_rate": 1e-3, "teacher_max_samples": 32_000_000, "teacher_checkpoint_every": 320_000},
     },
@@ -47,7 +49,8 @@ _TRANSFORMER: dict[str, dict[str, Any]] = {
 # A few steps of tiny models; and arXiv:2410.05464: teacher 32 heads x 8, student 8 heads x 8, batch 512.
 _LANGUAGE: dict[str, dict[str, Any]] = {
     "smoke": {
-        **{"seeds": (0,), "learning_rates": (3e-3,), "budget_samples": 320, "eval_every": 160, "eval_samples": 32},
+        **{"seeds": (0,), "learning_rates": (3e-3,), "trials": 1},
+        **{"budget_samples": 320, "eval_every": 160, "eval_samples": 32},
         **{"batch_size": 16, "layers": 2, "teacher_heads": 4, "student_heads": 2, "num_stages": 2},
         **{"stage_fraction": 0.4, "teacher_samples": 640, "teacher_checkpoints": 2},
     },

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, default_data_collator
 
 from tutelage.core.errors import UserError, check_positive, check_range
+from tutelage.reproduction import schedules
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
+from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, plain_variant
 from tutelage.tasks.loading import MOST_BLOCKS, load_model
@@ -32,10 +34,13 @@ class ParityRecipe(PaperRecipe):
     metric = "accuracy"
     better = "higher"
 
+    tuning_seeds: tuple[int, ...] = (1000, 1001, 1002)
+    trials: int | None = 12
+    fine_eval_every: int | None = 400
     d: int = 64  # input bits
     k: int = 5  # bits that the label is the parity of
     support: tuple[int, ...] | None = None
-    """Their coordinates; default: the first k (two-layer networks), or k drawn at random (transformers)."""
+    """Their coordinates; default: k drawn at random from the seed of the teacher."""
     target: float = 0.99  # held-out accuracy to reach
     teacher_learning_rate: float = 0.5
     teacher_batch_size: int = 16
@@ -62,10 +67,17 @@ class ParityRecipe(PaperRecipe):
         check_range("d", self.d, 1, _MOST_BITS)
         check_positive("target", self.target)
 
-    @property
+    @cached_property
     def coordinates(self) -> tuple[int, ...]:
         """The k coordinates that the label is the parity of."""
-        return check_parity(self.d, self.k, self.support)
+        # The first k positions would be no sparse parity: at position k a causal block sees the support and nothing else.
+        if self.support is not None:
+            return check_parity(self.d, self.k, self.support)
+        drawn = np.random.RandomState(self.teacher_seed).choice(self.d, self.k, replace=False)
+        return tuple(sorted(drawn.tolist()))
+
+    def identity(self) -> dict[str, Any]:
+        return {"support": list(self.coordinates)}
 
     @property
     def collator(self) -> Any:
@@ -78,6 +90,19 @@ class ParityRecipe(PaperRecipe):
     def _stages(self) -> dict[str, Any]:
         steps = max(1, self.stage_samples // self.batch_size)
         return {"stage_steps": [steps], "stage_learning_rate": self.stage_learning_rate}
+
+    def axes(self, method: str, teacher: Teacher) -> dict[str, Axis]:
+        if method == "extraction":
+            steps, rate = self._stages().values()
+            lengths = tuple(max(1, times * steps[0] // 2) for times in (1, 2, 4))
+            rates = (rate / 3, rate, 3 * rate)
+            return {
+                "stage_steps": Axis(lengths, start=lengths[1], grows=True),
+                "stage_learning_rate": Axis(rates, start=rate, grows=True),
+            }
+        if method == "joint":
+            return {"hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
+        return schedules.axes(teacher, 2 * self.stage_samples) if method == "progressive" else {}
 
     def teacher_rule(self) -> TeacherRule:
         every = self.teacher_checkpoint_every
@@ -93,7 +118,7 @@ class ParityRecipe(PaperRecipe):
     def train_data(self, seeds: Sequence[int], count: int) -> Any:
         return self._data(count, self._streams(list(seeds)))
 
-    def eval_data(self, seeds: Sequence[int]) -> Any:
+    def eval_data(self, seeds: Sequence[int], tuning: bool = False) -> Any:  # tuning seeds have data of their own
         return self._data(self.eval_samples, self._streams([seed + EVAL_SEED for seed in seeds]))
 
     def teacher_data(self, count: int) -> tuple[Any, Any]:
@@ -102,8 +127,12 @@ class ParityRecipe(PaperRecipe):
         return self._data(count, seed, self.teacher_sparse_samples), held_out
 
     def teacher_identity(self) -> dict[str, Any]:
-        names = ("d", "k", "teacher_seed", "eval_samples", "teacher_sparse_samples")
-        return {**{name: getattr(self, name) for name in names}, "support": self.coordinates}
+        names = ("d", "k", "eval_samples", "teacher_sparse_samples")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "teacher_seed": self.teacher_seed,
+            "support": self.coordinates,
+        }
 
     def checked_teacher(self, teacher: Teacher) -> Teacher:
         config: Any = teacher.model.config
@@ -135,9 +164,7 @@ class ParityMLPRecipe(ParityRecipe):
     replicated = True
     teachers: ClassVar[tuple[str, ...]] = (TRAINED, PLANTED)
 
-    learning_rates: tuple[float, ...] = (3.0, 1.0, 0.3, 10.0)
-    """The learning rates that are tried for every method. Plain SGD learns fastest just below the rate at which it
-    diverges; the likeliest come first, since a run that can no longer win is stopped."""
+    learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0)
     teacher: str = TRAINED
     """`trained`, `planted` (a network that computes the parity by construction), or the folder of a finished teacher."""
     teacher_width: int = 5000
@@ -161,10 +188,10 @@ class ParityMLPRecipe(ParityRecipe):
         return {**super().arguments(), "optim": "sgd", "max_grad_norm": 0.0}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
-        if method != "extraction":
+        if method not in ("extraction", "joint"):
             return {}
         blocks = "1:2" if self.match_activation == "pre" else "2:2"
-        return {"layer_map": blocks, **self._stages()}
+        return {"layer_map": blocks, **(self._stages() if method == "extraction" else {"hidden_weight": 1.0})}
 
     def make_teacher(self, folder: Path) -> Teacher:
         if self.teacher != PLANTED:
@@ -214,26 +241,17 @@ class ParityTransformerRecipe(ParityRecipe):
         super().__post_init__()
         at_least_one(self, "layers", "teacher_heads", "student_heads", "head_width", most=MOST_BLOCKS)
 
-    @cached_property
-    def coordinates(self) -> tuple[int, ...]:
-        # The first k positions would be no sparse parity: at position k a causal block sees the support and nothing else.
-        if self.support is not None:
-            return check_parity(self.d, self.k, self.support)
-        drawn = np.random.RandomState(self.teacher_seed).choice(self.d, self.k, replace=False)
-        return tuple(sorted(drawn.tolist()))
-
     @property
     def default_methods(self) -> tuple[Variant, ...]:
         return tuple(map(plain_variant, ("extraction", "one_shot", "progressive", "scratch")))
-
-    def identity(self) -> dict[str, Any]:
-        return {"support": list(self.coordinates)}
 
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "optim": "adamw_torch", "max_grad_norm": 1.0}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
-        return {"num_stages": self.layers, **self._stages()} if method == "extraction" else {}
+        if method not in ("extraction", "joint"):
+            return {}
+        return {"num_stages": self.layers, **(self._stages() if method == "extraction" else {"hidden_weight": 1.0})}
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)

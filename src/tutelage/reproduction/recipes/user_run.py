@@ -97,8 +97,9 @@ class UserRecipe(Recipe):
         assert self._run.train_dataset is not None
         return self._run.train_dataset.shuffle(seed=seeds[0])
 
-    def eval_data(self, seeds: Sequence[int]) -> Any:
-        return self._run.eval_dataset
+    def eval_data(self, seeds: Sequence[int], tuning: bool = False) -> Any:
+        rows = self._run.eval_dataset  # every other one is for tuning
+        return rows.select(range(int(tuning), len(rows), 2))
 
     @property
     def collator(self) -> Any:

@@ -1,0 +1,155 @@
+"""The search for a method's learning rate and settings, by the same rule and with as many trials for every method.
+
+Every rate of the grid is tried first, and further ones as long as the best is at an end. The other settings follow, one after
+another, at the best values of the rest, until none of them gets better. The trials that are left refine the rate."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tutelage.reproduction.variants import Candidate
+
+RATE = "learning_rate"
+_FINEST = 1.15  # rates nearer to each other than this ratio are not told apart
+
+Score = tuple[float, float]  # lower is better
+WORST: Score = (math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting that is searched, and what is tried for it."""
+
+    values: tuple[Any, ...]
+    start: Any = None  # the value that the search begins with; None: the first
+    ordered: bool = True  # whether values beside each other are alike; if so, only neighbours of the best are tried
+    grows: bool = False  # whether numbers beyond both ends are tried as well, in steps of the ratio of the last two
+
+    @property
+    def first(self) -> Any:
+        """The value that is tried first."""
+        return self.values[0] if self.start is None else self.start
+
+
+@dataclass
+class Search:
+    """One method's search.
+
+    `score` tells how good a candidate is, given the best score so far; None where it cannot be run at all, which is no trial.
+    `trials` is the number of candidates; None tries the grid of rates and the other settings, and nothing beyond them."""
+
+    axes: Mapping[str, Axis]  # by the name of the setting, the rate's among them
+    trials: int | None
+    score: Callable[[Candidate, Score | None], Score | None]
+    clean: Callable[[dict[str, Any]], dict[str, Any]] = dict  # leaves out settings that the others make void
+    tried: dict[str, Score | None] = field(default_factory=dict)  # by label
+    seen: dict[str, list[Any]] = field(default_factory=dict)  # the values of each axis that were tried, in its order
+    best: tuple[Candidate, Score] | None = None
+
+    def run(self) -> Candidate:
+        """The best candidate; the first one where none was better than `WORST`."""
+        first = {name: axis.first for name, axis in self.axes.items()}
+        for rate in self.axes[RATE].values:
+            self._try({**first, RATE: rate})
+        if self.trials is not None:
+            self._climb(RATE)
+        others = [name for name in self.axes if name != RATE]
+        names = [*others, RATE] if others else []
+        better = True
+        while better and self._left:
+            better = sum(self._climb(name) for name in names) > 0
+        while self.trials is not None and self._left and self._refine():
+            pass
+        assert self.best is not None, "no candidate can be run"
+        return self.best[0]
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """The settings whose best value is the smallest or largest one tried, though there are further ones."""
+        found, chosen = [], self._chosen
+        for name, axis in self.axes.items():
+            if name not in chosen or not axis.ordered or (self.trials is None and name != RATE):
+                continue
+            seen, value = self.seen[name], chosen[name]
+            ends = [end for end in (0, -1) if len(seen) > 1 and seen[end] == value]
+            if any(axis.grows or axis.values[end] != value for end in ends):
+                found.append(name)
+        return tuple(found)
+
+    @property
+    def _left(self) -> bool:
+        return self.trials is None or sum(score is not None for score in self.tried.values()) < self.trials
+
+    @property
+    def _chosen(self) -> dict[str, Any]:
+        assert self.best is not None
+        return {RATE: self.best[0].learning_rate, **self.best[0].settings}
+
+    def _try(self, values: Mapping[str, Any]) -> bool:
+        """Whether these values are the best so far."""
+        settings = self.clean({name: value for name, value in values.items() if name != RATE})
+        candidate = Candidate(values[RATE], settings)
+        if candidate.label in self.tried or not self._left:
+            return False
+        score = self.tried[candidate.label] = self.score(candidate, self.best[1] if self.best else None)
+        if score is None:
+            return False
+        for name, value in {RATE: candidate.learning_rate, **settings}.items():
+            seen = self.seen.setdefault(name, [])
+            if value not in seen:
+                seen.append(value)
+                order = self.axes[name].values
+                seen.sort(key=lambda known: known if _is_number(known) else order.index(known))
+        if self.best is not None and score >= self.best[1]:
+            return False
+        self.best = candidate, score
+        return True
+
+    def _climb(self, name: str) -> bool:
+        """Try the values beside the best one, and go on in a direction that gets better; whether any was better."""
+        better = False
+        for values in self._beside(name):
+            better |= self._try({**self._chosen, name: values})
+        while better and self.axes[name].ordered and self._left:
+            if not any(self._try({**self._chosen, name: value}) for value in self._beside(name)):
+                break
+        return better
+
+    def _beside(self, name: str) -> list[Any]:
+        """The values to try next; none where the setting is void at the best values of the others."""
+        axis, chosen = self.axes[name], self._chosen
+        if name not in chosen:
+            return []
+        if not axis.ordered:
+            return [value for value in axis.values if value != chosen[name]]
+        values = list(axis.values)
+        if axis.grows:
+            values = sorted({*values, *self.seen[name]})
+            if self.trials is not None or name != RATE:
+                values = [_beyond(values[1::-1], values[0]), *values, _beyond(values[-2:], values[-1])]
+        place = values.index(chosen[name])
+        return [values[near] for near in (place - 1, place + 1) if 0 <= near < len(values)]
+
+    def _refine(self) -> bool:
+        """Try the rates between the best one and its neighbours; whether there was one left to try."""
+        rate, seen, before = self._chosen[RATE], self.seen[RATE], len(self.tried)
+        place = seen.index(rate)
+        for other in (seen[near] for near in (place - 1, place + 1) if 0 <= near < len(seen)):
+            if max(rate, other) / min(rate, other) > _FINEST**2:
+                self._try({**self._chosen, RATE: _rounded(math.sqrt(rate * other))})
+        return len(self.tried) > before
+
+
+def _beyond(last: list[Any], end: Any) -> Any:
+    """The number after `end`, by the ratio of the last two."""
+    ratio = last[-1] / last[0] if len(last) > 1 else 2.0
+    return max(1, round(end * ratio)) if isinstance(end, int) else _rounded(end * ratio)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
