@@ -9,7 +9,7 @@ from typing import Any
 
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
-from tutelage.core.projection import KINDS
+from tutelage.core.projection import KINDS, LEARNED
 from tutelage.core.records import Record
 from tutelage.core.residual import BASES
 from tutelage.core.stages import HiddenStage, JointStage, LayerMap, OutputStage, Stage, check_stage, fitting_layer_map
@@ -19,7 +19,7 @@ NORMALIZE = ("standardize", "none")
 WARM_STARTS = ("none", "head", "embedding", "head+embedding")
 STUDENT_INITS = ("random", "teacher")
 RESIDUAL = "residual"  # the projection by the basis through which the student was initialised
-PROJECTIONS = (*KINDS, RESIDUAL)
+PROJECTIONS = (*KINDS, RESIDUAL, LEARNED)
 STAGE_TRAINS = ("up_to", "new")
 
 
@@ -30,7 +30,7 @@ class Curriculum(Record):
     method: str  # name under which results are reported
     stages: tuple[Stage, ...]  # in training order
     projection: str = "gaussian"  # kind of projection in hidden stages: one of `PROJECTIONS`
-    projection_seed: int = 0  # the random matrix of a stage is drawn from (seed, teacher place)
+    projection_seed: int = 0  # random matrices, and first weights of learned ones, are drawn from (seed, teacher place)
     normalize: str = "standardize"  # `standardize` the teacher's states before projecting, or `none` as in the paper
     warm_start: str = "none"  # the teacher's weights that the student starts with: one of `WARM_STARTS`; paper: none
     student_init: str = "random"  # weights that the student starts with: one of `STUDENT_INITS`; paper: random
@@ -60,6 +60,11 @@ class Curriculum(Record):
                 f"warm_start={self.warm_start!r} would write over weights that student_init='teacher' gave the student"
             )
             raise UserError(f"{found}: use warm_start='none', or student_init='random'")
+        if self.projection == LEARNED and "head" in self.warm_start:
+            found = (
+                f"warm_start={self.warm_start!r} needs a student that learns a fixed projection of the teacher's state"
+            )
+            raise UserError(f"{found}, which projection='learned' is not: use warm_start='none', or another projection")
         _check_choice("stage_trains", self.stage_trains, STAGE_TRAINS)
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}")

@@ -153,8 +153,9 @@ class CurriculumConfig(TrainingArguments):
         "Hidden stages train everything up_to their block (default), or only what is new since the stage before."
     )
     projection: str | None = option(
-        "gaussian (the paper), orthogonal, rademacher, pca, logits, or residual (the basis of student_init=teacher); default: "
-        "residual after student_init=teacher, otherwise gaussian."
+        "gaussian (the paper), orthogonal, rademacher, pca, logits, residual (the basis of student_init=teacher), or learned "
+        "(a linear map from the student to the teacher, trained with it and thrown away); default: residual after "
+        "student_init=teacher, otherwise gaussian."
     )
     projection_seed: int | None = option("Seed of the random projections; default: 0.")
     normalize: str | None = option("standardize (default), or none (the paper).")

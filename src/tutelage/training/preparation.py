@@ -15,6 +15,7 @@ from tutelage.core.blocks import find_blocks
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import text_config
+from tutelage.core.projection import LEARNED
 from tutelage.core.stages import JointStage, fitting_layer_map, parse_layer_map
 from tutelage.targets.extracted import ExtractedTargets
 from tutelage.targets.folder import ExtractedCurriculum
@@ -290,6 +291,9 @@ def open_extracted(folder: str, args: CurriculumConfig) -> ExtractedTargets:
     if args.value("method") not in ("extraction", "joint", "one_shot"):
         what = f"method {args.method!r} does not train from an extracted curriculum"
         raise UserError(f"{what}: leave curriculum_dir out, or choose extraction, joint or one_shot")
+    if args.projection == LEARNED:
+        found = "projection='learned' needs the teacher's own states, which an extracted curriculum does not contain"
+        raise UserError(f"{found}: leave one of curriculum_dir and projection out")
     if args.task not in (None, extracted.identity.task):
         where = f"the extracted curriculum in {str(extracted.store)!r}"
         raise UserError(f"{where} is for task {extracted.identity.task}, not {args.task}: leave task out")
