@@ -70,6 +70,7 @@ def gradients(seeds: Sequence[int], curriculum: Curriculum, stage: int) -> tuple
         pytest.param(0, hidden_then_output((2, 2), projection="orthogonal"), id="orthogonal"),
         pytest.param(0, hidden_then_output((2, 2), projection="learned"), id="learned"),
         pytest.param(1, hidden_then_output(temperature=2.0), id="output"),
+        pytest.param(1, hidden_then_output(output_loss="mse"), id="mean-squares"),
         pytest.param(1, hidden_then_output(label_weight=0.3), id="output-and-labels"),
         pytest.param(1, hidden_then_output(label_weight=1.0), id="labels"),
     ],

@@ -21,6 +21,7 @@ STUDENT_INITS = ("random", "teacher")
 RESIDUAL = "residual"  # the projection by the basis through which the student was initialised
 PROJECTIONS = (*KINDS, RESIDUAL, LEARNED)
 STAGE_TRAINS = ("up_to", "new")
+OUTPUT_LOSSES = ("kl", "mse")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Curriculum(Record):
     student_init: str = "random"  # weights that the student starts with: one of `STUDENT_INITS`; paper: random
     residual_basis: str | None = None  # one of `tutelage.core.residual.BASES`; None: identity of equal widths, else pca
     start_blocks: tuple[int, ...] | None = None  # the teacher's block that each starts from; None: by the hidden stages
+    output_loss: str = "kl"  # how logits are compared: one of `OUTPUT_LOSSES`; paper: kl
     temperature: float = 1.0  # softmax temperature of the output loss
     top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
     stage_trains: str = "up_to"  # hidden stages train all `up_to` their place, or what is `new` since the stage before
@@ -66,8 +68,17 @@ class Curriculum(Record):
             )
             raise UserError(f"{found}, which projection='learned' is not: use warm_start='none', or another projection")
         _check_choice("stage_trains", self.stage_trains, STAGE_TRAINS)
+        _check_choice("output_loss", self.output_loss, OUTPUT_LOSSES)
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}")
+        if self.output_loss == "mse" and self.temperature != 1:
+            found = (
+                f"output_loss='mse' compares logits without a softmax, so it has no temperature ({self.temperature:g})"
+            )
+            raise UserError(f"{found}: leave temperature out, or use output_loss='kl'")
+        if self.output_loss == "mse" and self.top_k is not None:
+            found = f"output_loss='mse' compares all logits, but top_k={self.top_k} keeps the most likely outputs"
+            raise UserError(f"{found}: leave top_k out, or use output_loss='kl'")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1 output, got {self.top_k}")
 
@@ -150,7 +161,7 @@ def extraction(
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
         settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `student_init`, `residual_basis`, `start_blocks`,
-            `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
+            `output_loss`, `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
     pairs = fitting_layer_map(layer_map, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]

@@ -13,11 +13,10 @@ from tutelage.core.blocks import FINAL, Place
 from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
-from tutelage.core.projection import LEARNED
 from tutelage.core.stages import HiddenStage
 from tutelage.core.topk import TopK
 from tutelage.targets import rows
-from tutelage.targets.folder import ExtractedCurriculum
+from tutelage.targets.folder import ExtractedCurriculum, check_storable
 from tutelage.targets.maps import save_target_maps
 from tutelage.targets.source import Batches, Device, FixedSettings, HiddenTarget, Reading, StatisticsFile, TargetSource
 from tutelage.targets.stored_rows import StoredRows, collate
@@ -56,9 +55,7 @@ class ExtractedTargets(TargetSource):
         )
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
-        if curriculum.projection == LEARNED and curriculum.hidden_stages:
-            found = f"projection='learned' needs the teacher's own states, which {str(self.folder.store)!r} does not contain"
-            raise UserError(f"{found}: train with the teacher itself, or leave projection out")
+        check_storable(curriculum)
         self.folder.stages(curriculum)
         widths, extracted = self.task.widths(student, curriculum.places("student")), self.folder.identity.width
         if (width := max(widths.values(), default=0)) > extracted:

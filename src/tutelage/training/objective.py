@@ -123,11 +123,12 @@ class StageObjective(nn.Module):
         self, stage: OutputStage | JointStage, target: OutputTarget | None, batch: dict[str, Any]
     ) -> torch.Tensor:
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""
-        temperature, top_k = self.curriculum.temperature, self.curriculum.top_k
+        curriculum = self.curriculum
         settings = OutputSettings(
-            temperature,
+            curriculum.temperature,
             stage.label_weight,
-            top_k,
+            curriculum.output_loss,
+            curriculum.top_k,
             self.chunk_size,
             self.embedding_loss,
             self.source.outputs,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import LARGEST, UserError, check_range, check_texts
-from tutelage.core.projection import LEARNED
 from tutelage.runs.inputs import RunOptions
+from tutelage.targets.folder import check_storable
 from tutelage.targets.rows import DTYPES
 from tutelage.tasks.loading import MOST_WIDTH
 from tutelage.training.config import CurriculumConfig, option
@@ -51,9 +51,7 @@ def check_options(args: CurriculumConfig) -> None:
     if args.value("method") not in ("extraction", "joint", "one_shot"):
         how = "extract with extraction, joint or one_shot"
         raise UserError(f"method {args.method!r} reads no finished teacher's states: {how}")
-    if args.projection == LEARNED:
-        found = "projection='learned' trains a map with the student, to the teacher's own states, which no extraction stores"
-        raise UserError(f"{found}: train with the teacher itself, or choose another projection")
+    check_storable(args)
     for name in ("label_weight", "hidden_weight"):
         if getattr(args, name):
             raise UserError(f"{name} is chosen when a student is trained: leave it out of the extraction")
