@@ -15,7 +15,7 @@ POSITIONS, WIDTH, OUTPUTS, THEIRS = 7, 4, 11, 6
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("targets", ["head", "largest", "labels"])
+@pytest.mark.parametrize("targets", ["head", "logits", "largest", "labels"])
 def test_the_operator_is_what_the_compiler_takes_it_for(bias: bool, targets: str) -> None:
     """Its schema, its shapes without values, and its gradients through the compiler's own autograd."""
     generator = torch.Generator().manual_seed(0)
@@ -25,14 +25,14 @@ def test_the_operator_is_what_the_compiler_takes_it_for(bias: bool, targets: str
 
     head = [draw(OUTPUTS, WIDTH).requires_grad_()] + ([draw(OUTPUTS).requires_grad_()] if bias else [])
     teacher: list[torch.Tensor] = []
-    if targets == "head":
+    if targets in ("head", "logits"):
         teacher = [draw(POSITIONS, THEIRS), draw(OUTPUTS, THEIRS), draw(OUTPUTS)]
     elif targets == "largest":
         kept = top_k(draw(POSITIONS, OUTPUTS), 3, 2.0)
         teacher = [kept.ids, kept.log_probs, kept.log_rest]
     labels = torch.randint(0, OUTPUTS, (POSITIONS,), generator=generator)
     numbers = [2.0, 1.0 if targets == "labels" else 0.3, 0.0, 1.0, 0.0, 1.0]
-    sizes = [0, 3, int(targets == "largest")]
+    sizes = [0, 3, int(targets == "largest"), int(targets == "logits")]
     hidden = draw(POSITIONS, WIDTH).requires_grad_()
     torch.library.opcheck(chunked._operator, (hidden, head, teacher, labels, numbers, sizes, None))
 

@@ -42,6 +42,28 @@ def test_logits_loss_is_the_formula(temperature: float, label_weight: float) -> 
     assert loss.item() == pytest.approx(plain(student, teacher, labels, temperature, label_weight), rel=1e-5)
 
 
+@pytest.mark.parametrize("label_weight", [0.0, 0.3])
+def test_mean_squares_of_logits_are_the_formula(label_weight: float) -> None:
+    """From whole logits and in chunks; an output that the teacher rules out has no part."""
+    torch.manual_seed(0)
+    student_head, teacher_head = OutputHead(nn.Linear(D, V)), OutputHead(nn.Linear(D, V))
+    teacher_head.linear.bias.data[2] = -torch.inf
+    hidden, teacher_hidden, labels = logits(N, D).requires_grad_(), logits(N, D, seed=1), labels_of(N)
+    mine, theirs = student_head(hidden), teacher_head(teacher_hidden).detach()
+    kept = [0, 1, 3, 4]
+    squares = ((mine[:, kept] - theirs[:, kept]) ** 2).sum() / V
+    expected = (1 - label_weight) * squares + label_weight * F.cross_entropy(mine, labels, reduction="sum")
+    settings = OutputSettings(loss="mse", label_weight=label_weight, chunk_size=4)
+    found = (
+        logits_loss(mine, theirs, labels, settings),
+        output_loss(hidden, student_head, teacher_hidden, teacher_head, labels, settings=settings),
+    )
+    for loss in found:
+        torch.testing.assert_close(loss, expected)
+        gradients = [torch.autograd.grad(each, hidden, retain_graph=True)[0] for each in (loss, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize(("temperature", "label_weight"), SETTINGS)
 def test_logits_loss_is_output_loss(temperature: float, label_weight: float) -> None:
     torch.manual_seed(0)

@@ -68,6 +68,23 @@ def test_output_loss_is_exact(
     torch.testing.assert_close(again, mine.detach())
 
 
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("label_weight", [0.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_mean_squares_of_logits_are_exact(chunk_size: int | None, label_weight: float, softcap: float | None) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = pieces(softcap)
+    inputs = [hidden, *head.linear.parameters()]
+    settings = OutputSettings(loss="mse", label_weight=label_weight, chunk_size=chunk_size)
+    mine = output_loss(hidden, head, teacher_hidden, teacher_head, labels, settings=settings)
+    logits, theirs = head(hidden), teacher_head(teacher_hidden).detach()
+    squares = ((logits - theirs) ** 2).mean(-1).sum()
+    plain_loss = (1 - label_weight) * squares + label_weight * F.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(mine, plain_loss, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * mine, inputs), torch.autograd.grad(3 * plain_loss, inputs), rtol=1e-5, atol=1e-4
+    )
+
+
 def test_only_a_chunk_of_logits_exists_at_a_time() -> None:
     hidden, head, teacher_hidden, teacher_head, labels = pieces()
     largest = 0

@@ -36,6 +36,8 @@ from tutelage.targets.folder import ExtractedCurriculum
         ({"method": "scratch"}, STUDENT, "method 'scratch' does not train from an extracted curriculum"),
         ({"warm_start": "head+embedding"}, STUDENT, "needs the teacher's embedding"),
         ({"task": "masked_lm"}, STUDENT, "is for task causal_lm, not masked_lm"),
+        ({"projection": "learned"}, STUDENT, "'learned' needs the teacher's own states, .* or leave projection out"),
+        ({"output_loss": "mse"}, STUDENT, "'mse' needs all logits of the teacher, .* or leave output_loss out"),
     ],
 )
 def test_settings_that_the_curriculum_does_not_contain_are_refused(
@@ -128,6 +130,8 @@ def test_a_different_teacher_dataset_or_tokenizer_is_refused(
         ({"stages": ["2"], "run": {}}, "stages and student both say"),
         ({"stages": ["2"], "layer_map": "1:2"}, "stages and layer_map both say"),
         ({"stages": ["2"], "method": "one_shot"}, "method 'one_shot' has no hidden stages"),
+        ({"projection": "learned"}, "'learned' needs the teacher's own states, which an extracted curriculum does not"),
+        ({"output_loss": "mse"}, "'mse' needs all logits of the teacher, which an extracted curriculum does not"),
     ],
 )
 def test_an_extraction_that_cannot_work_is_refused(

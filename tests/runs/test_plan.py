@@ -56,3 +56,19 @@ def test_neurons_are_shown_where_the_configuration_leaves_them_open(tmp_path: Pa
     args = CurriculumConfig(teacher_model_name_or_path=str(tmp_path), max_steps=8, use_cpu=True)
     planned = plan(RunOptions(student="layers=1,intermediate_size=48", max_length=LENGTH), args)
     assert "student of teacher: 1 of 2 blocks, 4 of 4 heads, 48 of 128 neurons; " in describe_plan(planned)
+
+
+@pytest.mark.parametrize("method", ["extraction", "joint"])
+def test_learned_maps_are_part_of_a_plan(causal_teacher: Path, method: str) -> None:
+    """Their products are the student's; the teacher's states are not projected."""
+    found = []
+    for projection in ("gaussian", "learned"):
+        args = CurriculumConfig(
+            teacher_model_name_or_path=str(causal_teacher),
+            **{"method": method, "projection": projection, "student_init": "random", "num_stages": 1},
+            **{"max_steps": 8, "use_cpu": True},
+        )
+        found.append(plan(RunOptions(student="layers=2,hidden_size=24", max_length=LENGTH), args))
+    fixed, learned = (planned.stages[0] for planned in found)
+    assert learned.student_flops_per_token - fixed.student_flops_per_token == 3 * 2 * 24 * 32
+    assert fixed.teacher_flops_per_token - learned.teacher_flops_per_token == 2 * 24 * 32

@@ -65,6 +65,16 @@ def train(output: Path, batch: int, checkpointing: bool) -> None:
     )
     started.train()
     save_model(started.model, str(output / f"started-{args.process_index}.safetensors"))
+    learned = CurriculumTrainer(
+        curriculum=Curriculum("own", (*hidden, OutputStage(1)), projection="learned"),
+        model=llama(2, 16, seed=2),
+        teacher_model=llama(4, 24, seed=1),
+        args=dataclasses.replace(args, output_dir=str(output / "learned")),
+        train_dataset=token_rows(ragged=True),
+        data_collator=CausalCollator(),
+    )
+    learned.train()
+    save_model(learned.objective, str(output / f"learned-{args.process_index}.safetensors"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -80,12 +90,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     two = trained(tmp_path / "two", 2, 4)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    started = [
-        load_file(tmp_path / f"{name}.safetensors") for name in ("one/started-0", "two/started-0", "two/started-1")
-    ]
-    for name, value in started[0].items():
-        torch.testing.assert_close(started[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        assert torch.equal(started[1][name], started[2][name]), name
+    for run in ("started", "learned"):
+        found = [
+            load_file(tmp_path / f"{name}.safetensors") for name in (f"one/{run}-0", f"two/{run}-0", f"two/{run}-1")
+        ]
+        for name, value in found[0].items():
+            torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            assert torch.equal(found[1][name], found[2][name]), name
     # two stages and two pairs of a joint stage, twice over 16 examples each
     assert [(tmp_path / name).read_text() for name in ("one/forwards-0", "two/forwards-0", "two/forwards-1")] == [
         "16"

@@ -245,9 +245,10 @@ def test_settings_of_stages_are_not_read_by_joint(make_trainer: Make) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks
-def test_a_compiled_joint_step_has_the_loss_and_gradients_of_the_plain_one() -> None:
+@pytest.mark.parametrize("projection", ["gaussian", "learned"])
+def test_a_compiled_joint_step_has_the_loss_and_gradients_of_the_plain_one(projection: str) -> None:
     batch = CausalCollator()(list(token_rows(2)))
-    objective = objective_of(llama(2, 16, seed=2), llama(4, 24, seed=1), batch)
+    objective = objective_of(llama(2, 16, seed=2), llama(4, 24, seed=1), batch, projection=projection)
     torch._dynamo.reset()
     found = []
     for run in (objective, torch.compile(objective, backend="eager")):

@@ -57,7 +57,8 @@ def gradients(seeds: Sequence[int], curriculum: Curriculum, stage: int) -> tuple
     objective.stage_index = stage
     loss = objective(**batch_of(seeds))["loss"]
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    trained = [*model.named_parameters(), *objective.learned.named_parameters()]
+    return loss.item(), {name: p.grad for name, p in trained if p.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,9 @@ def gradients(seeds: Sequence[int], curriculum: Curriculum, stage: int) -> tuple
         pytest.param(0, hidden_then_output((2, 2)), id="post-activation"),
         pytest.param(0, hidden_then_output((1, 1), normalize="standardize"), id="standardised"),
         pytest.param(0, hidden_then_output((2, 2), projection="orthogonal"), id="orthogonal"),
+        pytest.param(0, hidden_then_output((2, 2), projection="learned"), id="learned"),
         pytest.param(1, hidden_then_output(temperature=2.0), id="output"),
+        pytest.param(1, hidden_then_output(output_loss="mse"), id="mean-squares"),
         pytest.param(1, hidden_then_output(label_weight=0.3), id="output-and-labels"),
         pytest.param(1, hidden_then_output(label_weight=1.0), id="labels"),
     ],

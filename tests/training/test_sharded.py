@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from tests.launch import launch
 from tests.training.conftest import llama, token_rows
 from tutelage import CurriculumConfig, CurriculumTrainer
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import Curriculum, joint, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.stages import HiddenStage, JointStage, OutputStage
 from tutelage.core.views import view_of
@@ -250,7 +250,19 @@ def test_sharding_is_refused_where_blocks_are_not_told_from_other_modules() -> N
         configure({}, student)
 
 
-def configure(settings: dict[str, Any], student: Any = None, mixed_precision: str = "no", backend: Any = None) -> None:
+@needs_fsdp2
+def test_sharding_is_refused_with_learned_maps() -> None:
+    with pytest.raises(ValueError, match=r"not tested with: projection='learned'\. Change this, or use DDP"):
+        configure({}, curriculum=joint(2, 4, 1, projection="learned"))
+
+
+def configure(
+    settings: dict[str, Any],
+    student: Any = None,
+    mixed_precision: str = "no",
+    backend: Any = None,
+    curriculum: Any = None,
+) -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -262,7 +274,9 @@ def configure(settings: dict[str, Any], student: Any = None, mixed_precision: st
     dynamo = SimpleNamespace(backend=backend or DynamoBackend.NO)
     state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=dynamo)
     accelerator = SimpleNamespace(state=state, mixed_precision=mixed_precision)
-    objective = StageObjective(student or llama(2, 16, seed=2), LiveTargets(llama(4, 24, seed=1)))
+    student, source = student or llama(2, 16, seed=2), LiveTargets(llama(4, 24, seed=1))
+    source.attach(curriculum or one_shot(1), student)
+    objective = StageObjective(student, source)
     assert sharding.configure(accelerator, objective, wanted=True)
 
 

@@ -34,6 +34,7 @@ class OutputSettings:
 
     temperature: float = 1.0  # t, used in both softmaxes
     label_weight: float = 0.0  # a, the fraction of the loss that is label loss
+    loss: str = "kl"  # against the teacher: `kl`, or `mse` of the logits, which has no temperature
     top_k: int | None = None  # teacher outputs that are kept; the rest is one bucket (`core.topk`); None keeps all
     chunk_size: int | None = None  # positions per chunk; None chooses it so that a chunk holds about 2^24 logits
     embedding_loss: str = "cosine"  # sentence encoders: `cosine` or `mse`
@@ -198,7 +199,13 @@ def _block_loss(
     """Loss summed over a few positions, and its gradient with respect to the logits (None if not wanted)."""
     loss, gradient = torch.zeros((), dtype=torch.float32, device=logits.device), None
     weight, t = spec.settings.label_weight, spec.settings.temperature
-    if weight < 1:
+    if weight < 1 and spec.settings.loss == "mse":
+        assert theirs is not None
+        squares, gradient = _mean_squares(logits, theirs, with_grad)
+        loss += (1 - weight) * squares
+        if gradient is not None and weight > 0:
+            gradient.mul_(1 - weight)
+    elif weight < 1:
         log_q = torch.log_softmax(logits.float() / t if t != 1 else logits.float(), dim=-1)
         divergence, gradient = _divergence(log_q, theirs, spec, rows, with_grad)
         loss += (1 - weight) * t * t * divergence
@@ -215,6 +222,14 @@ def _block_loss(
             label_gradient.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
             gradient = label_gradient if gradient is None else gradient.add_(label_gradient)
     return loss, gradient
+
+
+def _mean_squares(logits: Tensor, theirs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Squared differences of logits, a mean over outputs and a sum over positions, and the gradient of the student's logits. An
+    output that the teacher rules out (a logit of -inf) has no part in it."""
+    difference, outputs = logits.float() - theirs.float(), logits.shape[-1]
+    difference.masked_fill_(theirs == -torch.inf, 0.0)
+    return difference.square().sum() / outputs, difference.mul_(2 / outputs) if with_grad else None
 
 
 def _divergence(
@@ -290,7 +305,7 @@ def _operator_loss(
     settings, other = spec.settings, teacher or head
     numbers = [settings.temperature, settings.label_weight]
     numbers += [head.softcap or 0.0, head.scale, other.softcap or 0.0, other.scale]
-    sizes = [settings.top_k or 0, settings.chunk_size or 0, int(spec.targets is not None)]
+    sizes = [settings.top_k or 0, settings.chunk_size or 0, int(spec.targets is not None), int(settings.loss == "mse")]
     return _operator(hidden_ND, head.tensors, theirs, spec.labels, numbers, sizes, low)[0]
 
 
@@ -311,7 +326,7 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the gradients of hidden states, weight and bias (empty for a head without one)."""
     temperature, label_weight, softcap, scale, their_softcap, their_scale = numbers
-    settings = OutputSettings(temperature, label_weight, sizes[0] or None, sizes[1])
+    settings = OutputSettings(temperature, label_weight, "mse" if sizes[3] else "kl", sizes[0] or None, sizes[1])
     spec = OutputSpec(None, None, None, labels, settings)
     if sizes[2]:
         spec = replace(spec, targets=TopK(*teacher))

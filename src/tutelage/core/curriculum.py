@@ -9,7 +9,7 @@ from typing import Any
 
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import UserError
-from tutelage.core.projection import KINDS
+from tutelage.core.projection import KINDS, LEARNED
 from tutelage.core.records import Record
 from tutelage.core.residual import BASES
 from tutelage.core.stages import HiddenStage, JointStage, LayerMap, OutputStage, Stage, check_stage, fitting_layer_map
@@ -19,8 +19,9 @@ NORMALIZE = ("standardize", "none")
 WARM_STARTS = ("none", "head", "embedding", "head+embedding")
 STUDENT_INITS = ("random", "teacher")
 RESIDUAL = "residual"  # the projection by the basis through which the student was initialised
-PROJECTIONS = (*KINDS, RESIDUAL)
+PROJECTIONS = (*KINDS, RESIDUAL, LEARNED)
 STAGE_TRAINS = ("up_to", "new")
+OUTPUT_LOSSES = ("kl", "mse")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class Curriculum(Record):
     method: str  # name under which results are reported
     stages: tuple[Stage, ...]  # in training order
     projection: str = "gaussian"  # kind of projection in hidden stages: one of `PROJECTIONS`
-    projection_seed: int = 0  # the random matrix of a stage is drawn from (seed, teacher place)
+    projection_seed: int = 0  # random matrices, and first weights of learned ones, are drawn from (seed, teacher place)
     normalize: str = "standardize"  # `standardize` the teacher's states before projecting, or `none` as in the paper
     warm_start: str = "none"  # the teacher's weights that the student starts with: one of `WARM_STARTS`; paper: none
     student_init: str = "random"  # weights that the student starts with: one of `STUDENT_INITS`; paper: random
     residual_basis: str | None = None  # one of `tutelage.core.residual.BASES`; None: identity of equal widths, else pca
     start_blocks: tuple[int, ...] | None = None  # the teacher's block that each starts from; None: by the hidden stages
+    output_loss: str = "kl"  # how logits are compared: one of `OUTPUT_LOSSES`; paper: kl
     temperature: float = 1.0  # softmax temperature of the output loss
     top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
     stage_trains: str = "up_to"  # hidden stages train all `up_to` their place, or what is `new` since the stage before
@@ -60,9 +62,23 @@ class Curriculum(Record):
                 f"warm_start={self.warm_start!r} would write over weights that student_init='teacher' gave the student"
             )
             raise UserError(f"{found}: use warm_start='none', or student_init='random'")
+        if self.projection == LEARNED and "head" in self.warm_start:
+            found = (
+                f"warm_start={self.warm_start!r} needs a student that learns a fixed projection of the teacher's state"
+            )
+            raise UserError(f"{found}, which projection='learned' is not: use warm_start='none', or another projection")
         _check_choice("stage_trains", self.stage_trains, STAGE_TRAINS)
+        _check_choice("output_loss", self.output_loss, OUTPUT_LOSSES)
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}")
+        if self.output_loss == "mse" and self.temperature != 1:
+            found = (
+                f"output_loss='mse' compares logits without a softmax, so it has no temperature ({self.temperature:g})"
+            )
+            raise UserError(f"{found}: leave temperature out, or use output_loss='kl'")
+        if self.output_loss == "mse" and self.top_k is not None:
+            found = f"output_loss='mse' compares all logits, but top_k={self.top_k} keeps the most likely outputs"
+            raise UserError(f"{found}: leave top_k out, or use output_loss='kl'")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1 output, got {self.top_k}")
 
@@ -145,7 +161,7 @@ def extraction(
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
         settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `student_init`, `residual_basis`, `start_blocks`,
-            `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
+            `output_loss`, `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
     pairs = fitting_layer_map(layer_map, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]

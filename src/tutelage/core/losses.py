@@ -44,7 +44,8 @@ def output_loss(
     settings: OutputSettings = OutputSettings(),  # noqa: B008 (frozen)
     targets: TopK | None = None,
 ) -> Tensor:
-    """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once.
+    """Sum over positions of (1 - a) t^2 KL(teacher || student) + a CE(labels), never holding all logits at once; with the loss
+    `mse` the mean over outputs of squared differences of logits in place of the KL (Ba and Caruana, arXiv:1312.6184).
 
     The gradient of a chunk's logits is known in closed form, so the forward pass already computes the gradients of hidden
     states and head while it holds them: the backward pass recomputes nothing, and nothing of size N x V is kept. Softmax and
@@ -102,7 +103,10 @@ def logits_loss(
     weight, t = settings.label_weight, settings.temperature
     _check_inputs(settings, labels, teacher is not None, "logits")
     loss = torch.zeros((), device=student.device)
-    if teacher is not None and weight < 1:
+    if teacher is not None and weight < 1 and settings.loss == "mse":
+        difference = torch.where(teacher > -torch.inf, student.float() - teacher.float(), 0.0)
+        loss = loss + (1 - weight) * difference.square().mean(-1).sum()
+    elif teacher is not None and weight < 1:
         log_q = torch.log_softmax(student.float() / t, dim=-1)
         log_p = torch.log_softmax(teacher.float() / t, dim=-1)
         loss = loss + (1 - weight) * t**2 * _kl(log_p, log_q).sum()

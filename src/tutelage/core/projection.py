@@ -16,7 +16,9 @@ from tutelage.core.errors import UserError
 from tutelage.core.linalg import fastest
 
 RANDOM_KINDS = ("gaussian", "orthogonal", "rademacher")
-KINDS = (*RANDOM_KINDS, "pca", "logits")
+DATA_KINDS = ("pca", "logits")
+KINDS = (*RANDOM_KINDS, *DATA_KINDS)
+LEARNED = "learned"  # no fixed map: the student's state goes through one that is trained with it (`core.learned`)
 
 
 class Projection(ABC):
@@ -171,7 +173,7 @@ def _regular(moment: torch.Tensor) -> torch.Tensor:
 
 def check_widening(kind: str, in_features: int, out_features: int) -> None:
     """Raise UserError for a kind of projection that cannot map to a larger width."""
-    if out_features > in_features and kind not in ("gaussian", "rademacher"):
+    if out_features > in_features and kind not in ("gaussian", "rademacher", LEARNED):
         raise UserError(
             f"projection={kind!r} cannot widen {in_features} to {out_features}: use projection='gaussian' or a narrower student"
         )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tutelage.core.blocks import Blocks
+from tutelage.core.blocks import Blocks, find_blocks
 from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import text_config, usable_positions
@@ -112,16 +112,16 @@ def plan(options: RunOptions | None = None, args: CurriculumConfig | None = None
         source = LiveTargets(teacher_model, task, args.blocks)
         counts = [count for count in map(task.output_count, (student_model, teacher_model)) if count is not None]
         source.attach(one_shot(1), student_model, min(counts, default=None))
-        objective = StageObjective(student_model, source, container=args.blocks)
+        student_blocks = find_blocks(task.backbone(student_model), args.blocks)
         compare_sizes(student_model, source)
         student_model.__dict__[WEIGHTS] = "random" if is_untrained(student) else "own"
         args = decide_start(args, student_model, source)
-        blocks = len(objective.blocks), len(source.block_names)
+        blocks = len(student_blocks), len(source.block_names)
         curriculum = build_curriculum(args, blocks, steps, default_warm_start(task, student_model))
         curriculum = with_basis(curriculum, task, [student_model, teacher_model])
-        baseline = _costs(objective, one_shot(1), task.example(length))[0]
-        costs = _costs(objective, curriculum, task.example(length))
-        student_plan = _model_plan(student, student_model, objective.blocks, task, length)
+        baseline = _costs(source, student_model, one_shot(1), task.example(length))[0]
+        costs = _costs(source, student_model, curriculum, task.example(length))
+        student_plan = _model_plan(student, student_model, student_blocks, task, length)
         teacher_plan = _model_plan(teacher, teacher_model, source.block_names, task, length)
     tokens_per_step = args.step_examples(args.world_size) * length
     starts = curriculum.student_init == "teacher"
@@ -152,11 +152,12 @@ def _steps(args: CurriculumConfig, embedded: bool) -> tuple[int, bool]:
     return (DEFAULT_STEPS, False) if embedded else (_ASSUMED_STEPS, True)
 
 
-def _costs(objective: StageObjective, curriculum: Curriculum, batch: dict[str, Any]) -> list[StageCost]:
-    source = objective.source
-    assert isinstance(source, LiveTargets)
-    source.attach(curriculum, objective.student, source.outputs)
+def _costs(
+    source: LiveTargets, student: torch.nn.Module, curriculum: Curriculum, batch: dict[str, Any]
+) -> list[StageCost]:
+    source.attach(curriculum, student, source.outputs)
     source.draw_maps()
+    objective = StageObjective(student, source, container=source.container)
     return StageTransition(objective).measure_all(StageFeed(source, [batch], lambda rows: batch, 1, 1))
 
 

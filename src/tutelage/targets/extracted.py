@@ -16,7 +16,7 @@ from tutelage.core.heads import OutputHead
 from tutelage.core.stages import HiddenStage
 from tutelage.core.topk import TopK
 from tutelage.targets import rows
-from tutelage.targets.folder import ExtractedCurriculum
+from tutelage.targets.folder import ExtractedCurriculum, check_storable
 from tutelage.targets.maps import save_target_maps
 from tutelage.targets.source import Batches, Device, FixedSettings, HiddenTarget, Reading, StatisticsFile, TargetSource
 from tutelage.targets.stored_rows import StoredRows, collate
@@ -55,6 +55,7 @@ class ExtractedTargets(TargetSource):
         )
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
+        check_storable(curriculum)
         self.folder.stages(curriculum)
         widths, extracted = self.task.widths(student, curriculum.places("student")), self.folder.identity.width
         if (width := max(widths.values(), default=0)) > extracted:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
+from tutelage.core.projection import LEARNED
 from tutelage.core.stages import LayerMap, Stage
 from tutelage.io.files import is_leftover
 from tutelage.io.store import Check, Store
@@ -34,6 +35,18 @@ from tutelage.tasks.loading import load_tokenizer
 TEACHER_FOLDER, TOKENIZER_FOLDER, STUDENT_FOLDER = "teacher", "tokenizer", "student"
 OF_THE_START = ("projection", "student_init", "residual_basis", "start_blocks")  # what residual targets decide
 STATISTICS_FILE, HEAD_FILE = "target_stats.safetensors", "head.safetensors"
+
+
+# Settings that need what no extraction stores.
+_NOT_STORED = {"projection": (LEARNED, "the teacher's own states"), "output_loss": ("mse", "all logits of the teacher")}
+
+
+def check_storable(settings: object) -> None:
+    """Raise UserError where settings of a run or a curriculum need what no extracted curriculum contains."""
+    for name, (value, what) in _NOT_STORED.items():
+        if getattr(settings, name) == value:
+            found = f"{name}={value!r} needs {what}, which an extracted curriculum does not contain"
+            raise UserError(f"{found}: train with the teacher itself, or leave {name} out")
 
 
 def stray_files(store: Store, known: Collection[str]) -> list[str]:

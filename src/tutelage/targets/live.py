@@ -17,8 +17,9 @@ from tutelage.core.errors import UserError
 from tutelage.core.forward import watched
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import batch_positions, model_inputs, position_mask, text_config
+from tutelage.core.learned import LearnedMap
 from tutelage.core.processes import Group
-from tutelage.core.projection import check_widening
+from tutelage.core.projection import LEARNED, check_widening
 from tutelage.core.stages import HiddenStage, JointStage, LayerMap, OutputStage, choose_blocks, parse_layer_map
 from tutelage.core.standardize import Standardizer
 from tutelage.targets.checkpoints import check_checkpoint, load_checkpoint
@@ -28,6 +29,7 @@ from tutelage.targets.maps import (
     TargetMap,
     Widths,
     calibrate,
+    learned_map,
     load_target_maps,
     random_projection,
     save_target_maps,
@@ -224,13 +226,24 @@ class LiveTargets(TargetSource):
     def draw_maps(self) -> None:
         """Maps of the right shapes without a calibration pass, to count operations with."""
         assert self.curriculum is not None and self.blocks is not None and self._student is not None
-        drawn = Curriculum("drawn", self.curriculum.stages)  # a gaussian projection, whatever the curriculum's
         self.maps = []
         for stage in self.curriculum.hidden_stages:
             mine = self.task.width(self.model, stage.teacher_place)
             widths = (mine, self.task.width(self._student, stage.student_place))
-            projection = random_projection(drawn, stage, widths, self.blocks)
-            self.maps.append(TargetMap(Standardizer.identity(mine), projection))
+            projection = random_projection(self.curriculum, stage, widths, self.blocks)
+            learns = self.curriculum.projection == LEARNED
+            self.maps.append(TargetMap(Standardizer.identity(mine), None if learns else projection))
+
+    def learned_maps(self) -> list[LearnedMap]:
+        curriculum, student = self.curriculum, self._student
+        if curriculum is None or student is None or curriculum.projection != LEARNED:
+            return []
+        task, replicas, blocks = self.task, self.task.replica_seeds(student), len(self.block_names)
+        return [
+            learned_map(curriculum, pair, (mine, theirs), blocks, replicas)
+            for pair in curriculum.hidden_stages
+            for mine, theirs in [(task.width(student, pair.student_place), task.width(self.model, pair.teacher_place))]
+        ]
 
     def make_view(self, index: int, batch: Batch) -> None:
         stage = self.stage(index)

@@ -18,10 +18,13 @@ from tutelage.core.blocks import FINAL, Place
 from tutelage.core.curriculum import RESIDUAL, Curriculum
 from tutelage.core.heads import OutputHead
 from tutelage.core.inputs import position_mask
+from tutelage.core.learned import LearnedMap
 from tutelage.core.linalg import whole_float32
 from tutelage.core.moments import Moments, check_count, shrunk_moment
 from tutelage.core.processes import Group
 from tutelage.core.projection import (
+    DATA_KINDS,
+    LEARNED,
     RANDOM_KINDS,
     DataProjection,
     Projection,
@@ -38,16 +41,17 @@ from tutelage.tasks.initialization.student import Initialized
 
 @dataclass(frozen=True)
 class TargetMap:
-    """From a teacher state to a student target: standardise, then project."""
+    """From a teacher state to a student target: standardise, then project, unless the student learns a map to it."""
 
     standardizer: Standardizer
-    projection: Projection
+    projection: Projection | None  # None keeps the teacher's width: the student has a learned map
     moment: torch.Tensor | None = None  # (D, D): shrunk second moment of the standardised states, for a head transplant
     unit: float = 1.0  # what the student's states are divided by before they are compared: that of the targets
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Targets, (..., D) -> (..., R), float32."""
-        return self.projection(self.standardizer(hidden))
+        standardized = self.standardizer(hidden)
+        return standardized if self.projection is None else self.projection(standardized)
 
     def to(self, device: torch.device | str) -> TargetMap:
         return replace(self, standardizer=self.standardizer.to(device))
@@ -112,7 +116,7 @@ class _Calibrator:
 
     def target_map(self, stage: HiddenStage) -> TargetMap:
         keeps_moment = self.calibration.keep_moment and stage.teacher_place == FINAL
-        full = keeps_moment or self.curriculum.projection not in RANDOM_KINDS
+        full = keeps_moment or self.curriculum.projection in DATA_KINDS
         if self.curriculum.normalize == "none" and not full:
             width = self.group.first(lambda: self.states_of(stage, self.batches[0]).shape[-1])
             standardizer = Standardizer.identity(width)
@@ -185,8 +189,12 @@ class _Calibrator:
             check_finite(moments.mean)
         return found
 
-    def _projection(self, stage: HiddenStage, standardizer: Standardizer, moment: torch.Tensor | None) -> Projection:
+    def _projection(
+        self, stage: HiddenStage, standardizer: Standardizer, moment: torch.Tensor | None
+    ) -> Projection | None:
         kind, head = self.curriculum.projection, self.calibration.head
+        if kind == LEARNED:
+            return None
         width = width_at(self.calibration.width, stage.student_place)
         if kind in RANDOM_KINDS:
             widths = (len(standardizer.mean), width)
@@ -202,14 +210,24 @@ class _Calibrator:
 def random_projection(
     curriculum: Curriculum, stage: HiddenStage, widths: tuple[int, int], teacher_blocks: int, replicas: Seeds = None
 ) -> Projection:
-    """The random projection of a stage: seeded by (projection_seed, teacher place), `final` being L_T + 1.
+    """The random projection of a stage: seeded by (projection_seed, teacher place), `final` being L_T + 1; gaussian where the
+    curriculum has another kind.
 
     Each replica's is seeded by (projection_seed, place, replica seed). `widths` are those of the teacher and of the target."""
     place = teacher_blocks + 1 if stage.teacher_place == FINAL else int(stage.teacher_place)
     seed, kind = (curriculum.projection_seed, place), curriculum.projection
+    kind = kind if kind in RANDOM_KINDS else "gaussian"
     if replicas is None:
         return RandomProjection(*widths, seed, kind)
     return StackedProjection([RandomProjection(*widths, (*seed, own), kind) for own in replicas])
+
+
+def learned_map(
+    curriculum: Curriculum, stage: HiddenStage, widths: tuple[int, int], teacher_blocks: int, replicas: Seeds = None
+) -> LearnedMap:
+    """The learned map of a stage before training: as `random_projection`, from the student's width to the teacher's, which
+    `widths` are."""
+    return LearnedMap(random_projection(curriculum, stage, widths, teacher_blocks, replicas))
 
 
 def save_target_maps(maps: Sequence[TargetMap], path: Path, run: Mapping[str, str] | None = None) -> None:
@@ -250,10 +268,10 @@ def load_target_maps(
         width = width_at(widths, stage.student_place)
         identity = curriculum.normalize == "none" and curriculum.projection != RESIDUAL  # which is in its own unit
         standardizer = Standardizer(mean, scale, float(sink_norm), is_identity=identity)
-        projection: Projection
+        projection: Projection | None = None
         if (stored := tensors.get(f"{index}.projection")) is not None:
             projection = DataProjection(stored[:, :width], curriculum.projection)
-        else:
+        elif curriculum.projection != LEARNED:
             projection = random_projection(curriculum, stage, (len(mean), width), teacher_blocks, replicas)
         unit = float(tensors.get(f"{index}.unit", 1.0))
         maps.append(TargetMap(standardizer, projection, tensors.get(f"{index}.moment"), unit))

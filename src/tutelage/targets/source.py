@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.errors import UserError
 from tutelage.core.heads import OutputHead
+from tutelage.core.learned import LearnedMap
 from tutelage.core.stages import HiddenStage, LayerMap, Stage
 from tutelage.targets.maps import TargetMap, identity_of
 from tutelage.tasks.base import Batch, OutputTarget, Task
@@ -179,6 +180,11 @@ class TargetSource:
     def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         """Make the target maps of the hidden stages, on `device`; `file` keeps their statistics, `batches` gives the
         calibration batches if they are needed, the same every time; `width` is that of the targets (None: the student's)."""
+
+    def learned_maps(self) -> list[LearnedMap]:
+        """New maps from the student's states to the widths of the targets, one for each of `Curriculum.hidden_stages`; empty
+        where the targets have the student's width."""
+        return []
 
     def make_view(self, index: int, batch: Batch) -> None:
         """Let stage `index` run the teacher without hooks, where the model allows it."""

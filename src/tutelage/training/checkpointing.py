@@ -95,7 +95,7 @@ class CheckpointedTrainer(Trainer):
         self.meter.restore(first=self.is_world_process_zero())
 
     def _check_weights(self) -> None:
-        if self.any_device(not sharding.are_finite(self.model.parameters())):
+        if self.any_device(not sharding.are_finite(self.objective.parameters())):
             raise self._diverged("a weight is not finite")
 
     def _diverged(self, what: str) -> checks.TrainingDiverged:
@@ -116,6 +116,8 @@ class CheckpointedTrainer(Trainer):
                     saving.discard(folder)
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    saving.save_learned(self.objective.learned, folder)
                 self._note_progress()
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
@@ -152,6 +154,7 @@ class CheckpointedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         standard = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         with saving.reading_checkpoint(Path(resume_from_checkpoint)):
+            saving.load_learned(self.objective.learned, Path(resume_from_checkpoint))
             if not self.is_fsdp_enabled:
                 self.task.restore(self.model, Path(resume_from_checkpoint), standard)
             elif not sharding.is_sharded(self.objective):  # Trainer asks again after sharding

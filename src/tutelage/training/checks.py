@@ -191,6 +191,15 @@ def _check_mask(masks: Any, lengths: Any, where: str) -> None:
         raise UserError(f"{where} has attention masks with other values than 0 and 1: correct them or drop the column")
 
 
+def check_output(curriculum: Curriculum, task: Task) -> None:
+    """Refuse settings of the output loss that a task does not have."""
+    if curriculum.top_k is not None and not task.splits_head:
+        raise UserError(f"top_k is for an output head over many outputs, but this task is {task.name}: leave top_k out")
+    if curriculum.output_loss != "kl" and task.embeds:
+        found = f"output_loss={curriculum.output_loss!r} is for logits, but this task is {task.name}"
+        raise UserError(f"{found}: leave output_loss out; embedding_loss says how embeddings are compared")
+
+
 def check_recomputing(student: nn.Module, asked: bool) -> None:
     """Refuse gradient checkpointing for a student that has none."""
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")

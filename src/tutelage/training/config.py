@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import is_liger_kernel_available
 
-from tutelage.core.curriculum import METHODS, NORMALIZE, RESIDUAL, STAGE_TRAINS, STUDENT_INITS
+from tutelage.core.curriculum import METHODS, NORMALIZE, OUTPUT_LOSSES, RESIDUAL, STAGE_TRAINS, STUDENT_INITS
 from tutelage.core.errors import LARGEST, UserError, as_user_error, check_positive, check_range, check_texts
 from tutelage.core.residual import BASES
 
@@ -29,6 +29,7 @@ _DEFAULT: dict[str, Any] = {
     "student_init": "teacher",
     "normalize": "standardize",
     "calibration_samples": 64,
+    "output_loss": "kl",
     "temperature": 1.0,
     "hidden_weight": 3.0,
 }
@@ -45,6 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize": "none",
         "warm_start": "none",
         "student_init": "random",
+        "output_loss": "kl",
         "temperature": 1.0,
     },
 }
@@ -58,6 +60,7 @@ _CHOICES = {
     "stage_trains": STAGE_TRAINS,
     "residual_basis": BASES,
     "normalize": NORMALIZE,
+    "output_loss": OUTPUT_LOSSES,
 }
 # names of settings, and the smallest and largest value that they may have
 _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
@@ -153,8 +156,9 @@ class CurriculumConfig(TrainingArguments):
         "Hidden stages train everything up_to their block (default), or only what is new since the stage before."
     )
     projection: str | None = option(
-        "gaussian (the paper), orthogonal, rademacher, pca, logits, or residual (the basis of student_init=teacher); default: "
-        "residual after student_init=teacher, otherwise gaussian."
+        "gaussian (the paper), orthogonal, rademacher, pca, logits, residual (the basis of student_init=teacher), or learned "
+        "(a linear map from the student to the teacher, trained with it and thrown away); default: residual after "
+        "student_init=teacher, otherwise gaussian."
     )
     projection_seed: int | None = option("Seed of the random projections; default: 0.")
     normalize: str | None = option("standardize (default), or none (the paper).")
@@ -175,6 +179,9 @@ class CurriculumConfig(TrainingArguments):
         "'1,2,11,12'; default: those of a given layer_map, else ends for decoders, uniform for encoders."
     )
     calibration_samples: int | None = option("Training examples that the calibration pass reads; default: 64.")
+    output_loss: str | None = option(
+        "kl (default), or mse: mean squares of logits in place of the divergence; not for sentence encoders."
+    )
     temperature: float | None = option("Softmax temperature of the output loss; default: 1.")
     top_k: int | None = option("Keep the k most likely teacher outputs, merge the rest into one bucket; default: all.")
     hidden_weight: float | None = option(

@@ -63,9 +63,9 @@ def measure_stage(objective: StageObjective, index: int, batch: dict[str, Any]) 
 
     Gradients, the random state and the current stage are left as they were. Works on the meta device too."""
     parameters = dict(objective.student.named_parameters())
-    previous, grads = objective.stage_index, {name: parameter.grad for name, parameter in parameters.items()}
+    previous, grads = objective.stage_index, [(parameter, parameter.grad) for parameter in objective.parameters()]
     objective.stage_index = index
-    objective.student.zero_grad(set_to_none=True)
+    objective.zero_grad(set_to_none=True)
     device_types = {parameter.device.type for parameter in parameters.values()} - {"meta", "cpu"}
     counter = FlopCounter()
     try:
@@ -75,8 +75,8 @@ def measure_stage(objective: StageObjective, index: int, batch: dict[str, Any]) 
         teacher = _teacher_flops(objective, batch)
     finally:
         objective.stage_index = previous
-        for name, parameter in parameters.items():
-            parameter.grad = grads[name]
+        for parameter, grad in grads:
+            parameter.grad = grad
     positions = batch_positions(batch)
     return StageCost((counter.total - teacher) / positions, teacher / positions, reached)
 

@@ -20,7 +20,8 @@ Result = TypeVar("Result")
 
 
 class StageObjective(nn.Module):
-    """Holds the student; `forward(batch)` gives the loss of the current stage.
+    """Holds the student, and the maps that are trained with it and thrown away; `forward(batch)` gives the loss of the current
+    stage.
 
     `source` has a curriculum attached. `container` is the dotted name of the student's list of blocks, `chunk_size` the
     positions whose logits are held at a time, `embedding_loss` `cosine` or `mse`."""
@@ -37,6 +38,7 @@ class StageObjective(nn.Module):
         super().__init__()
         self.student, self.task = student, source.task
         self._outside = (source,)  # a tuple hides it from nn.Module's registration
+        self.learned = nn.ModuleList(source.learned_maps())  # one per pair of places; empty if projections are fixed
         self.blocks = find_blocks(self.task.backbone(student), container)
         self.chunk_size, self.embedding_loss = chunk_size, embedding_loss
         self.router_coefficient = self.task.router_coefficient(student)
@@ -92,8 +94,10 @@ class StageObjective(nn.Module):
         return self._compared(self.curriculum.pair_numbers[index][0], state, batch), target, keep
 
     def _compared(self, number: int, state: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """What the student's state at the place of pair `number` is compared as: in the unit of its targets."""
+        """What the student's state at the place of pair `number` is compared as: in the unit, or the width, of its targets."""
         state = self.task.stage_state(self.curriculum.hidden_stages[number], state, batch)
+        if self.learned:
+            return self.learned[number](state)
         unit = self.source.maps[number].unit
         return state if unit == 1 else state / unit
 
@@ -119,11 +123,12 @@ class StageObjective(nn.Module):
         self, stage: OutputStage | JointStage, target: OutputTarget | None, batch: dict[str, Any]
     ) -> torch.Tensor:
         """(1 - label_weight) t^2 KL(teacher || student) + label_weight CE; the KL is taken in `tutelage.core.losses`."""
-        temperature, top_k = self.curriculum.temperature, self.curriculum.top_k
+        curriculum = self.curriculum
         settings = OutputSettings(
-            temperature,
+            curriculum.temperature,
             stage.label_weight,
-            top_k,
+            curriculum.output_loss,
+            curriculum.top_k,
             self.chunk_size,
             self.embedding_loss,
             self.source.outputs,

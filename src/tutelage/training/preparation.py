@@ -17,7 +17,7 @@ from tutelage.core.errors import UserError, as_user_error
 from tutelage.core.inputs import text_config
 from tutelage.core.stages import JointStage, fitting_layer_map, parse_layer_map
 from tutelage.targets.extracted import ExtractedTargets
-from tutelage.targets.folder import ExtractedCurriculum
+from tutelage.targets.folder import ExtractedCurriculum, check_storable
 from tutelage.targets.identity import data_fingerprint, model_hash, tokenizer_hash
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.source import NoTargets, TargetSource
@@ -108,8 +108,7 @@ def prepare(given: Given, args: CurriculumConfig, devices: int | None = None) ->
     run = replace(run, curriculum=with_basis(run.curriculum, task, models))
     if args.torch_compile and any(isinstance(stage, JointStage) for stage in run.curriculum.stages):
         warnings.warn("torch_compile does nothing in a joint stage, which is not compiled: leave it out", stacklevel=2)
-    if run.curriculum.top_k is not None and not task.splits_head:
-        raise UserError(f"top_k is for an output head over many outputs, but this task is {task.name}: leave top_k out")
+    checks.check_output(run.curriculum, task)
     for side, seen in zip(("student", "teacher"), watched, strict=False):
         if seen is not None:
             seen.check(run.curriculum.places(side))
@@ -290,6 +289,7 @@ def open_extracted(folder: str, args: CurriculumConfig) -> ExtractedTargets:
     if args.value("method") not in ("extraction", "joint", "one_shot"):
         what = f"method {args.method!r} does not train from an extracted curriculum"
         raise UserError(f"{what}: leave curriculum_dir out, or choose extraction, joint or one_shot")
+    check_storable(args)
     if args.task not in (None, extracted.identity.task):
         where = f"the extracted curriculum in {str(extracted.store)!r}"
         raise UserError(f"{where} is for task {extracted.identity.task}, not {args.task}: leave task out")

@@ -11,12 +11,13 @@ from typing import Any
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
 from tutelage.core.errors import LARGEST, UserError, check_range
+from tutelage.core.projection import LEARNED
 from tutelage.core.stages import LayerMap, choose_blocks, parse_layer_map, uniform_layer_map
 from tutelage.targets.folder import OF_THE_START
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
-_SHARED = ("projection_seed", "normalize", "residual_basis", "start_blocks", "temperature", "top_k")
+_SHARED = ("projection_seed", "normalize", "residual_basis", "start_blocks", "output_loss", "temperature", "top_k")
 # settings that are not of a method
 _OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
 # settings that only some methods read; a setting that the method does not read gets a warning.
@@ -25,7 +26,7 @@ _READERS = {
     **dict.fromkeys(["stage_steps", "stage_learning_rate", "stage_trains", "warm_start"], ("extraction",)),
     "hidden_weight": ("joint",),
     "teacher_checkpoints": ("progressive",),
-    "label_weight": ("extraction", "joint", "one_shot", "progressive"),
+    **dict.fromkeys(["label_weight", "output_loss"], ("extraction", "joint", "one_shot", "progressive")),
 }
 
 
@@ -178,9 +179,9 @@ def build_curriculum(
     method, (student_blocks, teacher_blocks) = args.value("method"), blocks
     settings = shared_settings(args, blocks, fixed)
     starts_there = settings["student_init"] == "teacher"
-    default_warm_start = "none" if starts_there else default_warm_start
     projection = args.projection or (AFTER_START if starts_there else PRESETS[args.preset])["projection"]
     settings["projection"] = fixed.values.get("projection", projection)
+    default_warm_start = "none" if starts_there or projection == LEARNED else default_warm_start
     _warn_of_unread(args, settings)
     if method == "scratch" and starts_there:
         found = "student_init='teacher' needs a teacher, but method 'scratch' has none"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
+from torch import nn
 
 from tutelage.core.errors import UserError, as_user_error, reason_of
 from tutelage.core.records import Sealed
@@ -26,8 +28,19 @@ _log = logging.getLogger(__name__)
 AUTO = "auto"  # of `resume_from_checkpoint`: start, or continue what is there
 _WORDS: dict[str, str | bool] = {**{"false": False, "no": False, "never": False, "true": True, "yes": True}, AUTO: AUTO}
 _STAGING = ".student.tmp"
+_LEARNED = "learned_maps.safetensors"  # of a checkpoint; no student has it
 # beginnings of the names that are loaded from a checkpoint
-_LOADED = ("model", "pytorch_model", "adapter_", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state")
+_LOADED = (
+    _LEARNED,
+    "model",
+    "pytorch_model",
+    "adapter_",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "trainer_state",
+)
 
 
 def resume_choice(asked: str | bool | None) -> str | bool:
@@ -86,6 +99,12 @@ def remove_leftovers(output_dir: Path) -> None:
     discard(output_dir / _STAGING)
     for path in filter(is_leftover, output_dir.glob("*")):
         path.unlink()
+
+
+def save_learned(maps: nn.ModuleList, folder: Path) -> None:
+    """Write the maps that are trained with the student, if there are any, to a checkpoint."""
+    if maps:
+        save_model(maps, str(folder / _LEARNED))
 
 
 @contextmanager
@@ -169,6 +188,12 @@ def reading_checkpoint(folder: Path) -> Iterator[None]:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise damaged(folder, (str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+
+
+def load_learned(maps: nn.ModuleList, folder: Path) -> None:
+    """The inverse of `save_learned`."""
+    if maps:
+        maps.load_state_dict(load_file(folder / _LEARNED))
 
 
 def check_statistics(file: StatisticsFile, expected: str) -> None:

@@ -53,6 +53,7 @@ def configure(accelerator: Any, objective: StageObjective, wanted: bool) -> bool
         "this transformer_layer_cls_to_wrap": sorted(plugin.transformer_cls_names_to_wrap or names) != names,
         "a state_dict_type other than FULL_STATE_DICT": "FULL" not in str(plugin.state_dict_type),
         "an adapter (peft)": hasattr(student, "peft_config"),
+        "projection='learned'": bool(objective.learned),
         "blocks of the same class as other modules": any(
             type(module) in kinds and module not in blocks for module in student.modules()
         ),

@@ -103,6 +103,7 @@ class CurriculumTrainer(CheckpointedTrainer):
         if sharding.configure(self.accelerator, self.objective, bool(args.fsdp)):
             self.model.to(args.device)  # it is sharded when training begins
         self.source.to(args.device)
+        self.objective.learned.to(args.device)
         checks.check_fills_a_batch(self.train_dataset, self.args)
         self.add_callback(Continuation(self))
 

@@ -158,8 +158,8 @@ def _transplant(objective: StageObjective, max_gain: float | None) -> None:
     source, index = objective.source, objective.curriculum.transplant_stage
     assert index is not None
     target_map = source.maps[source.pair_numbers[index][0]]
-    assert target_map.moment is not None, "the final stage was calibrated without its moment"
     projection, moment = target_map.projection, target_map.moment
+    assert projection is not None and moment is not None, "the final stage was calibrated without its moment"
     decoder = group_of(objective).first(lambda: projection.decoder(moment, max_gain))
     target = objective.task.output_head(objective.student, source.outputs)
     assert target is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tutelage.core.blocks import FINAL, Place
 from tutelage.core.errors import LARGEST, UserError, check_range, check_texts
 from tutelage.runs.inputs import RunOptions
+from tutelage.targets.folder import check_storable
 from tutelage.targets.rows import DTYPES
 from tutelage.tasks.loading import MOST_WIDTH
 from tutelage.training.config import CurriculumConfig, option
@@ -50,6 +51,7 @@ def check_options(args: CurriculumConfig) -> None:
     if args.value("method") not in ("extraction", "joint", "one_shot"):
         how = "extract with extraction, joint or one_shot"
         raise UserError(f"method {args.method!r} reads no finished teacher's states: {how}")
+    check_storable(args)
     for name in ("label_weight", "hidden_weight"):
         if getattr(args, name):
             raise UserError(f"{name} is chosen when a student is trained: leave it out of the extraction")
