@@ -17,7 +17,7 @@ from tutelage.reproduction.recipes.user_run import user_recipe
 from tutelage.reproduction.report import write_report
 from tutelage.reproduction.results import COSTS
 from tutelage.reproduction.scaling import SCALING_SIZES, run_scaling
-from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
+from tutelage.reproduction.variants import Variant, parse_variant
 
 _DATA_OPTIONS = {
     "teacher": "folder or Hub name; recipes also take `trained`, and parity-mlp `planted`",
@@ -54,7 +54,7 @@ def compare_command(arguments: Sequence[str]) -> None:
     else:
         renamed = {"max_samples": "eval_samples"}
         recipe = resolve(name, {renamed.get(key, key): value for key, value in overrides.items()})
-    methods = _methods(options, recipe.default_methods)
+    methods = _methods(options, recipe)
     match = options.match or "samples"
     result = compare(recipe, folder, methods, match=match, jobs=options.jobs, command=command, log=progress)
     print(f"{result.verdict}\n\nmetrics: {folder / 'comparison.json'}\nreport:  {write_report(folder)}")
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", nargs="?", help=recipe)
     parser.add_argument("--config", help="the same as a .yaml file in place of a RECIPE")
     parser.add_argument("--list", action="store_true", help="list the recipes, their sizes and fields")
-    parser.add_argument("--methods", nargs="+", help="names of methods, e.g. extraction one_shot")
+    parser.add_argument("--methods", nargs="+", help="names of methods or variants (see --list), or all")
     variant = (
         "a method with settings, in addition to the methods, e.g. mine:layer_map=final:final,warm_start=head; repeatable. "
         "Keys are method (default: extraction), budget (a fraction) and fields of CurriculumConfig"
@@ -96,15 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _methods(options: argparse.Namespace, defaults: Sequence[Variant]) -> list[Variant] | None:
+def _methods(options: argparse.Namespace, recipe: Recipe) -> list[Variant] | None:
     """The methods that were asked for, or those of the recipe and the variants; None where none were asked for."""
     variants = [parse_variant(text) for text in options.variant or []]
+    if options.methods == ["all"]:
+        options.methods = [variant.name for variant in (*recipe.default_methods, *recipe.further_methods)]
     if options.methods is not None:
-        return [*(plain_variant(name) for name in options.methods), *variants]
+        return [*map(recipe.named, options.methods), *variants]
     if not variants:
         return None
     names = {variant.name for variant in variants}
-    return [*(method for method in defaults if method.name not in names), *variants]
+    return [*(method for method in recipe.default_methods if method.name not in names), *variants]
 
 
 def _scaling(options: argparse.Namespace, overrides: Mapping[str, Any], folder: Path, command: str) -> None:
@@ -182,7 +184,11 @@ def _is_number(word: str) -> bool:
 def _listing() -> str:
     lines = ["recipes (tutelage compare RECIPE/SIZE; the default size is laptop):", ""]
     for name, sizes in RECIPES.items():
-        lines += [*_described(name, sizes["laptop"].about, sizes, sizes["laptop"].settings()), ""]
+        usual = sizes["laptop"]
+        lines += _described(name, usual.about, sizes, usual.settings())
+        for title, variants in (("methods", usual.default_methods), ("on request", usual.further_methods)):
+            lines.append(f"  {'':<20} {title}: {', '.join(variant.name for variant in variants)}")
+        lines.append("")
     about = "samples to solve a parity against its dimension; exponents with intervals"
     return "\n".join([*lines, *_described("scaling", about, SCALING_SIZES, vars(SCALING_SIZES["laptop"]))])
 

@@ -24,7 +24,7 @@ from tutelage.reproduction.search import RATE
 from tutelage.reproduction.summary import summarise
 from tutelage.reproduction.teachers import Teacher, TeacherRecord
 from tutelage.reproduction.tuning import axes_of, first_candidate, is_searched, tune
-from tutelage.reproduction.variants import COSTS, Variant, plain_variant
+from tutelage.reproduction.variants import COSTS, Variant
 from tutelage.reproduction.workers import Workers
 from tutelage.runs.environment import environment
 
@@ -50,7 +50,7 @@ def compare(
     Args:
         recipe: what is compared on.
         output_dir: the comparison's folder; a folder that contains the same comparison is resumed.
-        methods: names of methods, or variants; default: those of the recipe.
+        methods: names of methods or of the recipe's variants, or variants; default: `recipe.default_methods`.
         match: the cost that is equal for every method and one-shot: `samples`, `flops` or `seconds`.
         jobs: number of runs at the same time, each in a separate process (1: in this process), or a pool of processes.
         command: the command that repeats the comparison, for the record.
@@ -61,7 +61,7 @@ def compare(
     Raises UserError: settings that cannot work, among them a target above what the teacher reaches, or a folder
     that contains a different comparison."""
     asked = recipe.default_methods if methods is None else methods
-    variants = [method if isinstance(method, Variant) else plain_variant(method) for method in asked]
+    variants = [method if isinstance(method, Variant) else recipe.named(method) for method in asked]
     _check(recipe, variants, match, jobs)
     if isinstance(recipe, PaperRecipe) and len(recipe.teacher_seeds) > 1:
         return _on_each_teacher(recipe, output_dir, variants if methods else None, _How(match, jobs, command, log))
@@ -278,6 +278,9 @@ def _claimed(folder: Path, recipe: Recipe, match: str) -> Iterator[None]:
 
 
 def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) -> Comparison:
+    record = TeacherRecord(
+        teacher.description, teacher.metrics, teacher.samples, teacher.converged_at, teacher.last_change
+    )
     same = {name: getattr(recipe, name) for name in ("size", "metric", "better", "target", "seeds")}
     return Comparison(
         recipe=recipe.name,
@@ -286,7 +289,7 @@ def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) ->
         match=match,
         budget=recipe.budget_samples,
         settings=recipe.all_settings(),
-        teachers=(TeacherRecord(teacher.description, teacher.metrics, teacher.samples, teacher.converged_at),),
+        teachers=(record,),
         environment=environment(),
         **same,
     )

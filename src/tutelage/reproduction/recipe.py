@@ -17,7 +17,7 @@ from tutelage.core.errors import LARGEST, UserError, check_positive, check_range
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.statistics import as_good
 from tutelage.reproduction.teachers import Teacher, TeacherRule, trained_teacher
-from tutelage.reproduction.variants import Variant
+from tutelage.reproduction.variants import Variant, plain_variant
 from tutelage.runs.options import RENAMED, read_value, type_name
 from tutelage.tasks.base import EvaluationTools
 from tutelage.tasks.loading import load_model
@@ -108,6 +108,16 @@ class Recipe(ABC):
     @abstractmethod
     def default_methods(self) -> tuple[Variant, ...]:
         """The methods that are compared by default."""
+
+    @property
+    def further_methods(self) -> tuple[Variant, ...]:
+        """Variants that are compared where they are asked for by name."""
+        return ()
+
+    def named(self, name: str) -> Variant:
+        """The variant of the recipe that has this name, else the method; UserError where there is neither."""
+        known = {variant.name: variant for variant in (*self.default_methods, *self.further_methods)}
+        return known[name] if name in known else plain_variant(name)
 
     def reached(self, value: float, target: float) -> bool:
         """Whether a value of the metric is as good as `target`."""

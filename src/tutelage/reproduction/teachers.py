@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
@@ -55,6 +55,7 @@ class Teacher:
     metrics: dict[str, float] = field(default_factory=dict)
     samples: int | None = None
     converged_at: int | None = None
+    last_change: float | None = None
     checkpoints: tuple[Checkpoint, ...] = ()  # checkpoints of its training, early to late
     transition: int | None = None
 
@@ -64,7 +65,8 @@ class TeacherRule:
     """When a teacher has been trained enough.
 
     It is *converged* when `metric` first reaches `value`; its training then continues to `factor` times the examples that
-    this took, since a half-trained teacher flatters one-shot distillation. Without a value it takes all of `max_samples`."""
+    this took, since a half-trained teacher flatters one-shot distillation. Without a value it takes all of `max_samples`, and
+    over the last fifth of them the metric must change by less than `plateau`."""
 
     metric: str
     value: float | None
@@ -72,6 +74,7 @@ class TeacherRule:
     max_samples: int
     checkpoint_every: int  # examples between the checkpoints kept for progressive distillation, up to convergence
     better: str = "higher"
+    plateau: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,10 @@ class TeacherRecord(Record):
     metrics: dict[str, float]  # on held-out data
     samples: int | None = None  # examples that it was trained on
     converged_at: int | None = None  # examples after which it had converged; None without such a rule
+    last_change: float | None = None  # change of the rule's metric over the last fifth of the training
 
     def __post_init__(self) -> None:
-        check_finite(**self.metrics)
+        check_finite(last_change=self.last_change, **self.metrics)
         check_range("samples", self.samples, 0)
         check_range("converged_at", self.converged_at, 0)
 
@@ -112,7 +116,7 @@ class TrainedTeacher(TeacherRecord):
 
 def teacher_settings(recipe: PaperRecipe) -> dict[str, Any]:
     """All that a recipe's teacher depends on, as JSON values."""
-    rule = dataclasses.asdict(recipe.teacher_rule())
+    rule = {name: value for name, value in vars(recipe.teacher_rule()).items() if (name, value) != ("plateau", None)}
     whole = {"format": _FORMAT, **recipe.teacher_identity(), "rule": rule, "arguments": recipe.teacher_arguments()}
     return typing.cast(dict[str, Any], json.loads(json.dumps(whole, default=str)))
 
@@ -136,7 +140,7 @@ def trained_teacher(recipe: PaperRecipe) -> Teacher:
                 _train_beside(folder, recipe)
     known = read_sealed(folder / _MANIFEST, TrainedTeacher)
     checkpoints = tuple(Checkpoint(part.samples, str(folder / part.folder)) for part in known.checkpoints)
-    of_training = (known.metrics, known.samples, known.converged_at, checkpoints, known.transition)
+    of_training = (known.metrics, known.samples, known.converged_at, known.last_change, checkpoints, known.transition)
     return Teacher(recipe.load_teacher(str(folder / "final")), known.description, *of_training)
 
 
@@ -226,6 +230,11 @@ class _Watch(TrainerCallback):
         middle = (values[0] + values[-1]) / 2
         return min(range(len(values)), key=lambda index: abs(values[index] - middle))
 
+    def last_change(self) -> float:
+        """Change of the metric from four fifths of the training to its end."""
+        times, values = zip(*self.curve, strict=True)
+        return values[-1] - float(np.interp(0.8 * times[-1], times, values))
+
     def description(self, samples: int) -> str:
         rule = self.rule
         if self.converged_at is None:
@@ -257,6 +266,12 @@ def _train(folder: Path, recipe: PaperRecipe) -> None:
             f"the teacher did not reach {rule.metric} {rule.value} within {rule.max_samples:,} samples (it is at "
             f"{watch.curve[-1][1]:.4f}): raise teacher_max_samples, or choose a different teacher_learning_rate"
         )
+    last_change = watch.last_change()
+    if rule.plateau is not None and abs(last_change) >= rule.plateau:
+        raise UserError(
+            f"the teacher's {rule.metric} still changed by {last_change:.4f} over the last fifth of its training, not by less "
+            f"than {rule.plateau}: raise teacher_samples"
+        )
     with writing_errors(folder / "final"):
         trainer.save_model(str(folder / "final"))
     samples = trainer.state.global_step * batch
@@ -265,6 +280,7 @@ def _train(folder: Path, recipe: PaperRecipe) -> None:
         description=watch.description(samples),
         samples=samples,
         converged_at=watch.converged_at,
+        last_change=last_change,
         transition=watch.transition,
         metrics={key: value for key, value in metrics.items() if key in kept},
         curve=tuple(watch.curve),

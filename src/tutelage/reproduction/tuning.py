@@ -27,7 +27,10 @@ def axes_of(recipe: Recipe, variant: Variant, teacher: Teacher) -> dict[str, Axi
         axes |= recipe.axes(variant.method, teacher)
     for name, values in variant.search.items():
         axes[name] = Axis(tuple(values), ordered=not any(isinstance(value, str | bool) for value in values))
-    return {name: axis for name, axis in axes.items() if name not in variant.overrides or name == RATE}
+    fixed_names = set(variant.overrides)
+    if fixed_names & {"layer_map", "num_stages"}:  # both say which stages there are
+        fixed_names |= {"layer_map", "num_stages"}
+    return {name: axis for name, axis in axes.items() if name not in fixed_names or name == RATE}
 
 
 def is_searched(recipe: Recipe, axes: Mapping[str, Axis]) -> bool:

@@ -52,17 +52,18 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
         **{"seeds": (0,), "learning_rates": (3e-3,), "trials": 1},
         **{"budget_samples": 320, "eval_every": 160, "eval_samples": 32},
         **{"batch_size": 16, "layers": 2, "teacher_heads": 4, "student_heads": 2, "num_stages": 2},
-        **{"stage_fraction": 0.4, "teacher_samples": 640, "teacher_checkpoints": 2},
+        **{"stage_fraction": 0.4, "teacher_samples": 640, "teacher_checkpoints": 5},
+        **{"teacher_plateau": 1e9},
     },
     "paper": {
         **{"teacher_heads": 32, "student_heads": 8, "batch_size": 512, "budget_samples": 512 * 8_000},
         **{"eval_every": 512 * 200, "eval_samples": 4096, "teacher_samples": 512 * 16_000},
-        **{"teacher_checkpoints": 32, "num_stages": None},
+        **{"teacher_checkpoints": 30, "num_stages": None},
     },
 }
 _PCFG = {"smoke": {**_LANGUAGE["smoke"], "levels": 4}, "paper": {**_LANGUAGE["paper"], "levels": 7}}
 _TEXT = {
-    "smoke": {**_LANGUAGE["smoke"], "max_length": 32},
+    "smoke": {**_LANGUAGE["smoke"], "max_length": 32, "texts": "austen"},
     "paper": {**_LANGUAGE["paper"], "head_width": 8, "max_length": 512},
 }
 

@@ -31,7 +31,26 @@ from tutelage.tasks.pcfg_grammar import Grammar, build_grammar
 from tutelage.tasks.registry import get_task
 from tutelage.tasks.text import read_dataset, split_dataset, tokenize
 
+_TEXTS = ("austen+wikipedia", "austen")
 _OTHER = "it was made for a different language"
+
+
+# students that start from the teacher's weights
+_FROM_TEACHER = (
+    "extraction-teacher:method=extraction,student_init=teacher,projection=residual",
+    "joint-teacher:method=joint,student_init=teacher,projection=residual",
+    "one_shot-teacher:method=one_shot,student_init=teacher",
+    "progressive-teacher:method=progressive,student_init=teacher",
+)
+_FURTHER = (
+    "joint-equal:method=joint,hidden_weight=1",
+    "joint-learned:method=joint,projection=learned",
+    "one_shot-labels:method=one_shot,temperature=1|2|4,label_weight=0|0.5",
+    "one_shot-transplant:method=one_shot,warm_start=head,projection=logits,normalize=standardize",
+    "one_shot-embedding:method=one_shot,warm_start=embedding",
+    "scratch-flops:method=scratch,match=flops",
+)
+_ALL_POSITIONS = "one_shot-all:method=one_shot,output_positions=all"
 
 
 @dataclass(frozen=True)
@@ -56,10 +75,11 @@ class LanguageRecipe(PaperRecipe):
     student_heads: int = 4
     head_width: int = 8
     stage_fraction: float = 0.25  # fraction of the steps given to the hidden stages together
-    num_stages: int | None = 1  # hidden stages of the paper's extraction, evenly spaced; `none`: one for each block
-    teacher_samples: int = 64_000
-    """Sequences that the teacher is trained on, with a cosine decay to zero: its loss has flattened by then."""
-    teacher_checkpoints: int = 8  # checkpoints kept over its training, for progressive distillation
+    num_stages: int | None = 1  # hidden stages that are tried first, evenly spaced; `none`: one for each block
+    teacher_samples: int = 256_000  # sequences that the teacher is trained on, with a cosine decay to zero
+    teacher_checkpoints: int = 10  # checkpoints kept over its training, for progressive distillation
+    teacher_plateau: float = 0.005
+    """Its held-out loss must fall by less than this over the last fifth of its training."""
     mlm_probability: float = 0.3  # fraction of tokens masked (masked prediction)
 
     def __post_init__(self) -> None:
@@ -78,8 +98,14 @@ class LanguageRecipe(PaperRecipe):
 
     @property
     def default_methods(self) -> tuple[Variant, ...]:
-        first, *others = map(plain_variant, ("extraction", "one_shot", "progressive", "scratch"))
-        return (first, self.best, *others)
+        names = ("extraction", "joint", "one_shot", "progressive", "scratch")
+        first, *others = map(plain_variant, names)
+        return (first, self.best, *others, *map(parse_variant, _FROM_TEACHER))
+
+    @property
+    def further_methods(self) -> tuple[Variant, ...]:
+        masked = (_ALL_POSITIONS,) if self.task == "masked_lm" else ()
+        return tuple(map(parse_variant, (*_FURTHER, *masked)))
 
     def arguments(self) -> dict[str, Any]:
         optimizer = {"optim": "adamw_torch", "adam_beta2": 0.95, "weight_decay": 0.0}
@@ -96,7 +122,11 @@ class LanguageRecipe(PaperRecipe):
     def axes(self, method: str, teacher: Teacher) -> dict[str, Axis]:
         if method == "extraction":
             shares = (self.stage_fraction / 2, self.stage_fraction, min(2 * self.stage_fraction, 0.75))
-            return {"stage_fraction": Axis(shares, start=self.stage_fraction)}
+            counts = tuple(count for count in (1, 2, 4, 8) if count <= self.layers)
+            return {
+                "stage_fraction": Axis(shares, start=self.stage_fraction),
+                "num_stages": Axis(counts, start=self.num_stages or self.layers),
+            }
         if method == "joint":
             return {"hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
         return schedules.axes(teacher, self.budget_samples // 4) if method == "progressive" else {}
@@ -116,7 +146,8 @@ class LanguageRecipe(PaperRecipe):
 
     def teacher_rule(self) -> TeacherRule:
         every = self.teacher_samples // self.teacher_checkpoints
-        return TeacherRule("loss", None, 1.0, self.teacher_samples, every, better="lower")
+        rule = TeacherRule("loss", None, 1.0, self.teacher_samples, every, better="lower")
+        return dataclasses.replace(rule, plateau=self.teacher_plateau)
 
     def teacher_data(self, count: int) -> tuple[Any, Any]:
         return self.sequences(TEACHER_SEED + self.teacher_seed, count), self.eval_data(())
@@ -198,15 +229,17 @@ class TextRecipe(LanguageRecipe):
         "extraction-final-state:layer_map=final:final,warm_start=head,projection=logits,normalize=standardize"
     )
 
-    dataset: str | None = None
-    """Hub name, folder or file; default: the embedded Austen text, with Wikipedia summaries where they were fetched."""
+    texts: str = (
+        "austen+wikipedia"  # the embedded novels, with Wikipedia summaries (scripts/fetch_assets.py) or `austen` alone
+    )
+    dataset: str | None = None  # Hub name, folder or file, in place of these texts
     eval_dataset: str | None = None  # held-out text; default: the end of each text
     max_length: int = 64  # tokens per sequence
     teacher_heads: int = 8
     head_width: int = 16
     budget_samples: int = 16_000
     eval_every: int = 800
-    teacher_samples: int = 32_000
+    teacher_samples: int = 128_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,15 +270,21 @@ class TextRecipe(LanguageRecipe):
         """Training and held-out texts: the user's, or the embedded one and the Wikipedia summaries."""
         if self.dataset is not None:
             return [(self.dataset, self.eval_dataset)]
+        if self.texts not in _TEXTS:
+            raise UserError(f"unknown texts {self.texts!r}: use one of {', '.join(_TEXTS)}, or give a dataset")
         sources: list[tuple[str, str | None]] = [(DEFAULT_TEXT, DEFAULT_EVAL_TEXT)]
-        wikipedia = Path(os.environ.get("TUTELAGE_ASSETS") or ".assets") / "wikipedia"
-        if (wikipedia / "train.jsonl").is_file():
+        if self.texts != "austen":
+            wikipedia = Path(os.environ.get("TUTELAGE_ASSETS") or ".assets") / "wikipedia"
+            if not (wikipedia / "train.jsonl").is_file():
+                found = f"the Wikipedia summaries of this recipe are not in {str(wikipedia)!r}"
+                how = "fetch them by python scripts/fetch_assets.py, or use --texts austen, which is another data set"
+                raise UserError(f"{found}: {how}")
             sources.append((str(wikipedia / "train.jsonl"), str(wikipedia / "heldout.jsonl")))
         return sources
 
     def identity(self) -> dict[str, Any]:
         # the texts, without where this machine keeps them
-        return {"texts": ["/".join(Path(source).parts[-2:]) for source, _ in self._sources()]}
+        return {"sources": ["/".join(Path(source).parts[-2:]) for source, _ in self._sources()]}
 
     def sequences(self, seed: int, count: int) -> Any:
         return self._rows[0].shuffle(seed=seed % 2**32)

@@ -17,13 +17,22 @@ from tutelage.reproduction import schedules
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Teacher, TeacherRule
-from tutelage.reproduction.variants import Variant, plain_variant
+from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
 from tutelage.tasks.loading import MOST_BLOCKS, load_model
 from tutelage.tasks.parity import ParityData, ParityMLP, ParityMLPConfig, check_parity, planted_teacher
 
 PLANTED = "planted"
 _MOST_BITS, _MOST_NEURONS = 10_000, 1_000_000
 _ABOVE_CHANCE = 0.6  # below this held-out accuracy a teacher was made for a different parity
+
+
+_FURTHER = (
+    "joint-equal:method=joint,hidden_weight=1",
+    "joint-learned:method=joint,projection=learned",
+    "one_shot-labels:method=one_shot,temperature=1|2|4,label_weight=0|0.5",
+    "one_shot-mse:method=one_shot,output_loss=mse",
+    "scratch-flops:method=scratch,match=flops",
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,14 @@ class ParityRecipe(PaperRecipe):
 
     def identity(self) -> dict[str, Any]:
         return {"support": list(self.coordinates)}
+
+    @property
+    def default_methods(self) -> tuple[Variant, ...]:
+        return tuple(map(plain_variant, ("extraction", "joint", "one_shot", "progressive", "scratch")))
+
+    @property
+    def further_methods(self) -> tuple[Variant, ...]:
+        return tuple(map(parse_variant, _FURTHER))
 
     @property
     def collator(self) -> Any:
@@ -181,8 +198,9 @@ class ParityMLPRecipe(ParityRecipe):
 
     @property
     def default_methods(self) -> tuple[Variant, ...]:
-        names = ("extraction", "one_shot", "scratch", *(() if self.teacher == PLANTED else ("progressive",)))
-        return tuple(map(plain_variant, names))
+        return tuple(
+            method for method in super().default_methods if self.teacher != PLANTED or method.method != "progressive"
+        )
 
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "optim": "sgd", "max_grad_norm": 0.0}
@@ -240,10 +258,6 @@ class ParityTransformerRecipe(ParityRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(self, "layers", "teacher_heads", "student_heads", "head_width", most=MOST_BLOCKS)
-
-    @property
-    def default_methods(self) -> tuple[Variant, ...]:
-        return tuple(map(plain_variant, ("extraction", "one_shot", "progressive", "scratch")))
 
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "optim": "adamw_torch", "max_grad_norm": 1.0}
