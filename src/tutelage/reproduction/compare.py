@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -86,6 +87,7 @@ def compare(
         else:
             with contextlib.nullcontext(jobs) if isinstance(jobs, Workers) else Workers(jobs) as workers:
                 _run_side_by_side(workers, runner, variants, record)
+        shutil.rmtree(runner.builder.memory, ignore_errors=True)
         return record.end()
 
 

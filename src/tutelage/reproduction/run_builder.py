@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
@@ -20,6 +21,7 @@ from tutelage.reproduction.schedules import build_curriculum
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import PROGRESSIVE, Candidate, Variant
 from tutelage.targets.live import LiveTargets
+from tutelage.targets.memory import StateMemory
 from tutelage.tasks.registry import get_task
 from tutelage.training import warm_start
 from tutelage.training.config import CurriculumConfig
@@ -35,6 +37,16 @@ class RunBuilder:
     recipe: Recipe
     teacher: Teacher
     root: Path  # folder of the comparison
+
+    @property
+    def memory(self) -> Path:
+        """Folder of the teacher's states on the data of tuning runs, most of which differ in their rate alone."""
+        return self.root / "states"
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether reading a state is faster than computing it: not for the few numbers that a parity network computes."""
+        return not self.recipe.replicated
 
     def folder(self, variant: Variant, candidate: Candidate, seeds: Sequence[int], what: str = "runs") -> Path:
         """Folder of a run; variants of one name and different settings have different folders."""
@@ -111,9 +123,12 @@ class RunBuilder:
         if any(isinstance(stage, OutputStage) and stage.teacher_checkpoint for stage in curriculum.stages):
             teacher = copy.deepcopy(teacher)
         needs_teacher = any(stage.needs_teacher for stage in curriculum.stages)
+        source: Any = teacher if needs_teacher else None
+        if needs_teacher and tuning and self.keeps_states:
+            source = LiveTargets(teacher, get_task(recipe.task), memory=StateMemory(self.memory))
         trainer = CurriculumTrainer(
             model=recipe.make_student(seeds),
-            teacher_model=teacher if needs_teacher else None,
+            teacher_model=source,
             args=args,
             train_dataset=recipe.train_data(seeds, curriculum.total_steps * recipe.batch_size),
             eval_dataset=recipe.eval_data(seeds, tuning),

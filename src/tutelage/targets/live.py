@@ -4,8 +4,9 @@ Shapes: B batch, T positions, D teacher width, E embedding width, V outputs."""
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -35,6 +36,7 @@ from tutelage.targets.maps import (
     save_target_maps,
     width_at,
 )
+from tutelage.targets.memory import StateMemory
 from tutelage.targets.source import STREAMED, Batches, Device, HiddenTarget, StatisticsFile, TargetSource
 from tutelage.tasks.base import Batch, OutputTarget, Task
 from tutelage.tasks.initialization.families import usual_blocks
@@ -47,12 +49,20 @@ from tutelage.tasks.registry import detect_task
 class LiveTargets(TargetSource):
     """A teacher in memory; its parameters are frozen and it is put into evaluation mode.
 
-    `task` None finds it from the model's class; `container` names the list of blocks where `find_blocks` finds several."""
+    `task` None finds it from the model's class; `container` names the list of blocks where `find_blocks` finds several. With a
+    `memory`, states of batches that were seen before are read from it, and the FLOPs of a step leave them out."""
 
     can_start = True
 
-    def __init__(self, model: nn.Module, task: Task | None = None, container: str | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task | None = None,
+        container: str | None = None,
+        memory: StateMemory | None = None,
+    ):
         super().__init__(task or detect_task(model))
+        self.memory = memory
         self.model = model.eval().requires_grad_(False)
         self.backbone, self.container = self.task.backbone(model), container
         self.block_names = find_blocks(self.backbone, container)
@@ -66,13 +76,19 @@ class LiveTargets(TargetSource):
 
     def states(self, place: Place, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden state at `place`, (B, T, D) or pooled (B, D); nothing deeper is run."""
-        with _without_gradients():
-            return _beside(batch, self.task.state_at(self.model, place, batch, self.block_names))
+        return self._run(str(place), batch, lambda: self.task.state_at(self.model, place, batch, self.block_names))
 
     def whole_output(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
+        return self._run("output", batch, lambda: self.task.whole_output(self.model, batch))
+
+    def _run(self, name: str, batch: Mapping[str, Any], run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What a forward of the teacher gives, without gradients; from the memory where it has that."""
         with _without_gradients():
-            return _beside(batch, self.task.whole_output(self.model, batch))
+            if self.memory is None:
+                return _beside(batch, run())
+            checkpoint = "finished" if self._checkpoint is None else Path(self._checkpoint).name
+            return _beside(batch, self.memory.recall(f"{checkpoint}/{name}", batch, run))
 
     def attach(self, curriculum: Curriculum, student: nn.Module, outputs: int | None = None) -> None:
         for stage in curriculum.stages:
@@ -113,6 +129,12 @@ class LiveTargets(TargetSource):
     def joint(self, index: int, batch: Batch) -> tuple[list[HiddenTarget], OutputTarget]:
         """All from one forward of the teacher."""
         pairs = self.stage(index).pairs
+        if self.memory is not None:
+            kept = [
+                self._target(n, self.stage_states(p, batch), batch)
+                for n, p in zip(self.pair_numbers[index], pairs, strict=True)
+            ]
+            return kept, self.output(batch)
         with self.task.watched(self.model, [pair.teacher_place for pair in pairs], self.block_names) as states:
             output = self.output(batch)
         targets = []
@@ -133,8 +155,7 @@ class LiveTargets(TargetSource):
 
     def output(self, batch: Batch) -> OutputTarget:
         if self.task.splits_head:
-            with _without_gradients():
-                state = _beside(batch, self.task.output_state(self.model, batch))
+            state = self._run("output", batch, lambda: self.task.output_state(self.model, batch))
             return OutputTarget(state=state, head=self.output_head())
         return OutputTarget(whole=self.whole_output(batch).clone())
 
