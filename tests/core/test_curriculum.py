@@ -134,6 +134,8 @@ def test_steps_belong_to_stages_and_values_survive_json() -> None:
         (lambda: one_shot(10, normalize="l2"), "unknown normalize 'l2'"),
         (lambda: one_shot(10, warm_start="tail"), "unknown warm_start 'tail'"),
         (lambda: one_shot(10, temperature=0.0), "temperature must be positive"),
+        (lambda: one_shot(10, output_positions="first"), "unknown output_positions 'first': use one of labelled, all"),
+        (lambda: one_shot(10, output_positions="all", label_weight=0.1), "there is no label loss: use label_weight=0"),
         (lambda: one_shot(10, output_loss="mae"), "unknown output_loss 'mae': use one of kl, mse"),
         (lambda: one_shot(10, output_loss="mse", temperature=2.0), "has no temperature .2.: leave temperature out"),
         (lambda: one_shot(10, output_loss="mse", top_k=4), "compares all logits, but top_k=4 .* leave top_k out"),

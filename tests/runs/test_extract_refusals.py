@@ -37,6 +37,7 @@ from tutelage.targets.folder import ExtractedCurriculum
         ({"warm_start": "head+embedding"}, STUDENT, "needs the teacher's embedding"),
         ({"task": "masked_lm"}, STUDENT, "is for task causal_lm, not masked_lm"),
         ({"projection": "learned"}, STUDENT, "'learned' needs the teacher's own states, .* or leave projection out"),
+        ({"output_positions": "all"}, STUDENT, "'all' needs the teacher's outputs at positions without a label"),
         ({"output_loss": "mse"}, STUDENT, "'mse' needs all logits of the teacher, .* or leave output_loss out"),
     ],
 )
@@ -131,6 +132,7 @@ def test_a_different_teacher_dataset_or_tokenizer_is_refused(
         ({"stages": ["2"], "layer_map": "1:2"}, "stages and layer_map both say"),
         ({"stages": ["2"], "method": "one_shot"}, "method 'one_shot' has no hidden stages"),
         ({"projection": "learned"}, "'learned' needs the teacher's own states, which an extracted curriculum does not"),
+        ({"output_positions": "all"}, "'all' needs the teacher's outputs at positions without a label"),
         ({"output_loss": "mse"}, "'mse' needs all logits of the teacher, which an extracted curriculum does not"),
     ],
 )

@@ -22,6 +22,7 @@ RESIDUAL = "residual"  # the projection by the basis through which the student w
 PROJECTIONS = (*KINDS, RESIDUAL, LEARNED)
 STAGE_TRAINS = ("up_to", "new")
 OUTPUT_LOSSES = ("kl", "mse")
+OUTPUT_POSITIONS = ("labelled", "all")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Curriculum(Record):
     residual_basis: str | None = None  # one of `tutelage.core.residual.BASES`; None: identity of equal widths, else pca
     start_blocks: tuple[int, ...] | None = None  # the teacher's block that each starts from; None: by the hidden stages
     output_loss: str = "kl"  # how logits are compared: one of `OUTPUT_LOSSES`; paper: kl
+    output_positions: str = "labelled"  # where masked models' outputs are compared: one of `OUTPUT_POSITIONS`
     temperature: float = 1.0  # softmax temperature of the output loss
     top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
     stage_trains: str = "up_to"  # hidden stages train all `up_to` their place, or what is `new` since the stage before
@@ -69,6 +71,11 @@ class Curriculum(Record):
             raise UserError(f"{found}, which projection='learned' is not: use warm_start='none', or another projection")
         _check_choice("stage_trains", self.stage_trains, STAGE_TRAINS)
         _check_choice("output_loss", self.output_loss, OUTPUT_LOSSES)
+        _check_choice("output_positions", self.output_positions, OUTPUT_POSITIONS)
+        outputs = [stage.output for stage in self.stages if stage.output is not None]
+        if self.output_positions == "all" and any(stage.label_weight > 0 for stage in outputs):
+            found = "output_positions='all' compares outputs at positions without a label, where there is no label loss"
+            raise UserError(f"{found}: use label_weight=0, or output_positions='labelled'")
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}")
         if self.output_loss == "mse" and self.temperature != 1:
@@ -161,7 +168,7 @@ def extraction(
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
         settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `student_init`, `residual_basis`, `start_blocks`,
-            `output_loss`, `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
+            `output_loss`, `output_positions`, `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
     pairs = fitting_layer_map(layer_map, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]

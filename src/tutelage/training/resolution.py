@@ -17,7 +17,10 @@ from tutelage.targets.folder import OF_THE_START
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
-_SHARED = ("projection_seed", "normalize", "residual_basis", "start_blocks", "output_loss", "temperature", "top_k")
+_SHARED = (
+    *("projection_seed", "normalize", "residual_basis", "start_blocks"),
+    *("output_loss", "output_positions", "temperature", "top_k"),
+)
 # settings that are not of a method
 _OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
 # settings that only some methods read; a setting that the method does not read gets a warning.
@@ -26,7 +29,9 @@ _READERS = {
     **dict.fromkeys(["stage_steps", "stage_learning_rate", "stage_trains", "warm_start"], ("extraction",)),
     "hidden_weight": ("joint",),
     "teacher_checkpoints": ("progressive",),
-    **dict.fromkeys(["label_weight", "output_loss"], ("extraction", "joint", "one_shot", "progressive")),
+    **dict.fromkeys(
+        ["label_weight", "output_loss", "output_positions"], ("extraction", "joint", "one_shot", "progressive")
+    ),
 }
 
 
