@@ -160,6 +160,13 @@ def test_mistakes_are_named(make, message: str) -> None:
         make()
 
 
+def test_curricula_that_are_older_than_a_setting_still_read() -> None:
+    fields = one_shot(3, temperature=2.0).to_dict()
+    for name in ("output_loss", "output_positions"):
+        del fields[name]
+    assert Curriculum.from_dict(fields) == one_shot(3, temperature=2.0)
+
+
 def test_standardizer_gives_unit_states_and_finds_sinks() -> None:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(500, 6, generator=generator) * torch.tensor([1, 100, 1, 5, 1, 0.1]) + 3

@@ -59,7 +59,8 @@ class Curriculum(Record):
             )
         _check_choice("normalize", self.normalize, NORMALIZE)
         _check_choice("warm_start", self.warm_start, WARM_STARTS)
-        if self.projection == RESIDUAL and self.warm_start != "none":
+        given_first = self.student_init == "teacher" and not self._has_stages
+        if (self.projection == RESIDUAL or given_first) and self.warm_start != "none":
             found = (
                 f"warm_start={self.warm_start!r} would write over weights that student_init='teacher' gave the student"
             )
@@ -130,17 +131,44 @@ class Curriculum(Record):
         return [[next(count) for _ in stage.pairs] for stage in self.stages]
 
     def places(self, side: str) -> list[Place]:
-        """Places of the hidden stages in one of the models, `student` or `teacher`."""
-        return [getattr(stage, f"{side}_place") for stage in self.hidden_stages]
+        """Places of the calibrated pairs in one of the models, `student` or `teacher`."""
+        return [getattr(pair, f"{side}_place") for pair in self.calibrated_pairs]
+
+    @property
+    def _has_stages(self) -> bool:
+        return any(isinstance(stage, HiddenStage) for stage in self.stages)
+
+    @property
+    def transplants(self) -> bool:
+        """Whether the output head starts as the teacher's."""
+        return "head" in self.warm_start
+
+    @property
+    def calibrated_pairs(self) -> list[HiddenStage]:
+        """The pairs of places that have a target map: the `hidden_stages`, and after them the places before the output heads
+        where a head is transplanted although no stage matches them."""
+        pairs = self.hidden_stages
+        first = self.transplants and not self._has_stages
+        return [*pairs, HiddenStage(1, FINAL, FINAL)] if first and not any(map(_is_final, pairs)) else pairs
+
+    @property
+    def transplant_pair(self) -> int | None:
+        """Which of the `calibrated_pairs` a head is transplanted through, None without a head transplant; UserError as in
+        `transplant_stage`."""
+        if not self.transplants:
+            return None
+        if (index := self.transplant_stage) is not None:
+            return self.pair_numbers[index][0]
+        return next(number for number, pair in enumerate(self.calibrated_pairs) if _is_final(pair))
 
     @property
     def transplant_stage(self) -> int | None:
-        """Index of the stage after which the output head is transplanted, None without a head transplant; UserError if there
-        should be such a stage, but there is none."""
-        if "head" not in self.warm_start:
+        """Index of the hidden stage after which the output head is transplanted; None without a head transplant, and without
+        hidden stages, where it comes before the first step. UserError for hidden stages that leave `final` out."""
+        if not self.transplants or not self._has_stages:
             return None
         for index, stage in enumerate(self.stages):
-            if isinstance(stage, HiddenStage) and (stage.student_place, stage.teacher_place) == (FINAL, FINAL):
+            if isinstance(stage, HiddenStage) and _is_final(stage):
                 return index
         found = f"warm_start={self.warm_start!r} needs a stage that pairs the places before the two output heads"
         raise UserError(f"{found}: end the layer map with final:final, e.g. layer_map='final:final'")
@@ -205,7 +233,7 @@ def joint(
     """Projected hidden layers and the output together, from the first step to the last.
 
     Args:
-        layer_map, settings: as in `extraction`; there is no head transplant, which needs a stage of its own.
+        layer_map, settings: as in `extraction`; a head transplant (`warm_start`) comes before the first step.
         hidden_weight: weight of the mean of the hidden losses; the output loss has weight 1.
         label_weight: fraction of label loss in the output loss."""
     pairs = fitting_layer_map(layer_map, student_blocks, teacher_blocks)
@@ -237,6 +265,10 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
 def scratch(steps: int, **settings: Any) -> Curriculum:
     """Training on labels alone, without a teacher."""
     return Curriculum("scratch", (OutputStage(steps, label_weight=1.0),), **settings)
+
+
+def _is_final(pair: HiddenStage) -> bool:
+    return (pair.student_place, pair.teacher_place) == (FINAL, FINAL)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

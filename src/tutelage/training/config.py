@@ -174,9 +174,9 @@ class CurriculumConfig(TrainingArguments):
     projection_seed: int | None = option("Seed of the random projections; default: 0.")
     normalize: str | None = option("standardize (default), or none (the paper).")
     warm_start: str | None = option(
-        "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
-        "Default: none for a student with trained weights (the teacher's, or its own) and for classifiers; otherwise head "
-        "where layer_map ends with final:final or neither layer_map nor num_stages is given, else none."
+        "none (the paper), head, embedding or head+embedding: start from the teacher's weights. Default of extraction: none "
+        "for a student with trained weights (the teacher's, or its own) and for classifiers; otherwise head where layer_map "
+        "ends with final:final or neither layer_map nor num_stages is given, else none. Default of other methods: none."
     )
     student_init: str | None = option(
         "First weights of the student: random (the paper), or teacher; default: teacher for a student without weights, where "
