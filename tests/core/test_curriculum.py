@@ -134,6 +134,8 @@ def test_steps_belong_to_stages_and_values_survive_json() -> None:
         (lambda: one_shot(10, normalize="l2"), "unknown normalize 'l2'"),
         (lambda: one_shot(10, warm_start="tail"), "unknown warm_start 'tail'"),
         (lambda: one_shot(10, temperature=0.0), "temperature must be positive"),
+        (lambda: one_shot(10, output_positions="first"), "unknown output_positions 'first': use one of labelled, all"),
+        (lambda: one_shot(10, output_positions="all", label_weight=0.1), "there is no label loss: use label_weight=0"),
         (lambda: one_shot(10, output_loss="mae"), "unknown output_loss 'mae': use one of kl, mse"),
         (lambda: one_shot(10, output_loss="mse", temperature=2.0), "has no temperature .2.: leave temperature out"),
         (lambda: one_shot(10, output_loss="mse", top_k=4), "compares all logits, but top_k=4 .* leave top_k out"),
@@ -156,6 +158,13 @@ def test_steps_belong_to_stages_and_values_survive_json() -> None:
 def test_mistakes_are_named(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_curricula_that_are_older_than_a_setting_still_read() -> None:
+    fields = one_shot(3, temperature=2.0).to_dict()
+    for name in ("output_loss", "output_positions"):
+        del fields[name]
+    assert Curriculum.from_dict(fields) == one_shot(3, temperature=2.0)
 
 
 def test_standardizer_gives_unit_states_and_finds_sinks() -> None:

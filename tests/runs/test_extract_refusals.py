@@ -35,8 +35,10 @@ from tutelage.targets.folder import ExtractedCurriculum
         ({"method": "progressive"}, STUDENT, "method 'progressive' does not train from an extracted curriculum"),
         ({"method": "scratch"}, STUDENT, "method 'scratch' does not train from an extracted curriculum"),
         ({"warm_start": "head+embedding"}, STUDENT, "needs the teacher's embedding"),
+        ({"method": "one_shot", "warm_start": "head"}, STUDENT, "'head' without a hidden stage needs the teacher"),
         ({"task": "masked_lm"}, STUDENT, "is for task causal_lm, not masked_lm"),
         ({"projection": "learned"}, STUDENT, "'learned' needs the teacher's own states, .* or leave projection out"),
+        ({"output_positions": "all"}, STUDENT, "'all' needs the teacher's outputs at positions without a label"),
         ({"output_loss": "mse"}, STUDENT, "'mse' needs all logits of the teacher, .* or leave output_loss out"),
     ],
 )
@@ -130,7 +132,12 @@ def test_a_different_teacher_dataset_or_tokenizer_is_refused(
         ({"stages": ["2"], "run": {}}, "stages and student both say"),
         ({"stages": ["2"], "layer_map": "1:2"}, "stages and layer_map both say"),
         ({"stages": ["2"], "method": "one_shot"}, "method 'one_shot' has no hidden stages"),
+        (
+            {"method": "joint", "warm_start": "head"},
+            "'head' is stored for hidden stages, which method 'joint' does not have",
+        ),
         ({"projection": "learned"}, "'learned' needs the teacher's own states, which an extracted curriculum does not"),
+        ({"output_positions": "all"}, "'all' needs the teacher's outputs at positions without a label"),
         ({"output_loss": "mse"}, "'mse' needs all logits of the teacher, which an extracted curriculum does not"),
     ],
 )

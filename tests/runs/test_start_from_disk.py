@@ -14,13 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.runs.conftest import STUDENT, files_of, settings, texts, train
 from tutelage import CurriculumTrainer
-from tutelage.core.curriculum import Curriculum
+from tutelage.core.curriculum import Curriculum, one_shot
 from tutelage.core.errors import UserError
 from tutelage.runs.evaluate import EvaluateOptions, evaluate
 from tutelage.runs.extraction import job
 from tutelage.runs.extraction.job import describe_extraction, extract
 from tutelage.runs.extraction.options import ExtractOptions
 from tutelage.runs.inputs import RunOptions
+from tutelage.runs.model_card import _hidden_row
 from tutelage.targets.folder import ExtractedCurriculum
 from tutelage.targets.manifest import ShardWriter
 
@@ -213,3 +214,12 @@ def test_a_started_student_is_evaluated_as_any_other(
     measured = evaluate(EvaluateOptions(model=str(tmp_path / "run"), **text))
     assert measured.metrics.keys() >= {"loss", "kl", "agreement"}
     assert measured.metrics["parameters"] == result.student.parameters
+
+
+def test_a_card_says_what_a_student_without_hidden_stages_began_with() -> None:
+    rows = [
+        _hidden_row(one_shot(1, warm_start=start, projection="pca"))
+        for start in ("none", "embedding", "head+embedding")
+    ]
+    found = "| Warm start | projection pca, normalize standardize, warm start head+embedding |\n"
+    assert rows == ["", "| Warm start | embedding |\n", found]

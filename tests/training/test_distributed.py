@@ -65,16 +65,21 @@ def train(output: Path, batch: int, checkpointing: bool) -> None:
     )
     started.train()
     save_model(started.model, str(output / f"started-{args.process_index}.safetensors"))
-    learned = CurriculumTrainer(
-        curriculum=Curriculum("own", (*hidden, OutputStage(1)), projection="learned"),
-        model=llama(2, 16, seed=2),
-        teacher_model=llama(4, 24, seed=1),
-        args=dataclasses.replace(args, output_dir=str(output / "learned")),
-        train_dataset=token_rows(ragged=True),
-        data_collator=CausalCollator(),
-    )
-    learned.train()
-    save_model(learned.objective, str(output / f"learned-{args.process_index}.safetensors"))
+    curricula = {
+        "learned": Curriculum("own", (*hidden, OutputStage(1)), projection="learned"),
+        "transplanted": Curriculum("own", (OutputStage(2),), warm_start="head+embedding"),
+    }
+    for name, curriculum in curricula.items():
+        trainer = CurriculumTrainer(
+            curriculum=curriculum,
+            model=llama(2, 16, seed=2),
+            teacher_model=llama(4, 24, seed=1),
+            args=dataclasses.replace(args, output_dir=str(output / name)),
+            train_dataset=token_rows(ragged=True),
+            data_collator=CausalCollator(),
+        )
+        trainer.train()
+        save_model(trainer.objective, str(output / f"{name}-{args.process_index}.safetensors"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -90,7 +95,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     two = trained(tmp_path / "two", 2, 4)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    for run in ("started", "learned"):
+    for run in ("started", "learned", "transplanted"):
         found = [
             load_file(tmp_path / f"{name}.safetensors") for name in (f"one/{run}-0", f"two/{run}-0", f"two/{run}-1")
         ]

@@ -118,6 +118,15 @@ def test_an_unknown_preset_is_refused() -> None:
         ({"projection": "pca", "label_weight": 0.5}, {"projection": "pca", "label_weight": 0.5, **RANDOM}),
         ({"warm_start": "none"}, {"warm_start": "none", **RANDOM}),
         ({"method": "one_shot", "top_k": 3}, {"method": "one_shot", "top_k": 3, **RANDOM}),
+        ({"projection": "learned"}, {"projection": "learned", **RANDOM}),
+        (
+            {"method": "one_shot", "warm_start": "head", "projection": "pca"},
+            {"method": "one_shot", "warm_start": "head", "projection": "pca", **RANDOM},
+        ),
+        (
+            {"method": "joint", "output_loss": "mse", "output_positions": "all", **TEACHER},
+            {"output_loss": "mse", "output_positions": "all"},
+        ),
         ({"method": "joint", **TEACHER}, {}),
         ({"method": "joint", "projection": "pca", **TEACHER}, {"projection": "pca"}),
         ({"method": "extraction", "warm_start": "none", **TEACHER}, {"method": "extraction"}),

@@ -22,6 +22,7 @@ RESIDUAL = "residual"  # the projection by the basis through which the student w
 PROJECTIONS = (*KINDS, RESIDUAL, LEARNED)
 STAGE_TRAINS = ("up_to", "new")
 OUTPUT_LOSSES = ("kl", "mse")
+OUTPUT_POSITIONS = ("labelled", "all")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Curriculum(Record):
     residual_basis: str | None = None  # one of `tutelage.core.residual.BASES`; None: identity of equal widths, else pca
     start_blocks: tuple[int, ...] | None = None  # the teacher's block that each starts from; None: by the hidden stages
     output_loss: str = "kl"  # how logits are compared: one of `OUTPUT_LOSSES`; paper: kl
+    output_positions: str = "labelled"  # where masked models' outputs are compared: one of `OUTPUT_POSITIONS`
     temperature: float = 1.0  # softmax temperature of the output loss
     top_k: int | None = None  # the output loss keeps the k most likely teacher outputs (`core.topk`); None keeps all
     stage_trains: str = "up_to"  # hidden stages train all `up_to` their place, or what is `new` since the stage before
@@ -57,7 +59,8 @@ class Curriculum(Record):
             )
         _check_choice("normalize", self.normalize, NORMALIZE)
         _check_choice("warm_start", self.warm_start, WARM_STARTS)
-        if self.projection == RESIDUAL and self.warm_start != "none":
+        given_first = self.student_init == "teacher" and not self._has_stages
+        if (self.projection == RESIDUAL or given_first) and self.warm_start != "none":
             found = (
                 f"warm_start={self.warm_start!r} would write over weights that student_init='teacher' gave the student"
             )
@@ -69,6 +72,11 @@ class Curriculum(Record):
             raise UserError(f"{found}, which projection='learned' is not: use warm_start='none', or another projection")
         _check_choice("stage_trains", self.stage_trains, STAGE_TRAINS)
         _check_choice("output_loss", self.output_loss, OUTPUT_LOSSES)
+        _check_choice("output_positions", self.output_positions, OUTPUT_POSITIONS)
+        outputs = [stage.output for stage in self.stages if stage.output is not None]
+        if self.output_positions == "all" and any(stage.label_weight > 0 for stage in outputs):
+            found = "output_positions='all' compares outputs at positions without a label, where there is no label loss"
+            raise UserError(f"{found}: use label_weight=0, or output_positions='labelled'")
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}")
         if self.output_loss == "mse" and self.temperature != 1:
@@ -123,17 +131,44 @@ class Curriculum(Record):
         return [[next(count) for _ in stage.pairs] for stage in self.stages]
 
     def places(self, side: str) -> list[Place]:
-        """Places of the hidden stages in one of the models, `student` or `teacher`."""
-        return [getattr(stage, f"{side}_place") for stage in self.hidden_stages]
+        """Places of the calibrated pairs in one of the models, `student` or `teacher`."""
+        return [getattr(pair, f"{side}_place") for pair in self.calibrated_pairs]
+
+    @property
+    def _has_stages(self) -> bool:
+        return any(isinstance(stage, HiddenStage) for stage in self.stages)
+
+    @property
+    def transplants(self) -> bool:
+        """Whether the output head starts as the teacher's."""
+        return "head" in self.warm_start
+
+    @property
+    def calibrated_pairs(self) -> list[HiddenStage]:
+        """The pairs of places that have a target map: the `hidden_stages`, and after them the places before the output heads
+        where a head is transplanted although no stage matches them."""
+        pairs = self.hidden_stages
+        first = self.transplants and not self._has_stages
+        return [*pairs, HiddenStage(1, FINAL, FINAL)] if first and not any(map(_is_final, pairs)) else pairs
+
+    @property
+    def transplant_pair(self) -> int | None:
+        """Which of the `calibrated_pairs` a head is transplanted through, None without a head transplant; UserError as in
+        `transplant_stage`."""
+        if not self.transplants:
+            return None
+        if (index := self.transplant_stage) is not None:
+            return self.pair_numbers[index][0]
+        return next(number for number, pair in enumerate(self.calibrated_pairs) if _is_final(pair))
 
     @property
     def transplant_stage(self) -> int | None:
-        """Index of the stage after which the output head is transplanted, None without a head transplant; UserError if there
-        should be such a stage, but there is none."""
-        if "head" not in self.warm_start:
+        """Index of the hidden stage after which the output head is transplanted; None without a head transplant, and without
+        hidden stages, where it comes before the first step. UserError for hidden stages that leave `final` out."""
+        if not self.transplants or not self._has_stages:
             return None
         for index, stage in enumerate(self.stages):
-            if isinstance(stage, HiddenStage) and (stage.student_place, stage.teacher_place) == (FINAL, FINAL):
+            if isinstance(stage, HiddenStage) and _is_final(stage):
                 return index
         found = f"warm_start={self.warm_start!r} needs a stage that pairs the places before the two output heads"
         raise UserError(f"{found}: end the layer map with final:final, e.g. layer_map='final:final'")
@@ -161,7 +196,7 @@ def extraction(
         stage_learning_rate: peak learning rate of the hidden stages; None uses that of the run.
         label_weight: fraction of label loss in the output stage.
         settings: `projection`, `projection_seed`, `normalize`, `warm_start`, `student_init`, `residual_basis`, `start_blocks`,
-            `output_loss`, `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
+            `output_loss`, `output_positions`, `temperature`, `top_k`, `stage_trains` of `Curriculum`."""
     pairs = fitting_layer_map(layer_map, student_blocks, teacher_blocks)
     counts = _hidden_steps(stage_steps, len(pairs), steps)
     hidden = [HiddenStage(count, *places, stage_learning_rate) for count, places in zip(counts, pairs, strict=True)]
@@ -198,7 +233,7 @@ def joint(
     """Projected hidden layers and the output together, from the first step to the last.
 
     Args:
-        layer_map, settings: as in `extraction`; there is no head transplant, which needs a stage of its own.
+        layer_map, settings: as in `extraction`; a head transplant (`warm_start`) comes before the first step.
         hidden_weight: weight of the mean of the hidden losses; the output loss has weight 1.
         label_weight: fraction of label loss in the output loss."""
     pairs = fitting_layer_map(layer_map, student_blocks, teacher_blocks)
@@ -230,6 +265,10 @@ def progressive(steps: int, checkpoints: Sequence[str], *, label_weight: float =
 def scratch(steps: int, **settings: Any) -> Curriculum:
     """Training on labels alone, without a teacher."""
     return Curriculum("scratch", (OutputStage(steps, label_weight=1.0),), **settings)
+
+
+def _is_final(pair: HiddenStage) -> bool:
+    return (pair.student_place, pair.teacher_place) == (FINAL, FINAL)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -87,16 +87,16 @@ def _stage_rows(curriculum: Curriculum) -> str:
 
 
 def _hidden_row(curriculum: Curriculum) -> str:
-    """What the hidden targets are; nothing where there are none."""
-    if not curriculum.hidden_stages:
-        return ""
+    """What the hidden targets and the warm start are; nothing where there are none."""
+    if not curriculum.calibrated_pairs:
+        return "" if curriculum.warm_start == "none" else f"| Warm start | {curriculum.warm_start} |\n"
     settings = [f"projection {curriculum.projection}"]
     if curriculum.projection != RESIDUAL:  # whose targets keep their scale
         settings.append(f"normalize {curriculum.normalize}")
     settings.append(f"warm start {curriculum.warm_start}")
     weights = [stage.hidden_weight for stage in curriculum.stages if isinstance(stage, JointStage)]
     settings += [f"hidden weight {weight:g}" for weight in weights]
-    return f"| Hidden stages | {', '.join(settings)} |\n"
+    return f"| {'Hidden stages' if curriculum.hidden_stages else 'Warm start'} | {', '.join(settings)} |\n"
 
 
 def _show(value: Any) -> str:

@@ -72,6 +72,11 @@ class ExtractedTargets(TargetSource):
             )
         if residual:
             self._check_weights(student)
+        if curriculum.transplants and curriculum.transplant_stage is None:
+            raise UserError(
+                f"warm_start={curriculum.warm_start!r} without a hidden stage needs the teacher, which an extracted curriculum "
+                "does not contain: use warm_start='none', or train with the teacher itself"
+            )
         transplants = curriculum.transplant_stage is not None
         if transplants and self.folder.identity.head is None:
             raise UserError(

@@ -38,7 +38,11 @@ STATISTICS_FILE, HEAD_FILE = "target_stats.safetensors", "head.safetensors"
 
 
 # Settings that need what no extraction stores.
-_NOT_STORED = {"projection": (LEARNED, "the teacher's own states"), "output_loss": ("mse", "all logits of the teacher")}
+_NOT_STORED = {
+    "projection": (LEARNED, "the teacher's own states"),
+    "output_loss": ("mse", "all logits of the teacher"),
+    "output_positions": ("all", "the teacher's outputs at positions without a label"),
+}
 
 
 def check_storable(settings: object) -> None:

@@ -192,7 +192,7 @@ class LiveTargets(TargetSource):
     def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
         curriculum, student = self.curriculum, self._student
         assert curriculum is not None and student is not None and self.blocks is not None
-        if not curriculum.hidden_stages:
+        if not curriculum.calibrated_pairs:
             return
         widths = self.task.widths(student, curriculum.places("student")) if width is None else width
         replicas, blocks, self.calibrated = self.task.replica_seeds(student), self.blocks, {}
@@ -202,10 +202,10 @@ class LiveTargets(TargetSource):
         else:
             if file.read and curriculum.projection == RESIDUAL and self.started is None:
                 self._restart(student, file, batches)
-            transplants = curriculum.transplant_stage is not None
+            transplants = curriculum.transplants
             centers = not transplants or self.task.head_has_bias(student)
             head = self.output_head() if self.task.splits_head else None
-            self.calibrated = dict.fromkeys(range(len(curriculum.hidden_stages)), 0)
+            self.calibrated = dict.fromkeys(range(len(curriculum.calibrated_pairs)), 0)
             calibration = Calibration(widths, replicas, centers, transplants, head, self.started, self._all_states)
             maps = calibrate(self._counted_states, curriculum, batches(), blocks, calibration, group)
             self.calibrated = {index: sum(group.gather(count)) for index, count in self.calibrated.items()}
@@ -241,7 +241,7 @@ class LiveTargets(TargetSource):
 
     def _counted_states(self, stage: HiddenStage, batch: Mapping[str, Any]) -> torch.Tensor:
         assert self.curriculum is not None
-        self.calibrated[self.curriculum.hidden_stages.index(stage)] += batch_positions(batch)
+        self.calibrated[self.curriculum.calibrated_pairs.index(stage)] += batch_positions(batch)
         return self.stage_states(stage, batch)
 
     def draw_maps(self) -> None:
@@ -334,6 +334,6 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def check_widths(curriculum: Curriculum, student: Widths, teacher: Widths) -> None:
     """Refuse a projection that cannot map the teacher's width to the student's."""
-    for stage in curriculum.hidden_stages:
+    for stage in curriculum.calibrated_pairs:
         widths = width_at(teacher, stage.teacher_place), width_at(student, stage.student_place)
         check_widening(curriculum.projection, *widths)

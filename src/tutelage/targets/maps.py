@@ -80,7 +80,7 @@ class Calibration:
 
 
 StatesOf = Callable[[HiddenStage, Mapping[str, Any]], torch.Tensor]
-Maps = list[TargetMap]  # one for each of `Curriculum.hidden_stages`
+Maps = list[TargetMap]  # one for each of `Curriculum.calibrated_pairs`
 Seeds = Sequence[int] | None  # of the networks in a replicated student; None for an ordinary one
 
 
@@ -100,7 +100,7 @@ def calibrate(
     run = _Calibrator(states_of, curriculum, batches, teacher_blocks, calibration, group)
     if curriculum.projection == RESIDUAL:
         return run.residual_maps()
-    return [run.target_map(stage) for stage in curriculum.hidden_stages]
+    return [run.target_map(pair) for pair in curriculum.calibrated_pairs]
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def load_target_maps(
     """The inverse of `save_target_maps`."""
     tensors = load_file(path)
     maps: Maps = []
-    for index, stage in enumerate(curriculum.hidden_stages):
+    for index, stage in enumerate(curriculum.calibrated_pairs):
         mean, scale, sink_norm = (tensors[f"{index}.{name}"] for name in ("mean", "scale", "sink_norm"))
         width = width_at(widths, stage.student_place)
         identity = curriculum.normalize == "none" and curriculum.projection != RESIDUAL  # which is in its own unit

@@ -100,7 +100,7 @@ class TargetSource:
     def __init__(self, task: Task):
         self.task = task
         self.curriculum: Curriculum | None = None
-        self.maps: list[TargetMap] = []  # one for each of `Curriculum.hidden_stages`
+        self.maps: list[TargetMap] = []  # one for each of `Curriculum.calibrated_pairs`
         self.pair_numbers: list[list[int]] = []  # `Curriculum.pair_numbers`
         self.outputs: int | None = None
         # positions that the teacher ran to make the maps, padding included, by map
@@ -178,7 +178,7 @@ class TargetSource:
         return None
 
     def prepare(self, file: StatisticsFile, batches: Batches, device: Device, width: int | None = None) -> None:
-        """Make the target maps of the hidden stages, on `device`; `file` keeps their statistics, `batches` gives the
+        """Make the target maps of the calibrated pairs, on `device`; `file` keeps their statistics, `batches` gives the
         calibration batches if they are needed, the same every time; `width` is that of the targets (None: the student's)."""
 
     def learned_maps(self) -> list[LearnedMap]:
@@ -241,4 +241,6 @@ class NoTargets(TargetSource):
             raise UserError(f"{found}: pass a teacher and choose a method that uses it")
         if curriculum.student_init == "teacher":
             raise UserError("student_init='teacher' needs a teacher: pass one, or use student_init='random'")
+        if curriculum.warm_start != "none":
+            raise UserError(f"warm_start={curriculum.warm_start!r} needs a teacher: pass one, or use warm_start='none'")
         super().attach(curriculum, student, outputs)

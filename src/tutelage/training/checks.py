@@ -198,6 +198,9 @@ def check_output(curriculum: Curriculum, task: Task) -> None:
     if curriculum.output_loss != "kl" and task.embeds:
         found = f"output_loss={curriculum.output_loss!r} is for logits, but this task is {task.name}"
         raise UserError(f"{found}: leave output_loss out; embedding_loss says how embeddings are compared")
+    if curriculum.output_positions != "labelled" and (task.causal or not task.per_position):
+        found = f"output_positions={curriculum.output_positions!r} is for masked language models, where labels are few"
+        raise UserError(f"{found}, but this task is {task.name}: leave output_positions out")
 
 
 def check_recomputing(student: nn.Module, asked: bool) -> None:

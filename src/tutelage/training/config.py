@@ -12,7 +12,15 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import is_liger_kernel_available
 
-from tutelage.core.curriculum import METHODS, NORMALIZE, OUTPUT_LOSSES, RESIDUAL, STAGE_TRAINS, STUDENT_INITS
+from tutelage.core.curriculum import (
+    METHODS,
+    NORMALIZE,
+    OUTPUT_LOSSES,
+    OUTPUT_POSITIONS,
+    RESIDUAL,
+    STAGE_TRAINS,
+    STUDENT_INITS,
+)
 from tutelage.core.errors import LARGEST, UserError, as_user_error, check_positive, check_range, check_texts
 from tutelage.core.residual import BASES
 
@@ -30,6 +38,7 @@ _DEFAULT: dict[str, Any] = {
     "normalize": "standardize",
     "calibration_samples": 64,
     "output_loss": "kl",
+    "output_positions": "labelled",
     "temperature": 1.0,
     "hidden_weight": 3.0,
 }
@@ -47,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warm_start": "none",
         "student_init": "random",
         "output_loss": "kl",
+        "output_positions": "labelled",
         "temperature": 1.0,
     },
 }
@@ -61,6 +71,7 @@ _CHOICES = {
     "residual_basis": BASES,
     "normalize": NORMALIZE,
     "output_loss": OUTPUT_LOSSES,
+    "output_positions": OUTPUT_POSITIONS,
 }
 # names of settings, and the smallest and largest value that they may have
 _RANGES: tuple[tuple[tuple[str, ...], int, float], ...] = (
@@ -163,9 +174,9 @@ class CurriculumConfig(TrainingArguments):
     projection_seed: int | None = option("Seed of the random projections; default: 0.")
     normalize: str | None = option("standardize (default), or none (the paper).")
     warm_start: str | None = option(
-        "none (the paper), head, embedding or head+embedding: start from the teacher's weights. "
-        "Default: none for a student with trained weights (the teacher's, or its own) and for classifiers; otherwise head "
-        "where layer_map ends with final:final or neither layer_map nor num_stages is given, else none."
+        "none (the paper), head, embedding or head+embedding: start from the teacher's weights. Default of extraction: none "
+        "for a student with trained weights (the teacher's, or its own) and for classifiers; otherwise head where layer_map "
+        "ends with final:final or neither layer_map nor num_stages is given, else none. Default of other methods: none."
     )
     student_init: str | None = option(
         "First weights of the student: random (the paper), or teacher; default: teacher for a student without weights, where "
@@ -181,6 +192,9 @@ class CurriculumConfig(TrainingArguments):
     calibration_samples: int | None = option("Training examples that the calibration pass reads; default: 64.")
     output_loss: str | None = option(
         "kl (default), or mse: mean squares of logits in place of the divergence; not for sentence encoders."
+    )
+    output_positions: str | None = option(
+        "Masked language models: compare outputs at labelled positions (default), or at all that are no padding."
     )
     temperature: float | None = option("Softmax temperature of the output loss; default: 1.")
     top_k: int | None = option("Keep the k most likely teacher outputs, merge the rest into one bucket; default: all.")

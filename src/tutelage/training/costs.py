@@ -93,7 +93,7 @@ def _teacher_flops(objective: StageObjective, batch: dict[str, Any]) -> int:
         joint, output = isinstance(objective.stage, JointStage), objective.stage.output
         target = source.joint(objective.stage_index, batch)[1] if joint else source.output(batch)
         if target is not None and output is not None and output.needs_teacher:
-            source.task.teacher_outputs(target, batch)
+            source.task.teacher_outputs(target, objective.with_positions(batch))
     return counter.total
 
 

@@ -63,6 +63,7 @@ class StageObjective(nn.Module):
     def count_items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the loss of the current stage is a mean over: non-padding positions, labelled positions, or sequences. Of a
         joint stage: what its output loss and each of its hidden losses are means over, (1 + pairs,)."""
+        batch = self.with_positions(batch)
         if not isinstance(self.stage, JointStage):
             return self.task.count_items(self.stage, batch)
         parts = (self.stage.output, *self.stage.pairs)
@@ -72,6 +73,7 @@ class StageObjective(nn.Module):
         """Loss of the current stage over `batch`, as a sum divided by `num_items` (default: this batch's own count).
 
         Beside `loss`, a joint stage gives what it consists of: `output_loss`, and `hidden_loss`, the mean of its pairs'."""
+        batch = self.with_positions(batch)
         count, stage = self.count_items(batch) if num_items is None else num_items, self.stage
         if isinstance(stage, JointStage):
             return self._joint_loss(stage, batch, count)
@@ -80,6 +82,12 @@ class StageObjective(nn.Module):
         else:
             loss = hidden_loss(*self.hidden_states(self.stage_index, batch))
         return {"loss": loss / count}
+
+    def with_positions(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch whose labels say where outputs are compared; without labels that is wherever there is no padding."""
+        if self.curriculum.output_positions == "labelled":
+            return batch
+        return {name: value for name, value in batch.items() if name != "labels"}
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """`function(*args)`, as a second forward (`tutelage.training.sharding.run_student`)."""

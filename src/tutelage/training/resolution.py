@@ -17,16 +17,20 @@ from tutelage.targets.folder import OF_THE_START
 from tutelage.targets.source import FixedSettings, Reading
 from tutelage.training.config import AFTER_START, PRESETS, CurriculumConfig
 
-_SHARED = ("projection_seed", "normalize", "residual_basis", "start_blocks", "output_loss", "temperature", "top_k")
+_SHARED = (
+    *("projection_seed", "normalize", "residual_basis", "start_blocks"),
+    *("output_loss", "output_positions", "temperature", "top_k"),
+)
 # settings that are not of a method
 _OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
+_WITH_TEACHER = ("extraction", "joint", "one_shot", "progressive")
 # settings that only some methods read; a setting that the method does not read gets a warning.
 _READERS = {
     **dict.fromkeys(["layer_map", "num_stages", "projection"], ("extraction", "joint")),
-    **dict.fromkeys(["stage_steps", "stage_learning_rate", "stage_trains", "warm_start"], ("extraction",)),
+    **dict.fromkeys(["stage_steps", "stage_learning_rate", "stage_trains"], ("extraction",)),
     "hidden_weight": ("joint",),
     "teacher_checkpoints": ("progressive",),
-    **dict.fromkeys(["label_weight", "output_loss"], ("extraction", "joint", "one_shot", "progressive")),
+    **dict.fromkeys(["warm_start", "label_weight", "output_loss", "output_positions"], _WITH_TEACHER),
 }
 
 
@@ -88,7 +92,7 @@ def default_method(args: CurriculumConfig, usual: str) -> str:
     """The method of a student with trained weights, where none is given: `usual`, or the one that an option asks for which
     `usual` does not read, unless the option says what holds without stages too."""
     without = {"warm_start": "none", "stage_trains": "up_to"}
-    readers = {"stage_fraction": ("extraction",), **_READERS}
+    readers = {"stage_fraction": ("extraction",), **_READERS, "warm_start": ("extraction",)}
     asked = (
         methods[0]
         for name, methods in readers.items()
@@ -179,10 +183,7 @@ def build_curriculum(
     method, (student_blocks, teacher_blocks) = args.value("method"), blocks
     settings = shared_settings(args, blocks, fixed)
     starts_there = settings["student_init"] == "teacher"
-    projection = args.projection or (AFTER_START if starts_there else PRESETS[args.preset])["projection"]
-    settings["projection"] = fixed.values.get("projection", projection)
-    default_warm_start = "none" if starts_there or projection == LEARNED else default_warm_start
-    _warn_of_unread(args, settings)
+    default_warm_start = "none" if starts_there or settings["projection"] == LEARNED else default_warm_start
     if method == "scratch" and starts_there:
         found = "student_init='teacher' needs a teacher, but method 'scratch' has none"
         raise UserError(f"{found}: use student_init='random', or another method")
@@ -223,13 +224,17 @@ def shared_settings(
     blocks: tuple[int, int | None],
     fixed: FixedSettings = FixedSettings(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
-    """The fields of a curriculum that do not depend on the method."""
+    """The fields of a curriculum that do not depend on the method; `warm_start` is that of methods without hidden stages."""
     settings = {name: fixed.values.get(name, args.value(name)) for name in _SHARED}
     settings["student_init"] = fixed.values.get("student_init", args.student_init or "random")
     if (choice := settings["start_blocks"]) is not None:
         student_blocks, teacher_blocks = blocks
         chosen = settings["student_init"] == "teacher"
         settings["start_blocks"] = choose_blocks(choice, student_blocks, teacher_blocks or 0) if chosen else None
+    presets = AFTER_START if settings["student_init"] == "teacher" else PRESETS[args.preset]
+    settings["projection"] = fixed.values.get("projection", args.projection or presets["projection"])
+    settings["warm_start"] = args.value("warm_start") or "none"
+    _warn_of_unread(args, settings)
     return settings
 
 
@@ -253,6 +258,7 @@ def _warn_of_unread(args: CurriculumConfig, settings: Mapping[str, Any]) -> None
         name
         for name, methods in _READERS.items()
         if method not in methods and getattr(args, name) not in (None, 0.0, "none", preset.get(name))
+        if not (name == "projection" and "head" in settings["warm_start"])  # a transplant goes through it
     ]
     if unread:
         warnings.warn(f"method {method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=3)

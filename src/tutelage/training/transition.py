@@ -36,7 +36,7 @@ class StageTransition:
         """Make stage `index` the current one; `fresh` is at its first step, where a warm start applies (not on resuming)."""
         objective, stages = self.objective, self.objective.curriculum.stages
         self.transplanted = None
-        if fresh and any(stage.needs_teacher for stage in stages):
+        if fresh:
             if index == 0:
                 warm_start.apply_before_training(objective)
             elif stages[index].output is not None and stages[index - 1].output is None:
@@ -61,6 +61,7 @@ class StageTransition:
 
     def prepare(self, file: StatisticsFile, feed: StageFeed, device: Any, fresh: bool) -> None:
         """Views, the student's first weights (in a `fresh` run; they are given once), and the target maps."""
+        self.objective.source.use_checkpoint(None)  # an earlier training may have left one in the teacher's place
         self.make_views(feed)
         self.started = fresh and self.objective.source.started is None
         if self.started:
@@ -93,6 +94,7 @@ class StageTransition:
         if begins:
             stages = range(len(self.objective.curriculum.stages))
             teacher += self._start_flops(feed) + sum(self._calibration_flops(index, feed) for index in stages)
+            teacher += self._transplant_flops(feed)
         if self.transplanted is not None:
             index, positions = self.transplanted
             self.measure(index, feed)
@@ -122,6 +124,13 @@ class StageTransition:
             else:
                 total += measure_states(source, pair, feed.example(index)) * positions
         return total
+
+    def _transplant_flops(self, feed: StageFeed) -> float:
+        """FLOPs of the teacher in the calibration for a head transplant that no stage comes before."""
+        source, curriculum = self.objective.source, self.objective.curriculum
+        numbered = list(enumerate(curriculum.calibrated_pairs))[len(curriculum.hidden_stages) :]
+        found = ((pair, source.calibrated.get(number, 0)) for number, pair in numbered)
+        return sum(measure_states(source, pair, feed.example(0)) * count for pair, count in found if count)
 
     def set_trainable(self, names: Collection[str]) -> None:
         """Let exactly `names` require gradients."""

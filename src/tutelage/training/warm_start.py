@@ -13,7 +13,7 @@ has none, and a full-width transplant is then exact.
 *A student head without a bias*: the head stage's targets are not centred (mean = 0, scale = root mean square), so no bias is
 needed. *Tied embeddings*: the shared matrix is set before the first stage, where the distance is unknown and taken as
 half of the target, and kept fixed until the output stage, so that the blocks learn to read the embedding that the head will
-be.
+be. *Without hidden stages* (one-shot, joint, progressive) every head is set then, with the same distance.
 
 Shapes: V outputs, D teacher width, R student width, N calibration positions."""
 
@@ -83,7 +83,7 @@ def check(objective: StageObjective) -> None:
     """Raise UserError where the curriculum's warm start cannot be made."""
     curriculum, task, student = objective.curriculum, objective.task, objective.student
     given = f"warm_start={curriculum.warm_start!r}"
-    if curriculum.transplant_stage is not None:
+    if curriculum.transplant_pair is not None:
         if task.replica_seeds(student) is not None:
             raise UserError(f"{given} cannot be made for replicated students: use 'none'")
         target, source = task.output_head(student), objective.source.output_head()
@@ -100,14 +100,14 @@ def check(objective: StageObjective) -> None:
         found = (
             f"{given}: the student's embedding is its output head too (tied), so it is not projected from the teacher's"
         )
-        if curriculum.transplant_stage is None:
+        if curriculum.transplant_pair is None:
             raise UserError(f"{found}; use 'head' or 'none', or set tie_word_embeddings=false in the student")
         warnings.warn(f"{found}; the transplanted head is used for both", UserWarning, stacklevel=2)
 
 
 def keeps_embedding_fixed(curriculum: Curriculum, student: nn.Module) -> bool:
     """Whether hidden stages leave the embedding alone, since it is the transplanted head too."""
-    return curriculum.transplant_stage is not None and is_tied(student)
+    return curriculum.transplants and is_tied(student)
 
 
 def is_tied(student: Any) -> bool:
@@ -117,12 +117,13 @@ def is_tied(student: Any) -> bool:
 
 
 def apply_before_training(objective: StageObjective) -> None:
-    """What must be in place before the first stage: a projected embedding, and the head of a tied student."""
+    """What must be in place before the first stage: a projected embedding; and the head of a student that is tied, or that has
+    no hidden stage."""
     curriculum, student = objective.curriculum, objective.student
     if "embedding" in curriculum.warm_start and not is_tied(student):
         backbone = objective.task.backbone(student)
         project_embedding(backbone, objective.source.embedding(), curriculum.projection_seed)
-    if keeps_embedding_fixed(curriculum, student):
+    if curriculum.transplants and (curriculum.transplant_stage is None or is_tied(student)):
         _transplant(objective, _MAX_GAIN)
 
 
@@ -155,9 +156,9 @@ def apply_before_output(objective: StageObjective, batches: Callable[[], Sequenc
 
 def _transplant(objective: StageObjective, max_gain: float | None) -> None:
     """Compose the teacher's head with the way back, whose noise stays below `max_gain` (`Projection.decoder`)."""
-    source, index = objective.source, objective.curriculum.transplant_stage
-    assert index is not None
-    target_map = source.maps[source.pair_numbers[index][0]]
+    source, number = objective.source, objective.curriculum.transplant_pair
+    assert number is not None
+    target_map = source.maps[number]
     projection, moment = target_map.projection, target_map.moment
     assert projection is not None and moment is not None, "the final stage was calibrated without its moment"
     decoder = group_of(objective).first(lambda: projection.decoder(moment, max_gain))

@@ -52,6 +52,11 @@ def check_options(args: CurriculumConfig) -> None:
         how = "extract with extraction, joint or one_shot"
         raise UserError(f"method {args.method!r} reads no finished teacher's states: {how}")
     check_storable(args)
+    if args.warm_start not in (None, "none") and args.value("method") != "extraction":
+        found = (
+            f"warm_start={args.warm_start!r} is stored for hidden stages, which method {args.method!r} does not have"
+        )
+        raise UserError(f"{found}: leave warm_start out, or extract with extraction")
     for name in ("label_weight", "hidden_weight"):
         if getattr(args, name):
             raise UserError(f"{name} is chosen when a student is trained: leave it out of the extraction")
