@@ -139,7 +139,9 @@ def _ratios(comparison: Comparison) -> Table:
         interval = _interval(estimate, "unbounded") if ratio.paired.pairs else "-"
         names = f"{ratio.over} / {ratio.under}"
         rows.append((names, COST_NAMES[ratio.cost], show_number(estimate.median), interval, _note(ratio)))
-    note = "The cost to the target of the first method, divided by that of the second method, on the same seed."
+    note = "The cost to the target of the first method, divided by that of the second, for the same teacher and seed."
+    if any(ratio.to_final for ratio in comparison.ratios):
+        note = "The cost at which the first method is as good as the second is at its end, divided by all that the second cost."
     return Table("Ratios", ("ratio", "of", "median", "range", "note"), rows, note)
 
 

@@ -151,6 +151,8 @@ class Ratio(Record):
     cost: str  # one of `COSTS`
     seeds: int  # pairs of teacher and seed that both have run
     paired: PairedRatio  # over those on which at least one reached the target
+    to_final: bool = False
+    """Whether it is the cost at which the first is as good as the second at its end, in units of all that the second cost."""
 
     def __post_init__(self) -> None:
         check_choice("cost", self.cost, COSTS)

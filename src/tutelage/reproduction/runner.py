@@ -260,8 +260,9 @@ def _measured(folder: Path, match: str) -> dict[str, float]:
         costs.setdefault(stage, []).append(record[match] - previous)
         previous = record[match]
     found = {stage: sorted(values[1:])[len(values[1:]) // 2] for stage, values in costs.items()}
-    # the first step of a stage also pays for calibration, or for the transplant before it
-    extra = sum(values[0] - found[stage] for stage, values in costs.items())
+    # the first step of a stage also pays for calibration, or for the transplant before it; where it does not, it may be the
+    # cheaper one, as batches are not equally long
+    extra = max(0.0, sum(values[0] - found[stage] for stage, values in costs.items()))
     found[_CALIBRATION] = extra if match == "flops" else 0.0
     return found
 

@@ -14,7 +14,9 @@ _LONGEST_HEADLINE = 4  # lines
 def summarise(comparison: Comparison, target: float | None) -> Comparison:
     """The comparison with everything that follows from its runs computed anew.
 
-    `target` is the value of the metric to reach; None takes the median of one-shot's final values."""
+    `target` is the value of the metric to reach; None takes the median of one-shot's final values, and ratios are then about
+    the final value of the second method."""
+    fixed = target is not None
     if target is None and comparison.baseline is not None:
         runs = [run for run in comparison.baseline.runs if run.diverged is None]
         finals = sorted(run.final[comparison.metric] for run in runs)
@@ -23,9 +25,9 @@ def summarise(comparison: Comparison, target: float | None) -> Comparison:
     methods = tuple(_timed(method, comparison) for method in comparison.methods)
     comparison = dataclasses.replace(comparison, methods=methods)
     ratios = [
-        ratio_of(over, under, cost)
+        ratio_of(over, under, cost) if fixed else ratio_to_final(over, under, cost, comparison)
         for over, under in itertools.permutations(methods, 2)
-        if over.variant.method == "extraction" or under is comparison.baseline
+        if over.variant.method == "extraction" or under is comparison.baseline or _comparable(over, under)
         for cost in COSTS
     ]
     baseline = comparison.baseline
@@ -45,6 +47,27 @@ def ratio_of(over: MethodResult, under: MethodResult, cost: str) -> Ratio:
         budget=max((theirs.curve[-1].cost(cost) for _, theirs in pairs), default=0),
     )
     return Ratio(over.name, under.name, cost, len(pairs), paired)
+
+
+def ratio_to_final(over: MethodResult, under: MethodResult, cost: str, comparison: Comparison) -> Ratio:
+    """Cost at which `over` is as good as the run of `under` with its teacher and seed is at the end, in units of what that run
+    cost; where one diverged or `over` is never as good, the ratio is infinite (None)."""
+    metric, mine, theirs = comparison.metric, [], []
+    pairs = [(a, b) for a, b in _pairs(over, under) if metric in b.final and b.diverged is None]
+    for run, other in pairs:
+        final = other.final[metric]
+        point = run.first(metric, lambda value, final=final: as_good(value, final, comparison.better))  # type: ignore[misc]
+        mine.append(None if point is None or run.diverged is not None else point.cost(cost))
+        theirs.append(other.curve[-1].cost(cost))
+    return Ratio(over.name, under.name, cost, len(pairs), paired_ratio(mine, theirs, budget=0), to_final=True)
+
+
+def _comparable(over: MethodResult, under: MethodResult) -> bool:
+    """Whether two methods start from the same weights, and one of them is plain one-shot or progressive distillation."""
+    start, other = (method.variant.overrides.get("student_init") for method in (over, under))
+    rival = under.variant.method in ("one_shot", "progressive") and set(under.variant.overrides) <= {"student_init"}
+    plain = rival and under.variant.budget_fraction == 1 and not under.variant.search
+    return plain and start == other and over.variant.method in ("extraction", "joint")
 
 
 def difference_of(over: MethodResult, under: MethodResult, metric: str) -> Difference:
@@ -80,7 +103,7 @@ def verdict(comparison: Comparison) -> str:
         return _final_values(comparison, methods)
     lines = [_reached(method, comparison) for method in methods]
     for over, under in itertools.product(methods, methods):
-        if over.variant.method == "extraction" and under.variant.method in ("one_shot", "progressive"):
+        if _comparable(over, under):
             lines.append(_compared(over, under, comparison))
     return "\n".join(filter(None, lines))
 
@@ -135,12 +158,15 @@ def _compared(over: MethodResult, under: MethodResult, comparison: Comparison) -
     paired, estimate = ratio.paired, ratio.paired.estimate
     if not paired.pairs:
         return f"Neither {over.name} nor {under.name} reached the target."
+    if estimate.median is None and ratio.to_final:
+        return f"In most pairs {over.name} was never as good as {under.name} at the end: {under.name} is better here."
     if estimate.median is None:
         return (
             f"In most pairs {over.name} did not reach the target within the budget where {under.name} did: "
             f"{under.name} is better here."
         )
-    text = f"{over.name} needed {_times(paired)} the samples of {under.name} ({_spread(paired)})"
+    goal = f" to reach its final {comparison.metric}" if ratio.to_final else ""
+    text = f"{over.name} needed {_times(paired)} the samples of {under.name}{goal} ({_spread(paired)})"
     flops = comparison.ratio(over.name, under.name, "flops")
     if flops is not None and flops.paired.estimate.median is not None:
         text += f" and {_times(flops.paired)} its FLOPs"

@@ -193,7 +193,9 @@ class PcfgRecipe(LanguageRecipe):
         self.collator  # noqa: B018 - builds the grammar too
 
     def model_config(self, heads: int) -> Any:
-        return pcfg_config(self.task, self.layers, heads, self.head_width, self.grammar)
+        # not tied, so that a student can start from the teacher; the two matrices have a row for each of a few symbols
+        fields = {"tie_word_embeddings": False}
+        return pcfg_config(self.task, self.layers, heads, self.head_width, self.grammar, **fields)
 
     def sequences(self, seed: int, count: int) -> Any:
         return PcfgDataset(self.grammar, count, seed)
@@ -202,7 +204,8 @@ class PcfgRecipe(LanguageRecipe):
         return self.sequences(EVAL_SEED + int(tuning), self.eval_samples)
 
     def teacher_identity(self) -> dict[str, Any]:
-        return {**super().teacher_identity(), "levels": self.levels, "grammar_seed": self.grammar_seed}
+        rest = {"levels": self.levels, "grammar_seed": self.grammar_seed, "tied": False}
+        return {**super().teacher_identity(), **rest}
 
 
 class MaskedPcfg(PcfgRecipe):
@@ -294,13 +297,18 @@ class TextRecipe(LanguageRecipe):
         return rows.select(range(int(tuning), min(2 * self.eval_samples, len(rows)), 2))
 
     def teacher_identity(self) -> dict[str, Any]:
-        return {**super().teacher_identity(), "text": self._rows[0]._fingerprint, "length": self.max_length}
+        return {
+            **super().teacher_identity(),
+            "text": self._rows[0]._fingerprint,
+            "length": self.max_length,
+            "tied": False,
+        }
 
     def _shape(self, heads: int) -> dict[str, Any]:
         return {
             **{"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id},
             **{"hidden_size": heads * self.head_width, "max_position_embeddings": self.max_length},
-            **{"num_hidden_layers": self.layers, "num_attention_heads": heads},
+            **{"num_hidden_layers": self.layers, "num_attention_heads": heads, "tie_word_embeddings": False},
         }
 
 
@@ -334,4 +342,4 @@ class CausalText(TextRecipe):
 
     def model_config(self, heads: int) -> Any:
         width = 4 * heads * self.head_width
-        return LlamaConfig(**self._shape(heads), intermediate_size=width, tie_word_embeddings=False)
+        return LlamaConfig(**self._shape(heads), intermediate_size=width)
