@@ -79,14 +79,18 @@ class ParityRecipe(PaperRecipe):
     @cached_property
     def coordinates(self) -> tuple[int, ...]:
         """The k coordinates that the label is the parity of."""
+        return self._drawn(self.teacher_seed)
+
+    def _drawn(self, seed: int) -> tuple[int, ...]:
         # The first k positions would be no sparse parity: at position k a causal block sees the support and nothing else.
         if self.support is not None:
             return check_parity(self.d, self.k, self.support)
-        drawn = np.random.RandomState(self.teacher_seed).choice(self.d, self.k, replace=False)
+        drawn = np.random.RandomState(seed).choice(self.d, self.k, replace=False)
         return tuple(sorted(drawn.tolist()))
 
     def identity(self) -> dict[str, Any]:
-        return {"support": list(self.coordinates)}
+        supports = [list(self._drawn(seed)) for seed in self.teacher_seeds]
+        return {"support": supports[0]} if len(supports) == 1 else {"supports": supports}
 
     @property
     def default_methods(self) -> tuple[Variant, ...]:
