@@ -229,9 +229,16 @@ def test_the_middle_checkpoint_stands_in_for_an_unknown_transition() -> None:
 
 
 def test_progressive_keeps_the_settings_of_the_output_loss() -> None:
-    curriculum = built("pace-2", 150, temperature=2.0, label_weight=0.25, normalize="none")
+    curriculum = built("pace-2", 150, temperature=2.0, label_weight=0.25)
     assert curriculum.temperature == 2.0
     assert {stage.label_weight for stage in curriculum.stages} == {0.25}
+
+
+def test_progressive_reads_a_warm_start_and_refuses_what_it_does_not_read() -> None:
+    curriculum = built("pace-2", 150, warm_start="head", projection="pca", normalize="none")
+    assert (curriculum.warm_start, curriculum.projection, curriculum.normalize) == ("head", "pca", "none")
+    with pytest.raises(ValueError, match="method 'progressive' does not read projection: leave it out, or use method"):
+        built("pace-2", 150, projection="pca")
 
 
 def test_progressive_without_checkpoints_is_refused() -> None:

@@ -380,7 +380,7 @@ def test_what_only_an_unfinished_extraction_has_is_removed_from_a_finished_one(
     ("size", "what"),
     [
         (200, r"cut/extraction.json': File too large; free space there, or choose a different folder"),
-        (2_000, r"cut/target_stats.safetensors': .*os error 27.*; free space there, or choose a different folder"),
+        (3_000, r"cut/target_stats.safetensors': .*os error 27.*; free space there, or choose a different folder"),
         (10_000, r"cut' by way of '.*': .*os error 27.*; free space there, or set TMPDIR to a different folder"),
         (30_000, r"cut/stage_2/data-.*arrow': .*File too large"),
     ],

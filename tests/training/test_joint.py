@@ -234,11 +234,7 @@ def test_watched_states_are_those_of_truncated_forwards(viewed: bool) -> None:
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_settings_of_stages_are_not_read_by_joint(make_trainer: Make) -> None:
-    with pytest.warns(UserWarning, match="method 'joint' does not read stage_steps"):
-        make_trainer(method="joint", stage_steps=[2])
-    with pytest.warns(UserWarning, match="method 'one_shot' does not read hidden_weight"):
-        make_trainer(method="one_shot", hidden_weight=2.0)
+def test_a_hidden_weight_is_not_negative(make_trainer: Make) -> None:
     with pytest.raises(ValueError, match="hidden_weight must be a number from 0 up"):
         make_trainer(method="joint", hidden_weight=-1.0)
 

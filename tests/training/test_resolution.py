@@ -57,9 +57,61 @@ def test_epochs_give_the_steps_that_transformers_gives(
     assert trainer.curriculum.total_steps == expected
 
 
-def test_settings_that_a_method_does_not_read_are_named(make_trainer: Make) -> None:
-    with pytest.warns(UserWarning, match="method 'one_shot' does not read num_stages, projection"):
-        make_trainer(method="one_shot", num_stages=1, projection="pca")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"method": "one_shot", "num_stages": 1, "projection": "pca"},
+            "method 'one_shot' does not read num_stages and projection: leave them out, or use method extraction or joint",
+        ),
+        (
+            {"method": "joint", "stage_steps": [2]},
+            "'joint' does not read stage_steps: leave it out, or use method extraction",
+        ),
+        (
+            {"method": "one_shot", "stage_fraction": 0.25},
+            "'one_shot' does not read stage_fraction: leave it out, or use",
+        ),
+        ({"method": "one_shot", "hidden_weight": 2.0}, "'one_shot' does not read hidden_weight: leave it out, or use"),
+        (
+            {"method": "one_shot", "normalize": "none"},
+            "'one_shot' does not read normalize: leave it out, or use method",
+        ),
+        (
+            {"method": "one_shot", "warm_start": "embedding", "projection": "pca"},
+            "'one_shot' does not read projection:",
+        ),
+        ({"method": "progressive", "projection_seed": 1}, "'progressive' does not read projection_seed: leave it out"),
+        (
+            {"method": "extraction", "teacher_checkpoints": ["a"]},
+            "'extraction' does not read teacher_checkpoints: .*progre",
+        ),
+        (
+            {"method": "scratch", "warm_start": "head"},
+            "'scratch' does not read warm_start: leave it out, or use method ex",
+        ),
+        (
+            {"method": "scratch", "temperature": 2.0},
+            "'scratch' does not read temperature: leave it out, or use method ext",
+        ),
+        (
+            {"method": "scratch", "output_loss": "mse", "hidden_weight": 1.0},
+            "read hidden_weight and output_loss: leave them",
+        ),
+    ],
+)
+def test_settings_that_a_method_does_not_read_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_curriculum(CurriculumConfig(use_cpu=True, **fields), (2, 4), 8)
+
+
+@pytest.mark.parametrize("method", ["one_shot", "scratch"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_setting_as_in_the_preset_is_not_refused(method: str, preset: str) -> None:
+    """A method may be left to read less than the others of a comparison, where nothing deviates."""
+    fields = {name: PRESETS[preset][name] for name in ("stage_fraction", "projection", "normalize", "temperature")}
+    args = CurriculumConfig(use_cpu=True, method=method, preset=preset, warm_start="none", label_weight=0.0, **fields)
+    assert build_curriculum(args, (2, 4), 8).method == method
 
 
 def test_fewer_stages_are_at_blocks_that_the_student_starts_from() -> None:

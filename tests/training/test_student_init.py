@@ -259,9 +259,10 @@ def test_a_layer_map_that_is_given_says_which_blocks_a_student_starts_from(make_
 
 
 def test_blocks_of_a_random_start_are_not_read(make_trainer: Make) -> None:
-    with pytest.warns(UserWarning, match="starts from random weights does not read start_blocks"):
-        trainer = make_trainer(method="one_shot", student_init="random", start_blocks="ends")
-    assert trainer.curriculum.start_blocks is None
+    with pytest.raises(
+        ValueError, match="random weights does not read start_blocks: leave it out, or use student_init="
+    ):
+        make_trainer(method="one_shot", student_init="random", start_blocks="ends")
 
 
 def test_the_default_blocks_are_the_uniform_ones_where_the_ends_do_something_else() -> None:
@@ -338,11 +339,11 @@ def test_weights_that_are_loaded_into_a_new_student_are_its_own(make_trainer: Ma
     assert make_trainer(student=student).curriculum.student_init == "random"
 
 
-def test_settings_that_nothing_reads_after_a_start_are_named(make_trainer: Make) -> None:
+def test_settings_that_nothing_reads_after_a_start_are_refused(make_trainer: Make) -> None:
     joint = {"student": fresh(), "method": "joint", "student_init": "teacher"}
-    with pytest.warns(UserWarning, match="projection='residual' does not read normalize"):
+    with pytest.raises(ValueError, match=r"projection='residual' does not read normalize: .* leave normalize out"):
         make_trainer(**joint, normalize="none")
-    with pytest.warns(UserWarning, match="a student that starts from random weights does not read residual_basis"):
+    with pytest.raises(ValueError, match="starts from random weights does not read residual_basis: leave it out"):
         make_trainer(student=fresh(), residual_basis="pca")
     with pytest.warns(UserWarning, match="torch_compile does nothing in a joint stage"):
         make_trainer(**joint, torch_compile=True)

@@ -29,7 +29,7 @@ from tutelage.tasks.students import WEIGHTS, weights_of
 from tutelage.training import checks, warm_start
 from tutelage.training.config import AFTER_START, CurriculumConfig
 from tutelage.training.objective import StageObjective
-from tutelage.training.resolution import ResolvedRun, default_method, reads, resolve
+from tutelage.training.resolution import ResolvedRun, default_method, resolve
 from tutelage.training.self_check import check_precision, run_probe
 
 _log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def _usual_method(args: CurriculumConfig, student: nn.Module) -> str:
 def _start_blocks(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> str | None:
     """`start_blocks` as given, or the teacher's default where it fits; None is the layer map's blocks, or the uniform ones."""
     usual = source.start_blocks
-    given = args.start_blocks is not None or (args.layer_map is not None and reads(args, "layer_map"))
+    given = args.start_blocks is not None or args.layer_map is not None
     if given or usual == "uniform" or args.preset == "paper":
         return args.start_blocks
     try:
@@ -194,7 +194,7 @@ def _start(args: CurriculumConfig, student: nn.Module, source: TargetSource) -> 
         warnings.warn("the student brings its own weights: student_init='teacher' leaves it alone", stacklevel=3)
     if weights != "random" or args.warm_start not in (None, "none"):  # a warm start would write over these weights
         return "random", given
-    layer_map = args.layer_map if reads(args, "layer_map") else None
+    layer_map = args.layer_map
     if layer_map is not None and source.blocks is not None:  # one that cannot work is no reason for random weights
         pairs = parse_layer_map(layer_map) if isinstance(layer_map, str) else layer_map
         fitting_layer_map(pairs, len(find_blocks(source.task.backbone(student), args.blocks)), source.blocks)

@@ -3,13 +3,12 @@
 import copy
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tutelage.core.blocks import FINAL
-from tutelage.core.curriculum import RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
+from tutelage.core.curriculum import METHODS, RESIDUAL, Curriculum, extraction, joint, one_shot, progressive, scratch
 from tutelage.core.errors import LARGEST, UserError, check_range
 from tutelage.core.projection import LEARNED
 from tutelage.core.stages import LayerMap, choose_blocks, parse_layer_map, uniform_layer_map
@@ -24,13 +23,15 @@ _SHARED = (
 # settings that are not of a method
 _OF_THE_RUN = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "teacher_checkpoints")
 _WITH_TEACHER = ("extraction", "joint", "one_shot", "progressive")
-# settings that only some methods read; a setting that the method does not read gets a warning.
+# settings that only some methods read; one that the method does not read is refused
 _READERS = {
-    **dict.fromkeys(["layer_map", "num_stages", "projection"], ("extraction", "joint")),
-    **dict.fromkeys(["stage_steps", "stage_learning_rate", "stage_trains"], ("extraction",)),
+    **dict.fromkeys(["stage_fraction", "stage_steps", "stage_learning_rate", "stage_trains"], ("extraction",)),
+    **dict.fromkeys(["layer_map", "num_stages"], ("extraction", "joint")),
+    **dict.fromkeys(["projection", "projection_seed", "normalize"], ("extraction", "joint")),
     "hidden_weight": ("joint",),
     "teacher_checkpoints": ("progressive",),
-    **dict.fromkeys(["warm_start", "label_weight", "output_loss", "output_positions"], _WITH_TEACHER),
+    **dict.fromkeys(["warm_start", "label_weight"], _WITH_TEACHER),
+    **dict.fromkeys(["output_loss", "output_positions", "temperature", "top_k"], _WITH_TEACHER),
 }
 
 
@@ -92,18 +93,13 @@ def default_method(args: CurriculumConfig, usual: str) -> str:
     """The method of a student with trained weights, where none is given: `usual`, or the one that an option asks for which
     `usual` does not read, unless the option says what holds without stages too."""
     without = {"warm_start": "none", "stage_trains": "up_to"}
-    readers = {"stage_fraction": ("extraction",), **_READERS, "warm_start": ("extraction",)}
+    readers = {**_READERS, "warm_start": ("extraction",)}
     asked = (
         methods[0]
         for name, methods in readers.items()
         if usual not in methods and getattr(args, name) not in (None, without.get(name))
     )
     return next(asked, usual)
-
-
-def reads(args: CurriculumConfig, name: str) -> bool:
-    """Whether the method, or one that may still be chosen, reads a setting."""
-    return args.method is None or args.method in _READERS[name]
 
 
 def check_made(where: str, made: Mapping[str, Any], settings: object) -> None:
@@ -234,7 +230,7 @@ def shared_settings(
     presets = AFTER_START if settings["student_init"] == "teacher" else PRESETS[args.preset]
     settings["projection"] = fixed.values.get("projection", args.projection or presets["projection"])
     settings["warm_start"] = args.value("warm_start") or "none"
-    _warn_of_unread(args, settings)
+    _check_read(args, settings)
     return settings
 
 
@@ -251,25 +247,36 @@ def _layer_map(
     return args.num_stages if layer_map is None else layer_map
 
 
-def _warn_of_unread(args: CurriculumConfig, settings: Mapping[str, Any]) -> None:
-    """Name the settings that are given and that neither the method nor the student's start reads."""
-    method, preset = args.value("method"), PRESETS[args.preset]
+def _check_read(args: CurriculumConfig, settings: Mapping[str, Any]) -> None:
+    """Raise UserError for settings that are given, and that neither the method nor the student's start reads."""
+    method, preset, neutral = args.value("method"), PRESETS[args.preset], {"label_weight": 0.0, "warm_start": "none"}
+    read = _read_by_start(settings)
     unread = [
         name
         for name, methods in _READERS.items()
-        if method not in methods and getattr(args, name) not in (None, 0.0, "none", preset.get(name))
-        if not (name == "projection" and "head" in settings["warm_start"])  # a transplant goes through it
+        if method not in methods and name not in read
+        if getattr(args, name) not in (None, preset.get(name), neutral.get(name))
     ]
     if unread:
-        warnings.warn(f"method {method!r} does not read {', '.join(unread)}", UserWarning, stacklevel=3)
+        common = [each for each in METHODS if all(each in _READERS[name] for name in unread)]
+        other = f", or use method {' or '.join(common)}" if common else ""
+        how = f"leave {'it' if len(unread) == 1 else 'them'} out{other}"
+        raise UserError(f"method {method!r} does not read {' and '.join(unread)}: {how}")
     residual = method in _READERS["projection"] and settings["projection"] == RESIDUAL
     if residual and args.normalize not in (None, preset["normalize"]):
         what = "projection='residual' does not read normalize: its targets keep the scale of the student's own states"
-        warnings.warn(what, UserWarning, stacklevel=3)
+        raise UserError(f"{what}; leave normalize out, or use another projection")
     unread = [name for name in ("residual_basis", "start_blocks") if getattr(args, name) is not None]
     if unread and settings["student_init"] != "teacher":
         what = f"a student that starts from random weights does not read {' and '.join(unread)}"
-        warnings.warn(f"{what}: it is for student_init='teacher'", UserWarning, stacklevel=3)
+        raise UserError(f"{what}: leave {'it' if len(unread) == 1 else 'them'} out, or use student_init='teacher'")
+
+
+def _read_by_start(settings: Mapping[str, Any]) -> set[str]:
+    """What the first weights of a student are made with, whatever the method."""
+    read = {"projection", "normalize"} if "head" in settings["warm_start"] else set()  # a transplant has a target map
+    seeded = settings["warm_start"] != "none" or settings["residual_basis"] == "random"
+    return read | {"projection_seed"} if seeded else read
 
 
 def _warm_start(
