@@ -11,7 +11,7 @@ from typing import Any
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.report import write_report
-from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, Trial
+from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, Trial, Tuning
 from tutelage.reproduction.statistics import Estimate, PairedRatio
 from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Candidate, Variant
@@ -36,21 +36,20 @@ def comparison() -> Comparison:
     """Two methods, three seeds; one method never gets there and has a name that attacks every format."""
     output = OutputStage(29_500)
     settings = {"projection": "gaussian", "normalize": "none", "warm_start": "none", "temperature": 1.0}
+    tried = (
+        Trial(Candidate(0.03), "samples to target", score=152_000, seeds=3),
+        Trial(Candidate(0.1), "samples to target", score=144_000, seeds=3),
+    )
     extraction = MethodResult(
         variant=Variant("extraction", "extraction", {"layer_map": "1:2"}),
-        candidate=Candidate(0.1),
-        trials=(
-            Trial(Candidate(0.03), "samples to target", score=152_000),
-            Trial(Candidate(0.1), "samples to target", score=144_000),
-        ),
+        tunings=(Tuning(Candidate(0.1), tried, ("learning_rate",)),),
         curriculum=Curriculum("extraction", (HiddenStage(500, 1, 2), output), **settings),
         runs=tuple(run_of(seed, 144_000 + 80_000 * seed) for seed in range(3)),
         samples_to_target=Estimate(224_000, 144_000, 304_000),
     )
     evil = MethodResult(
         variant=Variant(EVIL, "one_shot"),
-        candidate=Candidate(0.03),
-        trials=(Trial(Candidate(0.03), "final accuracy", score=0.61),),
+        tunings=(Tuning(Candidate(0.03), (Trial(Candidate(0.03), "final accuracy", score=0.61, seeds=2),)),),
         curriculum=Curriculum("one_shot", (dataclasses.replace(output, steps=30_000),)),
         runs=tuple(run_of(seed, None) for seed in range(3)),
         samples_to_target=Estimate(None, 128_000, None),
@@ -67,7 +66,7 @@ def comparison() -> Comparison:
         target=0.99,
         seeds=(0, 1, 2),
         settings={"d": 64, "k": 5, "note": "<b>bold</b>"},
-        teacher=TeacherRecord("trained past convergence", {"accuracy": 1.0}),
+        teachers=(TeacherRecord("trained past convergence", {"accuracy": 1.0}),),
         environment={"torch": "2.13.0", "machine": "laptop"},
         methods=(extraction, evil),
         ratios=(
@@ -97,7 +96,7 @@ def unfinished() -> Comparison:
     data = with_method(
         data, "extraction", runs=(run_of(0, 144_000),), samples_to_target=Estimate(144_000, 144_000, 144_000)
     )
-    return with_method(data, EVIL, runs=(), trials=(), samples_to_target=Estimate())
+    return with_method(data, EVIL, runs=(), tunings=(), samples_to_target=Estimate())
 
 
 def write(folder: Path, data: Comparison) -> Path:
