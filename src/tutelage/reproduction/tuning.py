@@ -27,7 +27,10 @@ def axes_of(recipe: Recipe, variant: Variant, teacher: Teacher) -> dict[str, Axi
         axes |= recipe.axes(variant.method, teacher)
     for name, values in variant.search.items():
         axes[name] = Axis(tuple(values), ordered=not any(isinstance(value, str | bool) for value in values))
-    return {name: axis for name, axis in axes.items() if name not in variant.overrides or name == RATE}
+    # what the variant's own schedule makes void is not searched
+    used = schedules.clean({**dict.fromkeys(axes), "schedule": variant.overrides.get("schedule", "two")})
+    taken = variant.overrides.keys() - {RATE}
+    return {name: axis for name, axis in axes.items() if name in used and name not in taken}
 
 
 def is_searched(recipe: Recipe, axes: Mapping[str, Axis]) -> bool:
