@@ -187,7 +187,7 @@ def test_settings_are_climbed_again_until_none_gets_better() -> None:
 
     diagonal = {"a": Axis((1, 2, 3, 4, 5)), "b": Axis((1, 2, 3, 4, 5), ordered=False)}
     for chosen in (axes, diagonal):
-        search, tried = searched(height, 100, chosen, Axis((1.0, 5.0)))
+        search, _ = searched(height, 100, chosen, Axis((1.0, 5.0)))
         assert search.best is not None
         at = {RATE: search.best[0].learning_rate, **search.best[0].settings}
         for name, axis in search.axes.items():  # no other value of one setting alone is better
