@@ -11,8 +11,17 @@ from typing import Any
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.report import write_report
-from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, Trial, Tuning
-from tutelage.reproduction.statistics import Estimate, PairedRatio
+from tutelage.reproduction.results import (
+    Comparison,
+    CurvePoint,
+    Difference,
+    MethodResult,
+    Ratio,
+    RunRecord,
+    Trial,
+    Tuning,
+)
+from tutelage.reproduction.statistics import Estimate, PairedDifference, PairedRatio
 from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Candidate, Variant
 
@@ -73,6 +82,7 @@ def comparison() -> Comparison:
             Ratio("extraction", EVIL, "samples", 3, PairedRatio(Estimate(0.08, 0.07, 0.1), 3)),
             Ratio(EVIL, "extraction", "samples", 3, PairedRatio(Estimate(None, 8.5, None), 3)),
         ),
+        differences=(Difference("extraction", EVIL, PairedDifference(0.36, 0.35, 0.37, 3)),),
         verdict="extraction needs 8% of the samples\n<i>at most</i>",
     )
 
@@ -86,13 +96,15 @@ def with_method(data: Comparison, name: str, **changes: Any) -> Comparison:
 def empty(*names: str, complete: bool = True) -> Comparison:
     """A comparison in which no method has run."""
     methods = tuple(MethodResult(Variant(name, "one_shot")) for name in names)
-    data = dataclasses.replace(comparison(), complete=complete, target=None, seeds=(), ratios=(), verdict="")
+    data = dataclasses.replace(
+        comparison(), complete=complete, target=None, seeds=(), ratios=(), differences=(), verdict=""
+    )
     return dataclasses.replace(data, methods=methods)
 
 
 def unfinished() -> Comparison:
     """One run is finished; a method has none."""
-    data = dataclasses.replace(comparison(), complete=False, ratios=(), verdict="")
+    data = dataclasses.replace(comparison(), complete=False, ratios=(), differences=(), verdict="")
     data = with_method(
         data, "extraction", runs=(run_of(0, 144_000),), samples_to_target=Estimate(144_000, 144_000, 144_000)
     )

@@ -75,6 +75,9 @@ def test_markdown_says_it_all(tmp_path: Path) -> None:
         ["samples", "0.08", "0.07 to 0.1", ""],
         ["samples", "-", "8.5 to unbounded", ""],
     ]
+    header, _, difference = table_of(text, "Differences")
+    assert header[:2] == [f"final accuracy minus that of {evil_name(text)}", "mean"]
+    assert difference == ["extraction", "0.36", "0.35 to 0.37", "range", "3"]
     header, _, *rows = table_of(text, "Trials")
     assert header == ["method", "learning rate", "settings", "score", "of", "tuning seeds"]
     assert rows[0] == ["extraction", "0.03", "-", "152k", "samples to target", "3"]
@@ -87,6 +90,30 @@ def test_markdown_says_it_all(tmp_path: Path) -> None:
     (curriculum, _) = table_of(text, "Curricula")[2:]
     assert "1. student's block 1 learns teacher's block 2, 500 steps" in curriculum[1]
     assert "still running" not in text
+
+
+def evil_name(text: str) -> str:
+    """How a cell shows the name that attacks every format."""
+    return table_of(text, "Results")[3][0]
+
+
+def test_runs_on_several_teachers_are_told_apart(tmp_path: Path) -> None:
+    data = comparison()
+    (first,) = data.teachers
+    second = dataclasses.replace(first, description="trained on a different parity", metrics={"accuracy": 0.999})
+    extraction = data.method("extraction")
+    more = tuple(dataclasses.replace(run, teacher=1) for run in extraction.runs)
+    data = with_method(data, "extraction", runs=(*extraction.runs, *more))
+    data = dataclasses.replace(data, teachers=(first, second))
+    assert data.pairs == 6
+    write(tmp_path, dataclasses.replace(data, complete=False))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Medians over seeds 0, 1, 2, each with 2 teachers." in text.partition("<details>")[0]
+    assert ["description", "trained past convergence"] in table_of(text, "Teacher 1")
+    assert ["description", "trained on a different parity"] in table_of(text, "Teacher 2")
+    places = [tuple(row[1:3]) for row in table_of(text, "Every run")[2:]]
+    assert places[:6] == [(teacher, seed) for teacher in "12" for seed in "012"]
+    assert "**still running: 9 of 12 runs**" in text
 
 
 def test_first_screen_is_verdict_table_and_plot(tmp_path: Path) -> None:
