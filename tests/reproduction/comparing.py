@@ -35,8 +35,9 @@ METHODS = ("extraction", "one_shot", "scratch")
 
 
 def tiny(**fields: Any) -> Recipe:
-    """The tiny parity, with some fields changed."""
-    return resolve("parity-mlp/smoke", {**TINY, **fields})
+    """The tiny parity of the first bits, with some fields changed."""
+    fields = {**TINY, **fields}
+    return resolve("parity-mlp/smoke", {"support": tuple(range(fields["k"])), **fields})
 
 
 def changed(recipe: Recipe, **attributes: Any) -> Recipe:

@@ -11,8 +11,17 @@ from typing import Any
 from tutelage.core.curriculum import Curriculum
 from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.report import write_report
-from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord, Trial
-from tutelage.reproduction.statistics import Estimate, PairedRatio
+from tutelage.reproduction.results import (
+    Comparison,
+    CurvePoint,
+    Difference,
+    MethodResult,
+    Ratio,
+    RunRecord,
+    Trial,
+    Tuning,
+)
+from tutelage.reproduction.statistics import Estimate, PairedDifference, PairedRatio
 from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Candidate, Variant
 
@@ -36,21 +45,20 @@ def comparison() -> Comparison:
     """Two methods, three seeds; one method never gets there and has a name that attacks every format."""
     output = OutputStage(29_500)
     settings = {"projection": "gaussian", "normalize": "none", "warm_start": "none", "temperature": 1.0}
+    tried = (
+        Trial(Candidate(0.03), "samples to target", score=152_000, seeds=3),
+        Trial(Candidate(0.1), "samples to target", score=144_000, seeds=3),
+    )
     extraction = MethodResult(
         variant=Variant("extraction", "extraction", {"layer_map": "1:2"}),
-        candidate=Candidate(0.1),
-        trials=(
-            Trial(Candidate(0.03), "samples to target", score=152_000),
-            Trial(Candidate(0.1), "samples to target", score=144_000),
-        ),
+        tunings=(Tuning(Candidate(0.1), tried, ("learning_rate",)),),
         curriculum=Curriculum("extraction", (HiddenStage(500, 1, 2), output), **settings),
         runs=tuple(run_of(seed, 144_000 + 80_000 * seed) for seed in range(3)),
         samples_to_target=Estimate(224_000, 144_000, 304_000),
     )
     evil = MethodResult(
         variant=Variant(EVIL, "one_shot"),
-        candidate=Candidate(0.03),
-        trials=(Trial(Candidate(0.03), "final accuracy", score=0.61),),
+        tunings=(Tuning(Candidate(0.03), (Trial(Candidate(0.03), "final accuracy", score=0.61, seeds=2),)),),
         curriculum=Curriculum("one_shot", (dataclasses.replace(output, steps=30_000),)),
         runs=tuple(run_of(seed, None) for seed in range(3)),
         samples_to_target=Estimate(None, 128_000, None),
@@ -67,13 +75,14 @@ def comparison() -> Comparison:
         target=0.99,
         seeds=(0, 1, 2),
         settings={"d": 64, "k": 5, "note": "<b>bold</b>"},
-        teacher=TeacherRecord("trained past convergence", {"accuracy": 1.0}),
+        teachers=(TeacherRecord("trained past convergence", {"accuracy": 1.0}),),
         environment={"torch": "2.13.0", "machine": "laptop"},
         methods=(extraction, evil),
         ratios=(
             Ratio("extraction", EVIL, "samples", 3, PairedRatio(Estimate(0.08, 0.07, 0.1), 3)),
             Ratio(EVIL, "extraction", "samples", 3, PairedRatio(Estimate(None, 8.5, None), 3)),
         ),
+        differences=(Difference("extraction", EVIL, PairedDifference(0.36, 0.35, 0.37, 3)),),
         verdict="extraction needs 8% of the samples\n<i>at most</i>",
     )
 
@@ -87,17 +96,19 @@ def with_method(data: Comparison, name: str, **changes: Any) -> Comparison:
 def empty(*names: str, complete: bool = True) -> Comparison:
     """A comparison in which no method has run."""
     methods = tuple(MethodResult(Variant(name, "one_shot")) for name in names)
-    data = dataclasses.replace(comparison(), complete=complete, target=None, seeds=(), ratios=(), verdict="")
+    data = dataclasses.replace(
+        comparison(), complete=complete, target=None, seeds=(), ratios=(), differences=(), verdict=""
+    )
     return dataclasses.replace(data, methods=methods)
 
 
 def unfinished() -> Comparison:
     """One run is finished; a method has none."""
-    data = dataclasses.replace(comparison(), complete=False, ratios=(), verdict="")
+    data = dataclasses.replace(comparison(), complete=False, ratios=(), differences=(), verdict="")
     data = with_method(
         data, "extraction", runs=(run_of(0, 144_000),), samples_to_target=Estimate(144_000, 144_000, 144_000)
     )
-    return with_method(data, EVIL, runs=(), trials=(), samples_to_target=Estimate())
+    return with_method(data, EVIL, runs=(), tunings=(), samples_to_target=Estimate())
 
 
 def write(folder: Path, data: Comparison) -> Path:

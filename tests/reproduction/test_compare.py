@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from tests.reproduction.comparing import METHODS, changed, made, names, tiny
 from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.report import write_report
-from tutelage.reproduction.results import COMPARISON_FILE, Comparison, Trial
+from tutelage.reproduction.results import COMPARISON_FILE, Comparison, Trial, Tuning
 from tutelage.reproduction.statistics import Estimate
 from tutelage.reproduction.variants import Candidate, parse_variant
 
@@ -19,11 +21,12 @@ def test_comparison_records_everything(tmp_path: Path) -> None:
     assert (result.recipe, result.size, result.budget, result.target) == ("parity-mlp", "smoke", 960, 0.9)
     assert (result.complete, result.command) == (True, "tutelage compare parity-mlp/smoke")
     assert result.seeds == (0, 1) and result.settings["d"] == 8
-    assert "planted" in result.teacher.description and result.teacher.metrics["accuracy"] > 0.99
+    (teacher,) = result.teachers
+    assert "planted" in teacher.description and teacher.metrics["accuracy"] > 0.99
     assert {"torch", "transformers", "machine"} <= set(result.environment)
     assert names(result) == list(METHODS)
     for entry in result.methods:
-        assert entry.candidate == Candidate(0.1)
+        assert entry.tunings == (Tuning(Candidate(0.1)),)  # there was nothing to choose
         assert [run.seed for run in entry.runs] == [0, 1]
         for run in entry.runs:
             for point in run.curve:
@@ -42,6 +45,14 @@ def test_comparison_records_everything(tmp_path: Path) -> None:
     expected = [(*pair, cost) for pair in pairs for cost in ("samples", "flops", "seconds")]
     assert sorted((ratio.over, ratio.under, ratio.cost) for ratio in result.ratios) == sorted(expected)
     assert all(ratio.seeds == 2 for ratio in result.ratios)
+    assert [(found.over, found.under) for found in result.differences] == [
+        (m, "one_shot") for m in ("extraction", "scratch")
+    ]
+    for found in result.differences:
+        ends = [[run.final["accuracy"] for run in result.method(m).runs] for m in (found.over, found.under)]
+        apart = [mine - theirs for mine, theirs in zip(*ends, strict=True)]
+        assert (found.paired.mean, found.paired.pairs) == (pytest.approx(sum(apart) / 2), 2)
+        assert (found.paired.low, found.paired.high) == (min(apart), max(apart))
     assert "NaN" not in (tmp_path / "o" / COMPARISON_FILE).read_text() and result.verdict
 
 
@@ -91,20 +102,24 @@ def test_an_easy_target_holds_before_training(tmp_path: Path) -> None:
 
 
 def test_a_rate_at_which_training_diverges_is_not_chosen(tmp_path: Path) -> None:
-    result = made(tiny(learning_rates=(1e30, 0.1)), tmp_path / "o", ["one_shot"])
+    result = made(tiny(learning_rates=(1e30, 0.1), trials=2), tmp_path / "o", ["one_shot"])
     entry = result.method("one_shot")
-    assert entry.candidate == Candidate(0.1)
-    assert entry.trials[0] == Trial(Candidate(1e30), "samples to target", diverged=True)
+    (tuning,) = entry.tunings
+    assert tuning.candidate == Candidate(0.1)
+    assert tuning.trials[0] == Trial(Candidate(1e30), "samples to target", diverged=True)
     assert all(run.diverged is None for run in entry.runs)
 
 
 def test_a_method_that_diverges_at_every_rate_is_said_so(tmp_path: Path) -> None:
     """The other methods are still run."""
     lines: list[str] = []
-    result = compare(tiny(learning_rates=(1e30, 1e31)), tmp_path / "o", ["one_shot", "scratch"], log=lines.append)
+    result = compare(
+        tiny(learning_rates=(1e30, 1e31), trials=2), tmp_path / "o", ["one_shot", "scratch"], log=lines.append
+    )
     assert any("one_shot diverged at every learning rate that was tried" in line for line in lines)
     entry = result.method("one_shot")
-    assert entry.diverged and entry.candidate is None and not entry.runs
+    assert entry.diverged and entry.tunings[0].candidate is None and entry.trials == 2
+    assert not entry.edges and not entry.runs
     assert result.method("scratch").diverged
     assert Comparison.from_json(result.to_json()) == result
     write_report(tmp_path / "o")

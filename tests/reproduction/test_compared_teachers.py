@@ -12,23 +12,29 @@ from tests.reproduction.comparing import METHODS, TRAINED, made, names, silent, 
 from tutelage.reproduction import teachers
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipes import resolve
-from tutelage.reproduction.variants import Candidate, parse_variant
+from tutelage.reproduction.variants import SCHEDULES, parse_variant
 from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
 
 
 def test_a_trained_teacher_is_trained_past_convergence_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = made(resolve("parity-mlp/smoke", TRAINED), tmp_path / "o", ["progressive", "one_shot"])
-    teacher = first.teacher
+    recipe = resolve("parity-mlp/smoke", {**TRAINED, "trials": 12})
+    first = made(recipe, tmp_path / "o", ["progressive", "one_shot"])
+    (teacher,) = first.teachers
     assert teacher.samples is not None and teacher.converged_at is not None
     times = teacher.samples / teacher.converged_at
     assert times >= 2.5
     assert f"{times:.3g} times" in teacher.description and teacher.metrics["accuracy"] >= 0.999
     entry = first.method("progressive")
-    schedules = ("pace-1", "pace-2", "pace-4", "two")
-    assert entry.candidate is not None and entry.candidate.schedule in schedules
-    assert {trial.candidate for trial in entry.trials} == {Candidate(0.1, name) for name in schedules}
+    (tuning,) = entry.tunings
+    assert tuning.candidate is not None and tuning.candidate.settings["schedule"] in SCHEDULES
+    tried = {
+        name: [t.candidate for t in tuning.trials if t.candidate.settings["schedule"] == name] for name in SCHEDULES
+    }
+    assert all(tried.values()) and len(tuning.trials) == entry.trials == 12
+    assert len({candidate.settings["phase_samples"] for candidate in tried["two"]}) > 1
+    assert len({candidate.settings["checkpoint"] for candidate in tried["two"]}) > 1
     assert entry.curriculum is not None
     *before, last = (getattr(stage, "teacher_checkpoint", "") for stage in entry.curriculum.stages)
     assert before and last is None
@@ -39,7 +45,7 @@ def test_a_trained_teacher_is_trained_past_convergence_and_kept(
 
     monkeypatch.setattr(teachers, "_train", no_training)
     again = made(resolve("parity-mlp/smoke", {**TRAINED, "eval_every": 160}), tmp_path / "o2", ["one_shot"])
-    assert again.teacher == teacher
+    assert again.teachers == (teacher,)
     with pytest.raises(AssertionError, match="trained again"):
         made(resolve("parity-mlp/smoke", {**TRAINED, "teacher_width": 65}), tmp_path / "o3", ["one_shot"])
 
@@ -62,8 +68,8 @@ def test_a_teacher_that_does_not_converge_is_said_so(tmp_path: Path) -> None:
 def test_a_teacher_may_be_given(tmp_path: Path, given_teacher: str) -> None:
     planted = made(tiny(), tmp_path / "planted")
     given = made(tiny(teacher=given_teacher), tmp_path / "o", METHODS)
-    assert given.teacher.description == "given: given"
-    assert given.teacher.metrics["accuracy"] == planted.teacher.metrics["accuracy"]
+    assert given.teachers[0].description == "given: given"
+    assert given.teachers[0].metrics["accuracy"] == planted.teachers[0].metrics["accuracy"]
     for method in METHODS:
         assert timeless_runs(given.method(method)) == timeless_runs(planted.method(method))
 

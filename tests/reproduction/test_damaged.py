@@ -41,6 +41,10 @@ def first_point(values: dict[str, Any]) -> Any:
     return values["methods"][0]["runs"][0]["curve"][0]
 
 
+def first_tuning(part: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda values: values["methods"][0]["tunings"][0][part]
+
+
 def set_in(place: Callable[[dict[str, Any]], Any], name: str, value: Any) -> Edit:
     def change(values: dict[str, Any]) -> None:
         place(values)[name] = value
@@ -56,18 +60,26 @@ def set_in(place: Callable[[dict[str, Any]], Any], name: str, value: Any) -> Edi
         (set_in(lambda v: v, "budget", 0), "budget must be at least 1"),
         (set_in(lambda v: v, "target", float("nan")), "target must be a finite number"),
         (set_in(lambda v: v, "seeds", [-1]), "seeds must be a number from 0 up"),
-        (set_in(lambda v: v["methods"][0]["candidate"], "learning_rate", -0.1), "learning_rate must be positive"),
-        (set_in(lambda v: v["methods"][0]["candidate"], "schedule", "slow"), "schedule must be one of two"),
-        (set_in(lambda v: v["methods"][0]["variant"], "budget_fraction", 1.5), "budget_fraction must be above 0"),
+        (set_in(first_tuning("candidate"), "learning_rate", -0.1), "learning_rate must be positive"),
+        (set_in(lambda v: first_tuning("trials")(v)[1], "score", float("nan")), "score must be a finite number"),
+        (set_in(lambda v: v["methods"][0]["variant"], "budget_fraction", 16.5), "budget_fraction must be above 0"),
+        (
+            set_in(lambda v: v["methods"][0]["variant"], "match", "euros"),
+            "match must be one of samples, flops, seconds",
+        ),
         (set_in(lambda v: v["methods"][0]["variant"], "method", "magic"), "method must be one of extraction"),
         (set_in(lambda v: v["methods"][0]["runs"][0], "seed", -3), "seed must be a number from 0 up"),
+        (set_in(lambda v: v["methods"][0]["runs"][0], "teacher", -1), "teacher must be a number from 0 up"),
+        (set_in(lambda v: first_tuning("trials")(v)[1], "seeds", 0), "seeds must be at least 1"),
         (set_in(first_point, "samples", -64), "samples must be a number from 0 up"),
         (set_in(first_point, "seconds", float("inf")), "seconds must be a number from 0 up"),
         (set_in(first_point, "samples", 10**9), "the curve of seed 0 is not in order of samples"),
         (set_in(first_point, "metrics", {"accuracy": float("nan")}), "accuracy must be a finite number"),
         (set_in(lambda v: v["ratios"][0], "cost", "euros"), "cost must be one of samples"),
         (set_in(lambda v: v["ratios"][0]["paired"], "unreached", 4), "unreached must be a number from 0 to 3"),
-        (set_in(lambda v: v["teacher"]["metrics"], "accuracy", float("inf")), "accuracy must be a finite number"),
+        (set_in(lambda v: v["teachers"][0]["metrics"], "accuracy", float("inf")), "accuracy must be a finite number"),
+        (set_in(lambda v: v["differences"][0]["paired"], "mean", float("nan")), "mean must be a finite number"),
+        (set_in(lambda v: v["differences"][0]["paired"], "pairs", -1), "pairs must be a number from 0 up"),
     ],
 )
 def test_a_value_out_of_range_in_a_comparison_is_refused_with_the_file_named(

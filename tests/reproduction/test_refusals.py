@@ -41,7 +41,11 @@ def test_a_folder_of_a_different_comparison_is_refused(tmp_path: Path) -> None:
         ({"seeds": (0, 1, 0)}, METHODS, "seeds are repeated: 0, 1, 0"),
         ({"seeds": ()}, METHODS, "seeds are empty"),
         ({"seeds": (0, 1000)}, METHODS, r"seeds \[1000\] are tuning seeds too"),
-        ({"tuning_seeds": (), "learning_rates": (0.1, 0.3)}, METHODS, "tuning_seeds are empty"),
+        (
+            {"tuning_seeds": (), "learning_rates": (0.1, 0.3), "trials": 2},
+            METHODS,
+            "tuning_seeds are empty: give some, or trials=1 and a single learning rate",
+        ),
         ({"learning_rates": ()}, METHODS, "learning_rates are empty"),
         ({}, ("scratch", "one_shot", "scratch"), "methods are repeated: scratch, one_shot, scratch"),
         ({}, ("distil",), "unknown method 'distil'"),

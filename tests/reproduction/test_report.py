@@ -30,7 +30,7 @@ from tutelage.core.stages import JointStage
 from tutelage.reproduction.display import show_number
 from tutelage.reproduction.report import write_report
 from tutelage.reproduction.report_tables import stage_words
-from tutelage.reproduction.results import MethodResult, Ratio, Trial
+from tutelage.reproduction.results import MethodResult, Ratio, Trial, Tuning
 from tutelage.reproduction.statistics import Estimate, PairedRatio
 from tutelage.reproduction.variants import Candidate, Variant
 
@@ -63,21 +63,26 @@ def test_markdown_says_it_all(tmp_path: Path) -> None:
     assert text.startswith("# Comparison parity-mlp/laptop\n\n* extraction needs 8% of the samples\n* &lt;i>at most")
     header, _, row, evil = table_of(text, "Results")
     assert header[:3] == ["method", "samples to accuracy 0.99", "final accuracy"] and header[3].startswith("ratio to ")
-    assert row == ["extraction", "224k", "0.995", "0.08"]
-    assert evil[1:] == ["> 1.92M", "0.62", "1"]
+    assert header[4] == "trials"
+    assert row == ["extraction", "224k", "0.995", "0.08", "2 (at an edge: learning_rate)"]
+    assert evil[1:] == ["> 1.92M", "0.62", "1", "1"]
     row, evil = (line for line in table_of(text, "Results in detail")[2:])
-    assert row[:4] == ["extraction", "0.1", "224k", "144k to 304k"]
-    assert row[4:] == ["0.995<br>(0.99 to 1)", "20.16"]
-    assert evil[1:4] == ["0.03", "> 1.92M", "128k to > 1.92M"]
+    assert row[:5] == ["extraction", "0.1", "2 (at an edge: learning_rate)", "224k", "144k to 304k"]
+    assert row[5:] == ["0.995<br>(0.99 to 1)", "20.16"]
+    assert evil[1:5] == ["0.03", "1", "> 1.92M", "128k to > 1.92M"]
     ratios = table_of(text, "Ratios")[2:]
     assert [ratio[1:] for ratio in ratios] == [
         ["samples", "0.08", "0.07 to 0.1", ""],
         ["samples", "-", "8.5 to unbounded", ""],
     ]
-    grid = table_of(text, "Learning rates tried")
-    assert grid[0] == ["method", "0.03", "0.1"]
-    assert grid[2] == ["extraction", "152k samples to target", "144k samples to target ✓"]
-    assert grid[3][1:] == ["0.61 final accuracy ✓", ""]
+    header, _, difference = table_of(text, "Differences")
+    assert header[:2] == [f"final accuracy minus that of {evil_name(text)}", "mean"]
+    assert difference == ["extraction", "0.36", "0.35 to 0.37", "range", "3"]
+    header, _, *rows = table_of(text, "Trials")
+    assert header == ["method", "learning rate", "settings", "score", "of", "tuning seeds"]
+    assert rows[0] == ["extraction", "0.03", "-", "152k", "samples to target", "3"]
+    assert rows[1] == ["extraction", "0.1", "-", "144k ✓", "samples to target", "3"]
+    assert rows[2][1:] == ["0.03", "-", "0.61 ✓", "final accuracy", "2"]
     assert ["d", "64"] in table_of(text, "Settings")
     assert ["torch", "2.13.0"] in table_of(text, "Environment")
     assert ["description", "trained past convergence"] in table_of(text, "Teacher")
@@ -85,6 +90,30 @@ def test_markdown_says_it_all(tmp_path: Path) -> None:
     (curriculum, _) = table_of(text, "Curricula")[2:]
     assert "1. student's block 1 learns teacher's block 2, 500 steps" in curriculum[1]
     assert "still running" not in text
+
+
+def evil_name(text: str) -> str:
+    """How a cell shows the name that attacks every format."""
+    return table_of(text, "Results")[3][0]
+
+
+def test_runs_on_several_teachers_are_told_apart(tmp_path: Path) -> None:
+    data = comparison()
+    (first,) = data.teachers
+    second = dataclasses.replace(first, description="trained on a different parity", metrics={"accuracy": 0.999})
+    extraction = data.method("extraction")
+    more = tuple(dataclasses.replace(run, teacher=1) for run in extraction.runs)
+    data = with_method(data, "extraction", runs=(*extraction.runs, *more))
+    data = dataclasses.replace(data, teachers=(first, second))
+    assert data.pairs == 6
+    write(tmp_path, dataclasses.replace(data, complete=False))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Medians over seeds 0, 1, 2, each with 2 teachers." in text.partition("<details>")[0]
+    assert ["description", "trained past convergence"] in table_of(text, "Teacher 1")
+    assert ["description", "trained on a different parity"] in table_of(text, "Teacher 2")
+    places = [tuple(row[1:3]) for row in table_of(text, "Every run")[2:]]
+    assert places[:6] == [(teacher, seed) for teacher in "12" for seed in "012"]
+    assert "**still running: 9 of 12 runs**" in text
 
 
 def test_first_screen_is_verdict_table_and_plot(tmp_path: Path) -> None:
@@ -119,8 +148,8 @@ def test_a_long_verdict_is_folded(tmp_path: Path) -> None:
     data = dataclasses.replace(data, methods=(slow, extraction, evil), verdict="one\ntwo\nthree\nfour\nfive")
     write(tmp_path, data)
     shown, _, folded = (tmp_path / "report.md").read_text(encoding="utf-8").partition("<details>")
-    assert "* extraction reached accuracy 0.99 on 3 of 3 seeds, after 224,000 samples (median)." in shown
-    assert "* extraction is the best of 2 variants of extraction, chosen on these same seeds." in shown
+    assert "* extraction reached accuracy 0.99 in 3 of 3 runs, after 224,000 samples (median)." in shown
+    assert "* extraction is the best of 2 variants of extraction, chosen on these same runs." in shown
     assert "extraction needed 0.08 times the samples of" in shown
     assert "five" not in shown and "slow reached" not in shown
     assert "one\n\ntwo\n\nthree\n\nfour\n\nfive" in folded
@@ -142,31 +171,34 @@ def test_each_method_is_bounded_by_the_end_of_its_own_runs(tmp_path: Path, match
     short = Variant(EVIL, "one_shot", budget_fraction=0.92)
     write(tmp_path, with_method(data, EVIL, runs=runs, variant=short))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert table_of(text, "Results in detail")[3][2:4] == ["> 1.76M", "128k to > 1.76M"]
+    assert table_of(text, "Results in detail")[3][3:5] == ["> 1.76M", "128k to > 1.76M"]
     assert table_of(text, "Results")[3][1] == "> 1.76M"
     assert ", unless its settings give a budget." in text
 
 
-def test_schedules_have_rows_of_their_own(tmp_path: Path) -> None:
-    unit = "samples to target"
-    method = MethodResult(
-        Variant("progressive", "progressive"),
-        Candidate(0.1, "two"),
-        trials=(
-            Trial(Candidate(0.1, "two"), unit, score=75_200),
-            Trial(Candidate(0.03, "two"), unit, stopped_after=76_800),
-            Trial(Candidate(0.1, "pace-4"), unit),
-            Trial(Candidate(0.03, "pace-4"), unit, diverged=True),
-        ),
+def test_every_trial_has_a_row(tmp_path: Path) -> None:
+    unit, two, paced = "samples to target", {"phase_samples": 640, "schedule": "two"}, {"schedule": "pace-4"}
+    trials = (
+        Trial(Candidate(0.1, two), unit, score=75_200, seeds=3),
+        Trial(Candidate(0.03, two), unit, stopped_after=76_800),
+        Trial(Candidate(0.1, paced), unit),
+        Trial(Candidate(0.03, paced), unit, diverged=True),
     )
+    edges = ("phase_samples", "learning_rate")
+    method = MethodResult(Variant("progressive", "progressive"), (Tuning(Candidate(0.1, two), trials, edges),))
     write(tmp_path, dataclasses.replace(empty(), methods=(method,)))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    header, _, two, four = table_of(text, "Learning rates tried")
-    assert header == ["method", "0.03", "0.1"]
-    assert two == ["progressive two", "> 76.8k", "75.2k ✓"]
-    assert four == ["progressive pace-4", "diverged", "-"]
-    assert table_of(text, "Results in detail")[2][1] == "0.1, two"
-    assert "Scores are samples to target. ✓ marks" in text
+    long = "phase samples 640, schedule two"
+    assert [row[1:] for row in table_of(text, "Trials")[2:]] == [
+        ["0.1", long, "75.2k ✓", unit, "3"],
+        ["0.03", long, "> 76.8k", unit, "1"],
+        ["0.1", "schedule pace-4", "-", unit, "1"],
+        ["0.03", "schedule pace-4", "diverged", unit, "1"],
+    ]
+    shown = "4 (at an edge: phase_samples, learning_rate)"
+    assert table_of(text, "Results in detail")[2][1:3] == [f"0.1, {long}", shown]
+    assert table_of(text, "Results")[2][-1] == shown
+    assert "✓ marks what the method was then run with" in text
 
 
 @pytest.mark.parametrize(
@@ -204,7 +236,7 @@ def test_no_name_breaks_the_formats(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "<script" not in text
     assert "</script" not in text
-    for title in ("Results", "Results in detail", "Methods", "Every run", "Curricula", "Learning rates tried"):
+    for title in ("Results", "Results in detail", "Methods", "Every run", "Curricula", "Trials"):
         rows = table_of(text, title)
         assert {len(row) for row in rows} == {len(rows[0])}
     source = page.read_text(encoding="utf-8")
@@ -244,8 +276,8 @@ def test_unfinished_comparison_says_so(tmp_path: Path) -> None:
     assert "No verdict yet." in text
     extraction, evil = table_of(text, "Results")[2:]
     assert extraction[1] == "144k"
-    assert evil[1:] == ["-", "-", "1"]  # no run: nothing is known, least of all that it failed
-    assert table_of(text, "Results in detail")[3][2:] == ["-", "-", "-", "-"]
+    assert evil[1:] == ["-", "-", "1", "1"]  # no run: nothing is known, least of all that it failed
+    assert table_of(text, "Results in detail")[3][1:] == ["-", "1", "-", "-", "-", "-"]
     assert [row[-2] for row in table_of(text, "Every run")[2:]] == ["1"]
     assert '<p class="banner" role="status">still running: 1 of 6 runs</p>' in page.read_text(encoding="utf-8")
     data = plot_data(page)["methods"][0]["axes"]["samples"]
@@ -256,27 +288,28 @@ def test_unfinished_comparison_says_so(tmp_path: Path) -> None:
 def test_nothing_but_names(tmp_path: Path) -> None:
     page = write(tmp_path, empty("one_shot", complete=False))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert table_of(text, "Results")[2] == ["one_shot", "-"]
-    assert table_of(text, "Results in detail")[2] == ["one_shot", "-", "-", "-"]
+    assert table_of(text, "Results")[2] == ["one_shot", "-", "1"]
+    assert table_of(text, "Results in detail")[2] == ["one_shot", "-", "1", "-", "-"]
     assert page.is_file()
     assert write(tmp_path, empty()).is_file()
 
 
 def test_a_method_that_diverged_at_every_rate_says_so(tmp_path: Path) -> None:
     trials = (Trial(Candidate(0.1), "final accuracy", diverged=True),)
-    write(tmp_path, with_method(empty("one_shot"), "one_shot", trials=trials))
+    write(tmp_path, with_method(empty("one_shot"), "one_shot", tunings=(Tuning(None, trials),)))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert table_of(text, "Results in detail")[2] == ["one_shot", "all diverged", "-", "-"]
+    assert table_of(text, "Results in detail")[2] == ["one_shot", "all diverged", "1", "-", "-"]
 
 
 def test_without_a_target_the_final_values_are_compared(tmp_path: Path) -> None:
     data = dataclasses.replace(comparison(), target=None, ratios=(), match="flops", better="lower")
     write(tmp_path, data)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert table_of(text, "Results")[0] == ["method", "final accuracy"]
+    assert table_of(text, "Results")[0] == ["method", "final accuracy", "trials"]
     assert table_of(text, "Results in detail")[0] == [
         "method",
-        "learning rate",
+        "chosen",
+        "trials",
         "final accuracy, median (range)",
         "seconds, median",
     ]

@@ -1,32 +1,32 @@
-"""Medians, intervals and ratios where some runs never reach the target."""
+"""Medians, ranges, ratios and differences, also where some runs never reach the target."""
 
 from __future__ import annotations
 
 import statistics
 
-import numpy as np
 import pytest
 
-from tutelage.reproduction.statistics import Estimate, PairedRatio, median_interval, paired_ratio
-
-
-def bounds(values: list[float] | list[float | None]) -> tuple[float | None, float | None, float | None]:
-    found = median_interval(values)
-    return found.median, found.low, found.high
+from tutelage.reproduction.statistics import (
+    Estimate,
+    PairedDifference,
+    PairedRatio,
+    interval,
+    median,
+    median_and_range,
+    paired_difference,
+    paired_ratio,
+    t_quantile,
+)
 
 
 @pytest.mark.parametrize("values", [[5], [4, 1], [3.0, 1.0, 2.0], [7, 7, 7, 7], [9, 2, 5, 30, 11, 3]])
 def test_median_of_runs_that_all_arrive(values: list[float]) -> None:
-    median, low, high = bounds(values)
-    assert median == statistics.median(values)
-    assert low is not None and high is not None
-    assert min(values) <= low <= median <= high <= max(values)
-    if len(set(values)) == 1:
-        assert (low, high) == (values[0], values[0])
+    assert median_and_range(values) == Estimate(statistics.median(values), min(values), max(values))
+    assert median(values) == statistics.median(values)
 
 
 @pytest.mark.parametrize(
-    ("values", "median"),
+    ("values", "expected"),
     [
         ([1, 2, None], 2),
         ([1, None, None], None),
@@ -37,30 +37,17 @@ def test_median_of_runs_that_all_arrive(values: list[float]) -> None:
         ([None, None, 1, 2, 3], 3),
     ],
 )
-def test_a_run_that_never_arrives_counts_as_beyond_the_budget(values: list[float | None], median: float | None) -> None:
-    found, low, high = bounds(values)
-    assert found == median
-    finite = [value for value in values if value is not None]
-    if low is not None:
-        assert min(finite) <= low
-    if len(values) - len(finite) >= 1:
-        assert high is None  # one missing run in few: resamples of it alone are within the 95%
+def test_a_run_that_never_arrives_counts_as_beyond_the_budget(
+    values: list[float | None], expected: float | None
+) -> None:
+    reached = [value for value in values if value is not None]
+    assert median(values) == expected
+    assert median_and_range(values) == Estimate(expected, min(reached, default=None), None)
 
 
 def test_nothing_to_average() -> None:
-    assert median_interval([]) == Estimate(None, None, None)
-
-
-def test_interval_is_the_bootstraps() -> None:
-    """Against a bootstrap with other draws: the interval of 25 runs agrees within a grid step."""
-    values = [float(value) for value in np.random.default_rng(5).permutation(25)]
-    median, low, high = bounds(values)
-    generator = np.random.default_rng(99)
-    draws = [statistics.median(generator.choice(values, 25)) for _ in range(4000)]
-    expected = np.quantile(draws, [0.025, 0.975])
-    assert median == 12
-    assert low == pytest.approx(expected[0], abs=1.0) and high == pytest.approx(expected[1], abs=1.0)
-    assert median_interval(values) == Estimate(median, low, high)  # the same every time
+    assert median_and_range([]) == Estimate(None, None, None)
+    assert median([]) is None
 
 
 def test_ratio_is_paired_by_seed() -> None:
@@ -103,3 +90,46 @@ def test_a_target_that_holds_before_training_does_not_divide_by_zero() -> None:
     assert paired_ratio([0], [0], budget=100).estimate.median == 1.0
     assert paired_ratio([50], [0], budget=100).estimate.median is None
     assert paired_ratio([0], [50], budget=100).estimate.median == 0.0
+
+
+# ---- Differences ----
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),  # as printed in tables of the 97.5% quantiles
+    [(4, 2.776445), (5, 2.570582), (7, 2.364624), (9, 2.262157), (14, 2.144787), (29, 2.045230), (99, 1.984217)],
+)
+def test_t_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(quantile, rel=0.002)
+    assert t_quantile(10**9) == pytest.approx(statistics.NormalDist().inv_cdf(0.975))
+
+
+def test_from_five_pairs_on_a_difference_has_a_t_interval() -> None:
+    over, under = [3.0, 5.0, 4.0, 6.0, 7.0], [1.0, 2.0, 3.0, 4.0, 5.0]
+    found = paired_difference(over, under)
+    apart = [2.0, 3.0, 1.0, 2.0, 2.0]
+    half = 2.776445 * statistics.stdev(apart) / 5**0.5
+    assert (found.mean, found.pairs, found.kind) == (2.0, 5, "95% t interval")
+    assert found.low == pytest.approx(2.0 - half, rel=1e-3) and found.high == pytest.approx(2.0 + half, rel=1e-3)
+    assert interval(apart) == (found.low, found.high)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_with_fewer_pairs_a_difference_has_a_range(count: int) -> None:
+    over = [3.0, 5.0, 4.0, 6.0][:count]
+    found = paired_difference(over, [1.0, 1.0, 1.0, 1.0][:count])
+    apart = [value - 1 for value in over]
+    assert found == PairedDifference(statistics.mean(apart), min(apart), max(apart), count)
+    assert found.kind == "range"
+
+
+def test_a_difference_is_paired() -> None:
+    """Runs that vary much, always by the same amount apart."""
+    found = paired_difference([10.5, 200.5, 3.5, 41.5, 5.5, 60.5], [10.0, 200.0, 3.0, 41.0, 5.0, 60.0])
+    assert found == PairedDifference(0.5, 0.5, 0.5, 6)
+    with pytest.raises(ValueError, match="zip"):
+        paired_difference([1.0], [1.0, 2.0])
+
+
+def test_without_pairs_there_is_no_difference() -> None:
+    assert paired_difference([], []) == PairedDifference(None, None, None, 0)

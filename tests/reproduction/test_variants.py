@@ -1,46 +1,12 @@
-"""Methods by name, what is tuned, and the curricula of progressive distillation."""
+"""Methods by name, and their settings."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from tutelage.core.stages import HiddenStage, OutputStage
-from tutelage.reproduction.teachers import Checkpoint, Teacher
-from tutelage.reproduction.variants import (
-    SCHEDULES,
-    Candidate,
-    Variant,
-    build_curriculum,
-    candidates,
-    parse_variant,
-    plain_variant,
-    read_methods,
-)
-from tutelage.training.config import CurriculumConfig
-
-RATES = (0.1, 0.3)
-# kept after 640, 1,280, 2,560 and 6,400 examples; at a batch of 64: 10, 10, 20 and 60 steps apart
-CHECKPOINTS = (Checkpoint(640, "a"), Checkpoint(1_280, "b"), Checkpoint(2_560, "c"), Checkpoint(6_400, "d"))
-TEACHER = Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS, transition=2)
-
-
-def built(schedule: str, steps: int, teacher: Teacher = TEACHER, batch_size: int = 64, **settings: Any) -> Any:
-    args = CurriculumConfig(output_dir=None, method="progressive", use_cpu=True, **settings)
-    return build_curriculum(args, Candidate(0.1, schedule), (2, 2), teacher, steps, batch_size)
-
-
-def shape(curriculum: Any) -> list[tuple[int, str | None]]:
-    return [(stage.steps, stage.teacher_checkpoint) for stage in curriculum.stages]
-
-
-def test_progressive_starts_from_the_teacher_by_the_settings_of_every_method() -> None:
-    settings = {"student_init": "teacher", "residual_basis": "random", "projection_seed": 7, "start_blocks": "1,2"}
-    curriculum = built("two", 10, **settings)
-    assert [getattr(curriculum, name) for name in settings] == ["teacher", "random", 7, (1, 2)]
+from tutelage.reproduction.variants import Candidate, Variant, parse_variant, plain_variant, read_methods
 
 
 @pytest.mark.parametrize("method", ["extraction", "one_shot", "progressive", "scratch"])
@@ -91,11 +57,13 @@ def test_a_name_that_is_a_method_needs_no_method() -> None:
         parse_variant("one_shot:method=scratch")
 
 
-def test_budget_is_a_fraction_and_no_field() -> None:
+def test_budget_is_in_units_of_the_comparisons_and_no_field() -> None:
     variant = parse_variant("short:budget=0.6,normalize=none")
     assert (variant.budget_fraction, variant.overrides) == (0.6, {"normalize": "none"})
     assert variant.settings == "normalize=none, budget=0.6"
     assert parse_variant("all:method=one_shot,budget=1").budget_fraction == 1.0
+    assert parse_variant("long:method=one_shot,budget=4").budget_fraction == 4.0
+    assert parse_variant("long:method=one_shot,budget=4").settings == "budget=4.0"
 
 
 @pytest.mark.parametrize(
@@ -111,18 +79,29 @@ def test_budget_is_a_fraction_and_no_field() -> None:
         ),
         ("mine:colour=red", "variant 'mine' has the unknown field 'colour'"),
         ("mine:head", "cannot read 'head' in the variant 'mine:head': write NAME:key=value"),
-        ("mine:budget=0", "variant 'mine': budget is a fraction, above 0 and at most 1, got 0"),
-        ("mine:budget=1.5", "at most 1, got 1.5"),
-        ("mine:budget=nan", "at most 1, got nan"),
+        ("mine:budget=0", "variant 'mine': budget is in units of the comparison's, above 0 and at most 16, got 0"),
+        ("mine:budget=16.5", "at most 16, got 16.5"),
+        ("mine:budget=nan", "at most 16, got nan"),
+        ("mine:budget=1|2", r"cannot read budget='1\|2'"),
         ("mine:budget=half", "cannot read budget='half'"),
         ("mine:num_stages=two", "cannot read num_stages='two'"),
         ("mine:stage_fraction=much", "stage_fraction"),
         ("mine:stage_steps=1,x", "stage_steps"),
         (
             "mine:method=progressive,schedule=pace-3",
-            "schedule=pace-3 is for progressive, one of two, pace-4, pace-2, pace-1",
+            "variant 'mine': schedule=pace-3 is not one of two, pace-4, pace-2, pace-1",
         ),
-        ("mine:schedule=two", "schedule=two is for progressive, one of"),
+        ("mine:method=progressive,schedule=two|pace-3", r"schedule=two\|pace-3 is not one of two"),
+        ("mine:schedule=two", "variant 'mine': schedule is for progressive, not for extraction"),
+        ("mine:phase_samples=5", "phase_samples is for progressive, not for extraction"),
+        ("one_shot:checkpoint=1", "checkpoint is for progressive, not for one_shot"),
+        ("mine:method=progressive,phase_samples=x", "cannot read phase_samples='x'"),
+        ("mine:method=progressive,checkpoint=0.5", "cannot read checkpoint='0.5'"),
+        ("mine:num_stages=1|two", "variant 'mine': cannot read num_stages='two'"),
+        ("mine:num_stages=1|", "cannot read num_stages=''"),
+        ("mine:match=steps", "match=steps must be one of samples, flops, seconds, for extraction, joint and scratch"),
+        ("one_shot:match=flops", "match=flops must be one of .*, for extraction, joint and scratch, whose last stage"),
+        ("mine:method=progressive,match=flops", "variant 'mine': match=flops must be one of"),
     ],
 )
 def test_what_is_no_variant_is_refused_by_name(text: str, message: str) -> None:
@@ -171,122 +150,52 @@ def test_methods_of_a_file_that_cannot_be_read(value: Any, message: str) -> None
         read_methods(value)
 
 
-@pytest.mark.parametrize("method", ["extraction", "one_shot", "scratch", "mine"])
-def test_all_methods_get_the_same_rates(method: str) -> None:
-    assert candidates(Variant(method, "extraction" if method == "mine" else method), RATES) == [
-        Candidate(0.1),
-        Candidate(0.3),
-    ]
-
-
-def test_progressive_gets_every_schedule_as_well() -> None:
-    tried = candidates(plain_variant("progressive"), RATES)
-    assert tried == [Candidate(rate, schedule) for schedule in SCHEDULES for rate in RATES]
-    assert candidates(parse_variant("paced:method=progressive,schedule=two"), RATES) == [
-        Candidate(0.1, "two"),
-        Candidate(0.3, "two"),
-    ]
-    assert len({candidate.label for candidate in tried}) == len(tried)  # each has its own folder
-    assert Candidate(3e-4).label == "0.0003" and Candidate(0.1, "two").label == "0.1 two"
-
-
 @pytest.mark.parametrize(
-    ("schedule", "steps", "expected"),
-    [
-        ("pace-1", 150, [(10, "a"), (10, "b"), (20, "c"), (60, "d"), (50, None)]),
-        ("pace-2", 150, [(5, "a"), (5, "b"), (10, "c"), (30, "d"), (100, None)]),
-        ("pace-4", 150, [(2, "a"), (2, "b"), (5, "c"), (15, "d"), (126, None)]),
-        ("two", 150, [(20, "c"), (130, None)]),  # the transition's checkpoint for half the teacher's time to it
-        # a budget that ends before the checkpoints do: the finished teacher still comes last
-        ("pace-1", 100, [(10, "a"), (10, "b"), (20, "c"), (59, "d"), (1, None)]),
-        ("pace-1", 25, [(10, "a"), (10, "b"), (4, "c"), (1, None)]),
-        ("pace-1", 21, [(10, "a"), (10, "b"), (1, None)]),
-        ("two", 6, [(5, "c"), (1, None)]),
-        ("two", 1, [(1, None)]),
-        ("pace-4", 2, [(1, "a"), (1, None)]),
-    ],
-)
-def test_progressive_curricula(schedule: str, steps: int, expected: list[tuple[int, str | None]]) -> None:
-    curriculum = built(schedule, steps)
-    assert shape(curriculum) == expected
-    assert curriculum.total_steps == steps
-    assert curriculum.method == "progressive"
-    # one optimiser and one schedule over all of them
-    assert [stage.continues for stage in curriculum.stages] == [False] + [True] * (len(expected) - 1)
-    assert curriculum.schedule_steps(0) == steps
-
-
-def test_checkpoints_closer_than_a_step_get_one_each() -> None:
-    assert shape(built("pace-4", 10, batch_size=640)) == [(1, "a"), (1, "b"), (1, "c"), (1, "d"), (6, None)]
-
-
-def test_the_middle_checkpoint_stands_in_for_an_unknown_transition() -> None:
-    assert shape(built("two", 50, Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS)))[0] == (20, "c")
-    assert shape(built("two", 50, Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS, transition=0)))[0] == (
-        5,
-        "a",
-    )
-
-
-def test_progressive_keeps_the_settings_of_the_output_loss() -> None:
-    curriculum = built("pace-2", 150, temperature=2.0, label_weight=0.25)
-    assert curriculum.temperature == 2.0
-    assert {stage.label_weight for stage in curriculum.stages} == {0.25}
-
-
-def test_progressive_reads_a_warm_start_and_refuses_what_it_does_not_read() -> None:
-    curriculum = built("pace-2", 150, warm_start="head", projection="pca", normalize="none")
-    assert (curriculum.warm_start, curriculum.projection, curriculum.normalize) == ("head", "pca", "none")
-    with pytest.raises(ValueError, match="method 'progressive' does not read projection: leave it out, or use method"):
-        built("pace-2", 150, projection="pca")
-
-
-def test_progressive_without_checkpoints_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"this teacher has none \(given: x\): leave progressive out of --methods"):
-        built("two", 50, Teacher(nn.Identity(), "given: x"))
-
-
-def test_other_methods_are_built_by_their_settings() -> None:
-    args = CurriculumConfig(output_dir=None, method="extraction", num_stages=2, stage_fraction=0.4, use_cpu=True)
-    curriculum = build_curriculum(args, Candidate(0.1), (2, 4), TEACHER, 50, 64)
-    assert curriculum.stages == (HiddenStage(10, 1, 2), HiddenStage(10, 2, 4), OutputStage(30))
-    args = CurriculumConfig(output_dir=None, method="scratch", use_cpu=True)
-    (stage,) = build_curriculum(args, Candidate(0.1), (2, 4), TEACHER, 50, 64).stages
-    assert (stage.steps, stage.label_weight, stage.needs_teacher) == (50, 1.0, False)
-
-
-@pytest.mark.parametrize(
-    "field", ["task=causal_lm", "learning_rate=5", "gradient_accumulation_steps=2", "seed=3", "output_dir=x"]
+    "field", ["task=causal_lm", "max_steps=5", "gradient_accumulation_steps=2", "seed=3", "output_dir=x"]
 )
 def test_no_variant_changes_what_the_comparison_sets(field: str) -> None:
     with pytest.raises(ValueError, match="the comparison sets it, the same for every method"):
         parse_variant(f"mine:{field}")
 
 
-def test_a_shortened_budget_shortens_the_schedule_alike() -> None:
-    """What tuning sees is the curriculum that is reported, in small."""
-    model = torch.nn.Linear(1, 1)
-    teacher = Teacher(
-        model, "trained", checkpoints=tuple(Checkpoint(8_000 * n, f"at-{8_000 * n}") for n in range(1, 9)), transition=1
+def test_settings_of_a_schedule_are_typed() -> None:
+    variant = parse_variant("paced:method=progressive,schedule=two,phase_samples=1e3,checkpoint=-2")
+    assert variant.overrides == {"schedule": "two", "phase_samples": 1000, "checkpoint": -2}
+
+
+def test_values_with_a_bar_between_them_are_searched() -> None:
+    text = "mine:method=joint,hidden_weight=0.3|1|3,projection=pca|logits,temperature=2"
+    variant = parse_variant(text)
+    assert variant.search == {"hidden_weight": [0.3, 1.0, 3.0], "projection": ["pca", "logits"]}
+    assert variant.overrides == {"temperature": 2.0}
+    assert variant.settings == "temperature=2.0, hidden_weight=0.3|1.0|3.0, projection=pca|logits"
+    assert read_methods({"mine": {"method": "joint", "hidden_weight": "0.3|1|3"}})[0].search == {
+        "hidden_weight": [0.3, 1.0, 3.0]
+    }
+    assert parse_variant("mine:layer_map=1:1,2:2|2:2,stage_steps=5,6|7,8").search == {
+        "layer_map": ["1:1,2:2", "2:2"],
+        "stage_steps": [[5, 6], [7, 8]],
+    }
+
+
+def test_a_variant_may_have_a_rate_and_an_equal_cost_of_its_own() -> None:
+    variant = parse_variant("labels:method=scratch,match=flops,learning_rate=1e-3,budget=2")
+    assert (variant.match, variant.overrides, variant.budget_fraction) == ("flops", {"learning_rate": 1e-3}, 2.0)
+    assert variant.settings == "learning_rate=0.001, budget=2.0, match=flops"
+    assert Variant.from_json(variant.to_json()) == variant
+
+
+def test_a_candidates_label_names_its_folder() -> None:
+    assert Candidate(3e-4).label == "0.0003"
+    assert Candidate(0.1, {"schedule": "two", "phase_samples": 640}).label == "0.1 schedule=two phase_samples=640"
+    assert Candidate(0.1, {"stage_steps": [5, 6], "eval_with_teacher": True}).label == (
+        "0.1 stage_steps=5,6 eval_with_teacher=true"
     )
-    for schedule in SCHEDULES:
-        made = [
-            build_curriculum(
-                CurriculumConfig(output_dir="o", method="progressive"),
-                Candidate(0.1, schedule),
-                (2, 2),
-                teacher,
-                steps,
-                32,
-                share,
-            )
-            for steps, share in ((1000, 1.0), (340, 0.34))
-        ]
-        whole, part = ([stage.steps for stage in curriculum.stages] for curriculum in made)
-        assert len(whole) == len(part)
-        for a, b in zip(whole, part, strict=True):
-            assert abs(a * 0.34 - b) <= len(whole), (
-                schedule,
-                whole,
-                part,
-            )  # each is rounded down, the last gets the rest
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, 16.5, float("nan")])
+def test_a_budget_that_no_variant_can_have_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match="budget_fraction must be above 0 and at most 16"):
+        Variant("mine", "one_shot", budget_fraction=fraction)
+    with pytest.raises(ValueError, match="match must be one of samples, flops, seconds"):
+        Variant("mine", "scratch", match="steps")

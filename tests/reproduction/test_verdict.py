@@ -41,7 +41,7 @@ def compared(
         target=0.9,
         seeds=tuple(range(len(mine))),
         settings={},
-        teacher=TeacherRecord("given", {}),
+        teachers=(TeacherRecord("given", {}),),
         environment={},
         methods=tuple(methods),
         ratios=() if ratio is None else (Ratio("extraction", "one_shot", "samples", count, ratio),),
@@ -66,11 +66,11 @@ def test_verdict_before_any_run() -> None:
 def test_verdict_where_both_arrive() -> None:
     ratio = PairedRatio(Estimate(0.25, 0.2, 0.3), 3)
     words = verdict(compared([100, 100, 200], [400, 400, 800], ratio))
-    assert "extraction reached accuracy 0.9 on 3 of 3 seeds, after 100 samples (median)." in words
-    assert "one_shot reached accuracy 0.9 on 3 of 3 seeds, after 400 samples (median)." in words
+    assert "extraction reached accuracy 0.9 in 3 of 3 runs, after 100 samples (median)." in words
+    assert "one_shot reached accuracy 0.9 in 3 of 3 runs, after 400 samples (median)." in words
     assert (
-        "extraction needed 0.25 times the samples of one_shot (range over 3 seeds: 0.2 to 0.3): extraction is better here."
-        in words
+        "extraction needed 0.25 times the samples of one_shot (0.2 to 0.3 over 3 pairs of runs): extraction is better in all "
+        "of them." in words
     )
 
 
@@ -79,49 +79,48 @@ def test_verdict_says_the_flops_too() -> None:
     result = compared([100, 100, 200], [400, 400, 800], ratio)
     flops = Ratio("extraction", "one_shot", "flops", 3, PairedRatio(Estimate(0.5, 0.4, 0.6), 3))
     told = verdict(dataclasses.replace(result, ratios=(*result.ratios, flops)))
-    assert "0.2 to 0.3) and 0.5 times its FLOPs: extraction is better here." in told
+    assert "0.2 to 0.3 over 3 pairs of runs) and 0.5 times its FLOPs: extraction is better in all of them." in told
     flops = dataclasses.replace(flops, paired=dataclasses.replace(flops.paired, unreached=3))
     told = verdict(dataclasses.replace(result, ratios=(*result.ratios, flops)))
     assert "and at most 0.5 times its FLOPs" in told
 
 
-def test_verdict_where_the_interval_crosses_one() -> None:
+def test_verdict_where_the_range_crosses_one() -> None:
     ratio = PairedRatio(Estimate(0.9, 0.5, 1.5), 3)
-    assert verdict(compared([100] * 3, [110] * 3, ratio)).endswith("these runs show no significant difference.")
+    assert verdict(compared([100] * 3, [110] * 3, ratio)).endswith("neither is better in all of them.")
 
 
 def test_verdict_where_extraction_is_worse() -> None:
     ratio = PairedRatio(Estimate(2.0, 1.5, 2.5), 3)
-    assert verdict(compared([200] * 3, [100] * 3, ratio)).endswith("one_shot is better here.")
+    assert verdict(compared([200] * 3, [100] * 3, ratio)).endswith("one_shot is better in all of them.")
 
 
 def test_verdict_where_the_other_never_arrives() -> None:
     ratio = PairedRatio(Estimate(0.1, 0.1, 0.2), 3, unreached=3)
     words = verdict(compared([100] * 3, [None] * 3, ratio))
     assert re.search(
-        r"one_shot did not reach .*within 1,000 samples \(0 of 3 seeds reached it; median final accuracy: 0\.5\)", words
+        r"one_shot did not reach .*within 1,000 samples \(0 of 3 runs reached it; median final accuracy: 0\.5\)", words
     )
     assert "extraction needed at most 0.1 times the samples of one_shot" in words
-    assert words.endswith("extraction is better here.")
+    assert words.endswith("extraction is better in all of them.")
 
 
 def test_verdict_where_only_the_other_arrives() -> None:
     ratio = PairedRatio(Estimate(None, None, None), 3)
     words = verdict(compared([None] * 3, [100] * 3, ratio))
-    assert re.search(r"extraction did not reach .*within 1,000 samples \(0 of 3 seeds reached it", words)
+    assert re.search(r"extraction did not reach .*within 1,000 samples \(0 of 3 runs reached it", words)
     assert words.endswith("where one_shot did: one_shot is better here.")
 
 
-def test_verdict_does_not_speak_for_seeds_that_did_not_arrive() -> None:
+def test_verdict_does_not_speak_for_runs_that_did_not_arrive() -> None:
     ratio = PairedRatio(Estimate(0.5, 0.5, 0.5), 1)
     words = verdict(compared([100, None, None], [200, None, None], ratio))
-    assert words.endswith("on 1 of 3 seeds; on the other seeds neither reached the target.")
+    assert "(1 pair of runs)" in words
+    assert words.endswith("on 1 of 3 pairs; on the other pairs neither reached the target.")
     few = PairedRatio(Estimate(0.5, 0.5, 0.6), 2)
-    assert verdict(compared([100] * 2, [200] * 2, few)).endswith("too few seeds to decide.")
+    assert verdict(compared([100] * 2, [200] * 2, few)).endswith("too few runs to decide.")
     many = PairedRatio(Estimate(0.5, 0.5, 0.6), 5)
-    assert "(95% interval over 5 seeds: 0.5 to 0.6): extraction is better" in verdict(
-        compared([100] * 5, [200] * 5, many)
-    )
+    assert "(0.5 to 0.6 over 5 pairs of runs): extraction is better" in verdict(compared([100] * 5, [200] * 5, many))
     none = PairedRatio(Estimate(None, None, None), 0)
     assert "Neither" not in verdict(compared([100], [200], none, seeds=0))
 
@@ -141,6 +140,6 @@ def test_verdict_is_that_of_the_runs(tmp_path: Path) -> None:
     for entry in result.methods:
         name = entry.name
         reached = sum(run.to_target("samples") is not None for run in entry.runs)
-        assert f"{reached} of 2 seeds" in result.verdict
+        assert f"{reached} of 2 runs" in result.verdict
         assert f"{name} reached" in result.verdict or f"{name} did not reach" in result.verdict
     assert "times the samples of one_shot" in result.verdict

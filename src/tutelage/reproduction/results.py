@@ -55,6 +55,7 @@ class RunRecord(Record):
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0)
+        check_range("teacher", self.teacher, 0)
         samples = [point.samples for point in self.curve]
         if samples != sorted(samples):
             raise UserError(f"the curve of seed {self.seed} is not in order of samples")
@@ -94,6 +95,7 @@ class Trial(Record):
     def __post_init__(self) -> None:
         check_finite(score=self.score, final=self.final)
         check_range("stopped_after", self.stopped_after, 0)
+        check_range("seeds", self.seeds, 1)
 
 
 @dataclass(frozen=True)

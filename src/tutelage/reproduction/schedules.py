@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tutelage.core.curriculum import Curriculum
-from tutelage.core.errors import UserError
+from tutelage.core.errors import UserError, check_range
 from tutelage.core.stages import OutputStage
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Teacher
@@ -23,7 +23,9 @@ def axes(teacher: Teacher, phase_samples: int) -> dict[str, Axis]:
         return {}
     middle = _transition(teacher)
     return {
-        "phase_samples": Axis((phase_samples // 2, phase_samples, 2 * phase_samples), start=phase_samples, grows=True),
+        "phase_samples": Axis(
+            (max(1, phase_samples // 2), phase_samples, 2 * phase_samples), start=phase_samples, grows=True
+        ),
         "checkpoint": Axis(tuple(range(-middle, len(teacher.checkpoints) - middle)), start=0),
         "schedule": Axis(SCHEDULES, ordered=False),
     }
@@ -59,6 +61,7 @@ def build_curriculum(
     if not teacher.checkpoints:
         found = "progressive distillation needs checkpoints of the teacher's training, and this teacher has none"
         raise UserError(f"{found} ({teacher.description}): leave progressive out of --methods")
+    _check_phase(settings, steps * batch_size)
     uses: list[tuple[int, str | None]] = []
     left = steps
     for count, folder in _schedule(settings, teacher, batch_size):
@@ -72,6 +75,15 @@ def build_curriculum(
         for number, (count, folder) in enumerate([*uses, (left, None)])
     )
     return Curriculum("progressive", stages, **shared_settings(args, blocks))
+
+
+def _check_phase(settings: Mapping[str, Any], budget: int) -> None:
+    """Raise UserError where the phase that was asked for leaves nothing of the budget to the finished teacher."""
+    phase = clean(dict(settings)).get("phase_samples")
+    check_range("phase_samples", phase, 1)
+    if phase is not None and phase >= budget:
+        found = f"phase_samples={phase} takes all of the {budget} samples of the run"
+        raise UserError(f"{found}: give fewer, since the finished teacher comes last")
 
 
 def _schedule(settings: Mapping[str, Any], teacher: Teacher, batch_size: int) -> list[tuple[int, str]]:

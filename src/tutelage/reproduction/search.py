@@ -67,13 +67,11 @@ class Search:
     @property
     def edges(self) -> tuple[str, ...]:
         """The settings whose best value is the smallest or largest one tried, though there are further ones."""
-        found, chosen = [], self._chosen
-        for name, axis in self.axes.items():
-            if name not in chosen or not axis.ordered or (self.trials is None and name != RATE):
-                continue
-            seen, value = self.seen[name], chosen[name]
-            ends = [end for end in (0, -1) if len(seen) > 1 and seen[end] == value]
-            if any(axis.grows or axis.values[end] != value for end in ends):
+        found = []
+        for name, value in self._chosen.items():
+            seen, line = self.seen[name], self._line(name, beyond=True)
+            at_end = len(seen) > 1 and value in (seen[0], seen[-1])
+            if self.axes[name].ordered and at_end and any(near not in seen for near in _near(line, value)):
                 found.append(name)
         return tuple(found)
 
@@ -123,28 +121,38 @@ class Search:
             return []
         if not axis.ordered:
             return [value for value in axis.values if value != chosen[name]]
-        values = list(axis.values)
-        if axis.grows:
-            values = sorted({*values, *self.seen[name]})
-            if self.trials is not None or name != RATE:
-                values = [_beyond(values[1::-1], values[0]), *values, _beyond(values[-2:], values[-1])]
-        place = values.index(chosen[name])
-        return [values[near] for near in (place - 1, place + 1) if 0 <= near < len(values)]
+        return _near(self._line(name, beyond=self.trials is not None), chosen[name])
+
+    def _line(self, name: str, beyond: bool) -> list[Any]:
+        """The values of an axis in their order; with `beyond` a growing one has a further number at either end."""
+        axis = self.axes[name]
+        if not axis.grows:
+            return list(axis.values)
+        values = sorted({*axis.values, *self.seen[name]})
+        return sorted({*values, *_further(values)}) if beyond else values
 
     def _refine(self) -> bool:
         """Try the rates between the best one and its neighbours; whether there was one left to try."""
-        rate, seen, before = self._chosen[RATE], self.seen[RATE], len(self.tried)
-        place = seen.index(rate)
-        for other in (seen[near] for near in (place - 1, place + 1) if 0 <= near < len(seen)):
+        rate, before = self._chosen[RATE], len(self.tried)
+        for other in _near(self.seen[RATE], rate):
             if max(rate, other) / min(rate, other) > _FINEST**2:
                 self._try({**self._chosen, RATE: _rounded(math.sqrt(rate * other))})
         return len(self.tried) > before
 
 
-def _beyond(last: list[Any], end: Any) -> Any:
-    """The number after `end`, by the ratio of the last two."""
-    ratio = last[-1] / last[0] if len(last) > 1 else 2.0
-    return max(1, round(end * ratio)) if isinstance(end, int) else _rounded(end * ratio)
+def _near(line: list[Any], value: Any) -> list[Any]:
+    """The values before and after one."""
+    place = line.index(value)
+    return [line[near] for near in (place - 1, place + 1) if 0 <= near < len(line)]
+
+
+def _further(values: list[Any]) -> list[Any]:
+    """The numbers before and after these, which are in order, by the ratio of the two at that end."""
+    first, last = values[0], values[-1]
+    low, high = (values[1] / first, last / values[-2]) if len(values) > 1 else (2.0, 2.0)
+    if isinstance(first, int):
+        return [max(1, round(first / low)), round(last * high)]
+    return [_rounded(first / low), _rounded(last * high)]
 
 
 def _rounded(value: float) -> float:

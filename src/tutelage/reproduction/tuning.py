@@ -27,10 +27,12 @@ def axes_of(recipe: Recipe, variant: Variant, teacher: Teacher) -> dict[str, Axi
         axes |= recipe.axes(variant.method, teacher)
     for name, values in variant.search.items():
         axes[name] = Axis(tuple(values), ordered=not any(isinstance(value, str | bool) for value in values))
-    fixed_names = set(variant.overrides)
-    if fixed_names & {"layer_map", "num_stages"}:  # both say which stages there are
-        fixed_names |= {"layer_map", "num_stages"}
-    return {name: axis for name, axis in axes.items() if name not in fixed_names or name == RATE}
+    # what the variant's own schedule makes void is not searched
+    used = schedules.clean({**dict.fromkeys(axes), "schedule": variant.overrides.get("schedule", "two")})
+    taken = variant.overrides.keys() - {RATE}
+    if taken & {"layer_map", "num_stages"}:  # both say which stages there are
+        taken |= {"layer_map", "num_stages"}
+    return {name: axis for name, axis in axes.items() if name in used and name not in taken}
 
 
 def is_searched(recipe: Recipe, axes: Mapping[str, Axis]) -> bool:

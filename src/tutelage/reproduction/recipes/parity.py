@@ -123,7 +123,8 @@ class ParityRecipe(PaperRecipe):
             }
         if method == "joint":
             return {"hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
-        return schedules.axes(teacher, 2 * self.stage_samples) if method == "progressive" else {}
+        phase = min(2 * self.stage_samples, self.budget_samples // 2)
+        return schedules.axes(teacher, phase) if method == "progressive" else {}
 
     def teacher_rule(self) -> TeacherRule:
         every = self.teacher_checkpoint_every
