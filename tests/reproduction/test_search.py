@@ -282,3 +282,14 @@ def test_settings_that_a_schedule_does_not_use_make_no_further_candidates() -> N
     assert len({candidate.learning_rate for candidate in at_best}) == len(at_best) > 1  # all that is left is the rate
     assert schedules.clean({"phase_samples": 5, "checkpoint": 1}) == {"phase_samples": 5, "checkpoint": 1}
     assert schedules.clean({"phase_samples": 5, "schedule": "pace-2"}) == {"schedule": "pace-2"}
+
+
+def test_where_training_diverges_at_all_rates_smaller_ones_are_tried() -> None:
+    def score(candidate: Candidate, best: Score | None) -> Score:
+        tried.append(candidate.learning_rate)
+        return WORST if candidate.learning_rate > 0.01 else (-candidate.learning_rate, 0.0)
+
+    tried: list[float] = []
+    best = Search({RATE: Axis(GRID, grows=True)}, 9, score).run()
+    assert tried[:6] == [0.3, 1.0, 3.0, 0.09, 0.027, 0.0081]
+    assert 0.0081 <= best.learning_rate <= 0.01

@@ -53,6 +53,7 @@ class Search:
         for rate in self.axes[RATE].values:
             self._try({**first, RATE: rate})
         if self.trials is not None:
+            self._descend(first)
             self._climb(RATE)
         others = [name for name in self.axes if name != RATE]
         names = [*others, RATE] if others else []
@@ -103,6 +104,11 @@ class Search:
             return False
         self.best = candidate, score
         return True
+
+    def _descend(self, first: Mapping[str, Any]) -> None:
+        """Try ever smaller rates as long as training diverges at all of them: larger ones can only diverge too."""
+        while self._left and self.axes[RATE].grows and self.best is not None and self.best[1] == WORST:
+            self._try({**first, RATE: _further(self.seen[RATE])[0]})
 
     def _climb(self, name: str) -> bool:
         """Try the values beside the best one, and go on in a direction that gets better; whether any was better."""
