@@ -40,7 +40,14 @@ from tutelage.training.trainer import CurriculumTrainer
 METHODS = ("extraction", "one_shot")
 FIELDS: dict[str, Any] = {
     **{"d": 6, "k": 2, "teacher_width": 64, "student_width": 16, "seeds": (0, 1), "tuning_seeds": (1000,)},
-    **{"learning_rates": (0.1, 0.3), "batch_size": 16, "budget_samples": 960, "eval_every": 16, "eval_samples": 64},
+    **{
+        "learning_rates": (0.1, 0.3),
+        "trials": 2,
+        "batch_size": 16,
+        "budget_samples": 960,
+        "eval_every": 16,
+        "eval_samples": 64,
+    },
     **{"stage_samples": 320, "target": 0.99, "teacher_max_samples": 32_000, "teacher_checkpoint_every": 320},
 }
 # of the kill cases: runs that take seconds, so that kills fall into them

@@ -84,7 +84,7 @@ RECIPE_NUMBERS = {
         "stage_samples",
         POSITIVE: "learning_rates teacher_learning_rate target",
         "-1 1e30 1.5 nan x": "seeds teacher_seeds",
-        "0 1.1 nan x": "tuning_share",
+        "0 -1 1.5 nan x": "trials fine_eval_every",
         "0 -1 nan x": "teacher_factor jobs",
     },
     "diagnose": {

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from tutelage.core.stages import HiddenStage, OutputStage
-from tutelage.reproduction.schedules import axes, build_curriculum
+from tutelage.reproduction.schedules import axes, build_curriculum, within
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Checkpoint, Teacher
 from tutelage.training.config import CurriculumConfig
@@ -155,3 +155,15 @@ def test_phase_checkpoint_and_schedule_are_searched() -> None:
     assert axes(Teacher(nn.Identity(), "given: x"), 640) == {}
     middle = axes(Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS[:3]), 640)
     assert middle["checkpoint"] == Axis((-1, 0, 1), start=0)  # of an unknown transition
+
+
+def test_a_checkpoint_that_another_teacher_does_not_have_becomes_the_nearest_one() -> None:
+    """What was chosen with one teacher is used with others, whose training took another number of checkpoints."""
+    fewer = Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS[:3], transition=1)
+    for offset, expected in ((-3, -1), (-1, -1), (0, 0), (1, 1), (2, 1)):
+        chosen = within({"checkpoint": offset, "phase_samples": 640}, fewer)
+        assert chosen == {"checkpoint": expected, "phase_samples": 640}
+        built(chosen, 150, fewer)
+    assert within({"schedule": "pace-2"}, fewer) == {"schedule": "pace-2"}
+    without = Teacher(nn.Identity(), "given: x")  # refused later, by name
+    assert within({"checkpoint": 2}, without) == {"checkpoint": 2}

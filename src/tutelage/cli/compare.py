@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", help="names of methods or variants (see --list), or all")
     variant = (
         "a method with settings, in addition to the methods, e.g. mine:layer_map=final:final,warm_start=head; repeatable. "
-        "Keys are method (default: extraction), budget (a fraction) and fields of CurriculumConfig"
+        "Keys are method (default: extraction), budget (in units of the comparison's), match (a cost that is equal to "
+        "one-shot's) and fields of CurriculumConfig; of values such as 0.3|1|3 the best is searched"
     )
     parser.add_argument("--variant", action="append", metavar="NAME:KEY=VALUE,...", help=variant)
     parser.add_argument("--match", choices=COSTS, help="the cost that is equal for all methods; default: samples")

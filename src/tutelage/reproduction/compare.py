@@ -16,6 +16,7 @@ from tutelage.core.errors import UserError
 from tutelage.io.claim import Claim, claim
 from tutelage.io.files import alone, is_leftover
 from tutelage.io.store import Store
+from tutelage.reproduction import schedules
 from tutelage.reproduction.display import listed
 from tutelage.reproduction.recipe import PaperRecipe, Recipe
 from tutelage.reproduction.results import COMPARISON_FILE, Comparison, MethodResult
@@ -110,22 +111,33 @@ def _on_each_teacher(
         for seed in recipe.teacher_seeds:
             one = dataclasses.replace(recipe, teacher_seeds=(seed,))
             folder = output_dir / f"teacher-{seed}"
-            made = compare(one, folder, variants, match=how.match, jobs=how.jobs, log=how.log)
+            mine = _fitted(variants, one, folder) if parts and variants else variants
+            made = compare(one, folder, mine, match=how.match, jobs=how.jobs, log=how.log)
             parts.append(made)
+            pooled(parts, recipe, how.command).write(output_dir)
             if len(parts) == 1:
                 asked = None if variants is None else {variant.name for variant in variants}
-                variants = [chosen(method) for method in made.methods if asked is None or method.name in asked]
-            pooled(parts, recipe, how.command).write(output_dir)
+                found = [method for method in made.methods if asked is None or method.name in asked]
+                variants = [chosen(method) for method in found if not method.diverged]
+                if not variants:
+                    raise UserError("every method diverged with the first teacher: add smaller learning_rates")
     return Comparison.read(output_dir)
 
 
 def chosen(method: MethodResult) -> Variant:
     """The variant with what tuning chose for it, so that there is nothing left to search."""
     candidate = method.tunings[0].candidate
-    if candidate is None:
-        raise UserError(f"{method.name} diverged at every candidate with the first teacher: leave it out")
+    assert candidate is not None
     overrides = {**method.variant.overrides, RATE: candidate.learning_rate, **candidate.settings}
     return dataclasses.replace(method.variant, overrides=overrides, search={})
+
+
+def _fitted(variants: Sequence[Variant], recipe: PaperRecipe, folder: Path) -> Sequence[Variant]:
+    """The variants, with checkpoints that the recipe's teacher has."""
+    if not any("checkpoint" in variant.overrides for variant in variants):
+        return variants
+    teacher = recipe.make_teacher(folder)
+    return [dataclasses.replace(one, overrides=schedules.within(one.overrides, teacher)) for one in variants]
 
 
 def pooled(parts: Sequence[Comparison], recipe: PaperRecipe, command: str | None) -> Comparison:

@@ -214,8 +214,8 @@ class Comparison(Record):
 
     @property
     def pairs(self) -> int:
-        """Runs of each method: seeds for every teacher."""
-        return len(self.seeds) * len(self.teachers)
+        """Runs of each method: seeds for every teacher, those that are still to come among them."""
+        return len(self.seeds) * max(len(self.teachers), len(self.settings.get("teacher_seeds", ())))
 
     @property
     def baseline(self) -> MethodResult | None:

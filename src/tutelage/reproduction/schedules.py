@@ -41,6 +41,15 @@ def clean(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not paced or name not in ("checkpoint", "phase_samples")}
 
 
+def within(settings: Mapping[str, Any], teacher: Teacher) -> dict[str, Any]:
+    """The settings with the nearest checkpoint that there is, where they were chosen with a teacher that has more of them."""
+    if "checkpoint" not in settings or not teacher.checkpoints:
+        return dict(settings)
+    last = len(teacher.checkpoints) - 1
+    place = min(max(_transition(teacher) + settings["checkpoint"], 0), last)
+    return {**settings, "checkpoint": place - _transition(teacher)}
+
+
 def build_curriculum(
     args: CurriculumConfig,
     settings: Mapping[str, Any],

@@ -37,7 +37,7 @@ class StopAtTarget(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
         every, trainer = self.recipe.fine_eval_every, self.trainer
-        if every is None or trainer is None or not self.waiting:
+        if every is None or trainer is None or not self.recipe.stop_at_target or not self.waiting:
             return
         if state.global_step % max(1, every // self.recipe.batch_size) == 0:
             weights = {name: value.clone() for name, value in trainer.objective.student.state_dict().items()}
@@ -80,6 +80,5 @@ class StopAtTarget(TrainerCallback):
                 if not arrived:
                     break
             student.load_state_dict(now)
-            student.train()
         for record in found:
             MetricsFile(folder / FINE_FILE).append(record)

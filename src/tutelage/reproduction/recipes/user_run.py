@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from tutelage.core.errors import UserError
 from tutelage.reproduction.recipe import FIXED, Recipe, change_fields
+from tutelage.reproduction.search import RATE
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import CONTROLLED, Variant, plain_variant, read_methods
 from tutelage.runs.inputs import RunInputs, RunOptions, load_inputs, with_defaults
@@ -129,7 +130,7 @@ def user_recipe(file: Path | None, overrides: Mapping[str, Any]) -> UserRecipe:
     for key in options:
         if key not in numbers | run_options:
             raise UserError(f"{where} has an unknown option {key!r}{renamed(key)}")
-    for key in CONTROLLED:
+    for key in (*CONTROLLED, RATE):
         if key in options and key not in ("teacher_model_name_or_path", "task"):
             found = f"{where}: {key} is set by the comparison itself; use --methods, --output_dir, seeds"
             raise UserError(f"{found}, budget_samples, learning_rates, batch_size and eval_every")
