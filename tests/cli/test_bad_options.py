@@ -59,6 +59,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("plan", {"config": "{files}/latin.yaml"}, "is not valid YAML"),
     ("extract", {"config": "{files}/list.yaml"}, "must be a mapping of options"),
     ("evaluate", {"config": "{files}/none.yaml"}, "no config file"),
+    ("plan", {"tokens": "1M", "projection": "learned"}, "projection='learned' needs the teacher's own states"),
     ("plan", {"max_length": -3}, "max_length must be at least 1, got -3"),
     ("evaluate", {"max_length": 0}, "max_length must be at least 1, got 0"),
     ("plan", {"max_length": 100_000}, "max_length 100000 is longer than the model's 64 positions: lower it"),

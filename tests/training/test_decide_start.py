@@ -56,6 +56,7 @@ def decided(weights: str | None, source: TargetSource, head_dim: int = 12, **fie
         (OWN, {"label_weight": 0.5}, ("random", "one_shot")),
         *((OWN, given, ("random", "extraction")) for given in ({"num_stages": 1}, {"stage_fraction": 0.2})),
         (OWN, {"hidden_weight": 1.0}, ("random", "joint")),
+        (OWN, {"normalize": "standardize", "projection_seed": 0}, ("random", "one_shot")),  # as without them
         (OWN, {"preset": "paper"}, (None, "extraction")),
         (PASSED, {}, ("random", "extraction")),
         (PASSED, {"student_init": "teacher"}, ("teacher", "joint")),

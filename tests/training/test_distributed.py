@@ -66,7 +66,9 @@ def train(output: Path, batch: int, checkpointing: bool) -> None:
     started.train()
     save_model(started.model, str(output / f"started-{args.process_index}.safetensors"))
     curricula = {
-        "learned": Curriculum("own", (*hidden, OutputStage(1)), projection="learned"),
+        "learned": Curriculum(
+            "own", (JointStage(2, [(1, 2), ("final", "final")]), OutputStage(1)), projection="learned"
+        ),
         "transplanted": Curriculum("own", (OutputStage(2),), warm_start="head+embedding"),
     }
     for name, curriculum in curricula.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.core.errors import UserError
 from tutelage.core.records import Record
+from tutelage.targets.folder import check_storable
 from tutelage.targets.rows import DTYPES, RowFormat
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class ExtractionPlan(Record):
 
 
 def plan_extraction(planned: Plan, request: ExtractionRequest) -> ExtractionPlan:
-    """Disk by stage and dtype, and teacher compute, for tokens of training that are divided among the stages."""
+    """Disk by stage and dtype, and teacher compute, for tokens of training that are divided among the stages; UserError for a
+    curriculum that no extraction is made of."""
+    check_storable(planned.curriculum)
     steps = planned.curriculum.total_steps
     stages = []
     for stage in planned.stages:

@@ -251,9 +251,9 @@ class LiveTargets(TargetSource):
         for stage in self.curriculum.hidden_stages:
             mine = self.task.width(self.model, stage.teacher_place)
             widths = (mine, self.task.width(self._student, stage.student_place))
-            projection = random_projection(self.curriculum, stage, widths, self.blocks)
             learns = self.curriculum.projection == LEARNED
-            self.maps.append(TargetMap(Standardizer.identity(mine), None if learns else projection))
+            projection = None if learns else random_projection(self.curriculum, stage, widths, self.blocks)
+            self.maps.append(TargetMap(Standardizer.identity(mine), projection))
 
     def learned_maps(self) -> list[LearnedMap]:
         curriculum, student = self.curriculum, self._student

@@ -92,7 +92,7 @@ def resolve(
 def default_method(args: CurriculumConfig, usual: str) -> str:
     """The method of a student with trained weights, where none is given: `usual`, or the one that an option asks for which
     `usual` does not read, unless the option says what holds without stages too."""
-    without = {"warm_start": "none", "stage_trains": "up_to"}
+    without = {"warm_start": "none", "stage_trains": "up_to", "normalize": "standardize", "projection_seed": 0}
     readers = {**_READERS, "warm_start": ("extraction",)}
     asked = (
         methods[0]

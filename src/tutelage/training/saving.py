@@ -31,15 +31,8 @@ _STAGING = ".student.tmp"
 _LEARNED = "learned_maps.safetensors"  # of a checkpoint; no student has it
 # beginnings of the names that are loaded from a checkpoint
 _LOADED = (
+    *("model", "pytorch_model", "adapter_", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state"),
     _LEARNED,
-    "model",
-    "pytorch_model",
-    "adapter_",
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "rng_state",
-    "trainer_state",
 )
 
 

@@ -78,7 +78,9 @@ class CurriculumTrainer(CheckpointedTrainer):
         run, self.task, self.curriculum = prepared.run, self.source.task, prepared.run.curriculum
         self.transition = StageTransition(self.objective)
         resolved = run.arguments(args)
-        if args.world_size > 1 and any(stage.output is None for stage in self.curriculum.stages):  # leave some unused
+        stages, learned = self.curriculum.stages, self.objective.learned
+        unused = any(stage.output is None for stage in stages) or (bool(learned) and len(stages) > 1)
+        if args.world_size > 1 and unused:
             if args.ddp_find_unused_parameters is False:
                 raise UserError("ddp_find_unused_parameters=False cannot work: hidden stages leave parameters unused")
             resolved.ddp_find_unused_parameters = True
@@ -103,7 +105,7 @@ class CurriculumTrainer(CheckpointedTrainer):
         if sharding.configure(self.accelerator, self.objective, bool(args.fsdp)):
             self.model.to(args.device)  # it is sharded when training begins
         self.source.to(args.device)
-        self.objective.learned.to(args.device)
+        learned.to(args.device)
         checks.check_fills_a_batch(self.train_dataset, self.args)
         self.add_callback(Continuation(self))
 
