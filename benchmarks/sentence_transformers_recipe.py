@@ -9,7 +9,9 @@ teacher's embeddings, computed beforehand, by mean squared error; linear warm-up
 `--width` is their other choice, a smaller encoder with random weights; a Dense module maps its pooled state to the teacher's
 width. OUTPUT gets the student and `results.json`: settings, seconds, and a curve of tokens, seconds and the mean cosine to the
 teacher's embeddings of held-out texts. A token is one that is not padding; seconds leave out loading, the teacher and the
-evaluations.
+evaluations. After training the student is measured as those of `students.py` are: held-out texts, Lee, retrieval by title and
+by last sentence (files of `--assets`), megabytes and speed. Seed 1000 is for tuning, all others are reported. `--record` adds
+the results as a file to a folder and writes the table of all files there; it trains nothing where the file exists.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,30 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MSELoss
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+from students import TEACHERS, TUNING_SEED, with_assets
 from torch import Tensor
 from transformers import AutoModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from tutelage.io.files import write_atomically
 from tutelage.runs.environment import environment
+from tutelage.runs.evaluate import EvaluateOptions, evaluate
+from tutelage.runs.sentences import read_tests
+from tutelage.tasks.registry import get_task
 
 HELDOUT = 1003  # texts
 INFERENCE_BATCH = 64  # texts
+# columns of the table: heading, and the metric that it shows with its digits
+COLUMNS = {
+    "cosine": ("held-out: cosine", 3),
+    "Spearman": ("held-out: similarity_spearman", 3),
+    "Lee": ("lee: pairs_spearman", 3),
+    "title MRR": ("title: mrr", 3),
+    "sentence MRR": ("sentence: mrr", 3),
+    "sentence recall@1": ("sentence: recall_at_1", 3),
+    "sentence recall@10": ("sentence: recall_at_10", 3),
+    "MB": ("held-out: megabytes", 1),
+    "times as fast": ("held-out: speedup", 1),
+}
 
 
 def main() -> None:
@@ -51,11 +71,27 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=64, help="tokens per text, also for the teacher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
+    parser.add_argument("--assets", type=Path, default=Path(".assets"), help="folder of the tests of students.py")
+    parser.add_argument("--record", type=Path, help="e.g. results/students/sentence-transformers")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = run(args)
-    print(json.dumps(results["curve"][-1]), f"in {args.output}")
+    read_all_tests(args.assets)  # before training: a file may be missing
+    file = None if args.record is None else args.record / file_name(args)
+    if file is None or not file.exists():
+        results = run(args)
+        print(json.dumps(results["curve"][-1]), json.dumps(results["evaluations"]), f"in {args.output}")
+        if file is not None:
+            args.record.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(results, indent=2) + "\n")
+    if args.record is not None:
+        write_atomically(args.record / "README.md", page(args.record))
+
+
+def file_name(args: argparse.Namespace) -> str:
+    shape = f"{len(args.layers)}-layers" + ("" if args.width is None else f"-width-{args.width}")
+    digits, power = f"{args.rate:e}".split("e")
+    return f"{shape}-rate-{float(digits):g}e{int(power)}-batch-{args.batch}-seed-{args.seed}.json"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -107,10 +143,60 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "teacher_seconds": round(teacher_seconds, 1),
         "curve": curve.points,
-        "environment": environment(),
+        "seed": "tuning seed" if args.seed == TUNING_SEED else "test seed",
+        "evaluations": measure(args),
+        "environment": {**environment(), "sentence-transformers": version("sentence-transformers")},
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def read_all_tests(assets: Path | None) -> dict[str, dict[str, Any]]:
+    """Options of the tests of `students.py`, none without `assets`; UserError where one cannot be read."""
+    if assets is None:
+        return {}
+    options = {name: with_assets(given, assets) for name, given in TEACHERS["minilm"]["evaluations"].items()}
+    for given in options.values():
+        read_tests(given.get("pairs"), given.get("retrieval"), get_task("embedding"))
+    return options
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The saved student on held-out texts, with size and speed, and on the tests: what `students.py` measures, in its way."""
+    student: Any = {"model": str(args.output), "max_length": args.max_length}
+    held_out: Any = {"teacher": args.teacher, "dataset": args.heldout, "max_samples": HELDOUT, "measure_speed": True}
+    found = {"held-out": evaluate(EvaluateOptions(**student, **held_out)).metrics}
+    for name, given in read_all_tests(args.assets).items():
+        found[name] = evaluate(EvaluateOptions(**student, **given, batch_size=INFERENCE_BATCH)).metrics
+    return found
+
+
+def page(folder: Path) -> str:
+    """A table of the results in a folder, as Markdown; runs that were made before students were measured have few columns."""
+    lines = [
+        "# The recipe of sentence-transformers, with its own library",
+        "",
+        "Made by `python benchmarks/sentence_transformers_recipe.py`, which says what the recipe is; each JSON file has the",
+        "settings, curve and environment of its run. *Tuning*: the seed that rates are chosen on. All columns are defined and",
+        "measured as for [our students](../minilm/README.md). Seconds of training, with other processes on the machine.",
+        "",
+        f"| layers | width | rate | batch | seed | tokens | {' | '.join(COLUMNS)} | seconds |",
+        "|---" * (len(COLUMNS) + 7) + "|",
+    ]
+    machines = set()
+    for file in sorted(folder.glob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        settings, last = found["settings"], found["curve"][-1]
+        values = {"held-out: cosine": last["cosine"]}
+        for name, metrics in found.get("evaluations", {}).items():
+            values |= {f"{name}: {key}": value for key, value in metrics.items()}
+        role = "tuning" if settings["seed"] == TUNING_SEED else "test"
+        cells = [" ".join(str(layer + 1) for layer in settings["layers"]), settings["width"] or "the teacher's"]
+        cells += [f"{settings['rate']:g}", settings["batch"], f"{settings['seed']} ({role})", f"{last['tokens']:,}"]
+        cells += [f"{values[key]:.{digits}f}" if key in values else "" for key, digits in COLUMNS.values()]
+        lines.append(f"| {' | '.join(map(str, cells))} | {last['seconds']:.0f} |")
+        machines.add(", ".join(f"{key} {value}" for key, value in found["environment"].items()))
+    return "\n".join([*lines, "", f"Environment: {'; or '.join(sorted(machines))}."]) + "\n"
 
 
 def keep_blocks(student: SentenceTransformer, blocks: list[int]) -> None:

@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig
 
 import tutelage
 from tests.conftest import POSITIONS, save_llama, sentences
+from tutelage.runs.inputs import load_inputs
 from tutelage.tasks.embedding import load_embedding_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,19 +100,102 @@ def test_the_benchmark_of_stored_targets_compares_students(tmp_path: Path, causa
     assert stored.interval(runs, "stored", "live")["mean"] != 0
 
 
+@pytest.fixture
+def assets(tmp_path: Path, embedding_teacher: Path, corpus: Path) -> Path:
+    """A tiny teacher where MiniLM is expected, with held-out texts and the tests of its students."""
+    folder, texts = tmp_path / "assets", sentences(40)
+    pairs = [
+        {"sentence1": texts[row], "sentence2": texts[row + 1], "score": float((7 * row) % 11)} for row in range(20)
+    ]
+    queries = [{"query": " ".join(text.split()[:3]), "document": text} for text in texts]
+    files = {
+        "lee/pairs.jsonl": pairs,
+        **{f"wikipedia/retrieval-{kind}.jsonl": queries for kind in ("title", "sentence")},
+    }
+    for name, rows in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "wikipedia" / "heldout.jsonl").symlink_to(corpus / "text.jsonl")
+    (folder / "minilm").symlink_to(embedding_teacher)
+    return folder
+
+
 @pytest.mark.parametrize(("layers", "width"), [([0, 1, 2, 3], None), ([1, 3], 16)])
-def test_the_recipe_of_sentence_transformers_trains_a_student(
-    tmp_path: Path, embedding_teacher: Path, corpus: Path, layers: list[int], width: int | None
+def test_the_recipe_of_sentence_transformers_trains_and_measures_a_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assets: Path, layers: list[int], width: int | None
 ) -> None:
     recipe: Any = importlib.import_module("sentence_transformers_recipe")
-    text = str(corpus / "text.jsonl")
-    sizes = {"tokens": 400, "every": 200, "rate": 1e-3, "batch": 8, "max_length": 16, "seed": 0, "bf16": False}
-    data = {"teacher": str(embedding_teacher), "dataset": [text, text], "heldout": text, "output": tmp_path}
-    points = recipe.run(Namespace(layers=layers, width=width, **sizes, **data))["curve"]
+    record, text = tmp_path / "record", str(assets / "wikipedia" / "heldout.jsonl")
+    line = f"recipe --teacher {assets}/minilm --dataset {text} {text} --heldout {text} --tokens 400 --every 200 --rate 1e-3 "
+    line += f"--batch 8 --max_length 16 --seed 1000 --layers {' '.join(map(str, layers))} --assets {assets} "
+    line += f"--record {record} --output {tmp_path / 'student'}" + (f" --width {width}" if width else "")
+    monkeypatch.setattr(sys, "argv", line.split())
+    recipe.main()
+    (file,) = record.glob("*.json")
+    assert file.name.endswith("-rate-1e-3-batch-8-seed-1000.json")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    points, held_out = found["curve"], found["evaluations"]["held-out"]
     assert [point["tokens"] // 200 for point in points] == [0, 1, 2]
     assert (points[0]["cosine"] == 1) is (width is None)  # with all its blocks the student begins as the teacher
-    student = load_embedding_model(str(tmp_path))
+    assert held_out["cosine"] == pytest.approx(points[-1]["cosine"], abs=1e-4) and held_out["speedup"] > 0
+    assert {*found["evaluations"]} == {"held-out", "lee", "title", "sentence"} and found["seed"] == "tuning seed"
+    student = load_embedding_model(str(tmp_path / "student"))
     assert student.embedding_size == 32 and len(tutelage.find_blocks(student.encoder)) == len(layers)
+    monkeypatch.setattr(recipe, "run", lambda args: pytest.fail("this run was made before"))
+    recipe.main()
+    assert f"| {held_out['cosine']:.3f} |" in (record / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_recipe_is_that_of_its_runs() -> None:
+    recipe: Any = importlib.import_module("sentence_transformers_recipe")
+    folder = ROOT / "results" / "students" / "sentence-transformers"
+    assert recipe.page(folder) == (folder / "README.md").read_text(encoding="utf-8")
+
+
+class StaticWords:
+    """A static model as model2vec has them, with random vectors."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.embedding = np.random.default_rng(0).normal(size=(len(tokenizer), 8)).astype(np.float32)
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def encode(self, texts: list[str], **kwargs: Any) -> Any:
+        return np.stack([self.embedding[row].mean(0) for row in self.tokenize(texts)])
+
+
+def test_the_benchmark_of_static_models_measures(monkeypatch: pytest.MonkeyPatch, assets: Path) -> None:
+    static: Any = importlib.import_module("model2vec_static")
+    monkeypatch.setattr(static, "distilled", lambda *given: StaticWords(static.load_tokenizer(str(assets / "minilm"))))
+    short, long = static.run(assets, (8,), (5, 64))
+    assert {*static.COLUMNS.values()} <= {*short["metrics"]} and 0.3 < long["metrics"]["title: mrr"] < 1
+    assert short["metrics"]["title: mrr"] == 1  # three words and two special tokens: queries and documents are the same
+    result = {"command": "", "environment": {"model2vec": 1, "machine": 1, "torch": 1, "transformers": 1}}
+    assert static.report({**result, "runs": [short, long]}).count("| 8 |") == 2
+
+
+@pytest.mark.parametrize("rival", ["ours", "theirs"])
+def test_one_shot_by_trl_gives_the_student_of_ours(
+    monkeypatch: pytest.MonkeyPatch, causal_teacher: Path, corpus: Path, rival: str
+) -> None:
+    if rival == "theirs":
+        pytest.importorskip("trl")
+    trl: Any = importlib.import_module("trl_one_shot")
+    text = str(corpus / "text.txt")
+    options = tutelage.RunOptions("layers=2,hidden_size=16", text, text, max_length=16)
+    args = tutelage.CurriculumConfig(teacher_model_name_or_path=str(causal_teacher), **trl.ONE_SHOT)
+    fields = {"max_steps": 4, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    monkeypatch.setattr(trl, "embedded", lambda seed: (load_inputs(options, args), fields))
+    monkeypatch.setattr(trl, "theirs", getattr(trl, rival))
+    run = trl.pair("embedded", 0, 1e-2, again=True)
+    for name in ("loss", "kl", "first_training_loss"):
+        assert run["ours"][name] == pytest.approx(run["trl"][name], rel=1e-5)
+        assert run["ours"][name] == pytest.approx(run["ours_in_chunks"][name], rel=1e-5)
+    result = {"command": "", "system": "tiny", "environment": {**dict.fromkeys(("machine", "threads", "torch"), 1)}}
+    result["environment"] |= {"transformers": 1, "trl": 1}
+    assert "| 0.01 | 1 |" in trl.report({**result, "runs": [run]})
 
 
 def test_the_benchmark_of_students_makes_runs_and_a_page(
@@ -145,8 +230,8 @@ def test_the_benchmark_of_students_makes_runs_and_a_page(
 def test_the_pages_of_students_are_those_of_their_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     report: Any = importlib.import_module("students_report")
     monkeypatch.chdir(ROOT)
-    pages = sorted((ROOT / "results" / "students").glob("*/README.md"))
-    assert pages
+    students: Any = importlib.import_module("students")
+    pages = [ROOT / "results" / "students" / teacher / "README.md" for teacher in students.TEACHERS]
     for page in pages:
         assert report.page(page.parent.name) == page.read_text(encoding="utf-8")
 
