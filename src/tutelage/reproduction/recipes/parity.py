@@ -29,8 +29,11 @@ _ABOVE_CHANCE = 0.6  # below this held-out accuracy a teacher was made for a dif
 _FURTHER = (
     "joint-equal:method=joint,hidden_weight=1",
     "joint-learned:method=joint,projection=learned",
-    "one_shot-labels:method=one_shot,temperature=1|2|4,label_weight=0|0.5",
+    "one_shot-labels:method=one_shot,label_weight=0.5",
+    "one_shot-t2:method=one_shot,temperature=2",
+    "one_shot-t4:method=one_shot,temperature=4",
     "one_shot-mse:method=one_shot,output_loss=mse",
+    "extraction-mse:method=extraction,output_loss=mse",
     "scratch-flops:method=scratch,match=flops",
 )
 
