@@ -25,6 +25,7 @@ from tutelage.io.files import writing_errors
 from tutelage.io.store import sha256_of_file
 from tutelage.reproduction.sealed import read_sealed, write_sealed
 from tutelage.reproduction.statistics import as_good
+from tutelage.training.checks import TrainingDiverged
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.records import evaluation_metrics
 from tutelage.training.trainer import CurriculumTrainer
@@ -247,7 +248,25 @@ class _Watch(TrainerCallback):
         )
 
 
+def _lowered(rate: float, asked: float) -> str:
+    return "" if rate == asked else f", at learning rate {rate:g}, since training diverged at {2 * rate:g}"
+
+
 def _train(folder: Path, recipe: PaperRecipe) -> None:
+    """Train by the rule, and write all; at half of the learning rate, or a quarter, where training diverges."""
+    asked = recipe.teacher_learning_rate
+    for rate in (asked, asked / 2):
+        try:
+            _train_at(rate, folder, recipe)
+            return
+        except TrainingDiverged as error:
+            _log.warning("the teacher is trained again at half of its learning rate: %s", error)
+            shutil.rmtree(folder)
+            folder.mkdir()
+    _train_at(asked / 4, folder, recipe)
+
+
+def _train_at(rate: float, folder: Path, recipe: PaperRecipe) -> None:
     rule, batch = recipe.teacher_rule(), recipe.teacher_batch_size
     every = max(1, rule.checkpoint_every // batch)
     settings: dict[str, Any] = {
@@ -255,7 +274,7 @@ def _train(folder: Path, recipe: PaperRecipe) -> None:
         **{"eval_strategy": "steps", "eval_steps": every, "save_strategy": "no"},
         **{"disable_tqdm": True, "report_to": "none", "logging_steps": every},
     }
-    args = CurriculumConfig(**settings, **recipe.teacher_arguments())
+    args = CurriculumConfig(**{**settings, **recipe.teacher_arguments(), "learning_rate": rate})
     data, watch = recipe.teacher_data(rule.max_samples), _Watch(rule, batch, folder)
     model, collator = recipe.new_teacher(), recipe.collator
     trainer = CurriculumTrainer(model, None, args, *data, data_collator=collator, callbacks=[watch])
@@ -277,7 +296,7 @@ def _train(folder: Path, recipe: PaperRecipe) -> None:
     samples = trainer.state.global_step * batch
     metrics, kept = evaluation_metrics(trainer.evaluate()), (rule.metric, "loss", "accuracy", "perplexity")
     record = TrainedTeacher(
-        description=watch.description(samples),
+        description=watch.description(samples) + _lowered(rate, recipe.teacher_learning_rate),
         samples=samples,
         converged_at=watch.converged_at,
         last_change=last_change,
