@@ -52,7 +52,7 @@ def test_side_by_side_an_error_of_a_run_ends_the_comparison(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"jobs": 0}, "jobs must be at least 1"), ({"jobs": 2, "match": "seconds"}, "--match seconds needs --jobs 1")],
+    [({"jobs": 0}, "jobs must be at least 1"), ({"jobs": 2, "match": "seconds"}, "--match seconds need --jobs 1")],
 )
 def test_jobs_that_cannot_work_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -173,7 +173,7 @@ def test_each_method_is_bounded_by_the_end_of_its_own_runs(tmp_path: Path, match
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert table_of(text, "Results in detail")[3][3:5] == ["> 1.76M", "128k to > 1.76M"]
     assert table_of(text, "Results")[3][1] == "> 1.76M"
-    assert ", unless its settings give a budget." in text
+    assert ", unless its settings give a budget or match a cost." in text
 
 
 def test_every_trial_has_a_row(tmp_path: Path) -> None:

@@ -239,8 +239,8 @@ def _check(recipe: Recipe, variants: Sequence[Variant], match: str, jobs: int | 
         raise UserError(f"unknown match {match!r}: use one of {listed(COSTS)}")
     if isinstance(jobs, int) and jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
-    if match == "seconds" and jobs != 1:
-        raise UserError("runs at the same time slow each other down: --match seconds needs --jobs 1")
+    if jobs != 1 and "seconds" in (match, *(variant.match for variant in variants)):
+        raise UserError("runs at the same time slow each other down: match=seconds and --match seconds need --jobs 1")
     seeds, tuning = recipe.seeds, recipe.tuning_seeds
     given = {"methods": [variant.name for variant in variants], "seeds": seeds, "learning_rates": recipe.learning_rates}
     for name, values in {**given, "tuning_seeds": tuning}.items():
@@ -263,7 +263,8 @@ def _check_curricula(recipe: Recipe, teacher: Teacher, folder: Path, variants: S
         builder.check(variant, first)
         for name, values in variant.search.items():
             for value in values:
-                builder.check(variant, dataclasses.replace(first, settings={**first.settings, name: value}))
+                other = {name: value} if name == RATE else {"settings": {**first.settings, name: value}}
+                builder.check(variant, dataclasses.replace(first, **other))
 
 
 def _check_target(recipe: Recipe, teacher: Teacher) -> None:

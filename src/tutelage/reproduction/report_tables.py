@@ -79,8 +79,8 @@ def _facts(comparison: Comparison) -> str:
     budget = f"Budget of every method: {samples} samples"
     if comparison.match != "samples":
         budget = f"Budget of one-shot: {samples} samples; every other method got the same number of {unit}"
-    if any(method.variant.budget_fraction != 1 for method in comparison.methods):
-        budget += ", unless its settings give a budget"
+    if any(method.variant.budget_fraction != 1 or method.variant.match for method in comparison.methods):
+        budget += ", unless its settings give a budget or match a cost"
     goal = "there is no target, so the final values are compared"
     if comparison.target is not None:
         goal = f"the target is {show_number(comparison.target)}"

@@ -96,7 +96,8 @@ class Runner:
         match = variant.match or self.match
         if match == "samples" or variant.method in ("one_shot", "progressive"):
             return self.builder.curriculum(variant, candidate, self.builder.steps(variant.budget_fraction))
-        return _at_equal_cost(self.builder, variant, candidate, match)
+        with self.lock:
+            return _at_equal_cost(self.builder, variant, candidate, match)
 
     def runs(
         self,
@@ -113,8 +114,7 @@ class Runner:
             PlannedRun(variant, candidate, group, self.builder.folder(variant, candidate, group, what), limit, tuning)
             for group in groups
         ]
-        with self.lock:
-            self.curriculum(variant, candidate)  # measures the cost of a step once for all runs, if they need it
+        self.curriculum(variant, candidate)  # measures the cost of a step once for all runs, if they need it
         if self.workers is None:
             yield from map(self.run, planned)
             return
@@ -210,7 +210,8 @@ def _at_equal_cost(builder: RunBuilder, variant: Variant, candidate: Candidate, 
     The variant is not progressive, whose stages follow the teacher's training; `match` is `flops` or `seconds`."""
     steps = builder.steps(variant.budget_fraction)
     made = builder.curriculum(variant, candidate, steps)
-    reference = _step_costs(builder, plain_variant("one_shot"), candidate, match)["output"]
+    plain = Candidate(candidate.learning_rate)  # its settings are those of another method
+    reference = _step_costs(builder, plain_variant("one_shot"), plain, match)["output"]
     cost = _step_costs(builder, variant, candidate, match)
     *first, last = made.stages
     *before, step = (cost[stage.name if isinstance(stage, HiddenStage) else "output"] for stage in made.stages)
@@ -224,8 +225,10 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
 
     It is stored in the comparison's folder: when the comparison is resumed, the seconds would be different, and its runs
     must keep their lengths."""
-    whole = dataclasses.replace(variant, budget_fraction=1.0)  # a step costs the same at every budget
-    folder = builder.root / "pilot" / builder.folder(whole, candidate, [0]).parent.name
+    # a step costs the same at every budget, and with what recipes search, but not with every value that a variant asks for
+    own = {name: value for name, value in candidate.settings.items() if name in variant.search}
+    alike = dataclasses.replace(variant, budget_fraction=1.0, overrides={**variant.overrides, **own})
+    folder = builder.root / "pilot" / f"{builder.folder(alike, candidate, [0]).parent.name}-{match}"
     file = folder.with_name(f"{folder.name}.json")
     if file.exists():
         try:
@@ -235,7 +238,7 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
                 raise UserError(f"{error}. Choose a different --output_dir, or delete {str(builder.root)!r}") from error
             _log.warning("%s: the cost of a step is measured again", error)
     steps = _PILOT_STEPS[match]
-    made = builder.curriculum(variant, candidate, builder.steps())
+    made = builder.curriculum(variant, candidate, builder.steps(variant.budget_fraction))
     short = dataclasses.replace(made, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in made.stages))
     seeds = builder.recipe.seeds if builder.recipe.replicated else builder.recipe.seeds[:1]
     args = builder.arguments(variant, candidate, folder, seeds[0])
