@@ -158,7 +158,7 @@ def test_searched_settings_do_not_keep_costs_from_being_equal(tmp_path: Path) ->
     """Stages of other lengths, other numbers of stages, and a stage longer than the comparison's own budget."""
     fixed = "stage_steps=5,stage_learning_rate=3,learning_rate=0.1"
     numbers = parse_variant(f"numbers:method=extraction,{fixed},layer_map=1:2|1:1,2:2")
-    long = parse_variant("long:method=extraction,budget=2,match=flops,stage_steps=70")
+    long = parse_variant("long:method=extraction,budget=2,match=flops,stage_steps=62")
     recipe = with_stages(tiny(trials=2), {})
     result = made(recipe, tmp_path / "o", ["one_shot", "extraction", numbers, long], match="flops")
     assert [method.trials for method in result.methods] == [2, 2, 2, 2]

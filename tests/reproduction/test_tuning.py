@@ -101,6 +101,16 @@ def test_held_out_text_is_divided_between_tuning_and_report(corpus: Path, tmp_pa
     apart(user_recipe(None, {**own, "max_length": 16, "use_cpu": True}), 5)
 
 
+def test_a_single_held_out_example_does_not_suffice_for_tuning_and_report(corpus: Path) -> None:
+    own = {"student": "layers=1,hidden_size=32", "dataset": str(corpus / "text.txt"), "max_samples": 1}
+    recipe = user_recipe(None, {**own, "max_length": 16, "use_cpu": True})
+    assert len(recipe.eval_data([0])) == 1
+    with pytest.raises(
+        ValueError, match="one held-out example, but tuning and report need one each: give more held-out"
+    ):
+        recipe.eval_data([0], tuning=True)
+
+
 # ---- What is searched ----
 
 
@@ -131,7 +141,8 @@ def test_every_method_has_the_same_rates_and_settings_of_its_own() -> None:
 
 def test_with_one_trial_nothing_is_searched() -> None:
     for method in ("extraction", "joint", "progressive"):
-        assert searched(method, trials=1 if method != "x" else None).keys() == {RATE}
+        assert searched(method, trials=1).keys() == {RATE}
+        assert searched(method, trials=None) == searched(method)  # without a number they are searched, in their grid
 
 
 def test_a_setting_that_a_variant_fixes_is_not_searched() -> None:

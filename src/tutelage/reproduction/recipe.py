@@ -52,7 +52,7 @@ class Recipe(ABC):
     learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)  # the learning rates that are tried for every method
     trials: int | None = None
     """Candidates that are tried for each method: these rates and further ones, and the settings that are searched; default:
-    these rates alone. 1 tries nothing."""
+    these rates, and the settings' own values, none beyond them. 1 tries nothing."""
     batch_size: int = 64
     budget_samples: int = 1_920_000  # examples that each method may train on
     eval_every: int = 8_000  # examples between evaluations

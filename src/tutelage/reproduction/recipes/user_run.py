@@ -100,6 +100,10 @@ class UserRecipe(Recipe):
 
     def eval_data(self, seeds: Sequence[int], tuning: bool = False) -> Any:
         rows = self._run.eval_dataset  # every other one is for tuning
+        if tuning and len(rows) < 2:
+            raise UserError(
+                "there is one held-out example, but tuning and report need one each: give more held-out data"
+            )
         return rows.select(range(int(tuning), len(rows), 2))
 
     @property
