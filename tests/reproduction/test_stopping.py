@@ -15,6 +15,9 @@ from tests.reproduction.comparing import changed, made, timeless, tiny
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import RunRecord
 from tutelage.reproduction.stopping import FINE_FILE, StopAtTarget
+from tutelage.tasks.classification import PlainClassification
+from tutelage.training import meter
+from tutelage.training.trainer import CurriculumTrainer
 
 SEEDS = (0, 1, 3)
 
@@ -61,6 +64,26 @@ def test_finer_evaluations_do_not_disturb_training(tmp_path: Path, trainers: lis
     assert left.training == right.training
     for name, value in left.state_dict().items():
         assert torch.equal(value, right.state_dict()[name]), name
+
+
+def test_finer_evaluations_take_no_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by 1 in a training step, and by 1,000 in an evaluation."""
+    now, evaluate, step = [0.0], PlainClassification.evaluate, CurriculumTrainer.training_step
+
+    def slow(*args: Any, **kwargs: Any) -> dict[str, float]:
+        now[0] += 1_000
+        return evaluate(*args, **kwargs)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        now[0] += 1
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(PlainClassification, "evaluate", slow)
+    monkeypatch.setattr(CurriculumTrainer, "training_step", timed)
+    for run in runs(recipe(fine_eval_every=16), tmp_path):
+        assert any(point.samples % 160 for point in run.curve)
+        assert [point.seconds * len(SEEDS) for point in run.curve] == [point.samples / 16 for point in run.curve]
 
 
 def test_a_run_that_was_killed_finds_the_same_place(tmp_path: Path, kill: Callable[[str, int], None]) -> None:
