@@ -19,8 +19,8 @@ from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
 def test_a_trained_teacher_is_trained_past_convergence_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = resolve("parity-mlp/smoke", {**TRAINED, "trials": 12})
-    first = made(recipe, tmp_path / "o", ["progressive", "one_shot"])
+    fields = {**TRAINED, "teacher_checkpoint_every": 80, "learning_rates": (0.8, 1.6), "trials": 12}
+    first = made(resolve("parity-mlp/smoke", fields), tmp_path / "o", ["progressive"])
     (teacher,) = first.teachers
     assert teacher.samples is not None and teacher.converged_at is not None
     times = teacher.samples / teacher.converged_at
@@ -44,10 +44,10 @@ def test_a_trained_teacher_is_trained_past_convergence_and_kept(
         raise AssertionError("the teacher was trained again")
 
     monkeypatch.setattr(teachers, "_train", no_training)
-    again = made(resolve("parity-mlp/smoke", {**TRAINED, "eval_every": 160}), tmp_path / "o2", ["one_shot"])
+    again = made(resolve("parity-mlp/smoke", {**fields, "eval_every": 160, "trials": 1}), tmp_path / "o2", ["one_shot"])
     assert again.teachers == (teacher,)
     with pytest.raises(AssertionError, match="trained again"):
-        made(resolve("parity-mlp/smoke", {**TRAINED, "teacher_width": 65}), tmp_path / "o3", ["one_shot"])
+        made(resolve("parity-mlp/smoke", {**fields, "teacher_width": 65}), tmp_path / "o3", ["one_shot"])
 
 
 def test_progressive_leaves_the_teacher_as_it_was(tmp_path: Path) -> None:

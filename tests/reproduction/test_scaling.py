@@ -125,7 +125,7 @@ TINY_SCALING: dict[str, Any] = {
     "student_width": 16,
     "seeds": "0 1",
     "budget_samples": 3_200,
-    "eval_every": 640,
+    "eval_every": 1_600,
     "stage_samples": 640,
     "target": 0.9,
 }
