@@ -93,11 +93,12 @@ def test_the_benchmark_of_extraction_measures(tmp_path: Path, monkeypatch: pytes
 
 def test_the_benchmark_of_stored_targets_compares_students(tmp_path: Path, causal_teacher: Path, corpus: Path) -> None:
     stored: Any = importlib.import_module("stored_vs_live")
-    system = stored.text(Namespace(teacher=str(causal_teacher), dataset=str(corpus / "text.txt"), steps=4))
-    system["run"].update(student="layers=2,hidden_size=16", max_length=POSITIONS // 2, max_samples=4)
-    system["truncates"] = False
+    system = {**stored.austen(4), "teacher": str(causal_teacher), "truncates": False}
+    system["args"]["per_device_train_batch_size"] = 8
+    system["run"] = {"student": "layers=2,hidden_size=16", "dataset": str(corpus / "text.txt"), "max_samples": 4}
+    system["run"]["max_length"] = POSITIONS // 2
     runs = [{"live": 1.0, "stored": 1.1}, stored.pair(system, 0, tmp_path)]
-    assert stored.interval(runs, "stored", "live")["mean"] != 0
+    assert stored.difference(runs, "stored", "live")["mean"] != 0
 
 
 @pytest.fixture

@@ -441,10 +441,21 @@ def test_every_comparison_file_of_the_repository_is_read(name: str, monkeypatch:
     recipe = user_recipe(CONFIGS / f"compare_{name}.yaml", {})
     assert len(list(CONFIGS.glob("compare_*.yaml"))) == 5
     assert recipe.budget_samples % recipe.batch_size == recipe.budget_samples % recipe.eval_every == 0
-    usual = {"random-one-shot", "teacher-joint"} if name == "start" else {"one_shot", "paper"}
+    real = {
+        "one-shot",
+        "transplant",
+        "final-stage",
+        "final-stage-transplant",
+        "joint",
+        "teacher-one-shot",
+        "teacher-joint",
+    }
+    usual = {"start": {"random-one-shot", "teacher-joint"}, "minilm": real, "smollm2": real}.get(
+        name, {"one_shot", "paper"}
+    )
     assert usual <= {method.name for method in recipe.default_methods}
     assert not set(recipe.seeds) & set(recipe.tuning_seeds)
-    if name not in ("austen", "start"):
+    if name == "same_width":
         shown = {method.name: method.settings for method in recipe.default_methods}
         assert shown["final-state-transplant"] == "layer_map=final:final, warm_start=head"
         assert len(shown) == 6

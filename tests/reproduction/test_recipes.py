@@ -259,8 +259,8 @@ def test_smoke_size_runs(name: str, tmp_path: Path, corpus: Path, monkeypatch: p
     assert [method.name for method in result.methods] == [
         "extraction",
         *best,
-        "one_shot",
-        *(("scratch", "progressive") if name == "parity-mlp" else ("progressive", "scratch")),
+        *("joint", "one_shot", "progressive", "scratch"),
+        *(() if parity else ("extraction-teacher", "joint-teacher", "one_shot-teacher", "progressive-teacher")),
     ]
     assert (result.metric, result.better) == (("accuracy", "higher") if parity else ("loss", "lower"))
     (teacher,) = result.teachers
@@ -328,7 +328,7 @@ def test_texts_that_were_fetched_are_used(tmp_path: Path) -> None:
     for name, count in (("train", 40), ("heldout", 4)):
         lines = [json.dumps({"text": f"Number {index} is a number of {name}. " * 10}) for index in range(count)]
         (tmp_path / "assets" / "wikipedia" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert len(smaller("text-clm").train_data([0], 1)) > alone
+    assert len(smaller("text-clm", texts="austen+wikipedia").train_data([0], 1)) > alone
 
 
 @pytest.mark.parametrize(("name", "task"), [("pcfg-clm", "llama"), ("parity-transformer", "llama")])

@@ -78,7 +78,8 @@ def test_every_committed_result_can_be_read() -> None:
     for folder in comparisons:
         read = Comparison.read(folder)
         assert Comparison.from_json(read.to_json()) == read
-        assert_holds(json.loads(read.to_json()), json.loads((folder / COMPARISON_FILE).read_text(encoding="utf-8")))
+        kept = json.loads((folder / COMPARISON_FILE).read_text(encoding="utf-8"))
+        assert_holds(json.loads(read.to_json()), {name: value for name, value in kept.items() if name != "digest"})
     scaling = ScalingResult.from_json((results / "scaling" / "scaling.json").read_text(encoding="utf-8"))
     fits = [fit for fit in scaling.fits if (fit.k, fit.teacher) == (4, "planted")]
     points = [point for point in scaling.points if (point.k, point.teacher) == (4, "planted")]
