@@ -277,7 +277,7 @@ def test_smoke_size_runs(name: str, tmp_path: Path, corpus: Path, monkeypatch: p
                 assert {"loss", "accuracy", "perplexity"} <= set(run.final)
         assert method.curriculum is not None
         curricula[method.name] = method.curriculum
-        assert bool(method.curriculum.hidden_stages) == method.name.startswith("extraction")
+        assert bool(method.curriculum.hidden_stages) == method.name.startswith(("extraction", "joint"))
     checkpoints = [getattr(stage, "teacher_checkpoint", "") for stage in curricula["progressive"].stages]
     assert checkpoints[-1] is None and all(name.startswith("at-") for name in checkpoints[:-1])
     if not parity:
