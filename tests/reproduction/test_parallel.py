@@ -35,7 +35,7 @@ class BrokenInWorkers(ParityMLPRecipe):
 
 
 def test_runs_side_by_side_say_what_runs_one_by_one_say(tmp_path: Path) -> None:
-    fields = {**TRAINED, "learning_rates": (0.1, 0.3)}
+    fields = {**TRAINED, "learning_rates": (0.1, 0.3), "trials": 2}
     recipe, methods = resolve("parity-mlp/smoke", fields), ("extraction", "one_shot", "progressive")
     alone = made(recipe, tmp_path / "alone", methods)
     together = made(recipe, tmp_path / "together", methods, jobs=2)

@@ -16,11 +16,13 @@ from tutelage.training.trainer import CurriculumTrainer
 
 
 def test_a_finished_comparison_is_read_back(tmp_path: Path, trainers: list[dict[str, Any]]) -> None:
-    first = made(tiny(learning_rates=(0.1, 0.3)), tmp_path / "o")
+    first = made(tiny(learning_rates=(0.1, 0.3), trials=2), tmp_path / "o")
     trainers.clear()
-    assert made(tiny(learning_rates=(0.1, 0.3)), tmp_path / "o") == first
+    assert made(tiny(learning_rates=(0.1, 0.3), trials=2), tmp_path / "o") == first
     assert not trainers
-    more = made(tiny(learning_rates=(0.1, 0.3)), tmp_path / "o", [*METHODS, parse_variant("deep:layer_map=2:2")])
+    more = made(
+        tiny(learning_rates=(0.1, 0.3), trials=2), tmp_path / "o", [*METHODS, parse_variant("deep:layer_map=2:2")]
+    )
     assert tuple(more.method(name) for name in METHODS) == first.methods
     assert {given["curriculum"].method for given in trainers} == {"extraction"}
 

@@ -113,7 +113,7 @@ class MethodResult(Record):
     """A variant: how it was tuned, and its runs."""
 
     variant: Variant
-    tunings: tuple[Tuning, ...] = ()  # one for each teacher; empty before tuning
+    tunings: tuple[Tuning, ...] = ()  # one for each teacher that it was tuned with, the first; empty before tuning
     curriculum: Curriculum | None = None  # of the first teacher; its checkpoints by name, without their folder
     runs: tuple[RunRecord, ...] = ()
     samples_to_target: Estimate = NO_ESTIMATE
