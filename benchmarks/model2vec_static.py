@@ -30,6 +30,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread, before tokenizers 
 import torch
 import torch.nn.functional as F
 from students import TEACHERS, with_assets
+from students_report import COLUMNS as PAGE
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -45,14 +46,7 @@ WIDTHS = (256, 384)  # their default, and the teacher's
 PAIRED = 1000  # held-out texts whose pairwise similarities are compared, as in `tutelage evaluate`
 REPEATS = 5
 SETTINGS = TEACHERS["minilm"]
-COLUMNS = {
-    "Spearman": "similarity_spearman",
-    "Lee": "lee: pairs_spearman",
-    "title MRR": "title: mrr",
-    "sentence MRR": "sentence: mrr",
-    "sentence recall@1": "sentence: recall_at_1",
-    "sentence recall@10": "sentence: recall_at_10",
-}
+COLUMNS = {heading: metric for heading, metric in PAGE["minilm"].items() if metric != "cosine"}
 
 
 def distilled(teacher: str, width: int, folder: str) -> Any:

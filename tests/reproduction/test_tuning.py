@@ -159,6 +159,9 @@ def test_values_that_a_variant_gives_are_searched() -> None:
     assert found["hidden_weight"] == Axis((0.3, 1.0, 3.0))
     assert found["normalize"] == Axis(("none", "standardize"), ordered=False)
     assert not found["eval_with_teacher"].ordered
+    # they come before what the recipe searches by itself, so that trials are left for them
+    asked = searched("mine:method=extraction,normalize=none|standardize")
+    assert list(asked) == [RATE, "normalize", "stage_steps", "stage_learning_rate"]
     assert searched("mine:method=scratch,learning_rate=0.5|1")[RATE] == Axis((0.5, 1.0))
     paces = searched("mine:method=progressive,schedule=pace-2|two")
     assert paces["schedule"] == Axis(("pace-2", "two"), ordered=False)

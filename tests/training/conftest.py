@@ -37,6 +37,20 @@ def token_rows(count: int = 48, ragged: bool = False, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"input_ids": ids})
 
 
+def batches_of(trainer: CurriculumTrainer) -> list[dict[str, Any]]:
+    """The micro-batches that a training run sees."""
+    captured: list[dict[str, Any]] = []
+    original = trainer.training_step
+
+    def spy(model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        captured.append(dict(inputs))
+        return original(model, inputs, num_items_in_batch)
+
+    trainer.training_step = spy  # type: ignore[method-assign]
+    trainer.train()
+    return captured
+
+
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., CurriculumTrainer]:
     """A `CurriculumTrainer` of a 2-block student under a 4-block teacher."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from tests.training.conftest import VOCAB, llama, token_rows
+from tests.training.conftest import VOCAB, batches_of, llama, token_rows
 from tests.training.test_datasets import RECOMPUTING
 from tutelage import CurriculumTrainer
 from tutelage.core.curriculum import joint
@@ -96,15 +96,7 @@ def test_joint_equals_a_plain_loop(make_trainer: Make) -> None:
     """Two AdamW steps against full forwards with output_hidden_states and explicit formulas."""
     settings = {"method": "joint", "max_steps": 2, "layer_map": "1:2,final:final", "hidden_weight": 0.5, **PLAIN}
     trainer = make_trainer(label_weight=0.25, temperature=2.0, **settings)
-    captured: list[dict[str, Any]] = []
-    original = trainer.training_step
-
-    def spy(model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        captured.append(dict(inputs))
-        return original(model, inputs, num_items_in_batch)
-
-    trainer.training_step = spy  # type: ignore[method-assign]
-    trainer.train()
+    captured = batches_of(trainer)
     student, teacher = llama(2, 16, seed=2), llama(4, 24, seed=1).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, weight_decay=0.0)
     for batch in captured:

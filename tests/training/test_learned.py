@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import llama
+from tests.training.conftest import batches_of, llama
 from tests.training.test_joint import PLAIN, assert_equal, weights
 from tutelage import CurriculumTrainer
 from tutelage.core.curriculum import Curriculum
@@ -32,15 +32,7 @@ def test_joint_with_learned_maps_equals_a_plain_loop(make_trainer: Make) -> None
     """Three AdamW steps; each map goes from the student's width to the teacher's and trains with the student."""
     settings = {"method": "joint", "max_steps": 3, "layer_map": "1:2,final:final", "hidden_weight": 0.5, **PLAIN}
     trainer = make_trainer(projection="learned", projection_seed=3, weight_decay=0.0, **settings)
-    captured: list[dict[str, Any]] = []
-    original = trainer.training_step
-
-    def spy(model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        captured.append(dict(inputs))
-        return original(model, inputs, num_items_in_batch)
-
-    trainer.training_step = spy  # type: ignore[method-assign]
-    trainer.train()
+    captured = batches_of(trainer)
     student, teacher = llama(2, 16, seed=2), llama(4, 24, seed=1).eval()
     maps = torch.nn.ModuleList([torch.nn.Linear(16, 24) for _ in PLACES])
     for linear, place in zip(maps, (2, 5), strict=True):  # the final place counts as a block after the last

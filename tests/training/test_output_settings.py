@@ -12,27 +12,13 @@ from datasets import Dataset
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
 from tests.conftest import bert_config
-from tests.training.conftest import VOCAB, llama, token_rows
+from tests.training.conftest import VOCAB, batches_of, llama, token_rows
 from tests.training.test_joint import assert_equal, bert_sizes, weights
 from tutelage import CurriculumConfig, CurriculumTrainer
 from tutelage.tasks.embedding import EmbeddingModel
 from tutelage.tasks.language import CausalCollator
 
 Make = Callable[..., CurriculumTrainer]
-
-
-def batches_of(trainer: CurriculumTrainer) -> list[dict[str, Any]]:
-    """The micro-batches that a training run sees."""
-    captured: list[dict[str, Any]] = []
-    original = trainer.training_step
-
-    def spy(model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        captured.append(dict(inputs))
-        return original(model, inputs, num_items_in_batch)
-
-    trainer.training_step = spy  # type: ignore[method-assign]
-    trainer.train()
-    return captured
 
 
 def bert(layers: int, width: int, seed: int) -> BertForMaskedLM:

@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tests.training.conftest import llama
+from tests.training.conftest import batches_of, llama
 from tutelage import CurriculumTrainer
 from tutelage.core.curriculum import Curriculum, one_shot, scratch
 from tutelage.targets.live import LiveTargets
@@ -73,15 +73,7 @@ def objective_of(student: Any, curriculum: Curriculum | None = None) -> StageObj
 def test_in_training_a_step_is_that_of_the_models_own_loss(make_trainer: Callable[..., CurriculumTrainer]) -> None:
     settings = {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "max_steps": 3}
     trainer = make_trainer(method="scratch", student=experts(), ragged=True, **settings)
-    batches: list[dict[str, Any]] = []
-    original = trainer.training_step
-
-    def spy(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        batches.append(dict(inputs))
-        return original(model, inputs, num_items_in_batch)
-
-    trainer.training_step = spy  # type: ignore[method-assign]
-    trainer.train()
+    batches = batches_of(trainer)
     model = experts()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for batch in batches:

@@ -24,7 +24,7 @@ from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.runner import Runner, portable
 from tutelage.reproduction.search import RATE
 from tutelage.reproduction.summary import summarise
-from tutelage.reproduction.teachers import Teacher, TeacherRecord
+from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.tuning import axes_of, first_candidate, is_searched, tune
 from tutelage.reproduction.variants import COSTS, Variant
 from tutelage.reproduction.workers import Workers
@@ -293,9 +293,6 @@ def _claimed(folder: Path, recipe: Recipe, match: str) -> Iterator[None]:
 
 
 def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) -> Comparison:
-    record = TeacherRecord(
-        teacher.description, teacher.metrics, teacher.samples, teacher.converged_at, teacher.last_change
-    )
     same = {name: getattr(recipe, name) for name in ("size", "metric", "better", "target", "seeds")}
     return Comparison(
         recipe=recipe.name,
@@ -304,7 +301,7 @@ def _begun(recipe: Recipe, teacher: Teacher, match: str, command: str | None) ->
         match=match,
         budget=recipe.budget_samples,
         settings=recipe.all_settings(),
-        teachers=(record,),
+        teachers=(teacher.record,),
         environment=environment(),
         **same,
     )

@@ -18,7 +18,7 @@ from tutelage.reproduction.display import Table, save_plot
 from tutelage.reproduction.probes import DegreeWeights, weights_by_degree
 from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.recipes.parity import ParityMLPRecipe
-from tutelage.reproduction.runner import PlannedRun, Runner, StopAtTarget
+from tutelage.reproduction.runner import PlannedRun, Runner
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, plain_variant
 from tutelage.runs.environment import environment
@@ -103,7 +103,7 @@ def _train_student(
     watch, seeds = _Watch(recipe, bits_Nd), recipe.seeds[:1]
     rate = sorted(recipe.learning_rates)[len(recipe.learning_rates) // 2]
     planned = PlannedRun(plain_variant("extraction"), Candidate(rate), seeds, folder / "student")
-    Runner(recipe, teacher, folder, "samples").train(planned, [watch, StopAtTarget(recipe, seeds, None)])
+    Runner(recipe, teacher, folder, "samples").train(planned, [watch])
     return tuple(watch.points)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tutelage.core.errors import LARGEST, UserError, check_positive, check_range
+from tutelage.reproduction import schedules
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.statistics import as_good
 from tutelage.reproduction.teachers import Teacher, TeacherRule, trained_teacher
@@ -207,6 +208,35 @@ class PaperRecipe(Recipe):
             raise UserError(f"unknown teacher {self.teacher!r}: use {known}, or the folder of a finished teacher")
         if self.teacher_is_given and len(self.teacher_seeds) > 1:
             raise UserError(f"teacher {self.teacher!r} is one finished teacher: leave teacher_seeds out")
+
+    def axes(self, method: str, teacher: Teacher) -> dict[str, Axis]:
+        if method == "extraction":
+            return self.stage_axes()
+        if method == "joint":
+            return {"hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
+        return schedules.axes(teacher, self.first_phase) if method == "progressive" else {}
+
+    def method_arguments(self, method: str) -> dict[str, Any]:
+        own = {"extraction": self.stage_arguments(), "joint": {"hidden_weight": 1.0}}
+        return {**self.places, **own[method]} if method in own else {}
+
+    @property
+    @abstractmethod
+    def places(self) -> dict[str, Any]:
+        """`CurriculumConfig` fields that say where hidden states are compared."""
+
+    @abstractmethod
+    def stage_arguments(self) -> dict[str, Any]:
+        """`CurriculumConfig` fields of the hidden stages' length, and rate if it is their own."""
+
+    @abstractmethod
+    def stage_axes(self) -> dict[str, Axis]:
+        """What is searched for the hidden stages of extraction."""
+
+    @property
+    @abstractmethod
+    def first_phase(self) -> int:
+        """Samples of the phase that the search for progressive distillation begins with."""
 
     @property
     def teacher_seed(self) -> int:

@@ -159,7 +159,7 @@ class Runner:
         """Train, and write what came out; from the run's last checkpoint if there is one."""
         diverged = None
         try:
-            self.train(planned, [StopAtTarget(self.recipe, planned.seeds, planned.limit)])
+            self.train(planned)
         except TrainingDiverged as error:  # tells something about the learning rate, and must not end the comparison
             diverged = str(error)
         metrics = [*MetricsFile(planned.folder / METRICS_FILE).read(), *MetricsFile(planned.folder / FINE_FILE).read()]
@@ -169,7 +169,7 @@ class Runner:
         _remove_checkpoints(planned.folder)  # not before the results are on disk
         return list(records)
 
-    def train(self, planned: PlannedRun, callbacks: Sequence[TrainerCallback]) -> None:
+    def train(self, planned: PlannedRun, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Train, from the folder's last checkpoint if there is one that can be used."""
         try:
             resume = find_checkpoint(AUTO, planned.folder)
@@ -181,10 +181,9 @@ class Runner:
         curriculum = self.curriculum(planned.variant, planned.candidate)
         if resume is None:
             (planned.folder / FINE_FILE).unlink(missing_ok=True)
-        trainer = self.builder.trainer(args, planned.seeds, curriculum, callbacks, planned.tuning)
-        for callback in callbacks:
-            if isinstance(callback, StopAtTarget):
-                callback.trainer = trainer
+        stop = StopAtTarget(self.recipe, planned.seeds, planned.limit)
+        callbacks = [*callbacks, stop]
+        stop.trainer = trainer = self.builder.trainer(args, planned.seeds, curriculum, callbacks, planned.tuning)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 

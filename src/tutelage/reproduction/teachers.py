@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -60,6 +61,11 @@ class Teacher:
     checkpoints: tuple[Checkpoint, ...] = ()  # checkpoints of its training, early to late
     transition: int | None = None
 
+    @property
+    def record(self) -> TeacherRecord:
+        """What is known of it, for the record of a comparison."""
+        return TeacherRecord(**_known(self))
+
 
 @dataclass(frozen=True)
 class TeacherRule:
@@ -92,6 +98,10 @@ class TeacherRecord(Record):
         check_finite(last_change=self.last_change, **self.metrics)
         check_range("samples", self.samples, 0)
         check_range("converged_at", self.converged_at, 0)
+
+
+def _known(teacher: Teacher | TeacherRecord) -> dict[str, Any]:
+    return {part.name: getattr(teacher, part.name) for part in dataclasses.fields(TeacherRecord)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +151,8 @@ def trained_teacher(recipe: PaperRecipe) -> Teacher:
                 _train_beside(folder, recipe)
     known = read_sealed(folder / _MANIFEST, TrainedTeacher)
     checkpoints = tuple(Checkpoint(part.samples, str(folder / part.folder)) for part in known.checkpoints)
-    of_training = (known.metrics, known.samples, known.converged_at, known.last_change, checkpoints, known.transition)
-    return Teacher(recipe.load_teacher(str(folder / "final")), known.description, *of_training)
+    model = recipe.load_teacher(str(folder / "final"))
+    return Teacher(model, **_known(known), checkpoints=checkpoints, transition=known.transition)
 
 
 def _damage(folder: Path, settings: dict[str, Any]) -> str:

@@ -23,10 +23,10 @@ def axes_of(recipe: Recipe, variant: Variant, teacher: Teacher) -> dict[str, Axi
     fixed = variant.overrides.get(RATE)
     rates = Axis(recipe.learning_rates, grows=True) if fixed is None else Axis((fixed,))
     axes = {RATE: rates}
-    if recipe.trials != 1:
-        axes |= recipe.axes(variant.method, teacher)
-    for name, values in variant.search.items():
+    for name, values in variant.search.items():  # before the recipe's own, so that they are tried while trials are left
         axes[name] = Axis(tuple(values), ordered=not any(isinstance(value, str | bool) for value in values))
+    if recipe.trials != 1:
+        axes = {**axes, **recipe.axes(variant.method, teacher), **axes}
     # what the variant's own schedule makes void is not searched
     used = schedules.clean({**dict.fromkeys(axes), "schedule": variant.overrides.get("schedule", "two")})
     taken = variant.overrides.keys() - {RATE}
@@ -54,7 +54,7 @@ def tune(runner: Runner, variant: Variant, log: Callable[[str], None]) -> Tuning
     if not is_searched(recipe, axes):
         return Tuning(first_candidate(axes))
     trials: list[Trial] = []
-    first_seeds: dict[str, float] = {}  # the metric of the first tuning seed, lower is better, by candidate
+    first_seeds: list[float] = []  # the metric of every candidate's first tuning seed, lower is better
 
     def score(candidate: Candidate, best: Score | None) -> Score | None:
         try:
@@ -74,7 +74,7 @@ def tune(runner: Runner, variant: Variant, log: Callable[[str], None]) -> Tuning
 
 
 def _runs(
-    runner: Runner, variant: Variant, candidate: Candidate, best: Score | None, first_seeds: dict[str, float]
+    runner: Runner, variant: Variant, candidate: Candidate, best: Score | None, first_seeds: list[float]
 ) -> list[RunRecord]:
     """The runs of the tuning seeds, or as many as show that the candidate cannot be the best."""
     recipe, seeds, limit = runner.recipe, runner.recipe.tuning_seeds, None
@@ -90,16 +90,21 @@ def _runs(
         return make(seeds)
     (first,) = make(seeds[:1])
     if recipe.stop_at_target:
-        target = recipe.target
-        assert target is not None
-        arrived = first.first(recipe.metric, lambda value: recipe.reached(value, target)) is not None
-        return [first, *(make(seeds[1:]) if arrived else [])]
+        return [first, *(make(seeds[1:]) if _arrival(recipe, first) is not None else [])]
     mine = WORST[0] if first.diverged is not None else _signed(recipe, first.final[recipe.metric])
-    so_far = min(first_seeds.values(), default=WORST[0])
-    first_seeds[candidate.label] = mine
+    so_far = min(first_seeds, default=WORST[0])
+    first_seeds.append(mine)
     if mine > so_far + _CLEARLY_WORSE * abs(so_far):
         return [first]
     return [first, *make(seeds[1:])]
+
+
+def _arrival(recipe: Recipe, run: RunRecord) -> int | None:
+    """Samples to the target; None where a run did not reach it."""
+    target = recipe.target
+    assert target is not None
+    point = run.first(recipe.metric, lambda value: recipe.reached(value, target))
+    return None if point is None else point.samples
 
 
 def _signed(recipe: Recipe, value: float) -> float:
@@ -118,10 +123,7 @@ def _score(recipe: Recipe, candidate: Candidate, runs: Sequence[RunRecord]) -> t
         dropped = count < len(recipe.tuning_seeds)
         found = WORST if dropped else (_signed(recipe, final), 0.0)
         return found, Trial(candidate, unit, score=final, final=final, seeds=count)
-    target = recipe.target
-    assert target is not None
-    points = [run.first(recipe.metric, lambda value: recipe.reached(value, target)) for run in runs]
-    samples = median([None if point is None else point.samples for point in points])
+    samples = median([_arrival(recipe, run) for run in runs])
     if samples is None:
         stopped = runs[0].curve[-1].samples
         return (WORST[0], _signed(recipe, final)), Trial(

@@ -112,7 +112,8 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
         raise UserError(f"variant {name!r}: {found}")
     match = given.pop("match", None)
     if match is not None and (match not in COSTS or method in ("one_shot", "progressive")):
-        raise UserError(f"variant {name!r}: match={match} must be one of {', '.join(COSTS)}, for {_MATCHED}")
+        what = "extraction, joint and scratch, whose last stage then gets another length"
+        raise UserError(f"variant {name!r}: match={match} must be one of {', '.join(COSTS)}, for {what}")
     hints = {**typing.get_type_hints(CurriculumConfig), **PROGRESSIVE}
     overrides: dict[str, Any] = {}
     search: dict[str, list[Any]] = {}
@@ -127,9 +128,6 @@ def make_variant(name: str, settings: Mapping[str, Any]) -> Variant:
         else:
             search[key] = values
     return Variant(name, method, overrides, fraction, search, match)
-
-
-_MATCHED = "extraction, joint and scratch, whose last stage then gets another length"
 
 
 def _check_field(name: str, method: str, key: str) -> None:

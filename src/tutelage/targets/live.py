@@ -129,14 +129,12 @@ class LiveTargets(TargetSource):
     def joint(self, index: int, batch: Batch) -> tuple[list[HiddenTarget], OutputTarget]:
         """All from one forward of the teacher."""
         pairs = self.stage(index).pairs
-        if self.memory is not None:
-            kept = [
-                self._target(n, self.stage_states(p, batch), batch)
-                for n, p in zip(self.pair_numbers[index], pairs, strict=True)
-            ]
-            return kept, self.output(batch)
-        with self.task.watched(self.model, [pair.teacher_place for pair in pairs], self.block_names) as states:
-            output = self.output(batch)
+        places = [pair.teacher_place for pair in pairs]
+        if self.memory is None:
+            with self.task.watched(self.model, places, self.block_names) as states:
+                output = self.output(batch)
+        else:
+            states, output = {place: self.states(place, batch) for place in places}, self.output(batch)
         targets = []
         for number, pair in zip(self.pair_numbers[index], pairs, strict=True):
             with _without_gradients():

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import LlamaConfig, ModernBertConfig
 
 from tutelage.core.errors import UserError, check_range
-from tutelage.reproduction import schedules
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, PaperRecipe, at_least_one
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Teacher, TeacherRule
@@ -112,24 +111,24 @@ class LanguageRecipe(PaperRecipe):
         schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.06}
         return {**optimizer, **schedule, "per_device_eval_batch_size": 64, "preset": "paper"}
 
-    def method_arguments(self, method: str) -> dict[str, Any]:
-        if method == "joint":
-            return {"num_stages": self.num_stages, "hidden_weight": 1.0}
-        if method != "extraction":
-            return {}
-        return {"num_stages": self.num_stages, "stage_fraction": self.stage_fraction}
+    @property
+    def places(self) -> dict[str, Any]:
+        return {"num_stages": self.num_stages}
 
-    def axes(self, method: str, teacher: Teacher) -> dict[str, Axis]:
-        if method == "extraction":
-            shares = (self.stage_fraction / 2, self.stage_fraction, min(2 * self.stage_fraction, 0.75))
-            counts = tuple(count for count in (1, 2, 4, 8) if count <= self.layers)
-            return {
-                "stage_fraction": Axis(shares, start=self.stage_fraction),
-                "num_stages": Axis(counts, start=self.num_stages or self.layers),
-            }
-        if method == "joint":
-            return {"hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
-        return schedules.axes(teacher, self.budget_samples // 4) if method == "progressive" else {}
+    def stage_arguments(self) -> dict[str, Any]:
+        return {"stage_fraction": self.stage_fraction}
+
+    def stage_axes(self) -> dict[str, Axis]:
+        shares = (self.stage_fraction / 2, self.stage_fraction, min(2 * self.stage_fraction, 0.75))
+        counts = tuple(count for count in (1, 2, 4, 8) if count <= self.layers)
+        return {
+            "stage_fraction": Axis(shares, start=self.stage_fraction),
+            "num_stages": Axis(counts, start=self.num_stages or self.layers),
+        }
+
+    @property
+    def first_phase(self) -> int:
+        return self.budget_samples // 4
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -146,15 +145,14 @@ class LanguageRecipe(PaperRecipe):
 
     def teacher_rule(self) -> TeacherRule:
         every = self.teacher_samples // self.teacher_checkpoints
-        rule = TeacherRule("loss", None, 1.0, self.teacher_samples, every, better="lower")
-        return dataclasses.replace(rule, plateau=self.teacher_plateau)
+        return TeacherRule("loss", None, 1.0, self.teacher_samples, every, "lower", self.teacher_plateau)
 
     def teacher_data(self, count: int) -> tuple[Any, Any]:
         return self.sequences(TEACHER_SEED + self.teacher_seed, count), self.eval_data(())
 
     def teacher_identity(self) -> dict[str, Any]:
         shape = [self.layers, self.teacher_heads, self.head_width]
-        rest = {"seed": self.teacher_seed, "eval": self.eval_samples}
+        rest = {"seed": self.teacher_seed, "eval": self.eval_samples, "tied": False}
         return {"masked": self.mlm_probability, "shape": shape, **rest}
 
     def checked_teacher(self, teacher: Teacher) -> Teacher:
@@ -204,8 +202,7 @@ class PcfgRecipe(LanguageRecipe):
         return self.sequences(EVAL_SEED + int(tuning), self.eval_samples)
 
     def teacher_identity(self) -> dict[str, Any]:
-        rest = {"levels": self.levels, "grammar_seed": self.grammar_seed, "tied": False}
-        return {**super().teacher_identity(), **rest}
+        return {**super().teacher_identity(), "levels": self.levels, "grammar_seed": self.grammar_seed}
 
 
 class MaskedPcfg(PcfgRecipe):
@@ -232,9 +229,8 @@ class TextRecipe(LanguageRecipe):
         "extraction-final-state:layer_map=final:final,warm_start=head,projection=logits,normalize=standardize"
     )
 
-    texts: str = (
-        "austen+wikipedia"  # the embedded novels, with Wikipedia summaries (scripts/fetch_assets.py) or `austen` alone
-    )
+    texts: str = "austen+wikipedia"
+    """The embedded novels with Wikipedia summaries (scripts/fetch_assets.py), or `austen` alone."""
     dataset: str | None = None  # Hub name, folder or file, in place of these texts
     eval_dataset: str | None = None  # held-out text; default: the end of each text
     max_length: int = 64  # tokens per sequence
@@ -297,12 +293,7 @@ class TextRecipe(LanguageRecipe):
         return rows.select(range(int(tuning), min(2 * self.eval_samples, len(rows)), 2))
 
     def teacher_identity(self) -> dict[str, Any]:
-        return {
-            **super().teacher_identity(),
-            "text": self._rows[0]._fingerprint,
-            "length": self.max_length,
-            "tied": False,
-        }
+        return {**super().teacher_identity(), "text": self._rows[0]._fingerprint, "length": self.max_length}
 
     def _shape(self, heads: int) -> dict[str, Any]:
         return {

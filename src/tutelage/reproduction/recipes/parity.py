@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, default_data_collator
 
 from tutelage.core.errors import UserError, check_positive, check_range
-from tutelage.reproduction import schedules
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Teacher, TeacherRule
@@ -111,23 +110,21 @@ class ParityRecipe(PaperRecipe):
         constant_rate = {"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0}
         return {**constant_rate, "per_device_eval_batch_size": 1024, "preset": "paper"}
 
-    def _stages(self) -> dict[str, Any]:
+    def stage_arguments(self) -> dict[str, Any]:
         steps = max(1, self.stage_samples // self.batch_size)
         return {"stage_steps": [steps], "stage_learning_rate": self.stage_learning_rate}
 
-    def axes(self, method: str, teacher: Teacher) -> dict[str, Axis]:
-        if method == "extraction":
-            steps, rate = self._stages().values()
-            lengths = tuple(max(1, times * steps[0] // 2) for times in (1, 2, 4))
-            rates = (rate / 3, rate, 3 * rate)
-            return {
-                "stage_steps": Axis(lengths, start=lengths[1], grows=True),
-                "stage_learning_rate": Axis(rates, start=rate, grows=True),
-            }
-        if method == "joint":
-            return {"hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
-        phase = min(2 * self.stage_samples, self.budget_samples // 2)
-        return schedules.axes(teacher, phase) if method == "progressive" else {}
+    def stage_axes(self) -> dict[str, Axis]:
+        steps, rate = self.stage_arguments().values()
+        lengths = tuple(max(1, times * steps[0] // 2) for times in (1, 2, 4))
+        return {
+            "stage_steps": Axis(lengths, start=lengths[1], grows=True),
+            "stage_learning_rate": Axis((rate / 3, rate, 3 * rate), start=rate, grows=True),
+        }
+
+    @property
+    def first_phase(self) -> int:
+        return min(2 * self.stage_samples, self.budget_samples // 2)
 
     def teacher_rule(self) -> TeacherRule:
         every = self.teacher_checkpoint_every
@@ -213,11 +210,9 @@ class ParityMLPRecipe(ParityRecipe):
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "optim": "sgd", "max_grad_norm": 0.0}
 
-    def method_arguments(self, method: str) -> dict[str, Any]:
-        if method not in ("extraction", "joint"):
-            return {}
-        blocks = "1:2" if self.match_activation == "pre" else "2:2"
-        return {"layer_map": blocks, **(self._stages() if method == "extraction" else {"hidden_weight": 1.0})}
+    @property
+    def places(self) -> dict[str, Any]:
+        return {"layer_map": "1:2" if self.match_activation == "pre" else "2:2"}
 
     def make_teacher(self, folder: Path) -> Teacher:
         if self.teacher != PLANTED:
@@ -270,10 +265,9 @@ class ParityTransformerRecipe(ParityRecipe):
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "optim": "adamw_torch", "max_grad_norm": 1.0}
 
-    def method_arguments(self, method: str) -> dict[str, Any]:
-        if method not in ("extraction", "joint"):
-            return {}
-        return {"num_stages": self.layers, **(self._stages() if method == "extraction" else {"hidden_weight": 1.0})}
+    @property
+    def places(self) -> dict[str, Any]:
+        return {"num_stages": self.layers}
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
