@@ -21,6 +21,7 @@ from tutelage.core.errors import UserError
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipes import resolve
 from tutelage.reproduction.recipes.parity import ParityMLPRecipe
+from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.workers import Workers
 
@@ -42,6 +43,24 @@ def test_runs_side_by_side_say_what_runs_one_by_one_say(tmp_path: Path) -> None:
     assert together.environment["jobs"] == 2 and "jobs" not in alone.environment
     assert timeless(together) == timeless(alone)
     assert names(together) == list(methods)
+
+
+def test_runs_that_share_the_states_of_the_teacher_say_the_same(tmp_path: Path) -> None:
+    fields = {"levels": 3, "budget_samples": 96, "eval_every": 48, "teacher_samples": 160}
+    recipe, methods = resolve("pcfg-mlm/smoke", fields), ("joint", "one_shot", "extraction", "progressive")
+    alone = made(recipe, tmp_path / "alone", methods)
+    together = made(recipe, tmp_path / "together", methods, jobs=2)
+    assert timeless(together) == timeless(alone)
+    assert not (tmp_path / "together" / "states").exists()  # they are large
+
+
+def test_where_seconds_are_compared_the_reported_runs_run_the_teacher(tmp_path: Path) -> None:
+    recipe = resolve("pcfg-mlm/smoke", {"levels": 3})
+    sketch = Teacher(recipe.sketch_teacher(), "untrained")  # type: ignore[arg-type]
+    (timed, shared) = (RunBuilder(recipe, sketch, tmp_path, timed) for timed in (True, False))
+    assert timed.keeps_states(tuning=True) and not timed.keeps_states(tuning=False)
+    assert shared.keeps_states(tuning=True) and shared.keeps_states(tuning=False)
+    assert not RunBuilder(tiny(), sketch, tmp_path, False).keeps_states(tuning=True)  # faster computed than read
 
 
 def test_side_by_side_an_error_of_a_run_ends_the_comparison(tmp_path: Path) -> None:

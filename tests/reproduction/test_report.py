@@ -9,6 +9,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,12 @@ from tests.reproduction.reporting import (
     with_method,
     write,
 )
+from tutelage.core.curriculum import one_shot
 from tutelage.core.errors import UserError
 from tutelage.core.stages import JointStage
 from tutelage.reproduction.display import show_number
 from tutelage.reproduction.report import write_report
-from tutelage.reproduction.report_tables import stage_words
+from tutelage.reproduction.report_tables import settings_words, stage_words
 from tutelage.reproduction.results import MethodResult, Ratio, Trial, Tuning
 from tutelage.reproduction.statistics import Estimate, PairedRatio
 from tutelage.reproduction.variants import Candidate, Variant
@@ -383,3 +385,21 @@ def test_a_joint_stage_is_told_in_words() -> None:
     stage = JointStage(10, [(1, 2), ("final", "final")], hidden_weight=0.5)
     pairs = "student's block 1 learns teacher's block 2, student's final state learns teacher's final state"
     assert stage_words(stage) == f"output of the teacher and (weight 0.5) {pairs}, 10 steps"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "temperature 1"),
+        ({"temperature": 2.0, "output_positions": "all"}, "temperature 2, outputs of all positions"),
+        ({"output_loss": "mse"}, "mean square of the logits"),
+        ({"student_init": "teacher"}, "warm start none, starts from the teacher, temperature 1"),
+        ({"warm_start": "embedding"}, "warm start embedding, temperature 1"),
+        (
+            {"warm_start": "head", "projection": "logits", "normalize": "none"},
+            "projection logits, normalize none, warm start head, temperature 1",
+        ),
+    ],
+)
+def test_settings_of_a_method_without_stages_are_told_in_words(settings: dict[str, Any], words: str) -> None:
+    assert settings_words(one_shot(10, **settings)) == words

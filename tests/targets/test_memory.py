@@ -16,6 +16,8 @@ from tutelage.core.curriculum import Curriculum, extraction, joint, one_shot
 from tutelage.targets.live import LiveTargets
 from tutelage.targets.memory import StateMemory
 from tutelage.targets.source import StatisticsFile
+from tutelage.training.costs import measure_stage
+from tutelage.training.objective import StageObjective
 
 CURRICULA = {
     "extraction": extraction(2, 4, 10, layer_map=[(1, 2), (FINAL, FINAL)], stage_steps=2),
@@ -99,3 +101,17 @@ def test_a_checkpoint_of_the_teacher_has_states_of_its_own(causal_teacher: Path,
     assert not torch.allclose(source.output(batch()).state, before)
     source.use_checkpoint(None)
     assert torch.equal(source.output(batch()).state, before)
+
+
+@pytest.mark.parametrize("method", CURRICULA)
+def test_flops_are_counted_as_if_the_teacher_ran(method: str, causal_teacher: Path, tmp_path: Path) -> None:
+    curriculum, costs = CURRICULA[method], []
+    for memory in (None, StateMemory(tmp_path), StateMemory(tmp_path)):  # none, one that is empty, one that has all
+        source = attached(causal_teacher, curriculum, memory)
+        objective = StageObjective(AutoModelForCausalLM.from_config(llama_config(num_hidden_layers=2)), source)
+        rows = {**batch(), "labels": batch()["input_ids"]}
+        costs.append([measure_stage(objective, index, rows) for index in range(len(curriculum.stages))])
+        targets(source, curriculum, rows)
+        assert source.memory is memory  # it is back in its place
+    assert costs[0] == costs[1] == costs[2]
+    assert all(cost.teacher_flops > 0 for cost in costs[0])

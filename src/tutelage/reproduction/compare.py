@@ -205,7 +205,7 @@ class _Record:
 
 def _run_side_by_side(workers: Workers, runner: Runner, variants: Sequence[Variant], record: _Record) -> None:
     """Run every variant in a separate thread, which waits for its runs."""
-    runner = dataclasses.replace(runner, workers=workers)
+    runner = dataclasses.replace(runner, workers=workers, timed=False)
     machine = {**record.comparison.environment, "jobs": workers.count}
     record.comparison = dataclasses.replace(record.comparison, environment=machine)
     with ThreadPoolExecutor(len(variants)) as threads:

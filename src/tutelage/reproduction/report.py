@@ -89,6 +89,16 @@ def write_report(folder: Path) -> Path:
     return page
 
 
+def _about_seconds(comparison: Comparison) -> str:
+    jobs = comparison.environment.get("jobs", 1)
+    if jobs == 1:
+        return "Seconds are those of the machine under Environment."
+    return (
+        f"Seconds say little here: {jobs} runs were made at the same time, and the teacher's states were read from disk where "
+        "an earlier run had computed them (FLOPs are counted as if each run had computed them)."
+    )
+
+
 def _how_to_read(comparison: Comparison) -> list[str]:
     targets = [
         "Samples to target: the training samples after which the target was first reached. > N means that it was not "
@@ -101,7 +111,7 @@ def _how_to_read(comparison: Comparison) -> list[str]:
     return [
         "Each method was run once per teacher and seed. Thin lines are runs; the thick line is their median, and the "
         "shaded area goes from the smallest to the largest value. A run that stopped at the target keeps its last value there.",
-        "FLOPs include those of the teacher. Seconds are those of the machine under Environment.",
+        "FLOPs include those of the teacher. " + _about_seconds(comparison),
         *([] if comparison.target is None else targets),
         "A dash (-) means that there is no value, or none yet.",
     ]

@@ -270,8 +270,16 @@ def stage_words(stage: Stage) -> str:
 
 
 def settings_words(curriculum: Curriculum) -> str:
-    """The settings that hidden stages have in common, and the temperature."""
-    hidden = (
-        f"projection {curriculum.projection}, normalize {curriculum.normalize}, warm start {curriculum.warm_start}, "
-    )
-    return f"{hidden if curriculum.hidden_stages else ''}temperature {curriculum.temperature:g}"
+    """The settings that stages have in common, and what the student starts from."""
+    words = []
+    if curriculum.calibrated_pairs:
+        words += [f"projection {curriculum.projection}", f"normalize {curriculum.normalize}"]
+    if curriculum.calibrated_pairs or curriculum.starts_there:
+        words.append(f"warm start {curriculum.warm_start}")
+    if curriculum.student_init != "random":
+        words.append(f"starts from the {curriculum.student_init}")
+    mean_square = curriculum.output_loss == "mse"
+    words.append("mean square of the logits" if mean_square else f"temperature {curriculum.temperature:g}")
+    if curriculum.output_positions != "labelled":
+        words.append("outputs of all positions")
+    return ", ".join(words)

@@ -37,16 +37,17 @@ class RunBuilder:
     recipe: Recipe
     teacher: Teacher
     root: Path  # folder of the comparison
+    timed: bool = True  # whether the seconds of its runs are compared
 
     @property
     def memory(self) -> Path:
-        """Folder of the teacher's states on the data of tuning runs, most of which differ in their rate alone."""
+        """Folder of the teacher's states: most runs of a seed have the same batches."""
         return self.root / "states"
 
-    @property
-    def keeps_states(self) -> bool:
-        """Whether reading a state is faster than computing it: not for the few numbers that a parity network computes."""
-        return not self.recipe.replicated
+    def keeps_states(self, tuning: bool) -> bool:
+        """Whether a run reads the teacher's states where an earlier one computed them. Where seconds are compared, only runs
+        for tuning do. Of a small parity network computing them is as fast."""
+        return (tuning or not self.timed) and not self.recipe.replicated
 
     def folder(self, variant: Variant, candidate: Candidate, seeds: Sequence[int], what: str = "runs") -> Path:
         """Folder of a run; variants of one name and different settings have different folders."""
@@ -124,7 +125,7 @@ class RunBuilder:
             teacher = copy.deepcopy(teacher)
         needs_teacher = any(stage.needs_teacher for stage in curriculum.stages)
         source: Any = teacher if needs_teacher else None
-        if needs_teacher and tuning and self.keeps_states:
+        if needs_teacher and self.keeps_states(tuning):
             source = LiveTargets(teacher, get_task(recipe.task), memory=StateMemory(self.memory))
         trainer = CurriculumTrainer(
             model=recipe.make_student(seeds),

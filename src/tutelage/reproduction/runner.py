@@ -85,11 +85,12 @@ class Runner:
     root: Path  # folder of the comparison
     match: str  # the cost that is equal for all variants, one of `results.COSTS`
     workers: Workers | None = None  # make the runs; None makes them in this process, one at a time
+    timed: bool = True  # whether the seconds of its runs are compared, which runs at the same time distort
     lock: Any = field(default_factory=threading.Lock)  # held while the cost of a step is measured
 
     @functools.cached_property
     def builder(self) -> RunBuilder:
-        return RunBuilder(self.recipe, self.teacher, self.root)
+        return RunBuilder(self.recipe, self.teacher, self.root, self.timed)
 
     def curriculum(self, variant: Variant, candidate: Candidate) -> Curriculum:
         """Of a length that makes the budgets equal."""
@@ -293,5 +294,5 @@ _kept: dict[tuple[Path, str], Runner] = {}  # of the present comparison, by its 
 def _run_in_worker(recipe: Recipe, root: Path, match: str, planned: PlannedRun) -> list[RunRecord]:
     if (root, match) not in _kept:
         _kept.clear()
-        _kept[root, match] = Runner(recipe, recipe.make_teacher(root), root, match)
+        _kept[root, match] = Runner(recipe, recipe.make_teacher(root), root, match, timed=False)
     return _kept[root, match].make(planned)

@@ -50,7 +50,7 @@ class LiveTargets(TargetSource):
     """A teacher in memory; its parameters are frozen and it is put into evaluation mode.
 
     `task` None finds it from the model's class; `container` names the list of blocks where `find_blocks` finds several. With a
-    `memory`, states of batches that were seen before are read from it, and the FLOPs of a step leave them out."""
+    `memory`, states of batches that were seen before are read from it; FLOPs are counted as if they were not."""
 
     can_start = True
 
@@ -81,6 +81,14 @@ class LiveTargets(TargetSource):
     def whole_output(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
         return self._run("output", batch, lambda: self.task.whole_output(self.model, batch))
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        memory, self.memory = self.memory, None
+        try:
+            yield
+        finally:
+            self.memory = memory
 
     def _run(self, name: str, batch: Mapping[str, Any], run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What a forward of the teacher gives, without gradients; from the memory where it has that."""

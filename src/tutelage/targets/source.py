@@ -151,6 +151,11 @@ class TargetSource:
         """The teacher's output; None where there is none for this batch."""
         return None
 
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Inside, every target is computed: for counting what one costs."""
+        yield
+
     def output_head(self) -> OutputHead | None:
         """The teacher's output head, over the shared outputs; None where the output is the state itself."""
         return None
