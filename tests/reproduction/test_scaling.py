@@ -23,6 +23,7 @@ from tutelage.reproduction.scaling import (
     run_scaling,
 )
 from tutelage.reproduction.sealed import read_sealed
+from tutelage.reproduction.teachers import TeacherNotFinished
 from tutelage.reproduction.variants import Candidate
 
 
@@ -160,6 +161,23 @@ def test_scaling_runs_and_resumes(tmp_path: Path) -> None:
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("run.json")}
     assert run_scaling("scaling/smoke", more, folder, log=quiet) == result
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("run.json")} == made
+
+
+def test_a_parity_whose_teacher_does_not_converge_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, lines = scaling.compare, []
+
+    def compare(recipe: Any, *args: Any, **settings: Any) -> Comparison:
+        if recipe.d == 6:
+            raise TeacherNotFinished("the teacher did not reach accuracy 0.999")
+        return usual(recipe, *args, **settings)
+
+    monkeypatch.setattr(scaling, "compare", compare)
+    result = run_scaling("scaling/smoke", TINY_SCALING, tmp_path, log=lines.append)
+    why = "k=2, d=6, planted teacher is left out: the teacher did not reach accuracy 0.999"
+    assert result.left_out == (why,) and why in lines
+    assert {point.d for point in result.points} == {12}
+    assert f"- {why}" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert read_sealed(tmp_path / "scaling.json", ScalingResult) == result
 
 
 def written(*points: ScalingPoint, folder: Path, **fields: Any) -> tuple[ScalingResult, str]:

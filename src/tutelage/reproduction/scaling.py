@@ -27,6 +27,7 @@ from tutelage.reproduction.recipes import resolve
 from tutelage.reproduction.results import Comparison, MethodResult
 from tutelage.reproduction.sealed import write_sealed
 from tutelage.reproduction.statistics import FEWEST_FOR_INTERVAL, interval, median
+from tutelage.reproduction.teachers import TeacherNotFinished
 from tutelage.reproduction.variants import Candidate
 from tutelage.reproduction.workers import Workers
 from tutelage.runs.environment import environment
@@ -144,6 +145,7 @@ class ScalingResult(Record):
     points: tuple[ScalingPoint, ...] = ()
     fits: tuple[MethodFit, ...] = ()
     verdict: str = ""  # one line for each fit
+    left_out: tuple[str, ...] = ()  # parities without a result, and why
     recipe: str = "scaling"
 
 
@@ -232,10 +234,19 @@ def run_scaling(
         for (teacher, k, d, methods), recipe in zip(cells, recipes, strict=True):
             log(f"k={k} d={d}, {teacher} teacher")
             place = folder / f"k{k}-{teacher}-d{d}"
-            made = compare(recipe, place, methods, jobs=workers, command=None, log=lambda line: None)
+            try:
+                made = compare(recipe, place, methods, jobs=workers, command=None, log=lambda line: None)
+            except TeacherNotFinished as error:  # the other parities must not wait for this one
+                result = _write(folder, _without(result, f"k={k}, d={d}, {teacher} teacher", error))
+                log(result.left_out[-1])
+                continue
             found = [_point(made, method, recipe, (k, teacher, d)) for method in made.methods]
             result = _write(folder, dataclasses.replace(result, points=(*result.points, *found)))
     return result
+
+
+def _without(result: ScalingResult, where: str, error: UserError) -> ScalingResult:
+    return dataclasses.replace(result, left_out=(*result.left_out, f"{where} is left out: {error}"))
 
 
 def _point(made: Comparison, method: MethodResult, recipe: Recipe, cell: tuple[int, str, int]) -> ScalingPoint:
@@ -351,7 +362,7 @@ def _write_table(result: ScalingResult, path: Path) -> None:
         f"{as_code(result.command)}; {machine['machine']}, torch {machine['torch']}, transformers {machine['transformers']}.",
         Table("scaling", columns, [_row(fit, result) for fit in result.fits], note).to_markdown(),
         "![Samples against d](scaling.png)",
-        "\n".join(f"- {as_markdown(line)}" for line in result.verdict.splitlines()),
+        "\n".join(f"- {as_markdown(line)}" for line in (*result.verdict.splitlines(), *result.left_out)),
     ]
     write_atomically(path, "\n\n".join(parts) + "\n")
 

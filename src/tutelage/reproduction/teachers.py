@@ -40,6 +40,10 @@ _FORMAT = 3  # part of the hash: raise it when training code changes what a sett
 _log = logging.getLogger(__name__)
 
 
+class TeacherNotFinished(UserError):
+    """A teacher that was not trained enough when its samples ended."""
+
+
 @dataclass(frozen=True)
 class Checkpoint(Record):
     """A checkpoint of a teacher's training."""
@@ -137,7 +141,7 @@ def trained_teacher(recipe: PaperRecipe) -> Teacher:
 
     Only one process trains it, and any other one waits. A teacher with a file that is not as it was written is trained again.
 
-    Raises UserError: it has not converged within the rule's budget, or the cache cannot be written."""
+    Raises TeacherNotFinished: it has not converged within the rule's budget; UserError: the cache cannot be written."""
     cache = Path(os.environ.get("TUTELAGE_CACHE") or Path.home() / ".cache" / "tutelage")
     settings = teacher_settings(recipe)
     text = json.dumps(settings, sort_keys=True)
@@ -291,13 +295,13 @@ def _train_at(rate: float, folder: Path, recipe: PaperRecipe) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     if rule.value is not None and watch.converged_at is None:
-        raise UserError(
+        raise TeacherNotFinished(
             f"the teacher did not reach {rule.metric} {rule.value} within {rule.max_samples:,} samples (it is at "
             f"{watch.curve[-1][1]:.4f}): raise teacher_max_samples, or choose a different teacher_learning_rate"
         )
     last_change = watch.last_change()
     if rule.plateau is not None and abs(last_change) >= rule.plateau:
-        raise UserError(
+        raise TeacherNotFinished(
             f"the teacher's {rule.metric} still changed by {last_change:.4f} over the last fifth of its training, not by less "
             f"than {rule.plateau}: raise teacher_samples"
         )
