@@ -14,7 +14,7 @@ from tests.targets.test_live import batch
 from tutelage.core.blocks import FINAL
 from tutelage.core.curriculum import Curriculum, extraction, joint, one_shot
 from tutelage.targets.live import LiveTargets
-from tutelage.targets.memory import StateMemory
+from tutelage.targets.memory import OUTPUT, StateMemory
 from tutelage.targets.source import StatisticsFile
 from tutelage.training.costs import measure_stage
 from tutelage.training.objective import StageObjective
@@ -115,3 +115,17 @@ def test_flops_are_counted_as_if_the_teacher_ran(method: str, causal_teacher: Pa
         assert source.memory is memory  # it is back in its place
     assert costs[0] == costs[1] == costs[2]
     assert all(cost.teacher_flops > 0 for cost in costs[0])
+
+
+def test_a_memory_may_keep_outputs_alone(causal_teacher: Path, tmp_path: Path) -> None:
+    memory, curriculum = StateMemory(tmp_path, (OUTPUT,)), CURRICULA["extraction"]
+    live, keeping = (attached(causal_teacher, curriculum, each) for each in (None, memory))
+    for _ in range(2):
+        assert all(map(torch.equal, targets(keeping, curriculum, batch()), targets(live, curriculum, batch())))
+    assert [folder.name for folder in (tmp_path / "finished").iterdir()] == [OUTPUT]
+    both = CURRICULA["joint"]  # hidden states and output come from one forward
+    live, keeping = (
+        attached(causal_teacher, both, each) for each in (None, StateMemory(tmp_path / "joint", (OUTPUT,)))
+    )
+    for _ in range(2):
+        assert all(map(torch.equal, targets(keeping, both, batch()), targets(live, both, batch())))

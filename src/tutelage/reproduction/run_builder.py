@@ -21,7 +21,7 @@ from tutelage.reproduction.schedules import build_curriculum
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import PROGRESSIVE, Candidate, Variant
 from tutelage.targets.live import LiveTargets
-from tutelage.targets.memory import StateMemory
+from tutelage.targets.memory import OUTPUT, StateMemory
 from tutelage.tasks.registry import get_task
 from tutelage.training import warm_start
 from tutelage.training.config import CurriculumConfig
@@ -45,9 +45,9 @@ class RunBuilder:
         return self.root / "states"
 
     def keeps_states(self, tuning: bool) -> bool:
-        """Whether a run reads the teacher's states where an earlier one computed them. Where seconds are compared, only runs
-        for tuning do. Of a small parity network computing them is as fast."""
-        return (tuning or not self.timed) and not self.recipe.replicated
+        """Whether a run reads the teacher's states where an earlier one computed them: where seconds are compared, only runs
+        for tuning do."""
+        return tuning or not self.timed
 
     def folder(self, variant: Variant, candidate: Candidate, seeds: Sequence[int], what: str = "runs") -> Path:
         """Folder of a run; variants of one name and different settings have different folders."""
@@ -126,7 +126,9 @@ class RunBuilder:
         needs_teacher = any(stage.needs_teacher for stage in curriculum.stages)
         source: Any = teacher if needs_teacher else None
         if needs_teacher and self.keeps_states(tuning):
-            source = LiveTargets(teacher, get_task(recipe.task), memory=StateMemory(self.memory))
+            # the hidden states of many replicas of a shallow network are larger than what computing them costs
+            memory = StateMemory(self.memory, (OUTPUT,) if recipe.replicated else None)
+            source = LiveTargets(teacher, get_task(recipe.task), memory=memory)
         trainer = CurriculumTrainer(
             model=recipe.make_student(seeds),
             teacher_model=source,

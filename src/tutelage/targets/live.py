@@ -36,7 +36,7 @@ from tutelage.targets.maps import (
     save_target_maps,
     width_at,
 )
-from tutelage.targets.memory import StateMemory
+from tutelage.targets.memory import OUTPUT, StateMemory
 from tutelage.targets.source import STREAMED, Batches, Device, HiddenTarget, StatisticsFile, TargetSource
 from tutelage.tasks.base import Batch, OutputTarget, Task
 from tutelage.tasks.initialization.families import usual_blocks
@@ -80,10 +80,10 @@ class LiveTargets(TargetSource):
 
     def whole_output(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The whole model's output: an embedding model's pooled embedding, (B, E), or logits, (..., V)."""
-        return self._run("output", batch, lambda: self.task.whole_output(self.model, batch))
+        return self._run(OUTPUT, batch, lambda: self.task.whole_output(self.model, batch))
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         memory, self.memory = self.memory, None
         try:
             yield
@@ -93,7 +93,7 @@ class LiveTargets(TargetSource):
     def _run(self, name: str, batch: Mapping[str, Any], run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What a forward of the teacher gives, without gradients; from the memory where it has that."""
         with _without_gradients():
-            if self.memory is None:
+            if self.memory is None or not self.memory.keeps(name):
                 return _beside(batch, run())
             checkpoint = "finished" if self._checkpoint is None else Path(self._checkpoint).name
             return _beside(batch, self.memory.recall(f"{checkpoint}/{name}", batch, run))
@@ -138,11 +138,11 @@ class LiveTargets(TargetSource):
         """All from one forward of the teacher."""
         pairs = self.stage(index).pairs
         places = [pair.teacher_place for pair in pairs]
-        if self.memory is None:
-            with self.task.watched(self.model, places, self.block_names) as states:
-                output = self.output(batch)
-        else:
+        if self.memory is not None and all(map(self.memory.keeps, map(str, places))):
             states, output = {place: self.states(place, batch) for place in places}, self.output(batch)
+        else:
+            with self.computing(), self.task.watched(self.model, places, self.block_names) as states:
+                output = self.output(batch)
         targets = []
         for number, pair in zip(self.pair_numbers[index], pairs, strict=True):
             with _without_gradients():
@@ -161,7 +161,7 @@ class LiveTargets(TargetSource):
 
     def output(self, batch: Batch) -> OutputTarget:
         if self.task.splits_head:
-            state = self._run("output", batch, lambda: self.task.output_state(self.model, batch))
+            state = self._run(OUTPUT, batch, lambda: self.task.output_state(self.model, batch))
             return OutputTarget(state=state, head=self.output_head())
         return OutputTarget(whole=self.whole_output(batch).clone())
 

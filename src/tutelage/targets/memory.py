@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tutelage.io.files import replacing
 
+OUTPUT = "output"  # name of what enters the output loss
 _STATE = "state"
 
 
@@ -22,6 +23,11 @@ class StateMemory:
     What is read back is what was computed, to the last bit."""
 
     folder: Path
+    names: tuple[str, ...] | None = None  # the states that are kept; None keeps all
+
+    def keeps(self, name: str) -> bool:
+        """Whether the states called `name` are kept."""
+        return self.names is None or name in self.names
 
     def recall(self, name: str, batch: Mapping[str, Any], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The states called `name` of a batch: read, or computed and kept."""

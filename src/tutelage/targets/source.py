@@ -152,8 +152,8 @@ class TargetSource:
         return None
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Inside, every target is computed: for counting what one costs."""
+    def computing(self) -> Iterator[None]:
+        """Inside, every target is computed, though a memory may have it: for counting what it costs."""
         yield
 
     def output_head(self) -> OutputHead | None:

@@ -69,7 +69,7 @@ def measure_stage(objective: StageObjective, index: int, batch: dict[str, Any]) 
     device_types = {parameter.device.type for parameter in parameters.values()} - {"meta", "cpu"}
     counter = FlopCounter()
     try:
-        with objective.source.counted():
+        with objective.source.computing():
             with torch.random.fork_rng(device_type=next(iter(device_types), "cuda")), counter, torch.enable_grad():
                 objective(**batch)["loss"].backward()
             teacher = _teacher_flops(objective, batch)
@@ -101,6 +101,6 @@ def _teacher_flops(objective: StageObjective, batch: dict[str, Any]) -> int:
 def measure_states(source: TargetSource, stage: HiddenStage, batch: dict[str, Any]) -> float:
     """FLOPs per position of the teacher's forward that a hidden stage is calibrated on."""
     counter = FlopCounter()
-    with source.counted(), counter, torch.no_grad():
+    with source.computing(), counter, torch.no_grad():
         source.stage_states(stage, batch)
     return counter.total / batch_positions(batch)
