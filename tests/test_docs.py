@@ -49,3 +49,12 @@ def test_the_picture_is_drawn_from_the_committed_result(tmp_path: Path, monkeypa
     draw(SOURCE, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert PICTURE.is_file()
+
+
+def test_the_tables_of_results_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import results_tables
+
+    texts = [page.read_text(encoding="utf-8") for page in results_tables.PAGES]
+    assert any("<!-- table: parity_mlp -->" in text for text in texts)
+    assert [results_tables.filled(text) for text in texts] == texts, "run python scripts/results_tables.py"

@@ -284,6 +284,8 @@ def _verdict(fits: Sequence[MethodFit]) -> str:
 
 
 def _spread(fit: MethodFit) -> str:
+    if len(fit.exponents) == 1:
+        return "one teacher"
     kind = "95% t interval" if len(fit.exponents) >= FEWEST_FOR_INTERVAL else "range"
     low, high = fit.spread
     return f"{low:.2f} to {high:.2f}, {kind} over {len(fit.exponents)} teachers"
@@ -351,10 +353,11 @@ def _write_table(result: ScalingResult, path: Path) -> None:
     settings, machine = result.settings, result.environment
     ds = sorted({d for _, d, _ in settings.cells})
     columns = ["k", "teacher", "method", "exponent in d", "over teachers", *(f"d={d}" for d in ds)]
+    tried = f"{settings.trials} candidates" if settings.trials else "the learning rates"
     note = (
         f"Samples to {settings.target:.0%} held-out accuracy, median over {len(settings.teacher_seeds)} teachers of each "
-        f"kind with seeds {listed(settings.seeds)} (budget {settings.budget_samples:,}). For each cell {settings.trials or 1} "
-        "candidates of every method were tried on other seeds. (f): left out of the fit, solved as soon as that can be "
+        f"kind with seeds {listed(settings.seeds)} (budget {settings.budget_samples:,}). For each cell {tried} of every method "
+        "were tried on other seeds. (f): left out of the fit, solved as soon as that can be "
         "seen. (e): a chosen setting is at an edge of what was tried."
     )
     parts = [
