@@ -139,6 +139,17 @@ def test_every_method_has_the_same_rates_and_settings_of_its_own() -> None:
     assert progressive["phase_samples"] == Axis((240, 480, 960), start=480, grows=True)
 
 
+def test_transformers_begin_progressive_with_half_of_the_teachers_own_transition() -> None:
+    recipe = resolve("parity-transformer")
+    axes = axes_of(recipe, plain_variant("progressive"), with_checkpoints(recipe))
+    assert axes["phase_samples"] == Axis((6_400, 12_800, 25_600), start=12_800, grows=True)
+    assert axes_of(recipe, plain_variant("extraction"), with_checkpoints(recipe))["stage_learning_rate"].values == (
+        0.001,
+        0.003,
+        0.009,
+    )
+
+
 def test_with_one_trial_nothing_is_searched() -> None:
     for method in ("extraction", "joint", "progressive"):
         assert searched(method, trials=1).keys() == {RATE}
@@ -192,7 +203,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Candid
                     yield [RunRecord(seed, (CurvePoint(960, 0.0, 0.0, metrics),), None if metrics else "loss is nan")]
                     continue
                 arrived = found <= min(self.recipe.budget_samples, math.inf if limit is None else limit)
-                ended = int(found if arrived else limit or self.recipe.budget_samples)
+                ended = int(found if arrived else min(limit or math.inf, self.recipe.budget_samples))
                 yield [RunRecord(seed, (CurvePoint(ended, 0.0, 0.0, {"accuracy": 1.0 if arrived else 0.5}),))]
 
         monkeypatch.setattr(Runner, "runs", runs_of)
@@ -234,6 +245,13 @@ def test_a_candidate_whose_first_seed_does_not_arrive_is_not_run_on_the_others(t
         (None, 1, 400),
         (300, 3, None),
     ]
+
+
+def test_where_the_median_does_not_arrive_a_seed_that_does_counts(tmp_path: Path, scripted: Any) -> None:
+    times = {0.1: [10**6] * 3, 0.3: [10**6, 400, 10**6], 0.9: [10**6] * 3}
+    scripted(lambda candidate, seed: times[candidate.learning_rate][seed - 1000])
+    fields = {"learning_rates": tuple(times), "tuning_seeds": (1000, 1001, 1002), "trials": 3}
+    assert tuned(tiny(**fields), "one_shot", tmp_path).candidate == Candidate(0.3)
 
 
 def by_loss(**fields: Any) -> Any:

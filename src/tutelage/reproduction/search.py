@@ -142,7 +142,7 @@ class Search:
         rate, before = self._chosen[RATE], len(self.tried)
         for other in _near(self.seen[RATE], rate):
             if max(rate, other) / min(rate, other) > _FINEST**2:
-                self._try({**self._chosen, RATE: _rounded(math.sqrt(rate * other))})
+                self._try({**self._chosen, RATE: rounded(math.sqrt(rate * other))})
         return len(self.tried) > before
 
 
@@ -158,10 +158,11 @@ def _further(values: list[Any]) -> list[Any]:
     low, high = (values[1] / first, last / values[-2]) if len(values) > 1 else (2.0, 2.0)
     if isinstance(first, int):
         return [max(1, round(first / low)), round(last * high)]
-    return [_rounded(first / low), _rounded(last * high)]
+    return [rounded(first / low), rounded(last * high)]
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """A number with two digits, as candidates have them."""
     return float(f"{value:.2g}")
 
 

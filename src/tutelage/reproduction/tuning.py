@@ -1,6 +1,7 @@
 """Choosing a method's learning rate and settings, on seeds and held-out data that are not reported."""
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 from tutelage.core.errors import UserError
 from tutelage.reproduction import schedules
@@ -126,7 +127,9 @@ def _score(recipe: Recipe, candidate: Candidate, runs: Sequence[RunRecord]) -> t
     samples = median([_arrival(recipe, run) for run in runs])
     if samples is None:
         stopped = runs[0].curve[-1].samples
-        return (WORST[0], _signed(recipe, final)), Trial(
+        # the mean tells one that some seeds reach from one that none reaches
+        nearness = fmean(run.final[recipe.metric] for run in runs)
+        return (WORST[0], _signed(recipe, nearness)), Trial(
             candidate, unit, final=final, stopped_after=stopped, seeds=count
         )
     return (samples, _signed(recipe, final)), Trial(candidate, unit, score=samples, final=final, seeds=count)

@@ -14,7 +14,7 @@ from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, d
 
 from tutelage.core.errors import UserError, check_positive, check_range
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
-from tutelage.reproduction.search import Axis
+from tutelage.reproduction.search import Axis, rounded
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
 from tutelage.tasks.loading import MOST_BLOCKS, load_model
@@ -119,7 +119,7 @@ class ParityRecipe(PaperRecipe):
         lengths = tuple(max(1, times * steps[0] // 2) for times in (1, 2, 4))
         return {
             "stage_steps": Axis(lengths, start=lengths[1], grows=True),
-            "stage_learning_rate": Axis((rate / 3, rate, 3 * rate), start=rate, grows=True),
+            "stage_learning_rate": Axis((rounded(rate / 3), rate, rounded(3 * rate)), start=rate, grows=True),
         }
 
     @property
@@ -268,6 +268,10 @@ class ParityTransformerRecipe(ParityRecipe):
     @property
     def places(self) -> dict[str, Any]:
         return {"num_stages": self.layers}
+
+    @property
+    def first_phase(self) -> int:  # half of what the teacher itself needs to get through its transition
+        return min(4 * self.stage_samples, self.budget_samples // 2)
 
     def _build(self, heads: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
