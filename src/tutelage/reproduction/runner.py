@@ -282,10 +282,15 @@ def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated:
             ending = f"_{index}" if replicated else ""
             own = {key.removesuffix(ending): value for key, value in values.items() if key.endswith(ending)}
             # JSON has no numbers for the values of a run that diverges
-            finite = {key: value for key, value in own.items() if math.isfinite(value)}
-            flops, seconds = record["flops"] / seeds_per_model, record["seconds"] / seeds_per_model
-            curves[seed].append(CurvePoint(record["samples"], flops, seconds, finite))
+            finite = {key: _short(value) for key, value in own.items() if math.isfinite(value)}
+            costs = [_short(record[cost] / seeds_per_model) for cost in ("flops", "seconds")]
+            curves[seed].append(CurvePoint(record["samples"], *costs, finite))
     return curves
+
+
+def _short(value: float) -> float:
+    """Seven digits: a comparison has ten thousands of them."""
+    return float(f"{value:.7g}")
 
 
 _kept: dict[tuple[Path, str], Runner] = {}  # of the present comparison, by its folder and match
