@@ -74,7 +74,7 @@ def assert_holds(record: Any, stored: Any) -> None:
 def test_every_committed_result_can_be_read() -> None:
     results = Path(__file__).resolve().parents[2] / "results"
     comparisons = [file.parent for file in sorted(results.rglob(COMPARISON_FILE))]
-    assert len(comparisons) == 12
+    assert len(comparisons) == 14
     for folder in comparisons:
         read = Comparison.read(folder)
         assert Comparison.from_json(read.to_json()) == read
