@@ -283,8 +283,8 @@ def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated:
             own = {key.removesuffix(ending): value for key, value in values.items() if key.endswith(ending)}
             # JSON has no numbers for the values of a run that diverges
             finite = {key: _short(value) for key, value in own.items() if math.isfinite(value)}
-            costs = [_short(record[cost] / seeds_per_model) for cost in ("flops", "seconds")]
-            curves[seed].append(CurvePoint(record["samples"], *costs, finite))
+            flops, seconds = (_short(record[cost] / seeds_per_model) for cost in ("flops", "seconds"))
+            curves[seed].append(CurvePoint(record["samples"], flops, seconds, finite))
     return curves
 
 
