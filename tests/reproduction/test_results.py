@@ -13,6 +13,7 @@ from tests.reproduction.reporting import comparison
 from tutelage.core.errors import UserError
 from tutelage.reproduction.results import COMPARISON_FILE, Comparison, CurvePoint, MethodResult, RunRecord
 from tutelage.reproduction.scaling import ScalingResult, fit_methods
+from tutelage.reproduction.sealed import read_sealed
 from tutelage.reproduction.statistics import Estimate
 from tutelage.reproduction.summary import ratio_of, summarise
 from tutelage.reproduction.variants import Candidate, Variant
@@ -80,7 +81,8 @@ def test_every_committed_result_can_be_read() -> None:
         assert Comparison.from_json(read.to_json()) == read
         kept = json.loads((folder / COMPARISON_FILE).read_text(encoding="utf-8"))
         assert_holds(json.loads(read.to_json()), {name: value for name, value in kept.items() if name != "digest"})
-    scaling = ScalingResult.from_json((results / "scaling" / "scaling.json").read_text(encoding="utf-8"))
+    ScalingResult.from_json((results / "scaling_one_teacher" / "scaling.json").read_text(encoding="utf-8"))
+    scaling = read_sealed(results / "scaling" / "scaling.json", ScalingResult)
     fits = [fit for fit in scaling.fits if (fit.k, fit.teacher) == (4, "planted")]
     points = [point for point in scaling.points if (point.k, point.teacher) == (4, "planted")]
     again = fit_methods(scaling.settings, points)

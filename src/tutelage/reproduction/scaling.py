@@ -297,7 +297,7 @@ def _plot(result: ScalingResult, path: Path) -> None:
     ks = sorted({k for k, _, _ in settings.cells})
     rows, columns = len(ks), len(settings.teachers)
     figure = Figure(figsize=(5.5 * columns, 4.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
     for row, k in enumerate(ks):
         for column, teacher in enumerate(settings.teachers):
             axis = axes[row][column]
