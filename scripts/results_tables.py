@@ -27,16 +27,12 @@ def table_of(folder: Path) -> str:
     """One row for each method of a comparison."""
     comparison = Comparison.read(folder)
     by_target = comparison.settings.get("target") is not None
-    measured = [f"samples to {comparison.target:.0%}", "runs that reached it"]
-    if not by_target:
-        measured = [f"final {comparison.metric}"]
+    measured = [f"final {comparison.metric}"]
+    if by_target:
+        measured = [f"samples to {comparison.target:.0%}", "runs that reached it"]
     rows = []
     for method in comparison.methods:
-        cells = (
-            _to_target(method)
-            if by_target
-            else [_with_range(median_and_range(method.finals(comparison.metric)), "{:.3f}")]
-        )
+        cells = _to_target(method) if by_target else [_final(method, comparison.metric)]
         edges = f" ({listed(method.edges).replace('_', ' ')} at an edge)" if method.edges else ""
         ratios = [_ratio(comparison, method, cost) for cost in ("samples", "flops")]
         rows.append([method.name, *cells, *ratios, f"{method.trials or 1}{edges}"])
@@ -50,12 +46,14 @@ def _to_target(method: MethodResult) -> list[str]:
     return [_with_range(method.samples_to_target, "{:,.0f}", beyond), f"{arrived} of {len(runs)}"]
 
 
+def _final(method: MethodResult, metric: str) -> str:
+    return _with_range(median_and_range(method.finals(metric)), "{:.3f}")
+
+
 def _ratio(comparison: Comparison, method: MethodResult, cost: str) -> str:
     """To one-shot from the same first weights."""
-    start = method.variant.overrides.get("student_init")
-    baselines = [other.name for other in comparison.methods if other.name in ("one_shot", "one_shot-teacher")]
-    same = [name for name in baselines if name.endswith("-teacher") == (start == "teacher")]
-    ratio = comparison.ratio(method.name, same[0], cost) if same and same[0] != method.name else None
+    from_teacher = method.variant.overrides.get("student_init") == "teacher"
+    ratio = comparison.ratio(method.name, "one_shot-teacher" if from_teacher else "one_shot", cost)
     if ratio is None:
         return ""
     return ("at most " if ratio.paired.is_bound else "") + _with_range(ratio.paired.estimate, "{:.2g}", "not reached")

@@ -94,8 +94,8 @@ def _about_seconds(comparison: Comparison) -> str:
     if jobs == 1:
         return "Seconds are those of the machine under Environment."
     return (
-        f"Seconds say little here: {jobs} runs were made at the same time, and the teacher's states were read from disk where "
-        "an earlier run had computed them (FLOPs are counted as if each run had computed them)."
+        f"Seconds say little here: {jobs} runs were made at the same time, and they may have read the teacher's states from "
+        "disk where an earlier run had computed them (FLOPs are counted as if each run had computed them)."
     )
 
 

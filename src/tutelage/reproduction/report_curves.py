@@ -13,9 +13,11 @@ from matplotlib.ticker import EngFormatter
 
 from tutelage.reproduction.display import show_number
 from tutelage.reproduction.results import Comparison, MethodResult
+from tutelage.reproduction.statistics import rounded
 from tutelage.runs import plots
 from tutelage.runs.escaping import as_label
 
+_DIGITS = 6  # enough for a plot, and half the page's data
 AXES = {"samples": "training samples", "flops": plots.AXES["flops"], "seconds": plots.AXES["seconds"]}
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}  # plotly's name: matplotlib's
 _BAND_POINTS = 400  # points of a median in the page, at most
@@ -73,7 +75,9 @@ def _against(axis: str, method: MethodResult, metric: str) -> AxisCurves:
     for run in method.runs:
         points = sorted((point.cost(axis), point.metrics[metric]) for point in run.curve if metric in point.metrics)
         if points:
-            line = SeedCurve(run.seed, [_round(x) for x, _ in points], [_round(y) for _, y in points])
+            line = SeedCurve(
+                run.seed, [rounded(x, _DIGITS) for x, _ in points], [rounded(y, _DIGITS) for _, y in points]
+            )
             lines.append((line, run.at_target is not None))
     return AxisCurves(tuple(line for line, _ in lines), _band(lines))
 
@@ -91,7 +95,7 @@ def _band(lines: Sequence[tuple[SeedCurve, bool]]) -> Band:
         grid = grid[np.linspace(0, grid.size - 1, _BAND_POINTS).round().astype(int)]
     values = np.stack([np.interp(grid, line.x, line.y) for line, _ in lines])
     rows = (grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0))
-    return Band(*([_round(float(value)) for value in row] for row in rows))
+    return Band(*([rounded(float(value), _DIGITS) for value in row] for row in rows))
 
 
 def draw_curves(curves: Sequence[MethodCurves], comparison: Comparison, axis: str, path: Path) -> None:
@@ -115,8 +119,3 @@ def draw_curves(curves: Sequence[MethodCurves], comparison: Comparison, axis: st
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     plots.save_figure(figure, path)
-
-
-def _round(value: float) -> float:
-    """Six digits: enough for a plot, and half the page's data."""
-    return float(f"{value:.6g}")

@@ -30,6 +30,7 @@ from tutelage.reproduction.recipe import Recipe
 from tutelage.reproduction.results import CurvePoint, RunRecord
 from tutelage.reproduction.run_builder import RunBuilder
 from tutelage.reproduction.sealed import read_sealed, write_sealed
+from tutelage.reproduction.statistics import rounded
 from tutelage.reproduction.stopping import FINE_FILE, StopAtTarget
 from tutelage.reproduction.teachers import Teacher
 from tutelage.reproduction.variants import Candidate, Variant, plain_variant
@@ -41,6 +42,7 @@ from tutelage.training.saving import AUTO, find_checkpoint
 _RUN_FILE = "run.json"
 _PILOT_STEPS = {"flops": 4, "seconds": 24}  # per stage: FLOPs do not vary, seconds do
 _CALIBRATION = "calibration"
+_DIGITS = 7  # of the numbers of a curve: a comparison has ten thousands of them
 
 _log = logging.getLogger(__name__)
 
@@ -282,15 +284,10 @@ def _curves(records: Sequence[dict[str, Any]], seeds: Sequence[int], replicated:
             ending = f"_{index}" if replicated else ""
             own = {key.removesuffix(ending): value for key, value in values.items() if key.endswith(ending)}
             # JSON has no numbers for the values of a run that diverges
-            finite = {key: _short(value) for key, value in own.items() if math.isfinite(value)}
-            flops, seconds = (_short(record[cost] / seeds_per_model) for cost in ("flops", "seconds"))
+            finite = {key: rounded(value, _DIGITS) for key, value in own.items() if math.isfinite(value)}
+            flops, seconds = (rounded(record[cost] / seeds_per_model, _DIGITS) for cost in ("flops", "seconds"))
             curves[seed].append(CurvePoint(record["samples"], flops, seconds, finite))
     return curves
-
-
-def _short(value: float) -> float:
-    """Seven digits: a comparison has ten thousands of them."""
-    return float(f"{value:.7g}")
 
 
 _kept: dict[tuple[Path, str], Runner] = {}  # of the present comparison, by its folder and match

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tutelage.reproduction.statistics import rounded
 from tutelage.reproduction.variants import Candidate
 
 RATE = "learning_rate"
@@ -142,7 +143,7 @@ class Search:
         rate, before = self._chosen[RATE], len(self.tried)
         for other in _near(self.seen[RATE], rate):
             if max(rate, other) / min(rate, other) > _FINEST**2:
-                self._try({**self._chosen, RATE: rounded(math.sqrt(rate * other))})
+                self._try({**self._chosen, RATE: rounded(math.sqrt(rate * other), 2)})
         return len(self.tried) > before
 
 
@@ -158,12 +159,7 @@ def _further(values: list[Any]) -> list[Any]:
     low, high = (values[1] / first, last / values[-2]) if len(values) > 1 else (2.0, 2.0)
     if isinstance(first, int):
         return [max(1, round(first / low)), round(last * high)]
-    return [rounded(first / low), rounded(last * high)]
-
-
-def rounded(value: float) -> float:
-    """A number with two digits, as candidates have them."""
-    return float(f"{value:.2g}")
+    return [rounded(first / low, 2), rounded(last * high, 2)]
 
 
 def _is_number(value: Any) -> bool:

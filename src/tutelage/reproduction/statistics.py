@@ -68,6 +68,11 @@ class PairedDifference(Record):
         return "95% t interval" if self.pairs >= FEWEST_FOR_INTERVAL else "range"
 
 
+def rounded(value: float, digits: int) -> float:
+    """A number with so many significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
 def as_good(value: float, target: float, better: str) -> bool:
     """Whether a value of a metric is at least as good as `target`; `better` is `higher` or `lower`."""
     return value >= target if better == "higher" else value <= target

@@ -14,7 +14,8 @@ from transformers import AutoModel, GPT2Config, GPT2ForSequenceClassification, d
 
 from tutelage.core.errors import UserError, check_positive, check_range
 from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, TRAINED, PaperRecipe, at_least_one
-from tutelage.reproduction.search import Axis, rounded
+from tutelage.reproduction.search import Axis
+from tutelage.reproduction.statistics import rounded
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import Variant, parse_variant, plain_variant
 from tutelage.tasks.loading import MOST_BLOCKS, load_model
@@ -119,7 +120,7 @@ class ParityRecipe(PaperRecipe):
         lengths = tuple(max(1, times * steps[0] // 2) for times in (1, 2, 4))
         return {
             "stage_steps": Axis(lengths, start=lengths[1], grows=True),
-            "stage_learning_rate": Axis((rounded(rate / 3), rate, rounded(3 * rate)), start=rate, grows=True),
+            "stage_learning_rate": Axis((rounded(rate / 3, 2), rate, rounded(3 * rate, 2)), start=rate, grows=True),
         }
 
     @property
