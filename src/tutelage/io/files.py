@@ -83,8 +83,9 @@ def alone(folder: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well."""
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; it is synced and takes the name when the block ends well. One that need
+    not be `durable`, since whoever reads it checks it and can do without, is not synced."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     with writing_errors(_LEFTOVER.sub("", str(path))):  # of a file that is itself a temporary one, the last name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,11 +93,13 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield temporary
-            sync(temporary)
+            if durable:
+                sync(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from tutelage.reproduction import schedules
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.statistics import as_good
 from tutelage.reproduction.teachers import Teacher, TeacherRule, trained_teacher
-from tutelage.reproduction.variants import Variant, plain_variant
+from tutelage.reproduction.variants import PACES, Variant, plain_variant
 from tutelage.runs.options import RENAMED, read_value, type_name
 from tutelage.tasks.base import EvaluationTools
 from tutelage.tasks.loading import load_model
@@ -190,6 +190,9 @@ class PaperRecipe(Recipe):
 
     teachers: ClassVar[tuple[str, ...]] = (TRAINED,)  # teachers that are not folders
 
+    schedules: ClassVar[tuple[str, ...]] = PACES
+    """Schedules of progressive distillation that are tried."""
+
     teacher: str = TRAINED  # `trained`, or the folder of a finished teacher
     teacher_seeds: tuple[int, ...] = (0,)
     """Seeds of the teachers; each of several is trained or built, and all methods are compared on each. Settings are chosen
@@ -211,10 +214,10 @@ class PaperRecipe(Recipe):
 
     def axes(self, method: str, teacher: Teacher) -> dict[str, Axis]:
         if method == "extraction":
-            return self.stage_axes()
+            return {**self.stage_axes(), **self.place_axes()}
         if method == "joint":
-            return {"hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
-        return schedules.axes(teacher, self.first_phase) if method == "progressive" else {}
+            return {"hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True), **self.place_axes()}
+        return schedules.axes(teacher, self.first_phase, self.schedules) if method == "progressive" else {}
 
     def method_arguments(self, method: str) -> dict[str, Any]:
         own = {"extraction": self.stage_arguments(), "joint": {"hidden_weight": 1.0}}
@@ -232,6 +235,10 @@ class PaperRecipe(Recipe):
     @abstractmethod
     def stage_axes(self) -> dict[str, Axis]:
         """What is searched for the hidden stages of extraction."""
+
+    def place_axes(self) -> dict[str, Axis]:
+        """What is searched for the places where hidden states are compared, by extraction and joint alike."""
+        return {}
 
     @property
     @abstractmethod

@@ -148,10 +148,22 @@ class Runner:
         _remove_checkpoints(planned.folder)
         return list(found.records)
 
+    def _of_seeds(self, planned: PlannedRun) -> Curriculum:
+        """The curriculum of a run, with random matrices of its own unless the variant gives their seed. Students side by side
+        in one model have their own anyway."""
+        curriculum, variant = self.curriculum(planned.variant, planned.candidate), planned.variant
+        if (
+            self.recipe.replicated
+            or "projection_seed" in variant.overrides
+            or not (curriculum.hidden_stages or curriculum.starts_there)
+        ):
+            return curriculum
+        return dataclasses.replace(curriculum, projection_seed=planned.seeds[0] % 2**32)
+
     def identity(self, planned: PlannedRun) -> str:
         """A digest of all that a run depends on."""
         place = planned.folder.relative_to(self.root).as_posix()
-        curriculum = portable(self.curriculum(planned.variant, planned.candidate))
+        curriculum = portable(self._of_seeds(planned))
         usual = {part.name: part.default for part in dataclasses.fields(curriculum)}
         # a field that a later version adds must not make all runs anew
         chosen = {name: value for name, value in curriculum.to_dict().items() if value != usual[name]}
@@ -181,7 +193,7 @@ class Runner:
             resume = None
         args = self.builder.arguments(planned.variant, planned.candidate, planned.folder, planned.seeds[0])
         args.overwrite_output_dir = args.eval_on_start = resume is None  # a checkpoint was evaluated when it was made
-        curriculum = self.curriculum(planned.variant, planned.candidate)
+        curriculum = self._of_seeds(planned)
         if resume is None:
             (planned.folder / FINE_FILE).unlink(missing_ok=True)
         stop = StopAtTarget(self.recipe, planned.seeds, planned.limit)
@@ -227,8 +239,10 @@ def _step_costs(builder: RunBuilder, variant: Variant, candidate: Candidate, mat
 
     It is stored in the comparison's folder: when the comparison is resumed, the seconds would be different, and its runs
     must keep their lengths."""
-    # a step costs the same at every budget, and with what recipes search, but not with every value that a variant asks for
-    own = {name: value for name, value in candidate.settings.items() if name in variant.search}
+    # a step costs the same at every budget, and with most of what recipes search, but not with other stages or with every
+    # value that a variant asks for
+    varies = {*variant.search, "num_stages", "layer_map"}
+    own = {name: value for name, value in candidate.settings.items() if name in varies}
     alike = dataclasses.replace(variant, budget_fraction=1.0, overrides={**variant.overrides, **own})
     folder = builder.root / "pilot" / f"{builder.folder(alike, candidate, [0]).parent.name}-{match}"
     file = folder.with_name(f"{folder.name}.json")

@@ -1,7 +1,8 @@
 """How progressive distillation uses the checkpoints of the teacher's training (arXiv:2410.05464).
 
-The schedule is `two` (one checkpoint for some samples, then the finished teacher) or one of the paces (every checkpoint for
-as long as the teacher needed to get there, or for a half or a quarter of that)."""
+The schedule is `two` (one checkpoint for some samples, then the finished teacher), one of the paces (every checkpoint for as
+long as the teacher needed to get there, or for a half or a quarter of that), `even` (every checkpoint and the finished teacher
+for equal shares of the run) or `half` (every checkpoint for equal shares of the first half of the run)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,23 +12,23 @@ from tutelage.core.errors import UserError, check_range
 from tutelage.core.stages import OutputStage
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Teacher
-from tutelage.reproduction.variants import SCHEDULES
+from tutelage.reproduction.variants import SHARES
 from tutelage.training.config import CurriculumConfig
 from tutelage.training.resolution import build_curriculum as method_curriculum
 from tutelage.training.resolution import shared_settings
 
 
-def axes(teacher: Teacher, phase_samples: int) -> dict[str, Axis]:
+def axes(teacher: Teacher, phase_samples: int, schedules: tuple[str, ...]) -> dict[str, Axis]:
     """What is searched for progressive distillation; `phase_samples` is tried first."""
     if not teacher.checkpoints:
         return {}
     middle = _transition(teacher)
     return {
+        "schedule": Axis(schedules, ordered=False),
         "phase_samples": Axis(
             (max(1, phase_samples // 2), phase_samples, 2 * phase_samples), start=phase_samples, grows=True
         ),
         "checkpoint": Axis(tuple(range(-middle, len(teacher.checkpoints) - middle)), start=0),
-        "schedule": Axis(SCHEDULES, ordered=False),
     }
 
 
@@ -73,7 +74,7 @@ def build_curriculum(
     _check_phase(settings, steps * batch_size)
     uses: list[tuple[int, str | None]] = []
     left = steps
-    for count, folder in _schedule(settings, teacher, batch_size):
+    for count, folder in _schedule(settings, teacher, steps, batch_size):
         count = min(count, left - 1)  # the finished teacher comes last, at least for one step
         if count < 1:
             break
@@ -95,7 +96,7 @@ def _check_phase(settings: Mapping[str, Any], budget: int) -> None:
         raise UserError(f"{found}: give fewer, since the finished teacher comes last")
 
 
-def _schedule(settings: Mapping[str, Any], teacher: Teacher, batch_size: int) -> list[tuple[int, str]]:
+def _schedule(settings: Mapping[str, Any], teacher: Teacher, steps: int, batch_size: int) -> list[tuple[int, str]]:
     """Steps with each checkpoint."""
     name = settings.get("schedule", "two")
     if name == "two":
@@ -106,6 +107,10 @@ def _schedule(settings: Mapping[str, Any], teacher: Teacher, batch_size: int) ->
         chosen = teacher.checkpoints[place]
         samples = settings.get("phase_samples", chosen.samples // 2)
         return [(max(1, samples // batch_size), chosen.folder)]
+    if name in SHARES:
+        number = len(teacher.checkpoints)
+        share = steps // (number + 1 if name == "even" else 2 * number)
+        return [(max(1, share), checkpoint.folder) for checkpoint in teacher.checkpoints]
     pace = int(name.removeprefix("pace-"))
     return [
         (max(1, (checkpoint.samples - before) // (pace * batch_size)), checkpoint.folder)

@@ -1,7 +1,8 @@
 """The search for a method's learning rate and settings, by the same rule and with as many trials for every method.
 
-Every rate of the grid is tried first, and further ones as long as the best is at an end. The other settings follow, one after
-another, at the best values of the rest, until none of them gets better. The trials that are left refine the rate."""
+Every rate of the grid is tried first, and the next one beyond it where the best is at an end. The other settings follow, one
+after another, at the best values of the rest, and the rate again as one of them, until none of them gets better. The trials
+that are left refine the rate."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -53,10 +54,10 @@ class Search:
         first = {name: axis.first for name, axis in self.axes.items()}
         for rate in self.axes[RATE].values:
             self._try({**first, RATE: rate})
+        others = [name for name in self.axes if name != RATE]
         if self.trials is not None:
             self._descend(first)
-            self._climb(RATE)
-        others = [name for name in self.axes if name != RATE]
+            self._climb(RATE, far=not others)  # a rate that goes on would leave no trials to the other settings
         names = [*others, RATE] if others else []
         better = True
         while better and self._left:
@@ -111,12 +112,12 @@ class Search:
         while self._left and self.axes[RATE].grows and self.best is not None and self.best[1] == WORST:
             self._try({**first, RATE: _further(self.seen[RATE])[0]})
 
-    def _climb(self, name: str) -> bool:
-        """Try the values beside the best one, and go on in a direction that gets better; whether any was better."""
+    def _climb(self, name: str, far: bool = True) -> bool:
+        """Try the values beside the best one, and if `far` go on in a direction that gets better; whether any was better."""
         better = False
         for values in self._beside(name):
             better |= self._try({**self._chosen, name: values})
-        while better and self.axes[name].ordered and self._left:
+        while far and better and self.axes[name].ordered and self._left:
             if not any(self._try({**self._chosen, name: value}) for value in self._beside(name)):
                 break
         return better

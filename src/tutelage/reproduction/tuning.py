@@ -25,7 +25,9 @@ def axes_of(recipe: Recipe, variant: Variant, teacher: Teacher) -> dict[str, Axi
     rates = Axis(recipe.learning_rates, grows=True) if fixed is None else Axis((fixed,))
     axes = {RATE: rates}
     for name, values in variant.search.items():  # before the recipe's own, so that they are tried while trials are left
-        axes[name] = Axis(tuple(values), ordered=not any(isinstance(value, str | bool) for value in values))
+        ordered = not any(isinstance(value, str | bool) for value in values)
+        middle = values[(len(values) - 1) // 2] if ordered else values[0]
+        axes[name] = Axis(tuple(values), start=middle, ordered=ordered)
     if recipe.trials != 1:
         axes = {**axes, **recipe.axes(variant.method, teacher), **axes}
     # what the variant's own schedule makes void is not searched

@@ -13,7 +13,9 @@ from tutelage.core.records import Record
 from tutelage.runs.options import read_value
 from tutelage.training.config import CurriculumConfig
 
-SCHEDULES = ("two", "pace-4", "pace-2", "pace-1")
+PACES = ("two", "pace-4", "pace-2", "pace-1")
+SHARES = ("two", "even", "half")
+SCHEDULES = (*PACES, *SHARES[1:])
 PROGRESSIVE: dict[str, Any] = {
     "schedule": str,  # one of `SCHEDULES`
     "checkpoint": int,  # with `two`: checkpoints after the one in the middle of the teacher's transition; default: 0

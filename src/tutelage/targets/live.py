@@ -238,7 +238,7 @@ class LiveTargets(TargetSource):
         self.calibrated[len(stages) - 1] += batch_positions(batch)
         places = {stage.teacher_place for stage in stages}
         *shallow, deepest = sorted(places, key=lambda place: math.inf if place == FINAL else place)
-        with watched(self.backbone, shallow, self.block_names) as states:
+        with self.computing(), watched(self.backbone, shallow, self.block_names) as states:
             last = self.states(deepest, batch)
         states[deepest] = last
         return [

@@ -1,8 +1,10 @@
 """Teacher states that are kept on disk by the batch they belong to: runs over the same batches run the teacher once."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tutelage.io.files import replacing
+from tutelage.io.files import replacing, writing_errors
 
 OUTPUT = "output"  # name of what enters the output loss
 _STATE = "state"
+_SPARE = 4 * 2**30  # bytes of the disk that are left free: keeping states saves time, no more
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,16 @@ class StateMemory:
             return load_file(file)[_STATE].to(device)
         except (OSError, SafetensorError, KeyError):  # not there, or not whole
             state = compute()
-        with replacing(file) as temporary:
-            save_file({_STATE: state.detach().cpu().contiguous().clone()}, temporary)
+        if shutil.disk_usage(self._made).free > _SPARE:
+            with replacing(file, durable=False) as temporary:
+                save_file({_STATE: state.detach().cpu().contiguous().clone()}, temporary)
         return state
+
+    @cached_property
+    def _made(self) -> Path:
+        with writing_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder
 
 
 def _digest(batch: Mapping[str, Any]) -> str:

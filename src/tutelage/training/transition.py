@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
 from tutelage.core.blocks import FINAL
 from tutelage.core.errors import UserError
 from tutelage.core.inputs import batch_positions
@@ -54,7 +56,9 @@ class StageTransition:
         objective = self.objective
         objective.student.train()
         for index, stage in enumerate(objective.curriculum.stages):
-            batch = feed.example(index)
+            # masks are drawn for this batch: those of the training must not depend on the number of stages
+            with torch.random.fork_rng(devices=[]):
+                batch = feed.example(index)
             place = stage.student_place if isinstance(stage, HiddenStage) else FINAL
             objective.task.make_view(objective.student, place, batch, objective.blocks)
             objective.source.make_view(index, batch)
