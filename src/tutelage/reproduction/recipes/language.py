@@ -80,8 +80,9 @@ class LanguageRecipe(PaperRecipe):
     num_stages: int | None = 1  # hidden stages that are tried first, evenly spaced; `none`: one for each block
     teacher_samples: int = 256_000  # sequences that the teacher is trained on, with a cosine decay to zero
     teacher_checkpoints: int = 10  # checkpoints kept over its training, for progressive distillation
-    teacher_plateau: float = 0.005
-    """Its held-out loss must fall by less than this over the last fifth of its training."""
+    teacher_plateau: float = 0.05
+    """Its held-out loss must fall by less than this over the last fifth of its training, in which the decay of the rate to zero
+    lowers it too."""
     mlm_probability: float = 0.3  # fraction of tokens masked (masked prediction)
 
     def __post_init__(self) -> None:
