@@ -12,7 +12,7 @@ from tests.reproduction.comparing import METHODS, TRAINED, made, names, silent, 
 from tutelage.reproduction import teachers
 from tutelage.reproduction.compare import compare
 from tutelage.reproduction.recipes import resolve
-from tutelage.reproduction.variants import SCHEDULES, parse_variant
+from tutelage.reproduction.variants import PACES, parse_variant
 from tutelage.tasks.parity import ParityMLP, ParityMLPConfig
 
 
@@ -28,10 +28,8 @@ def test_a_trained_teacher_is_trained_past_convergence_and_kept(
     assert f"{times:.3g} times" in teacher.description and teacher.metrics["accuracy"] >= 0.999
     entry = first.method("progressive")
     (tuning,) = entry.tunings
-    assert tuning.candidate is not None and tuning.candidate.settings["schedule"] in SCHEDULES
-    tried = {
-        name: [t.candidate for t in tuning.trials if t.candidate.settings["schedule"] == name] for name in SCHEDULES
-    }
+    assert tuning.candidate is not None and tuning.candidate.settings["schedule"] in PACES
+    tried = {name: [t.candidate for t in tuning.trials if t.candidate.settings["schedule"] == name] for name in PACES}
     assert all(tried.values()) and len(tuning.trials) == entry.trials == 12
     assert len({candidate.settings["phase_samples"] for candidate in tried["two"]}) > 1
     assert len({candidate.settings["checkpoint"] for candidate in tried["two"]}) > 1

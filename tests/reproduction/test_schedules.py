@@ -11,6 +11,7 @@ from tutelage.core.stages import HiddenStage, OutputStage
 from tutelage.reproduction.schedules import axes, build_curriculum, within
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Checkpoint, Teacher
+from tutelage.reproduction.variants import PACES, SHARES
 from tutelage.training.config import CurriculumConfig
 
 # kept after 640, 1,280, 2,560 and 6,400 examples; at a batch of 64: 10, 10, 20 and 60 steps apart
@@ -143,8 +144,15 @@ def test_a_pace_uses_neither_a_phase_nor_one_checkpoint() -> None:
     assert built(void, 150) == built("pace-1", 150)
 
 
+def test_checkpoints_may_share_the_run_or_its_first_half() -> None:
+    assert shape(built("even", 50)) == [(10, "a"), (10, "b"), (10, "c"), (10, "d"), (10, None)]
+    assert shape(built("half", 50)) == [(6, "a"), (6, "b"), (6, "c"), (6, "d"), (26, None)]
+    assert shape(built("even", 3)) == [(1, "a"), (1, "b"), (1, None)]  # the finished teacher always comes last
+    assert built({"schedule": "half", "phase_samples": 10**9, "checkpoint": 99}, 50) == built("half", 50)
+
+
 def test_phase_checkpoint_and_schedule_are_searched() -> None:
-    found = axes(TEACHER, 640)
+    found = axes(TEACHER, 640, PACES)
     assert found == {
         "phase_samples": Axis((320, 640, 1280), start=640, grows=True),
         "checkpoint": Axis((-2, -1, 0, 1), start=0),
@@ -152,8 +160,9 @@ def test_phase_checkpoint_and_schedule_are_searched() -> None:
     }
     for offset in found["checkpoint"].values:  # each of them can be run, and they are all that there are
         assert shape(built({"checkpoint": offset}, 150))[0][1] == "abcd"[2 + offset]
-    assert axes(Teacher(nn.Identity(), "given: x"), 640) == {}
-    middle = axes(Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS[:3]), 640)
+    assert axes(TEACHER, 640, SHARES)["schedule"] == Axis(("two", "even", "half"), ordered=False)
+    assert axes(Teacher(nn.Identity(), "given: x"), 640, PACES) == {}
+    middle = axes(Teacher(nn.Identity(), "trained", checkpoints=CHECKPOINTS[:3]), 640, PACES)
     assert middle["checkpoint"] == Axis((-1, 0, 1), start=0)  # of an unknown transition
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tutelage.reproduction import schedules
 from tutelage.reproduction.search import RATE, WORST, Axis, Score, Search
-from tutelage.reproduction.variants import SCHEDULES, Candidate
+from tutelage.reproduction.variants import PACES, Candidate
 
 GRID = (0.3, 1.0, 3.0)
 Landscape = Callable[[float, dict[str, Any]], float]
@@ -81,6 +81,14 @@ def test_a_rate_at_an_end_when_the_trials_run_out_is_at_an_edge(peak: float, las
     search, tried = searched(valley(peak), 6)
     assert rates_of(tried)[-1] == last
     assert search.edges == (RATE,)
+
+
+def test_a_rate_that_goes_on_leaves_trials_to_the_other_settings() -> None:
+    """One rate beyond the grid comes before them, the others after."""
+    axes = {"weight": Axis((0.3, 1.0, 3.0), start=1.0)}
+    _, tried = searched(valley(1e9, weight=3.0), 8, axes)
+    assert rates_of(tried) == [*GRID, 9.0, 9.0, 9.0, 27.0, 81.0]
+    assert [candidate.settings["weight"] for candidate in tried[4:6]] == [0.3, 3.0]
 
 
 def test_a_rate_within_the_grid_is_at_no_edge() -> None:
@@ -208,9 +216,9 @@ METHODS: dict[str, dict[str, Axis]] = {
         "stage_learning_rate": Axis((1.0, 3.0, 9.0), start=3.0, grows=True),
     },
     "progressive": {
+        "schedule": Axis(PACES, ordered=False),
         "phase_samples": Axis((16_000, 32_000, 64_000), start=32_000, grows=True),
         "checkpoint": Axis(tuple(range(-3, 5)), start=0),
-        "schedule": Axis(SCHEDULES, ordered=False),
     },
 }
 
@@ -271,10 +279,7 @@ def test_without_a_number_of_trials_the_search_stays_in_the_grid(peak: float) ->
 
 def test_settings_that_a_schedule_does_not_use_make_no_further_candidates() -> None:
     _, tried = searched(
-        lambda rate, chosen: SCHEDULES[::-1].index(chosen["schedule"]),
-        12,
-        METHODS["progressive"],
-        clean=schedules.clean,
+        lambda rate, chosen: PACES[::-1].index(chosen["schedule"]), 12, METHODS["progressive"], clean=schedules.clean
     )
     paced = [candidate for candidate in tried if candidate.settings["schedule"] != "two"]
     assert {tuple(candidate.settings) for candidate in paced} == {("schedule",)}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.reproduction.comparing import TRAINED, changed, made, silent, tiny
+from tutelage.core.curriculum import METHODS
 from tutelage.reproduction.recipes import resolve
 from tutelage.reproduction.recipes.user_run import user_recipe
 from tutelage.reproduction.report import write_report
@@ -20,7 +21,7 @@ from tutelage.reproduction.runner import Runner
 from tutelage.reproduction.search import RATE, Axis
 from tutelage.reproduction.teachers import Checkpoint, Teacher
 from tutelage.reproduction.tuning import axes_of, tune
-from tutelage.reproduction.variants import SCHEDULES, Candidate, parse_variant, plain_variant
+from tutelage.reproduction.variants import PACES, Candidate, parse_variant, plain_variant
 
 CHECKPOINTS = tuple(Checkpoint(320 * n, f"at-{320 * n}") for n in range(1, 6))
 
@@ -134,7 +135,7 @@ def test_every_method_has_the_same_rates_and_settings_of_its_own() -> None:
     assert searched("mine:method=extraction,normalize=none") == extraction
     assert searched("joint") == {**rates, "hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
     progressive = searched("progressive")
-    assert list(progressive) == [RATE, "phase_samples", "checkpoint", "schedule"]
+    assert list(progressive) == [RATE, "schedule", "phase_samples", "checkpoint"]
     # half of the budget at most, so that the search begins with what can be run
     assert progressive["phase_samples"] == Axis((240, 480, 960), start=480, grows=True)
 
@@ -148,6 +149,16 @@ def test_transformers_begin_progressive_with_half_of_the_teachers_own_transition
         0.003,
         0.009,
     )
+
+
+def test_language_searches_the_places_of_joint_as_those_of_extraction() -> None:
+    recipe = resolve("pcfg-clm")
+    found = {name: axes_of(recipe, plain_variant(name), with_checkpoints(recipe)) for name in METHODS}
+    assert found["joint"]["num_stages"] == found["extraction"]["num_stages"] == Axis((1, 2, 4), start=1)
+    assert found["extraction"]["stage_fraction"] == Axis((0.125, 0.25, 0.5), start=0.25, grows=True)
+    # the teacher sees many times as many samples, so no student can follow its pace
+    assert found["progressive"]["schedule"] == Axis(("two", "even", "half"), ordered=False)
+    assert found["one_shot"].keys() == {RATE}
 
 
 def test_with_one_trial_nothing_is_searched() -> None:
@@ -167,15 +178,15 @@ def test_a_setting_that_a_variant_fixes_is_not_searched() -> None:
 
 def test_values_that_a_variant_gives_are_searched() -> None:
     found = searched("mine:method=joint,hidden_weight=0.3|1|3,normalize=none|standardize,eval_with_teacher=true|false")
-    assert found["hidden_weight"] == Axis((0.3, 1.0, 3.0))
-    assert found["normalize"] == Axis(("none", "standardize"), ordered=False)
+    assert found["hidden_weight"] == Axis((0.3, 1.0, 3.0), start=1.0)  # from the middle, as what recipes search
+    assert found["normalize"] == Axis(("none", "standardize"), start="none", ordered=False)
     assert not found["eval_with_teacher"].ordered
     # they come before what the recipe searches by itself, so that trials are left for them
     asked = searched("mine:method=extraction,normalize=none|standardize")
     assert list(asked) == [RATE, "normalize", "stage_steps", "stage_learning_rate"]
-    assert searched("mine:method=scratch,learning_rate=0.5|1")[RATE] == Axis((0.5, 1.0))
+    assert searched("mine:method=scratch,learning_rate=0.5|1")[RATE].values == (0.5, 1.0)
     paces = searched("mine:method=progressive,schedule=pace-2|two")
-    assert paces["schedule"] == Axis(("pace-2", "two"), ordered=False)
+    assert paces["schedule"] == Axis(("pace-2", "two"), start="pace-2", ordered=False)
     assert {"phase_samples", "checkpoint"} <= paces.keys()  # of the second one
 
 
@@ -320,7 +331,7 @@ def test_progressive_searches_its_phase_checkpoint_and_schedule(tmp_path: Path, 
     best = Candidate(0.3, {"phase_samples": 240, "checkpoint": -1, "schedule": "two"})
     assert found.candidate == best and found.edges == ()
     assert len(asked) == len({candidate.label for candidate, _, _ in asked}) == len(found.trials) == 12
-    assert {candidate.settings["schedule"] for candidate, _, _ in asked} == set(SCHEDULES)
+    assert {candidate.settings["schedule"] for candidate, _, _ in asked} == set(PACES)
 
 
 def test_a_phase_beyond_the_budget_is_no_trial(tmp_path: Path, scripted: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ CURRICULA = {
     "extraction": extraction(2, 4, 10, layer_map=[(1, 2), (FINAL, FINAL)], stage_steps=2),
     "joint": joint(2, 4, 10, layer_map=[(1, 2), (2, 4)]),
     "one_shot": one_shot(10),
+    # its calibration reads the states of all places at once
+    "residual": extraction(
+        2, 4, 10, layer_map=[(1, 2), (2, 4)], stage_steps=2, projection="residual", student_init="teacher"
+    ),
 }
 
 
 def attached(folder: Path, curriculum: Curriculum, memory: StateMemory | None) -> LiveTargets:
     """A source whose targets are ready."""
     source = LiveTargets(AutoModelForCausalLM.from_pretrained(folder), memory=memory)
-    source.attach(curriculum, AutoModelForCausalLM.from_config(llama_config(num_hidden_layers=2)))
+    student = AutoModelForCausalLM.from_config(llama_config(num_hidden_layers=2))
+    source.attach(curriculum, student)
+    source.start(student, lambda: [batch(seed=1)])
     source.prepare(StatisticsFile(folder / "none", read=False, write=False), lambda: [batch(seed=1)], "cpu")
     return source
 
@@ -87,6 +94,22 @@ def test_a_state_that_was_not_written_whole_is_computed_again(tmp_path: Path) ->
     file.write_bytes(file.read_bytes()[:-5])
     assert torch.equal(memory.recall("1", batch(), lambda: state + 1), state + 1)
     assert torch.equal(memory.recall("1", batch(), lambda: state), state + 1)
+
+
+def test_states_that_were_kept_calibrate_a_second_run(causal_teacher: Path, tmp_path: Path) -> None:
+    curriculum, memory = CURRICULA["residual"], StateMemory(tmp_path)
+    first, second = (attached(causal_teacher, curriculum, memory) for _ in range(2))
+    assert len(list(tmp_path.rglob("*.safetensors"))) > 0 or not memory.folder.exists()
+    for mine, other in zip(targets(first, curriculum, batch()), targets(second, curriculum, batch()), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_nothing_is_kept_where_the_disk_is_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, state, usage = StateMemory(tmp_path / "m"), torch.arange(6.0), shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2**30))
+    for extra in (0, 1):  # computed each time
+        assert torch.equal(memory.recall("1", batch(), lambda more=extra: state + more), state + extra)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_checkpoint_of_the_teacher_has_states_of_its_own(causal_teacher: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tutelage.reproduction.recipe import EVAL_SEED, TEACHER_SEED, PaperRecipe, a
 from tutelage.reproduction.search import Axis
 from tutelage.reproduction.teachers import Teacher, TeacherRule
 from tutelage.reproduction.variants import SHARES, Variant, parse_variant, plain_variant
+from tutelage.targets.identity import data_fingerprint
 from tutelage.tasks.embedded import DEFAULT_EVAL_TEXT, DEFAULT_TEACHER, DEFAULT_TEXT
 from tutelage.tasks.loading import MOST_BLOCKS, MOST_WIDTH, load_tokenizer
 from tutelage.tasks.pcfg import PcfgDataset, pcfg_collator, pcfg_config
@@ -301,7 +302,7 @@ class TextRecipe(LanguageRecipe):
         return rows.select(range(int(tuning), min(2 * self.eval_samples, len(rows)), 2))
 
     def teacher_identity(self) -> dict[str, Any]:
-        return {**super().teacher_identity(), "text": self._rows[0]._fingerprint, "length": self.max_length}
+        return {**super().teacher_identity(), "text": data_fingerprint(self._rows[0]), "length": self.max_length}
 
     def _shape(self, heads: int) -> dict[str, Any]:
         return {
