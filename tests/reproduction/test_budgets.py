@@ -16,9 +16,11 @@ from tests.reproduction.comparing import METHODS, changed, made, tiny
 from tutelage.core.curriculum import Curriculum
 from tutelage.reproduction import runner
 from tutelage.reproduction.recipe import Recipe
+from tutelage.reproduction.recipes import resolve
 from tutelage.reproduction.report import write_report
 from tutelage.reproduction.results import Tuning
 from tutelage.reproduction.variants import Candidate, parse_variant, plain_variant
+from tutelage.training.trainer import CurriculumTrainer
 
 
 def test_all_methods_of_a_seed_share_student_and_data(tmp_path: Path, trainers: list[dict[str, Any]]) -> None:
@@ -44,6 +46,40 @@ def test_all_methods_of_a_seed_share_student_and_data(tmp_path: Path, trainers: 
     assert not torch.equal(zero["train_dataset"].arrays()[0], one["train_dataset"].arrays()[0])
     assert not torch.equal(zero["eval_dataset"].arrays()[0], one["eval_dataset"].arrays()[0])
     assert not torch.equal(zero["train_dataset"].arrays()[0][:64], zero["eval_dataset"].arrays()[0])
+
+
+@pytest.mark.parametrize("name", ["pcfg-mlm/smoke", "text-mlm/smoke"])
+def test_masks_of_a_seed_do_not_depend_on_the_stages(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Students of all methods see the same tokens masked."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    training_step = CurriculumTrainer.training_step
+
+    def spied(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if "/runs/" in self.args.output_dir:
+            seen.setdefault(Path(self.args.output_dir).parent.name[:-7], []).append(inputs["input_ids"].clone())
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(CurriculumTrainer, "training_step", spied)
+    recipe = resolve(name, {"learning_rates": (1e-3,), "trials": 1, "seeds": (0,)})
+    methods = ["scratch", "one_shot", "joint", *(parse_variant(f"s{n}:num_stages={n}") for n in (1, 2))]
+    made(recipe, tmp_path, methods)
+    assert seen.keys() == {"scratch", "one_shot", "joint", "s1", "s2"}
+    for batches in seen.values():
+        assert len(batches) == len(seen["scratch"]) > 1
+        assert all(map(torch.equal, batches, seen["scratch"]))
+
+
+def test_every_seed_has_random_matrices_of_its_own(tmp_path: Path, trainers: list[dict[str, Any]]) -> None:
+    recipe = resolve("pcfg-clm/smoke", {"learning_rates": (1e-3,), "trials": 1, "seeds": (3, 4)})
+    fixed = parse_variant("fixed:method=extraction,projection_seed=7")
+    made(recipe, tmp_path, ["extraction", "joint", "one_shot", fixed])
+    seeds: dict[str, list[int]] = {}
+    for given in trainers:
+        name = Path(given["args"].output_dir).parent.name[:-7]
+        seeds.setdefault(name, []).append(given["curriculum"].projection_seed)
+    assert seeds == {"extraction": [3, 4], "joint": [3, 4], "one_shot": [0, 0], "fixed": [7, 7]}
 
 
 def test_replicas_say_what_single_runs_say(tmp_path: Path) -> None:
@@ -168,6 +204,19 @@ def test_searched_settings_do_not_keep_costs_from_being_equal(tmp_path: Path) ->
     spent = {method.name: method.runs[0].curve[-1].flops for method in result.methods}
     for name, times in (("extraction", 1), ("numbers", 1), ("long", 2)):
         assert spent[name] == pytest.approx(times * spent["one_shot"], rel=0.05), name
+
+
+def test_other_numbers_of_stages_have_costs_of_their_own(tmp_path: Path) -> None:
+    """The language recipes search them."""
+    fields = {"budget_samples": 320, "learning_rates": (1e-3,), "trials": 5, "seeds": (0,), "tuning_seeds": (1000,)}
+    recipe = resolve("pcfg-clm/smoke", {**fields, "num_stages": 1})
+    staged = parse_variant("staged:method=extraction,learning_rate=1e-3,stage_fraction=0.5")
+    result = made(recipe, tmp_path / "o", ["one_shot", staged], match="flops")
+    (tuning,) = result.method("staged").tunings
+    assert {trial.candidate.settings["num_stages"] for trial in tuning.trials} == {1, 2}
+    assert len(list((tmp_path / "o" / "pilot").glob("staged-*.json"))) == 2
+    spent = {method.name: method.runs[0].curve[-1].flops for method in result.methods}
+    assert spent["staged"] == pytest.approx(spent["one_shot"], rel=0.05)
 
 
 def test_two_costs_are_each_measured(tmp_path: Path) -> None:

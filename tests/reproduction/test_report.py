@@ -78,8 +78,8 @@ def test_markdown_says_it_all(tmp_path: Path) -> None:
         ["samples", "-", "8.5 to unbounded", ""],
     ]
     header, _, difference = table_of(text, "Differences")
-    assert header[:2] == [f"final accuracy minus that of {evil_name(text)}", "mean"]
-    assert difference == ["extraction", "0.36", "0.35 to 0.37", "range", "3"]
+    assert header[:2] == ["difference of final accuracy", "mean"]
+    assert difference == [f"extraction - {evil_name(text)}", "0.36", "0.35 to 0.37", "range", "3"]
     header, _, *rows = table_of(text, "Trials")
     assert header == ["method", "learning rate", "settings", "score", "of", "tuning seeds"]
     assert rows[0] == ["extraction", "0.03", "-", "152k", "samples to target", "3"]

@@ -87,7 +87,7 @@ def test_a_rate_that_goes_on_leaves_trials_to_the_other_settings() -> None:
     """One rate beyond the grid comes before them, the others after."""
     axes = {"weight": Axis((0.3, 1.0, 3.0), start=1.0)}
     _, tried = searched(valley(1e9, weight=3.0), 8, axes)
-    assert rates_of(tried) == [*GRID, 9.0, 9.0, 9.0, 27.0, 81.0]
+    assert rates_of(tried) == [*GRID, 9.0, 9.0, 9.0, 3.0, 27.0]
     assert [candidate.settings["weight"] for candidate in tried[4:6]] == [0.3, 3.0]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 from tests.reproduction.comparing import made, tiny
 from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord
 from tutelage.reproduction.statistics import Estimate, PairedRatio
-from tutelage.reproduction.summary import verdict
+from tutelage.reproduction.summary import summarise, verdict
 from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Variant
 
@@ -143,3 +144,63 @@ def test_verdict_is_that_of_the_runs(tmp_path: Path) -> None:
         assert f"{reached} of 2 runs" in result.verdict
         assert f"{name} reached" in result.verdict or f"{name} did not reach" in result.verdict
     assert "times the samples of one_shot" in result.verdict
+
+
+# ---- Differences ----
+
+
+def finals(name: str, values: dict[tuple[int, int], float], diverged: tuple[int, int] | None = None, **own: str) -> Any:
+    """A method's runs by teacher and seed, with these final losses."""
+    runs = tuple(
+        RunRecord(
+            seed,
+            (CurvePoint(64, 1.0, 1.0, {"loss": loss}),),
+            teacher=teacher,
+            diverged="nan" * (at == diverged) or None,
+        )
+        for at, loss in values.items()
+        for teacher, seed in [at]
+    )
+    method = name.partition("-")[0]
+    return MethodResult(Variant(name, method, dict(own)), runs=runs)
+
+
+def differences_of(*methods: MethodResult) -> dict[tuple[str, str], Any]:
+    """The differences of a comparison by their two names."""
+    made_of = compared([1], [1], None)
+    whole = dataclasses.replace(made_of, methods=methods, metric="loss", better="lower")
+    return {(found.over, found.under): found.paired for found in summarise(whole, None).differences}
+
+
+def test_final_values_are_compared_with_rivals_of_the_same_start_and_stages_with_joint() -> None:
+    start = {"student_init": "teacher"}
+    seeds = {(0, 0): 1.0, (0, 1): 2.0, (0, 2): 3.0}
+    lower = {at: loss - 0.5 for at, loss in seeds.items()}
+    found = differences_of(
+        finals("extraction", lower),
+        finals("joint", seeds),
+        finals("one_shot", seeds),
+        finals("extraction-teacher", lower, **start),
+        finals("joint-teacher", lower, **start),
+        finals("one_shot-teacher", seeds, **start),
+    )
+    assert found["extraction", "one_shot"].mean == found["extraction-teacher", "one_shot-teacher"].mean == -0.5
+    assert found["extraction", "joint"].mean == -0.5 and found["extraction-teacher", "joint-teacher"].mean == 0
+    assert found["one_shot-teacher", "one_shot"].mean == 0  # what the start is worth
+    assert ("extraction", "joint-teacher") not in found and ("extraction-teacher", "joint") not in found
+    assert ("joint", "extraction") not in found
+
+
+def test_several_teachers_count_once_each() -> None:
+    """Runs of one teacher are alike: 2 x 3 runs are no six independent pairs."""
+    under = {(teacher, seed): 5.0 for teacher in range(2) for seed in range(3)}
+    over = {(teacher, seed): 4.0 + teacher + 0.1 * seed for teacher, seed in under}
+    found = differences_of(finals("extraction", over), finals("one_shot", under))["extraction", "one_shot"]
+    assert (found.pairs, found.kind) == (2, "range")
+    assert [round(value, 6) for value in (found.mean, found.low, found.high)] == [-0.4, -0.9, 0.1]
+
+
+def test_a_run_that_diverged_makes_no_difference() -> None:
+    seeds = {(0, 0): 1.0, (0, 1): 2.0}
+    found = differences_of(finals("extraction", {**seeds, (0, 1): 900.0}, (0, 1)), finals("one_shot", seeds))
+    assert (found["extraction", "one_shot"].mean, found["extraction", "one_shot"].pairs) == (0.0, 1)

@@ -99,7 +99,6 @@ def test_a_state_that_was_not_written_whole_is_computed_again(tmp_path: Path) ->
 def test_states_that_were_kept_calibrate_a_second_run(causal_teacher: Path, tmp_path: Path) -> None:
     curriculum, memory = CURRICULA["residual"], StateMemory(tmp_path)
     first, second = (attached(causal_teacher, curriculum, memory) for _ in range(2))
-    assert len(list(tmp_path.rglob("*.safetensors"))) > 0 or not memory.folder.exists()
     for mine, other in zip(targets(first, curriculum, batch()), targets(second, curriculum, batch()), strict=True):
         assert torch.equal(mine, other)
 

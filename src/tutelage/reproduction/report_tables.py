@@ -120,16 +120,19 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(comparison: Comparison) -> Table:
-    """Final values against one-shot's, paired by teacher and seed."""
+    """Final values against one another."""
     rows = []
     for found in comparison.differences:
         paired = found.paired
         if paired.mean is not None:
             ends = f"{show_number(paired.low)} to {show_number(paired.high)}"
-            rows.append((found.over, show_number(paired.mean), ends, paired.kind, str(paired.pairs)))
-    under = comparison.baseline.name if comparison.baseline else "one_shot"
-    columns = (f"final {comparison.metric} minus that of {under}", "mean", "from, to", "which is", "pairs")
-    return Table("Differences", columns, rows, "Runs of the same teacher and seed are paired.")
+            rows.append(
+                (f"{found.over} - {found.under}", show_number(paired.mean), ends, paired.kind, str(paired.pairs))
+            )
+    columns = (f"difference of final {comparison.metric}", "mean", "from, to", "which is", "pairs")
+    note = "Runs of the same teacher and seed are paired"
+    note += "; then the means of each teacher." if len(comparison.teachers) > 1 else "."
+    return Table("Differences", columns, rows, note)
 
 
 def _ratios(comparison: Comparison) -> Table:

@@ -163,7 +163,8 @@ class Ratio(Record):
 
 @dataclass(frozen=True)
 class Difference(Record):
-    """The final metric of one variant minus that of a second one, paired by teacher and seed."""
+    """The final metric of one variant minus that of a second one, paired by teacher and seed; with several teachers, of the
+    means of each."""
 
     over: str
     under: str

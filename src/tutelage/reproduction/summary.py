@@ -19,8 +19,8 @@ def summarise(comparison: Comparison, target: float | None) -> Comparison:
     fixed = target is not None
     if target is None and comparison.baseline is not None:
         runs = [run for run in comparison.baseline.runs if run.diverged is None]
-        finals = sorted(run.final[comparison.metric] for run in runs)
-        target = finals[len(finals) // 2] if finals else None
+        finals = [run.final[comparison.metric] for run in runs]
+        target = statistics.median(finals) if finals else None
     comparison = dataclasses.replace(comparison, target=target)
     methods = tuple(_timed(method, comparison) for method in comparison.methods)
     comparison = dataclasses.replace(comparison, methods=methods)
@@ -30,9 +30,10 @@ def summarise(comparison: Comparison, target: float | None) -> Comparison:
         if over.variant.method == "extraction" or under is comparison.baseline or _comparable(over, under)
         for cost in COSTS
     ]
-    baseline = comparison.baseline
     differences = [
-        difference_of(method, baseline, comparison.metric) for method in methods if baseline and method is not baseline
+        difference_of(over, under, comparison.metric)
+        for under, over in itertools.permutations(methods, 2)
+        if under is comparison.baseline or _comparable(over, under) or _both_hidden(over, under)
     ]
     comparison = dataclasses.replace(comparison, ratios=tuple(ratios), differences=tuple(differences))
     return dataclasses.replace(comparison, verdict=verdict(comparison))
@@ -62,19 +63,36 @@ def ratio_to_final(over: MethodResult, under: MethodResult, cost: str, compariso
     return Ratio(over.name, under.name, cost, len(pairs), paired_ratio(mine, theirs, budget=0), to_final=True)
 
 
-def _comparable(over: MethodResult, under: MethodResult) -> bool:
-    """Whether two methods start from the same weights, and one of them is plain one-shot or progressive distillation."""
+def _same_start(over: MethodResult, under: MethodResult) -> bool:
+    """Whether both students start from random weights, or both from the teacher."""
     start, other = (method.variant.overrides.get("student_init") for method in (over, under))
+    return start == other
+
+
+def _both_hidden(over: MethodResult, under: MethodResult) -> bool:
+    """Whether one of two methods learns hidden states in stages, and the other one together with the output."""
+    methods = (over.variant.method, under.variant.method)
+    same_budget = over.variant.budget_fraction == under.variant.budget_fraction
+    return methods == ("extraction", "joint") and same_budget and _same_start(over, under)
+
+
+def _comparable(over: MethodResult, under: MethodResult) -> bool:
+    """Whether two methods start alike, and the second is plain one-shot or progressive distillation."""
     rival = under.variant.method in ("one_shot", "progressive") and set(under.variant.overrides) <= {"student_init"}
     plain = rival and under.variant.budget_fraction == 1 and not under.variant.search
-    return plain and start == other and over.variant.method in ("extraction", "joint")
+    return plain and _same_start(over, under) and over.variant.method in ("extraction", "joint")
 
 
 def difference_of(over: MethodResult, under: MethodResult, metric: str) -> Difference:
-    """Final metric of `over` minus that of `under`, paired by teacher and seed."""
-    pairs = [
-        (a.final[metric], b.final[metric]) for a, b in _pairs(over, under) if metric in a.final and metric in b.final
-    ]
+    """Final metric of `over` minus that of `under`, paired by teacher and seed, where neither diverged. With several teachers,
+    whose own runs are alike, it is the mean difference of each that counts."""
+    by_teacher: dict[int, list[tuple[float, float]]] = {}
+    for a, b in _pairs(over, under):
+        if a.diverged is None and b.diverged is None and metric in a.final and metric in b.final:
+            by_teacher.setdefault(a.teacher, []).append((a.final[metric], b.final[metric]))
+    pairs = [pair for runs in by_teacher.values() for pair in runs]
+    if len(by_teacher) > 1:
+        pairs = [tuple(map(statistics.fmean, zip(*runs, strict=True))) for runs in by_teacher.values()]  # type: ignore[misc]
     return Difference(over.name, under.name, paired_difference([a for a, _ in pairs], [b for _, b in pairs]))
 
 
