@@ -442,13 +442,14 @@ def test_every_comparison_file_of_the_repository_is_read(name: str, monkeypatch:
     assert len(list(CONFIGS.glob("compare_*.yaml"))) == 5
     assert recipe.budget_samples % recipe.batch_size == recipe.budget_samples % recipe.eval_every == 0
     real = {
-        "one-shot",
-        "transplant",
+        "one_shot",
+        "one_shot-transplant",
         "final-stage",
         "final-stage-transplant",
         "joint",
-        "teacher-one-shot",
-        "teacher-joint",
+        "one_shot-teacher",
+        "extraction-teacher",
+        "joint-teacher",
     }
     usual = {"start": {"random-one-shot", "teacher-joint"}, "minilm": real, "smollm2": real}.get(
         name, {"one_shot", "paper"}
