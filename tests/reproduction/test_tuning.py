@@ -151,6 +151,14 @@ def test_transformers_begin_progressive_with_half_of_the_teachers_own_transition
     )
 
 
+def test_a_length_that_a_variant_gives_is_the_only_one() -> None:
+    """A number of steps takes the place of a fraction of them, which the language recipes search."""
+    recipe = resolve("pcfg-clm")
+    for length in ("stage_steps=100", "stage_fraction=0.3"):
+        found = axes_of(recipe, parse_variant(f"mine:method=extraction,{length}"), with_checkpoints(recipe))
+        assert found.keys() == {RATE, "num_stages"}
+
+
 def test_language_searches_the_places_of_joint_as_those_of_extraction() -> None:
     recipe = resolve("pcfg-clm")
     found = {name: axes_of(recipe, plain_variant(name), with_checkpoints(recipe)) for name in METHODS}

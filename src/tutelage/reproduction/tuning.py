@@ -33,8 +33,8 @@ def axes_of(recipe: Recipe, variant: Variant, teacher: Teacher) -> dict[str, Axi
     # what the variant's own schedule makes void is not searched
     used = schedules.clean({**dict.fromkeys(axes), "schedule": variant.overrides.get("schedule", "two")})
     taken = variant.overrides.keys() - {RATE}
-    if taken & {"layer_map", "num_stages"}:  # both say which stages there are
-        taken |= {"layer_map", "num_stages"}
+    for same in ({"layer_map", "num_stages"}, {"stage_steps", "stage_fraction"}):  # two names of one thing
+        taken |= same if taken & same else set()
     return {name: axis for name, axis in axes.items() if name in used and name not in taken}
 
 
