@@ -51,19 +51,12 @@ def _final(method: MethodResult, metric: str) -> str:
 
 
 def _ratio(comparison: Comparison, method: MethodResult, cost: str) -> str:
-    """To plain one-shot of the same start."""
-    rivals = [rival for rival in comparison.methods if rival.variant.method == "one_shot" and _is_plain(rival)]
-    start = method.variant.overrides.get("student_init")
-    rival = next((rival for rival in rivals if rival.variant.overrides.get("student_init") == start), None)
+    """To one-shot of the same start."""
+    rival = comparison.rival(method)
     ratio = None if rival is None else comparison.ratio(method.name, rival.name, cost)
     if ratio is None:
         return ""
     return ("at most " if ratio.paired.is_bound else "") + _with_range(ratio.paired.estimate, "{:.2g}", "not reached")
-
-
-def _is_plain(method: MethodResult) -> bool:
-    variant = method.variant
-    return set(variant.overrides) <= {"student_init"} and variant.budget_fraction == 1 and not variant.search
 
 
 def _with_range(estimate: Estimate, form: str, beyond: str = "") -> str:

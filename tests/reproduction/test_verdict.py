@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.reproduction.comparing import made, tiny
+from tutelage.reproduction.report_tables import summary_table
 from tutelage.reproduction.results import Comparison, CurvePoint, MethodResult, Ratio, RunRecord
 from tutelage.reproduction.statistics import Estimate, PairedRatio
-from tutelage.reproduction.summary import summarise, verdict
+from tutelage.reproduction.summary import headline, summarise, verdict
 from tutelage.reproduction.teachers import TeacherRecord
 from tutelage.reproduction.variants import Variant
 
@@ -204,3 +205,47 @@ def test_a_run_that_diverged_makes_no_difference() -> None:
     seeds = {(0, 0): 1.0, (0, 1): 2.0}
     found = differences_of(finals("extraction", {**seeds, (0, 1): 900.0}, (0, 1)), finals("one_shot", seeds))
     assert (found["extraction", "one_shot"].mean, found["extraction", "one_shot"].pairs) == (0.0, 1)
+
+
+# ---- Students with different starts ----
+
+
+def curved(name: str, losses: tuple[float, ...], **own: str) -> MethodResult:
+    """A method with one run, evaluated every 100 samples."""
+    points = tuple(CurvePoint(100 * n, 100.0 * n, 1.0 * n, {"loss": loss}) for n, loss in enumerate(losses, 1))
+    return MethodResult(Variant(name, name.partition("-")[0], dict(own)), runs=(RunRecord(0, points),))
+
+
+def two_starts() -> Comparison:
+    start = {"student_init": "teacher"}
+    methods = (
+        curved("extraction", (9.0, 7.0, 5.0, 4.0)),
+        curved("one_shot", (9.0, 8.0, 6.0, 5.0)),
+        curved("extraction-teacher", (4.0, 3.5, 3.0, 2.9), **start),
+        curved("one_shot-teacher", (4.0, 3.0, 2.8, 2.7), **start),
+        curved("progressive-teacher", (4.0, 3.8, 3.6, 3.4), **start),
+    )
+    whole = dataclasses.replace(compared([1], [1], None), methods=methods, metric="loss", better="lower")
+    return summarise(whole, None)
+
+
+def test_the_headline_compares_methods_of_the_same_start() -> None:
+    """What the start gives is not counted as what a method gives."""
+    found = two_starts()
+    assert headline(found).splitlines() == [
+        "extraction reached loss 5 in 1 of 1 runs, after 300 samples (median).",
+        "one_shot reached loss 5 in 1 of 1 runs, after 400 samples (median).",
+        "extraction needed 0.75 times the samples of one_shot to reach its final loss (1 pair of runs) and 0.75 times its "
+        "FLOPs: too few runs to decide.",
+        "extraction-teacher reached loss 5 in 1 of 1 runs, after 100 samples (median).",
+        "one_shot-teacher reached loss 5 in 1 of 1 runs, after 100 samples (median).",
+        "In most pairs extraction-teacher was never as good as one_shot-teacher at the end: one_shot-teacher is better here.",
+    ]
+
+
+def test_the_small_table_compares_methods_of_the_same_start() -> None:
+    table = summary_table(two_starts())
+    assert table.columns[3] == "ratio to one-shot of the same start"
+    assert [row[3] for row in table.rows] == ["0.75", "1", "not reached", "1", "not reached"]
+    plain = dataclasses.replace(two_starts(), methods=two_starts().methods[:2])
+    assert summary_table(plain).columns[3] == "ratio to one_shot"

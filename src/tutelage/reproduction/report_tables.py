@@ -24,16 +24,18 @@ COST_NAMES = {"samples": "samples", "flops": "FLOPs", "seconds": "seconds"}
 
 def summary_table(comparison: Comparison) -> Table:
     """The small table of the first screen: samples to the target, final metric, ratio to one-shot, and the search."""
-    metric, target, baseline = comparison.metric, comparison.target, comparison.baseline
+    metric, target = comparison.metric, comparison.target
     columns = ["method", f"final {metric}"]
     rows = [[method.name, _median(method.finals(metric))] for method in comparison.methods]
     if target is not None:
         columns.insert(1, f"samples to {metric} {show_number(target)}")
         for row, method in zip(rows, comparison.methods, strict=True):
             row.insert(1, _reached(method, comparison))
-            if baseline is not None:
-                row.append("1" if method is baseline else _ratio(comparison.ratio(method.name, baseline.name)))
-        columns += [] if baseline is None else [f"ratio to {baseline.name}"]
+            if (rival := comparison.rival(method)) is not None:
+                row.append("1" if method is rival else _ratio(comparison.ratio(method.name, rival.name)))
+        rivals = {rival.name for method in comparison.methods if (rival := comparison.rival(method))}
+        columns += [f"ratio to {listed(sorted(rivals))}"] if len(rivals) == 1 else []
+        columns += ["ratio to one-shot of the same start"] if len(rivals) > 1 else []
     for row, method in zip(rows, comparison.methods, strict=True):
         row.append(_trials(method))
     return Table("Results", [*columns, "trials"], rows, _facts(comparison))

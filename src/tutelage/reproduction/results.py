@@ -190,7 +190,7 @@ class Comparison(Record):
     environment: dict[str, Any]
     methods: tuple[MethodResult, ...] = ()
     ratios: tuple[Ratio, ...] = ()
-    differences: tuple[Difference, ...] = ()  # of every variant and one-shot
+    differences: tuple[Difference, ...] = ()  # of methods that are rivals
     verdict: str = ""
 
     def __post_init__(self) -> None:
@@ -223,6 +223,13 @@ class Comparison(Record):
         """One-shot distillation: the variant called `one_shot`, or the first one of that method."""
         found = [method for method in self.methods if method.variant.method == "one_shot"]
         return min(found, key=lambda method: method.name != "one_shot", default=None)
+
+    def rival(self, method: MethodResult) -> MethodResult | None:
+        """What a method is compared to: plain one-shot distillation of a student that starts as its own does, else the
+        baseline."""
+        start, baseline = method.variant.start, self.baseline
+        found = [one for one in self.methods if one.variant.is_plain("one_shot") and one.variant.start == start]
+        return min(found, key=lambda one: one is not baseline, default=baseline)
 
     @classmethod
     def read(cls, folder: Path) -> Comparison:

@@ -27,13 +27,13 @@ def summarise(comparison: Comparison, target: float | None) -> Comparison:
     ratios = [
         ratio_of(over, under, cost) if fixed else ratio_to_final(over, under, cost, comparison)
         for over, under in itertools.permutations(methods, 2)
-        if over.variant.method == "extraction" or under is comparison.baseline or _comparable(over, under)
+        if over.variant.method == "extraction" or _rivals(over, under, comparison)
         for cost in COSTS
     ]
     differences = [
         difference_of(over, under, comparison.metric)
         for under, over in itertools.permutations(methods, 2)
-        if under is comparison.baseline or _comparable(over, under) or _both_hidden(over, under)
+        if _rivals(over, under, comparison) or _both_hidden(over, under)
     ]
     comparison = dataclasses.replace(comparison, ratios=tuple(ratios), differences=tuple(differences))
     return dataclasses.replace(comparison, verdict=verdict(comparison))
@@ -63,24 +63,23 @@ def ratio_to_final(over: MethodResult, under: MethodResult, cost: str, compariso
     return Ratio(over.name, under.name, cost, len(pairs), paired_ratio(mine, theirs, budget=0), to_final=True)
 
 
-def _same_start(over: MethodResult, under: MethodResult) -> bool:
-    """Whether both students start from random weights, or both from the teacher."""
-    start, other = (method.variant.overrides.get("student_init") for method in (over, under))
-    return start == other
+def _rivals(over: MethodResult, under: MethodResult, comparison: Comparison) -> bool:
+    """Whether the second of two methods is what the first is compared to."""
+    return under in (comparison.baseline, comparison.rival(over)) or _comparable(over, under)
 
 
 def _both_hidden(over: MethodResult, under: MethodResult) -> bool:
     """Whether one of two methods learns hidden states in stages, and the other one together with the output."""
-    methods = (over.variant.method, under.variant.method)
-    same_budget = over.variant.budget_fraction == under.variant.budget_fraction
-    return methods == ("extraction", "joint") and same_budget and _same_start(over, under)
+    mine, theirs = over.variant, under.variant
+    alike = mine.budget_fraction == theirs.budget_fraction and mine.start == theirs.start
+    return alike and (mine.method, theirs.method) == ("extraction", "joint")
 
 
 def _comparable(over: MethodResult, under: MethodResult) -> bool:
     """Whether two methods start alike, and the second is plain one-shot or progressive distillation."""
-    rival = under.variant.method in ("one_shot", "progressive") and set(under.variant.overrides) <= {"student_init"}
-    plain = rival and under.variant.budget_fraction == 1 and not under.variant.search
-    return plain and _same_start(over, under) and over.variant.method in ("extraction", "joint")
+    mine, theirs = over.variant, under.variant
+    plain = theirs.is_plain("one_shot", "progressive")
+    return plain and mine.start == theirs.start and mine.method in ("extraction", "joint")
 
 
 def difference_of(over: MethodResult, under: MethodResult, metric: str) -> Difference:
@@ -127,24 +126,31 @@ def verdict(comparison: Comparison) -> str:
 
 
 def headline(comparison: Comparison) -> str:
-    """The verdict where it is short, else its lines on one-shot and the variant of extraction that did best."""
+    """The verdict where it is short, else its lines on the variants of extraction that did best, one for each start of the
+    student, and on their rivals."""
     variants = [m for m in comparison.methods if m.variant.method == "extraction" and m.runs]
     lines, baseline = comparison.verdict.splitlines(), comparison.baseline
     if len(lines) <= _LONGEST_HEADLINE or comparison.target is None or not variants or baseline is None:
         return comparison.verdict
-
-    def rank(method: MethodResult) -> tuple[float, float]:  # samples to the target, then the final metric
-        samples = method.samples_to_target.median
-        final = statistics.median(method.finals(comparison.metric) or [float("inf")])
-        return float("inf") if samples is None else samples, -final if comparison.better == "higher" else final
-
-    best = min(variants, key=rank)
-    found = [_reached(best, comparison)]
-    if baseline.runs:
-        found += [_reached(baseline, comparison), _compared(best, baseline, comparison)]
-    if len(variants) > 1:
-        found.append(f"{best.name} is the best of {len(variants)} variants of extraction, chosen on these same runs.")
+    found = []
+    starts = list(dict.fromkeys(method.variant.start for method in variants))
+    for start in starts:
+        alike = [method for method in variants if method.variant.start == start]
+        best = min(alike, key=lambda method: _rank(method, comparison))
+        rival = comparison.rival(best)
+        found.append(_reached(best, comparison))
+        if rival is not None and rival.runs:
+            found += [_reached(rival, comparison), _compared(best, rival, comparison)]
+        if len(alike) > 1:
+            found.append(f"{best.name} is the best of {len(alike)} variants of extraction, chosen on these same runs.")
     return "\n".join(filter(None, found))
+
+
+def _rank(method: MethodResult, comparison: Comparison) -> tuple[float, float]:
+    """Samples to the target, then the final metric; lower is better."""
+    samples = method.samples_to_target.median
+    final = statistics.median(method.finals(comparison.metric) or [float("inf")])
+    return float("inf") if samples is None else samples, -final if comparison.better == "higher" else final
 
 
 def _final_values(comparison: Comparison, methods: list[MethodResult]) -> str:

@@ -56,6 +56,16 @@ class Variant(Record):
             check_choice("match", self.match, COSTS)
 
     @property
+    def start(self) -> Any:
+        """What the student starts from, where that is not the recipe's own."""
+        return self.overrides.get("student_init")
+
+    def is_plain(self, *methods: str) -> bool:
+        """Whether it is one of these methods with nothing of its own but the start."""
+        own = set(self.overrides) <= {"student_init"} and not self.search and self.match is None
+        return own and self.budget_fraction == 1 and self.method in methods
+
+    @property
     def settings(self) -> str:
         """What differs from the recipe, in words; empty for a plain method."""
         shown = {**self.overrides, **({} if self.budget_fraction == 1 else {"budget": self.budget_fraction})}
