@@ -216,9 +216,9 @@ METHODS: dict[str, dict[str, Axis]] = {
         "stage_learning_rate": Axis((1.0, 3.0, 9.0), start=3.0, grows=True),
     },
     "progressive": {
-        "schedule": Axis(PACES, ordered=False),
         "phase_samples": Axis((16_000, 32_000, 64_000), start=32_000, grows=True),
         "checkpoint": Axis(tuple(range(-3, 5)), start=0),
+        "schedule": Axis(PACES, ordered=False),
     },
 }
 
@@ -283,6 +283,9 @@ def test_settings_that_a_schedule_does_not_use_make_no_further_candidates() -> N
     )
     paced = [candidate for candidate in tried if candidate.settings["schedule"] != "two"]
     assert {tuple(candidate.settings) for candidate in paced} == {("schedule",)}
+    assert {tuple(candidate.settings) for candidate in tried if candidate not in paced} == {
+        tuple(METHODS["progressive"])
+    }
     at_best = [candidate for candidate in paced if candidate.settings["schedule"] == "pace-1"]
     assert len({candidate.learning_rate for candidate in at_best}) == len(at_best) > 1  # all that is left is the rate
     assert schedules.clean({"phase_samples": 5, "checkpoint": 1}) == {"phase_samples": 5, "checkpoint": 1}

@@ -135,7 +135,7 @@ def test_every_method_has_the_same_rates_and_settings_of_its_own() -> None:
     assert searched("mine:method=extraction,normalize=none") == extraction
     assert searched("joint") == {**rates, "hidden_weight": Axis((0.3, 1.0, 3.0), start=1.0, grows=True)}
     progressive = searched("progressive")
-    assert list(progressive) == [RATE, "schedule", "phase_samples", "checkpoint"]
+    assert list(progressive) == [RATE, "phase_samples", "checkpoint", "schedule"]
     # half of the budget at most, so that the search begins with what can be run
     assert progressive["phase_samples"] == Axis((240, 480, 960), start=480, grows=True)
 
@@ -166,6 +166,7 @@ def test_language_searches_the_places_of_joint_as_those_of_extraction() -> None:
     assert found["extraction"]["stage_fraction"] == Axis((0.125, 0.25, 0.5), start=0.25, grows=True)
     # the teacher sees many times as many samples, so no student can follow its pace
     assert found["progressive"]["schedule"] == Axis(("two", "even", "half"), ordered=False)
+    assert list(found["progressive"]) == [RATE, "schedule", "phase_samples", "checkpoint"]
     assert found["one_shot"].keys() == {RATE}
 
 

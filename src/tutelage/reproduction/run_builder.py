@@ -98,6 +98,12 @@ class RunBuilder:
         return with_basis(curriculum, source.task, [student, source.model])
 
     @functools.cached_property
+    def students_have_seeds(self) -> bool:
+        """Whether the random matrices of a student are drawn from its own seed, as those of students side by side are."""
+        student, source = self._models
+        return source.task.replica_seeds(student) is not None
+
+    @functools.cached_property
     def _blocks(self) -> tuple[int, int]:
         """Numbers of blocks of student and teacher."""
         student, source = self._models

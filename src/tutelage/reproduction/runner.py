@@ -149,14 +149,10 @@ class Runner:
         return list(found.records)
 
     def _of_seeds(self, planned: PlannedRun) -> Curriculum:
-        """The curriculum of a run, with random matrices of its own unless the variant gives their seed. Students side by side
-        in one model have their own anyway."""
+        """The curriculum of a run, with random matrices of its own unless the variant gives their seed."""
         curriculum, variant = self.curriculum(planned.variant, planned.candidate), planned.variant
-        if (
-            self.recipe.replicated
-            or "projection_seed" in variant.overrides
-            or not (curriculum.hidden_stages or curriculum.starts_there)
-        ):
+        draws = (curriculum.hidden_stages or curriculum.starts_there) and not self.builder.students_have_seeds
+        if not draws or "projection_seed" in variant.overrides:
             return curriculum
         return dataclasses.replace(curriculum, projection_seed=planned.seeds[0] % 2**32)
 

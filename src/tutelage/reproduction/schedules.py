@@ -23,13 +23,15 @@ def axes(teacher: Teacher, phase_samples: int, schedules: tuple[str, ...]) -> di
     if not teacher.checkpoints:
         return {}
     middle = _transition(teacher)
-    return {
-        "schedule": Axis(schedules, ordered=False),
+    schedule = {"schedule": Axis(schedules, ordered=False)}
+    phase = {
         "phase_samples": Axis(
             (max(1, phase_samples // 2), phase_samples, 2 * phase_samples), start=phase_samples, grows=True
         ),
         "checkpoint": Axis(tuple(range(-middle, len(teacher.checkpoints) - middle)), start=0),
     }
+    # language has trials for little else; on parity a pace must be better than a phase of the right length
+    return {**schedule, **phase} if schedules == SHARES else {**phase, **schedule}
 
 
 def _transition(teacher: Teacher) -> int:

@@ -89,6 +89,9 @@ class Search:
 
     def _try(self, values: Mapping[str, Any]) -> bool:
         """Whether these values are the best so far."""
+        values = {
+            name: values.get(name, axis.first) for name, axis in self.axes.items()
+        }  # what was void may be read now
         settings = self.clean({name: value for name, value in values.items() if name != RATE})
         candidate = Candidate(values[RATE], settings)
         if candidate.label in self.tried or not self._left:
