@@ -51,12 +51,11 @@ class Search:
 
     def run(self) -> Candidate:
         """The best candidate; the first one where none was better than `WORST`."""
-        first = {name: axis.first for name, axis in self.axes.items()}
         for rate in self.axes[RATE].values:
-            self._try({**first, RATE: rate})
+            self._try({RATE: rate})
         others = [name for name in self.axes if name != RATE]
         if self.trials is not None:
-            self._descend(first)
+            self._descend()
             self._climb(RATE, far=not others)  # a rate that goes on would leave no trials to the other settings
         names = [*others, RATE] if others else []
         better = True
@@ -88,10 +87,9 @@ class Search:
         return {RATE: self.best[0].learning_rate, **self.best[0].settings}
 
     def _try(self, values: Mapping[str, Any]) -> bool:
-        """Whether these values are the best so far."""
-        values = {
-            name: values.get(name, axis.first) for name, axis in self.axes.items()
-        }  # what was void may be read now
+        """Whether these values are the best so far. A setting without a value has the one that its axis begins with: it is not
+        given, or was void at the other values until now."""
+        values = {name: values.get(name, axis.first) for name, axis in self.axes.items()}
         settings = self.clean({name: value for name, value in values.items() if name != RATE})
         candidate = Candidate(values[RATE], settings)
         if candidate.label in self.tried or not self._left:
@@ -110,10 +108,10 @@ class Search:
         self.best = candidate, score
         return True
 
-    def _descend(self, first: Mapping[str, Any]) -> None:
+    def _descend(self) -> None:
         """Try ever smaller rates as long as training diverges at all of them: larger ones can only diverge too."""
         while self._left and self.axes[RATE].grows and self.best is not None and self.best[1] == WORST:
-            self._try({**first, RATE: _further(self.seen[RATE])[0]})
+            self._try({RATE: _further(self.seen[RATE])[0]})
 
     def _climb(self, name: str, far: bool = True) -> bool:
         """Try the values beside the best one, and if `far` go on in a direction that gets better; whether any was better."""
