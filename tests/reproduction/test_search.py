@@ -119,6 +119,17 @@ def test_the_trials_that_are_left_refine_the_rate() -> None:
     assert finer.edges == ()
 
 
+def test_where_no_rate_reaches_the_target_further_ones_are_tried_on_both_sides() -> None:
+    search, tried = searched(lambda rate, settings: math.inf, 8)
+    assert rates_of(tried)[3:] == [0.09, 0.027, 9.0, 0.0081, 27.0]
+    assert search.best is not None and search.best[0].learning_rate == GRID[0]
+
+
+def test_a_far_rate_that_reaches_the_target_is_followed_and_refined() -> None:
+    _, tried = searched(lambda rate, settings: 100 / rate if 5 < rate < 40 else math.inf, 10)
+    assert rates_of(tried)[3:] == [0.09, 0.027, 9.0, 27.0, 81.0, 16.0, 47.0]
+
+
 def test_the_order_in_which_rates_are_given_does_not_matter() -> None:
     for grid in (GRID, GRID[::-1], (1.0, 3.0, 0.3)):
         search, tried = searched(valley(9.0), 5, rates=Axis(grid, grows=True))

@@ -2,7 +2,7 @@
 
 Every rate of the grid is tried first, and the next one beyond it where the best is at an end. The other settings follow, one
 after another, at the best values of the rest, and the rate again as one of them, until none of them gets better. The trials
-that are left refine the rate."""
+that are left refine the rate, or where no candidate tells rates apart, try ever further ones."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -61,7 +61,7 @@ class Search:
         better = True
         while better and self._left:
             better = sum(self._climb(name) for name in names) > 0
-        while self.trials is not None and self._left and self._refine():
+        while self.trials is not None and self._left and (self._widen() if self._flat else self._refine()):
             pass
         assert self.best is not None, "no candidate can be run"
         return self.best[0]
@@ -80,6 +80,12 @@ class Search:
     @property
     def _left(self) -> bool:
         return self.trials is None or sum(score is not None for score in self.tried.values()) < self.trials
+
+    @property
+    def _flat(self) -> bool:
+        """Whether no candidate reached the target and several are equally far from it: the rates beside the best one then
+        promise no more than others."""
+        return self.best is not None and self.best[1][0] == math.inf and [*self.tried.values()].count(self.best[1]) > 1
 
     @property
     def _chosen(self) -> dict[str, Any]:
@@ -139,6 +145,16 @@ class Search:
             return list(axis.values)
         values = sorted({*axis.values, *self.seen[name]})
         return sorted({*values, *_further(values)}) if beyond else values
+
+    def _widen(self) -> bool:
+        """Try a rate beyond both ends; whether there was one left to try."""
+        before = len(self.tried)
+        better = False
+        for rate in _further(self.seen[RATE]) if self.axes[RATE].grows else []:
+            better |= self._try({**self._chosen, RATE: rate})
+        if better:
+            self._climb(RATE)
+        return len(self.tried) > before
 
     def _refine(self) -> bool:
         """Try the rates between the best one and its neighbours; whether there was one left to try."""
