@@ -107,6 +107,16 @@ def test_what_is_solved_as_soon_as_that_can_be_seen_is_left_out_of_the_fit() -> 
     assert fitted(point(8, (800, 5_000, 6_000)), point(16, (7_000,) * 3), teacher_seeds=(0,)).at_floor == ()
 
 
+def test_exponents_are_compared_over_the_dimensions_that_all_have() -> None:
+    """One method's slope changes beyond d = 16, where the other has no points."""
+    bent = [point(d, (samples,), method="extraction") for d, samples in ((8, 8e3), (16, 16e3), (32, 64e3))]
+    short = [point(d, (1e3 * d**2,)) for d in (8, 16)]
+    of_bent, of_short = fit_methods(settings(teacher_seeds=(0,)), [*bent, *short])
+    assert of_bent.common_ds == (8, 16) and of_bent.common_exponents == pytest.approx((1.0,))
+    assert of_bent.exponent == pytest.approx(1.5)
+    assert (of_short.common_ds, of_short.common_exponents) == ((), ())  # these are all that it has
+
+
 def test_extraction_has_cells_of_its_own() -> None:
     made = settings(ks=(3, 4), ds=(8, 16), extraction_cells=("4:64", "5:8", "3:16"))
     assert made.cells == [

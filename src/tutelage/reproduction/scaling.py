@@ -119,10 +119,10 @@ class MethodFit(Record):
     """Of the exponent over teachers: 95% t interval from five on, otherwise their range."""
     intercept: float | None = None
     exponents: tuple[float, ...] = ()  # of each teacher
-    unreached: int = (
-        0  # runs left out because they did not reach the target: the true slope is then steeper than the fit
-    )
+    unreached: int = 0  # runs left out, beyond the budget: the true slope is then steeper than the fit
     at_floor: tuple[int, ...] = ()  # dimensions left out because they are solved as soon as that can be seen
+    common_ds: tuple[int, ...] = ()  # the dimensions that every k and method has, where this one has further ones
+    common_exponents: tuple[float, ...] = ()  # of each teacher, over these alone: those of other ranges do not compare
 
     def __post_init__(self) -> None:
         low, high = self.spread
@@ -164,23 +164,32 @@ def fit_methods(settings: ScalingSettings, points: Sequence[ScalingPoint]) -> tu
     groups: dict[tuple[int, str, str], list[ScalingPoint]] = {}
     for point in points:
         groups.setdefault((point.k, point.teacher, point.method), []).append(point)
+    common = set.intersection(*({point.d for point in mine} for mine in groups.values())) if groups else set()
     fits = []
     for (k, teacher, method), mine in sorted(groups.items()):
         floor = tuple(point.d for point in mine if _at_floor(settings, point))
         used = [point for point in mine if point.d not in floor]
         unreached = sum(value is None for point in used for value in itertools.chain(*point.samples))
-        laws = []
-        for index in range(len(settings.teacher_seeds)):
-            reached = [(p.d, [v for v in p.samples[index] if v is not None]) for p in used if index < len(p.samples)]
-            laws.append(power_law(reached))
-        found = [law for law in laws if law is not None]
         fit = MethodFit(k=k, teacher=teacher, method=method, unreached=unreached, at_floor=floor)
-        if found:
+        if found := _laws(settings, used):
             slopes, intercepts = (tuple(values) for values in zip(*found, strict=True))
             law_of_all = {"exponent": fmean(slopes), "spread": interval(slopes), "intercept": fmean(intercepts)}
             fit = dataclasses.replace(fit, **law_of_all, exponents=slopes)  # type: ignore[arg-type]
+        shared = [point for point in used if point.d in common]
+        if len(shared) < len(used) and (found := _laws(settings, shared)):
+            ds = tuple(point.d for point in shared)
+            fit = dataclasses.replace(fit, common_ds=ds, common_exponents=tuple(slope for slope, _ in found))
         fits.append(fit)
     return tuple(fits)
+
+
+def _laws(settings: ScalingSettings, points: Sequence[ScalingPoint]) -> list[tuple[float, float]]:
+    """The power law of each teacher that has enough points."""
+    of_each = (
+        [(p.d, [v for v in p.samples[index] if v is not None]) for p in points if index < len(p.samples)]
+        for index in range(len(settings.teacher_seeds))
+    )
+    return [law for law in map(power_law, of_each) if law is not None]
 
 
 def _at_floor(settings: ScalingSettings, point: ScalingPoint) -> bool:
@@ -237,26 +246,21 @@ def run_scaling(
             try:
                 made = compare(recipe, place, methods, jobs=workers, command=None, log=lambda line: None)
             except TeacherNotFinished as error:  # the other parities must not wait for this one
-                result = _write(folder, _without(result, f"k={k}, d={d}, {teacher} teacher", error))
-                log(result.left_out[-1])
+                log(f"k={k}, d={d}, {teacher} teacher is left out: {error}")
+                left_out = (*result.left_out, f"k={k}, d={d}, {teacher} teacher is left out: {error}")
+                result = _write(folder, dataclasses.replace(result, left_out=left_out))
                 continue
             found = [_point(made, method, recipe, (k, teacher, d)) for method in made.methods]
             result = _write(folder, dataclasses.replace(result, points=(*result.points, *found)))
     return result
 
 
-def _without(result: ScalingResult, where: str, error: UserError) -> ScalingResult:
-    return dataclasses.replace(result, left_out=(*result.left_out, f"{where} is left out: {error}"))
-
-
 def _point(made: Comparison, method: MethodResult, recipe: Recipe, cell: tuple[int, str, int]) -> ScalingPoint:
     k, teacher, d = cell
     stages = () if method.curriculum is None else method.curriculum.stages
     stage = sum(stage.steps for stage in stages if isinstance(stage, HiddenStage)) * recipe.batch_size
-    samples = tuple(
-        tuple(run.to_target("samples") for run in method.runs if run.teacher == index)
-        for index in range(len(made.teachers))
-    )
+    of_each = ([run for run in method.runs if run.teacher == index] for index in range(len(made.teachers)))
+    samples = tuple(tuple(run.to_target("samples") for run in runs) for runs in of_each)
     return ScalingPoint(k, teacher, d, method.name, method.tunings[0].candidate, stage, samples, method.edges)
 
 
@@ -274,13 +278,23 @@ def _verdict(fits: Sequence[MethodFit]) -> str:
     for fit in fits:
         where = f"k={fit.k}, {fit.teacher} teacher: {fit.method}"
         floor = f" Left out, since it is solved as soon as that can be seen: d = {listed(fit.at_floor)}."
-        floor = floor if fit.at_floor else ""
+        floor *= bool(fit.at_floor)
         if fit.exponent is None:
             lines.append(f"{where} has too few dimensions to fit.{floor}")
             continue
         left_out = f"; {fit.unreached} runs beyond the budget left out" if fit.unreached else ""
-        lines.append(f"{where} needs about d^{fit.exponent:.2f} samples ({_spread(fit)}{left_out}).{floor}")
+        lines.append(
+            f"{where} needs about d^{fit.exponent:.2f} samples ({_spread(fit)}{left_out}).{floor}{_common(fit)}"
+        )
     return "\n".join(lines)
+
+
+def _common(fit: MethodFit) -> str:
+    if not fit.common_ds:
+        return ""
+    low, high = min(fit.common_exponents), max(fit.common_exponents)
+    law = f"d^{fmean(fit.common_exponents):.2f} ({low:.2f} to {high:.2f})"
+    return f" Over the dimensions that all have, {min(fit.common_ds)} to {max(fit.common_ds)}: {law}."
 
 
 def _spread(fit: MethodFit) -> str:
@@ -320,9 +334,8 @@ def _panel(axis: Any, result: ScalingResult, fits: Sequence[MethodFit]) -> None:
             values = list(itertools.chain(*point.samples))
             reached = [value for value in values if value is not None]
             filled = "none" if point.d in fit.at_floor else color  # hollow where it is left out of the fit
-            axis.plot(
-                [point.d] * len(reached), reached, "o", color=color, markerfacecolor=filled, markersize=4, alpha=0.6
-            )
+            style = {"color": color, "markerfacecolor": filled, "markersize": 4, "alpha": 0.6}
+            axis.plot([point.d] * len(reached), reached, "o", **style)
             if len(reached) < len(values):
                 axis.plot(point.d, settings.budget_samples, "^", color=color, markersize=7, alpha=0.6)
         if fit.exponent is not None and fit.intercept is not None:
@@ -357,8 +370,7 @@ def _write_table(result: ScalingResult, path: Path) -> None:
     note = (
         f"Samples to {settings.target:.0%} held-out accuracy, median over {len(settings.teacher_seeds)} teachers of each "
         f"kind with seeds {listed(settings.seeds)} (budget {settings.budget_samples:,}). For each cell {tried} of every method "
-        "were tried on other seeds. (f): left out of the fit, solved as soon as that can be "
-        "seen. (e): a chosen setting is at an edge of what was tried."
+        "were tried on other seeds. (f): left out of the fit, solved as soon as that can be seen. (e): a setting is at an edge."
     )
     parts = [
         f"# scaling/{result.size}",
