@@ -21,7 +21,12 @@ from tutelage.reproduction.results import Comparison
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "results" / "pcfg_mlm" / "comparison.json"
 PICTURE = ROOT / "docs" / "loss_against_flops.png"
-LINES = {"one_shot": ("one-shot distillation", "#b2541a"), "extraction": ("curriculum extraction", "#1f5fa8")}
+LINES = {
+    "one_shot": ("one-shot distillation", "#b2541a"),
+    "extraction": ("curriculum extraction", "#1f5fa8"),
+    "joint": ("hidden states and output together", "#7a4fa0"),
+    "joint-teacher": ("the same, from the teacher's weights", "#2a7d4f"),
+}
 
 Curve = list[tuple[float, float]]
 """(FLOPs, held-out loss) of one run, in the order of training."""
@@ -52,7 +57,7 @@ def draw(source: Path, picture: Path) -> None:
             axes.plot(*zip(*curve, strict=True), color=color, linewidth=0.8, alpha=0.4)
         median = median_curve(curves)
         axes.plot(*zip(*median, strict=True), color=color, linewidth=2.2, label=label)
-        axes.annotate(f"{median[-1][1]:.3f}", median[-1], (0, 6), textcoords="offset points", color=color)
+        axes.annotate(f"{median[-1][1]:.3f}", median[-1], (4, -1), textcoords="offset points", color=color, fontsize=9)
     teacher = comparison.teachers[0].metrics["loss"]
     axes.axhline(teacher, color="0.35", linestyle=":", label=f"teacher ({teacher:.3f})")
     axes.set(xlabel="training FLOPs, the teacher's included", ylabel="held-out loss (nats per masked token)")
@@ -61,9 +66,10 @@ def draw(source: Path, picture: Path) -> None:
     extraction = median_curve(read_curves(comparison, "extraction"))
     before_fall = max(itertools.pairwise(extraction), key=lambda pair: pair[0][1] - pair[1][1])[0]
     note, color = "hidden stage: the output head\nis not trained yet", LINES["extraction"][1]
-    axes.annotate(note, before_fall, (10, -14), textcoords="offset points", fontsize=9, color=color, va="center")
+    place = {"xytext": (-12, -18), "textcoords": "offset points", "ha": "right", "va": "center"}
+    axes.annotate(note, before_fall, **place, fontsize=9, color=color)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
     figure.savefig(picture, dpi=110)
 
 
