@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -66,8 +67,8 @@ def draw(source: Path, picture: Path) -> None:
     extraction = median_curve(read_curves(comparison, "extraction"))
     before_fall = max(itertools.pairwise(extraction), key=lambda pair: pair[0][1] - pair[1][1])[0]
     note, color = "hidden stage: the output head\nis not trained yet", LINES["extraction"][1]
-    place = {"xytext": (-12, -18), "textcoords": "offset points", "ha": "right", "va": "center"}
-    axes.annotate(note, before_fall, **place, fontsize=9, color=color)
+    left: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 9}
+    axes.annotate(note, before_fall, (-12, -18), textcoords="offset points", color=color, **left)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     figure.savefig(picture, dpi=110)
