@@ -246,9 +246,9 @@ def run_scaling(
             try:
                 made = compare(recipe, place, methods, jobs=workers, command=None, log=lambda line: None)
             except TeacherNotFinished as error:  # the other parities must not wait for this one
-                log(f"k={k}, d={d}, {teacher} teacher is left out: {error}")
-                left_out = (*result.left_out, f"k={k}, d={d}, {teacher} teacher is left out: {error}")
-                result = _write(folder, dataclasses.replace(result, left_out=left_out))
+                message = f"k={k}, d={d}, {teacher} teacher is left out: {error}"
+                log(message)
+                result = _write(folder, dataclasses.replace(result, left_out=(*result.left_out, message)))
                 continue
             found = [_point(made, method, recipe, (k, teacher, d)) for method in made.methods]
             result = _write(folder, dataclasses.replace(result, points=(*result.points, *found)))
@@ -277,8 +277,8 @@ def _verdict(fits: Sequence[MethodFit]) -> str:
     lines = []
     for fit in fits:
         where = f"k={fit.k}, {fit.teacher} teacher: {fit.method}"
-        floor = f" Left out, since it is solved as soon as that can be seen: d = {listed(fit.at_floor)}."
-        floor *= bool(fit.at_floor)
+        seen = f" Left out, since it is solved as soon as that can be seen: d = {listed(fit.at_floor)}."
+        floor = seen if fit.at_floor else ""
         if fit.exponent is None:
             lines.append(f"{where} has too few dimensions to fit.{floor}")
             continue
